@@ -4,7 +4,7 @@
 | --- | --- |
 | step | a training step, vs. transformers' |
 | checkouts | that step here and in another clone |
-| models, length | models side by side; mixers by row length |
+| models, length | models side by side; mixers by sequence length |
 | kernels | operations on a CPU, counted in the interpreter, compiled ahead of time |
 | data | reading and preparing, vs. megatron-core, MosaicML streaming and a memmap |
 | checkpoint, export | what saves, exports and imports cost |

@@ -32,7 +32,7 @@ def bench_checkouts(
 
     `variants` by name: `seconds` here and there, a median a turn; `rate`, how many times as fast as there this checkout is,
     median of the pairs, with `rate_min` and `rate_max`; `first_losses`, `same_loss`. Raises ValueError for a folder
-    that is not a checkout, RuntimeError where a turn fails, with what it said.
+    that is not a checkout, RuntimeError if a turn fails, with what it said.
     """
     if not (other / "launch" / "__main__.py").is_file():
         raise ValueError(
@@ -94,7 +94,7 @@ def _compare(name: str, taken: list[dict[str, dict[str, Any]]]) -> dict[str, Any
 
 
 def _as_trained(variant: dict[str, Any]) -> float:
-    """Median seconds of a step as training treats freed memory; the only treatment where there is one."""
+    """Median seconds of a step as training treats freed memory; the only treatment if there is one."""
     figures = variant["as_trained"] or next(iter(variant["memory"].values()))
     return float(figures["seconds"])
 

@@ -54,7 +54,7 @@ class Timings:
     steps: list[float] = field(default_factory=list)
 
     def medians(self) -> dict[str, float | None]:
-        """Medians by name, None where nothing was measured."""
+        """Medians by name, None if nothing was measured."""
         return {
             f"{name}_seconds": statistics.median(values) if values else None
             for name, values in (("stall", self.stall), ("durable", self.durable), ("step_beside", self.steps))

@@ -53,7 +53,7 @@ TEXTS = [f"Line {number}: the quick brown fox jumps over {number * 7} lazy dogs.
 
 
 def deepen(config: ModelConfig, times: int) -> ModelConfig:
-    """The same model with its blocks this many times over, without depths of multi-token prediction."""
+    """The same model with its blocks this many times over, without MTP layers."""
     plain = config.without_depths()
     deeper = plain.model_copy(update={"pattern": "".join(plain.letters) * times})
     check_model(deeper)
@@ -90,7 +90,7 @@ def random_training_state(config: RunConfig) -> TrainingState:
 def measure(arguments: Sequence[str]) -> dict[str, float]:
     """Run an `amfm` command line; returns its seconds and its peak of resident memory in bytes.
 
-    Raises RuntimeError with its last words where it fails.
+    Raises RuntimeError with its last words if it fails.
     """
     begun = time.perf_counter()
     with tempfile.NamedTemporaryFile() as peak:
@@ -114,7 +114,7 @@ def bench_export(
     """Export and import the model with its blocks once, and as often as `times` says; returns peaks and seconds of each.
 
     `place`: a folder on the disk to use; None: the system's folder for temporary files. `file_format`: another one than
-    huggingface moves a whole training state of `run`. Raises RuntimeError where the disk has not twice the largest free.
+    huggingface moves a whole training state of `run`. Raises RuntimeError if the disk has not twice the largest free.
     """
     models = [deepen(config, number) for number in times]
     bytes_each = 4 if file_format == "huggingface" else 12

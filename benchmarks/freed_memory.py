@@ -22,7 +22,7 @@ TITLES = {
 
 
 def choose_treatments() -> tuple[tuple[str, ...], list[str]]:
-    """Treatments that this machine can compare, and a warning where there is only one.
+    """Treatments that this machine can compare, and a warning if there is only one.
 
     Only one: the environment sets the allocator itself, or the C library is not glibc.
     """

@@ -1,4 +1,4 @@
-"""Training speed by row length: a model of one mixer, the same tokens per step cut into few long or many short rows.
+"""Training speed by sequence length: a model of one mixer, the same tokens per step cut into few long or many short rows.
 
 How it works: a linear mixer costs a token the same at every length; attention costs it what came before. With the
 tokens of a step fixed, the rate over lengths shows this without a model of the machine. Lengths take turns within a
@@ -65,7 +65,7 @@ def choose_mixers(names: str | None) -> list[str]:
 def choose_lengths(text: str | None) -> tuple[int, ...]:
     """Row lengths in rising order from text with commas between; None: 1K to 16K.
 
-    Raises ValueError where a length does not divide the longest, as rows of a step would come out uneven.
+    Raises ValueError if a length does not divide the longest, as sequences of a step would come out uneven.
     """
     if text is None:
         return LENGTHS
@@ -117,7 +117,7 @@ def bench_lengths(
     num_threads: int | None,
     report: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Measure tokens per second by row length for each mixer; returns rates, ratios to the shortest rows, and a
+    """Measure tokens per second by sequence length for each mixer; returns rates, ratios to the shortest rows, and a
     mark.
     """
     configs = [length_config(symbol) for symbol in symbols]
@@ -150,7 +150,7 @@ def bench_lengths(
 def time_lengths(
     model: HybridModel, lengths: Sequence[int], *, rounds: int, device: torch.device
 ) -> dict[int, list[Seconds]]:
-    """Seconds of forward and backward over max(lengths) tokens, by row length, after one step to warm up.
+    """Seconds of forward and backward over max(lengths) tokens, by sequence length, after one step to warm up.
 
     Lengths run upwards and downwards in turn, so that a drift of the machine favours none.
     """
@@ -167,7 +167,7 @@ def time_lengths(
 
 
 def _time_step(model: HybridModel, tokens_T: torch.Tensor, length: int) -> Seconds:
-    """CPU and wall seconds of one forward and backward pass at a row length; the optimizer is left out."""
+    """CPU and wall seconds of one forward and backward pass at a sequence length; the optimizer is left out."""
     tokens_BT, labels_BT = tokens_T[:-1].view(-1, length), tokens_T[1:].view(-1, length)
     meta = PackMeta.one_document_a_row(*tokens_BT.shape, device=tokens_BT.device)
     model.zero_grad(set_to_none=True)
@@ -251,7 +251,7 @@ def length(
         str | None, typer.Option(metavar="M,G,gla", help="Letters or names; default: all, and attention.")
     ] = None,
     lengths: Annotated[
-        str | None, typer.Option(metavar="1024,16384", help="Tokens per row; a step holds the longest row's.")
+        str | None, typer.Option(metavar="1024,16384", help="Tokens per sequence; a step holds the longest row's.")
     ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Timed steps of each, taking turns; default: 3.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one.")] = None,
@@ -259,7 +259,7 @@ def length(
 ) -> None:
     """Time small models of one mixer each, the same tokens cut into longer and longer rows, and say which are flat.
 
-    One thread where none is asked for, so that CPU time means something.
+    One thread if none is asked for, so that CPU time means something.
     """
 
     symbols, chosen = choose_mixers(mixers), choose_lengths(lengths)
@@ -289,7 +289,7 @@ def print_length_table(result: dict[str, Any]) -> None:
     )
     clock = {"cpu": "of CPU time", "wall": "of wall time"}[result["judged_by"]]
     title = (
-        f"Forward and backward of {result['tokens_a_step']:,} tokens by row length, rates {clock}: medians and range of "
+        f"Forward and backward of {result['tokens_a_step']:,} tokens by sequence length, rates {clock}: medians and range of "
         f"{result['rounds']} rounds in turns"
     )
     print_rows(title, (*columns, ""), rows)

@@ -134,14 +134,14 @@ def models(
         typer.Option(metavar="G,K", help="Instead: models of one mixer each, by letters or names, of equal sizes."),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 4,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens per row.")] = 256,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 256,
     rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each, taking turns.")] = 9,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time forward and backward passes of models on the same tokens; above 1: faster than the first. Or of mixers.
 
-    One thread where none is asked for, so that CPU time means something.
+    One thread if none is asked for, so that CPU time means something.
     """
 
     if paths and mixers is not None:

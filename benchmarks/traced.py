@@ -133,7 +133,7 @@ CASES = (
     ),
     Case("mxfp8, expert", 8, ("parallel.expert=4", "low_precision.recipe=mxfp8"), "b200"),
     Case("nvfp4, a block wide", 8, ("low_precision={recipe: nvfp4, bf16_last_layers: 1}",), "b200"),
-    Case("two prediction depths", 8, ("model.pattern=(ME)*2 *E/*E/*E",)),
+    Case("two MTP layers", 8, ("model.pattern=(ME)*2 *E/*E/*E",)),
     Case("retnet", 8, of_mixer("{retnet}", "retnet")),
     Case("lightning", 8, of_mixer("L", "lightning")),
     Case("gla", 8, of_mixer("{gla}", "gla")),

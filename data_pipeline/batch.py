@@ -14,14 +14,14 @@ import torch
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch of B rows of T tokens.
+    """A micro-batch of B sequences of T tokens.
 
     tokens_BT int64. labels_BT int64: the next token, -100 where masked. loss_mask_BT bool: where a label counts.
     positions_BT int32: restart at 0 in each document and row. document_ids_BT int32: 0, 1, 2... in each row, never
     falling; padding after the last document has its own id. cu_seqlens int32: starts of the documents in the
     flattened B*T tokens, and B*T as last entry. sample_ids: global sample number of each row. source_ids: index of
     each row's source in the sorted list of names (`PretrainLoader.source_names`). lengths_B int64: tokens of each row before
-    its padding; None where no row is padded.
+    its padding; None if no row is padded.
     """
 
     tokens_BT: torch.Tensor

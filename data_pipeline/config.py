@@ -71,7 +71,7 @@ class PhaseConfig(Section):
         description="Weight by source name; a source that is not named is not drawn in the phase. null: as before.",
     )
     sequence_length: int | None = Field(
-        None, gt=0, description="Tokens per row; null: as before. The phase then starts at a whole global batch."
+        None, gt=0, description="Tokens per sequence; null: as before. The phase then starts at a whole global batch."
     )
 
 

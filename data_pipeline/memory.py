@@ -20,7 +20,7 @@ def keep_freed_memory() -> bool:
     """Let glibc keep what is freed, and say whether it does.
 
     On its own it gives large blocks back at once and maps them again for the next request, a page fault every 4 KiB: a
-    fifth of a float32 training step on a CPU. False where there is another C library, or where the environment has its
+    fifth of a float32 training step on a CPU. False if there is another C library, or where the environment has its
     own settings (OWN_SETTINGS), which stay as they are.
     """
     if any(name in os.environ for name in OWN_SETTINGS):
@@ -30,7 +30,7 @@ def keep_freed_memory() -> bool:
 
 
 def available_bytes() -> int | None:
-    """Memory that programs of this host can still take, with what caches hold; None where Linux does not say."""
+    """Memory that programs of this host can still take, with what caches hold; None if Linux does not say."""
     file = Path("/proc/meminfo")
     found = (
         re.search(r"^MemAvailable: +(\d+) kB", file.read_text(encoding="ascii"), re.MULTILINE)

@@ -77,7 +77,7 @@ def train(
 
     hooks: subclasses of `amfm.Hook` that are built from the run. optimizer: one that is registered here and used. Ends where
     the steps are done, or after Ctrl-C has saved. Raises ValueError for settings and data that do not fit and for runs whose
-    stages change their layout, RuntimeError where the run failed; its newest checkpoint stands.
+    stages change their layout, RuntimeError if the run failed; its newest checkpoint stands.
     """
     from amfm.model.config.registering import register
     from amfm.pretrain.config.hook_registry import IN_THIS_TRAINING

@@ -35,7 +35,7 @@ class Place:
 
     @classmethod
     def of_options(cls, device: str, backend: str, precision: Literal["float32", "bf16"] | None) -> Place:
-        """From options, and from the variables of a rank. Raises ValueError for a CPU where ranks would take GPUs."""
+        """From options, and from the variables of a rank. Raises ValueError for a CPU if ranks would take GPUs."""
         num_ranks, chosen = int(os.environ.get("WORLD_SIZE", "1")), choose_device(device)
         if num_ranks > 1 and chosen == "cpu" and choose_device("auto") == "cuda":
             raise ValueError(

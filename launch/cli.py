@@ -1,7 +1,7 @@
 """The `amfm` command: its verbs, and how an error becomes one message and an exit code.
 
 Exit codes: 0 done, 2 bad input, 3 the run failed and can be resumed, 4 a rank ended before a stage of another layout, 130 interrupted; a bug shows its traceback.
-The verb that is called is imported (verbs.py), and heavy packages inside it, so that help and mistakes answer at once.
+The verb that is called is imported (verbs.py), and heavy packages inside it, so that help and mistakes answer immediately.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def show_own_code(error: OwnCodeError) -> int:
-    """Show where in own code an error was raised; returns the exit code, of a wrong setting where no step was done."""
+    """Show where in own code an error was raised; returns the exit code, of a wrong setting if no step was done."""
     from amfm.pretrain.hooks.own_code import first_cause
 
     cause = first_cause(error)

@@ -26,7 +26,7 @@ class Follower(Protocol):
         """Act on what a look found."""
 
     def leave(self, seen: Seen | None) -> None:
-        """Finish; seen: None where there never was a run to look at."""
+        """Finish; seen: None if there never was a run to look at."""
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 Python's own server is enough for a handful of clients; a web framework would be the largest dependency of this package. It
 speaks plain HTTP and asks no one who he is, so its users listen on loopback unless told otherwise. A web page of someone
 else must not reach it through a reader's browser: requests name this host, and a name that an attacker points here does
-not. Python's parser forgives what other programs read differently, so a head with anything unusual is refused: what
-one of two reads as a body must not be the other's next request. For the same reason a refused request ends its connection.
+not. Python's parser forgives what other programs read differently, so a head with anything unusual is rejected: what
+one of two reads as a body must not be the other's next request. For the same reason a rejected request ends its connection.
 
 Connections are counted. Those beyond wait for their turn, and beyond these a client is asked to come again. A request
 must have arrived within READ_SECONDS, so that who connects and says nothing takes no one's place for long.
@@ -27,17 +27,17 @@ from typing import Any
 from urllib.parse import urlsplit
 
 MAX_CONNECTIONS = 64
-MAX_WAITING = 256  # beyond the connections; with those that are refused, fewer files than a process may open
+MAX_WAITING = 256  # beyond the connections; with those that are rejected, fewer files than a process may open
 MAX_REFUSED = 128  # that are kept open until their answer has been read
 READ_SECONDS = 60.0  # for a request to come, whole, after the connection or the request before it
 WRITE_SECONDS = 60.0  # for a client to take the next piece of its answer
-DRAIN_SECONDS = 1.0  # for what a refused client still sends: closed before it is read, it would take the answer along
+DRAIN_SECONDS = 1.0  # for what a rejected client still sends: closed before it is read, it would take the answer along
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'"
 TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a name in a head: RFC 9110, section 5.6.2
 
 
 class HttpServer(ThreadingHTTPServer):
-    """Listens at once; answers when `serve_forever` runs. Raises OSError where the address cannot be had."""
+    """Listens at once; answers when `serve_forever` runs. Raises OSError if the address cannot be had."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -104,7 +104,7 @@ class HttpServer(ThreadingHTTPServer):
             first.close()
 
     def shutdown_request(self, request: Any) -> None:
-        """End a connection after what the client still sends of a refused request has been read, a second at most."""
+        """End a connection after what the client still sends of a rejected request has been read, a second at most."""
         with suppress(OSError):
             request.shutdown(socket.SHUT_WR)
             request.settimeout(DRAIN_SECONDS)
@@ -175,7 +175,7 @@ class HttpHandler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def accept(self) -> str | None:
-        """The path of a request that is well formed and names this host; None after another one was refused."""
+        """The path of a request that is well formed and names this host; None after another one was rejected."""
         if not is_sound(self.headers):
             self.refuse(HTTPStatus.BAD_REQUEST, "the head of the request is malformed")
             return None

@@ -126,7 +126,7 @@ def inspect_checkpoint(folder: Path, report: Report = silent) -> Inspection:
 def mark_checkpoint(folder: Path, protect: bool) -> None:
     """Mark a checkpoint to be kept, or remove the mark, of its copy in the run's store too.
 
-    Raises ValueError where it does not verify: a mark must not protect what cannot be loaded.
+    Raises ValueError if it does not verify: a mark must not protect what cannot be loaded.
     """
     from amfm.pretrain.checkpoint.commit import mark, release
     from amfm.pretrain.checkpoint.files import verify_checkpoint

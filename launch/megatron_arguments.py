@@ -13,7 +13,7 @@ WORD = "megatron-args"
 def import_arguments(source: Path, out: Path | None, *, as_json: bool) -> None:
     """Write OUT.yaml and print how many arguments are equal, in another form, missing and not known.
 
-    Raises ValueError where OUT exists or the arguments describe no model.
+    Raises ValueError if OUT exists or the arguments describe no model.
     """
     from amfm.pretrain.config.file import load_config
     from amfm.pretrain.exchange.megatron_arguments.sources import read_arguments

@@ -42,7 +42,7 @@ RESETS = WATCHED
 
 
 def load() -> str:
-    """Import what ranks need, once; returns why they cannot be forked from here, empty where they can."""
+    """Import what ranks need, once; returns why they cannot be forked from here, empty if they can."""
     reason = why_not_fork()
     if reason:
         return reason

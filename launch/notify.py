@@ -26,7 +26,7 @@ from amfm.pretrain.monitor.follow import Seen, to_seconds
 Kind = Literal["lost", "restarted", "spike", "stalled", "done", "stopped", "failed"]
 POST_SECONDS = 10.0
 STALLED_SHARE = 1 / 3  # of launch.heartbeat_seconds, after which the attempt ends
-STALLED_SECONDS = 300.0  # where nothing ends it
+STALLED_SECONDS = 300.0  # if nothing ends it
 SLACK = "hooks.slack.com"
 OF_EVENTS: dict[str, Kind] = {
     **{"restarted": "restarted", "spike": "spike", "rolled_back": "spike", "skipped_step": "spike"},

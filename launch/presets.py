@@ -29,7 +29,7 @@ def preset_path(name: str) -> Path:
 def choose_config(path: Path | None, overrides: Sequence[str] | None, preset: str | None) -> tuple[Path, list[str]]:
     """The configuration file and overrides of a verb's arguments, of which the first is an override under --preset.
 
-    Raises ValueError where a configuration is given twice or not at all, FileNotFoundError where the file is not there.
+    Raises ValueError if a configuration is given twice or not at all, FileNotFoundError where the file is not there.
     """
     words = list(overrides or [])
     if preset is None:

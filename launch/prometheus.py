@@ -114,7 +114,7 @@ def launcher_age(directory: Path) -> float | None:
 
 
 def read_left_out(directory: Path) -> list[str]:
-    """Nodes that the run does without; none where no file says so."""
+    """Nodes that the run does without; none if no file says so."""
     path = directory / "launch" / "left_out.json"
     return list(read_object(path).get("left_out") or {}) if path.is_file() else []
 
@@ -125,7 +125,7 @@ def escape(text: str) -> str:
 
 
 def make_server(verdicts: Verdicts, host: str, port: int) -> HttpServer:
-    """A server that answers `/metrics`. Raises OSError where the address cannot be had."""
+    """A server that answers `/metrics`. Raises OSError if the address cannot be had."""
     lock = threading.Lock()  # a look changes what the run remembers
 
     class Metrics(HttpHandler):

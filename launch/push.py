@@ -17,7 +17,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 class Hub:
     """A repository of the Hub, OWNER/NAME, that can be written: a new one is private.
 
-    Made before an export takes its time. Raises ValueError for another name and where the Hub refuses, RuntimeError where it cannot
+    Made before an export takes its time. Raises ValueError for another name and if the Hub rejects, RuntimeError if it cannot
     be reached.
     """
 
@@ -44,7 +44,7 @@ class Hub:
 
     @contextmanager
     def refusals(self, remedy: str) -> Iterator[None]:
-        """Inside, what the Hub refuses is a ValueError, and what fails on the way a RuntimeError, with what to do."""
+        """Inside, what the Hub rejects is a ValueError, and what fails on the way a RuntimeError, with what to do."""
         from huggingface_hub.errors import HfHubHTTPError
 
         # Its client's errors, whichever client that is, and the system's.
@@ -61,6 +61,6 @@ class Hub:
 
 
 def require_export(folder: Path) -> None:
-    """Raise ValueError where a folder that is sent without an export is not one."""
+    """Raise ValueError if a folder that is sent without an export is not one."""
     if not (folder / "config.json").is_file() or not any((folder / name).is_file() for name in WEIGHTS):
         raise ValueError(f"{folder} is not an export (config.json and safetensors); name OUT to export it first")

@@ -153,7 +153,7 @@ def load_verb(name: str) -> Any:
 
 
 def load_packaged(name: str) -> typer.Typer:
-    """The application of a verb that an installed package brings. Raises ValueError where there is none."""
+    """The application of a verb that an installed package brings. Raises ValueError if there is none."""
     from importlib.metadata import entry_points
 
     for entry in entry_points(group="amfm.verbs", name=name):

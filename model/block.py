@@ -99,7 +99,7 @@ def run_inside(context: Recomputed, steps: Generator[None, None, Result]) -> Gen
         yield
 
 
-# Pauses where rows travel; at the end the residual and the mixer's output.
+# Pauses where rows are sent; at the end the residual and the mixer's output.
 BlockSteps = Generator[None, None, tuple[Tensor, MixerOutput]]
 
 
@@ -151,7 +151,7 @@ class Block(nn.Module):
             # The sum is made outside: it is what the checkpoint keeps, one tensor in place of residual and delta.
             if delta_BTD is not None:
                 residual_BTD = residual_BTD + delta_BTD.to(residual_BTD.dtype)
-            # Keeping generators copies a state from the device in each recomputed block, for nothing where none draws.
+            # Keeping generators copies a state from the device in each recomputed block, for nothing if none draws.
             mixed: MixerOutput = checkpoint(
                 self._mix, residual_BTD, meta, use_reentrant=False, preserve_rng_state=self.has_dropout
             )
@@ -162,7 +162,7 @@ class Block(nn.Module):
         return residual_BTD, mixed._replace(y_BTD=multiply(mixed.y_BTD, self.multiplier))
 
     def steps(self, residual_BTD: Tensor, delta_BTD: Tensor | None, meta: PackMeta) -> BlockSteps:
-        """Do what `forward` does, up to each place where the mixer's rows travel and something else may run.
+        """Do what `forward` does, up to each place where the mixer's rows are sent and something else may run.
 
         Of a mixer that `travels`, in training; hooks of the modules do not see it. Each is continued by `advance`.
         """
@@ -173,7 +173,7 @@ class Block(nn.Module):
         return residual_BTD, mixed._replace(y_BTD=multiply(mixed.y_BTD, self.multiplier))
 
     def advance(self, steps: BlockSteps) -> tuple[Tensor, MixerOutput] | None:
-        """Run one of its steps: None where rows have set out and more follows, at the end what `forward` returns."""
+        """Run one of its steps: None if rows have set out and more follows, at the end what `forward` returns."""
         try:
             return next(steps)
         except StopIteration as end:
@@ -210,7 +210,7 @@ class Block(nn.Module):
         return normed_BTD.to(self.norm.weight.dtype), residual_BTD
 
     def _recomputed_norm(self, normed_BTD: Tensor, residual_BTD: Tensor) -> Recomputed | None:
-        """Where nothing keeps the norm of this stream; None where it is kept, or nothing will ask for it.
+        """If nothing keeps the norm of this stream; None where it is kept, or nothing will ask for it.
 
         A split pass keeps it: what its operations get of kept weights must be the parameters themselves.
         """
@@ -259,7 +259,7 @@ class Stream:
     states: list[BlockState] = field(default_factory=list)
 
     def add(self, index: int, residual_BTD: Tensor, mixed: MixerOutput) -> None:
-        """Continue behind the block of this index, which made this of the stream."""
+        """Continue after the block of this index, which made this of the stream."""
         self.residual_BTD, self.delta_BTD = residual_BTD, mixed.y_BTD
         self.states.append(mixed.state)
         if mixed.expert_counts_E is not None:
@@ -267,7 +267,7 @@ class Stream:
         self.add_auxiliary(mixed.auxiliary or {})
 
     def add_counts(self, index: int, counts_E: Tensor) -> None:
-        """Add choices of a block's experts; one that all depths of multi-token prediction share is passed several times."""
+        """Add choices of a block's experts; one that all MTP layers share is passed several times."""
         before_E = self.expert_counts.get(index)
         self.expert_counts[index] = counts_E if before_E is None else before_E + counts_E
 

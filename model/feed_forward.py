@@ -33,7 +33,7 @@ def up_segments(hidden_size: int, activation: Activation) -> tuple[int, ...]:
 class FeedForward(nn.Module):
     """down(activation(up(x))); the inner width is sharded over the tensor-parallel ranks.
 
-    `name` is the setting of the inner width, for the error where the ranks do not divide it; limit: of gate and up. Every rank of `groups.tp` must
+    `name` is the setting of the inner width, for the error if the ranks do not divide it; limit: of gate and up. Every rank of `groups.tp` must
     call it.
     """
 

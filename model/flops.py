@@ -65,7 +65,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, floa
 
 
 def depth_flops(config: ModelConfig, sequence_length: int) -> float:
-    """Training FLOPs of one token in all depths of multi-token prediction: their projections, blocks and heads."""
+    """Training FLOPs of one token in all MTP layers: their projections, blocks and heads."""
     letters = config.parsed_pattern.depth_letters
     blocks = sum(block_flops(config, symbol, sequence_length) for symbol in letters)
     return config.num_depths * (blocks + depth_projection_flops(config) + head_flops(config))

@@ -37,7 +37,7 @@ class Head(Float32Buffers):
 
     @abstractmethod
     def forward(self, hidden_BTD: Tensor, labels_BT: Tensor | None = None) -> HeadOutput:
-        """Read the normed stream [B, T, D]; labels [B, T] int64, -100 where there is none."""
+        """Read the normed stream [B, T, D]; labels [B, T] int64, -100 if there is none."""
 
     def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
         """Draw the whole initial value of a parameter, float32 on the CPU; None: as init.py says for its name."""
@@ -45,7 +45,7 @@ class Head(Float32Buffers):
 
 
 def build_head(config: ModelConfig) -> Head | None:
-    """Build the head that `model.head` names; None where the model has the matrix."""
+    """Build the head that `model.head` names; None if the model has the matrix."""
     if config.head is None:
         return None
     kind = find_kind(config.head)

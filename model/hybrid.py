@@ -9,7 +9,7 @@ Blocks differ in their mixer alone (build.py, mixers/interface.py), which mixes 
 mixers) or over channels (mixture of experts, dense feed-forward); nothing here asks which one it is. Every mixer gets the `PackMeta` that keeps documents apart.
 
 What flows between blocks is a `Stream` (block.py), and what they give besides ends in `ModelOutput`. Where the pattern has
-depths of multi-token prediction (mtp.py), they follow the last block in training; decoding and export do without them.
+MTP layers (mtp.py), they follow the last block in training; decoding and export do without them.
 
 Pieces: a pipeline rank holds one or several runs of consecutive blocks. A model that is built with `pieces` has only
 those, under their indices in the whole pattern, so names, initial values and checkpoints do not depend on how the model is
@@ -52,8 +52,8 @@ class ModelOutput:
     logits_BTV [B, T, V]: without labels, else None. loss: sums of the cross entropy with labels, else None. auxiliary: weighted
     auxiliary losses summed over blocks, by name; empty in eval mode. expert_counts: token choices of each expert, [E] int64
     by block index. state: the decode state after these tokens, when one was given. predictions_BT: the most likely token
-    after each, [B, T] int64, where labels and predictions were asked for. mtp: sums of the cross entropy of each depth of
-    multi-token prediction; mtp_hits [D] int64, in eval mode: how many of its labels each depth finds most likely.
+    after each, [B, T] int64, where labels and predictions were asked for. mtp: sums of the cross entropy of each
+    MTP layer; mtp_hits [D] int64, in eval mode: how many of its labels each depth finds most likely.
     """
 
     logits_BTV: Tensor | None
@@ -70,7 +70,7 @@ class HybridModel(nn.Module):
     """A hybrid decoder built from a pattern string; every rank of `groups.tp` must build and call it alike.
 
     With `pieces` it is what one pipeline rank holds: their blocks, the embedding with the first piece, final norm and head
-    and depths of multi-token prediction with the last (and there, when they are tied or there are depths, a copy of the
+    and MTP layers with the last (and there, when they are tied or there are depths, a copy of the
     embedding, named in `copied_parameters`). Such a model is not called: its owner passes the stream from `embed` through `pass_blocks` to `finish`.
 
     Parameters have torch's default dtype; `.bfloat16()` casts them all, and the model then computes in bf16 except where a
@@ -177,8 +177,8 @@ class HybridModel(nn.Module):
         """Compute logits of tokens [B, T]; with labels [B, T] the loss instead, without making logits.
 
         labels: the token that follows each (they are not shifted here), -100: masked. meta: without it each row is one
-        document. predicts: besides the loss also the most likely tokens, which does make logits. ahead: what each depth of
-        multi-token prediction reads and learns; without it there are no such losses. state: from `empty_state` or the
+        document. predicts: besides the loss also the most likely tokens, which does make logits. ahead: what each
+        MTP layer reads and learns; without it there are no such losses. state: from `empty_state` or the
         previous output; the tokens continue it, one document per row. `meta.choices` replays choices of experts.
         """
         if meta is None:
@@ -209,7 +209,7 @@ class HybridModel(nn.Module):
     ) -> Stream:
         """Pass the stream through the blocks of these indices, adding their auxiliary losses, counts and states to it.
 
-        Returns a new Stream; the one given is not changed. Raises ValueError where `meta` is cut for another number of
+        Returns a new Stream; the one given is not changed. Raises ValueError if `meta` is cut for another number of
         context ranks than the model's. Every rank of `groups.tp`, `groups.cp` and the expert groups must call.
         """
         _check_cut(meta, self.groups)
@@ -234,7 +234,7 @@ class HybridModel(nn.Module):
     ) -> ModelOutput:
         """Apply final norm and head to the stream after the last block: logits, or with labels the loss and predictions.
 
-        ahead, with the layout of the rows: depths of multi-token prediction continue from the normed stream. Every rank
+        ahead, with the layout of the rows: MTP layers continue from the normed stream. Every rank
         of `groups.tp` must call, with depths those of the blocks' groups too; all get the same result.
         """
         assert self.final_norm is not None, "the last piece of the pipeline has the head"
@@ -256,13 +256,13 @@ class HybridModel(nn.Module):
         output = ModelOutput(None, loss, stream.auxiliary, stream.expert_counts, predictions_BT=predictions_BT)
         if not ahead:
             return output
-        assert meta is not None, "depths of multi-token prediction read the layout of the rows"
+        assert meta is not None, "MTP layers read the layout of the rows"
         return self._look_ahead(output, hidden_BTD, ahead, meta)
 
     def _look_ahead(
         self, output: ModelOutput, hidden_BTD: Tensor, ahead: Sequence[Ahead], meta: PackMeta
     ) -> ModelOutput:
-        """Add to an output what each depth of multi-token prediction gives; hidden [B, T, D]: the normed stream.
+        """Add to an output what each MTP layer gives; hidden [B, T, D]: the normed stream.
 
         With `detach` a depth reads embedding, hidden states and head as constants.
         """
@@ -358,11 +358,11 @@ def _finish_with(
 
 
 def use_at_once(part: str) -> None:
-    """What `HybridModel.before_use` does where no one gathers weights: nothing."""
+    """What `HybridModel.before_use` does if no one gathers weights: nothing."""
 
 
 def _check_groups(groups: ProcessGroupCollection, *, has_pieces: bool) -> None:
-    """Refuse a pipeline rank that was not told which blocks it holds."""
+    """Reject a pipeline rank that was not told which blocks it holds."""
     if groups.pp.size() > 1 and not has_pieces:
         raise ValueError(f"the pp group has {groups.pp.size()} ranks; give the pieces of the model that this one holds")
 

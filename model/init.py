@@ -91,7 +91,7 @@ def fill_part(
 
 
 def _own_values(model: nn.Module, name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor | None:
-    """Ask a factored matrix or a mixer for the initial value of its parameter; None where that is this file's."""
+    """Ask a factored matrix or a mixer for the initial value of its parameter; None if that is this file's."""
     place, _, own_name = name.rpartition(".")
     layer = model.get_submodule(place)
     if isinstance(layer, StructuredLinear):

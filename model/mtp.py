@@ -13,7 +13,7 @@ Documents: x_(t+k) and the label must be in the document of t, else the place ha
 main ones and reset like them. What a depth reads is shifted on whole rows, before these are cut over context ranks
 (`Ahead.of_rows`), so that a place at the end of a rank's segment needs nothing of another rank.
 
-Two halves of a micro-batch's rows pass the blocks in turns: the rows of one travel to experts next to what the other
+Two halves of a micro-batch's rows pass the blocks in turns: the rows of one are sent to experts next to what the other
 computes.
 
 Experts that are spread over ranks make a block wait for rows, twice in each direction. Rows of a micro-batch do not know of each
@@ -22,8 +22,8 @@ other, so one half can continue while the other waits: each half runs until it w
     half 1   mixers, router, send | wait, experts, send home |  wait, next mixers, router, send   |
     half 2                        | mixers, router, send     | wait, experts, send home           | wait, next mixers ...
 
-So a half's rows travel out next to the other's mixers or experts, and home next to its experts or next mixers. Autograd
-runs the nodes that were made last first, which is the same turns backwards: gradients travel in parallel with computing
+So a half's rows are sent out next to the other's mixers or experts, and home next to its experts or next mixers. Autograd
+runs the nodes that were made last first, which is the same turns backwards: gradients are sent in parallel with computing
 as well.
 
 Every number is that of two micro-batches of half the rows: capacities and balance losses are a half's, and losses are averaged.

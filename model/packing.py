@@ -1,6 +1,6 @@
 """Where documents begin and end in a packed micro-batch.
 
-A packed row holds several documents, and nothing may pass from one to the next: attention masks, convolutions and
+A packed sequence holds several documents, and nothing may pass from one to the next: attention masks, convolutions and
 recurrent states reset. What blocks need for that is found once, on the CPU, while the micro-batch is still there (reading
 a value of a device tensor makes the host wait for all that is queued), and moved to the device as a whole. No block looks
 at values again: whether there is anything to reset at all is a Python bool.
@@ -68,7 +68,7 @@ def means_without(padding: Padding, num_ranks: int) -> tuple[Mean, Mean]:
 
 @dataclass(frozen=True)
 class PackMeta:
-    """Document layout of one micro-batch of B rows of T tokens.
+    """Document layout of one micro-batch of B sequences of T tokens.
 
     document_ids_BT [B, T] int32, nondecreasing inside a row. positions_BT [B, T] int32, the place inside the document.
     starts_BT [B, T] int32, the place in the row of the first token of each token's document, and document_ends, the same of
@@ -95,9 +95,9 @@ class PackMeta:
 
     @classmethod
     def from_document_ids(cls, document_ids_BT: Tensor, positions_BT: Tensor | None = None) -> PackMeta:
-        """Build the layout of packed rows; positions restart at each document when they are not given.
+        """Build the layout of packed sequences; positions restart at each document when they are not given.
 
-        Reads values: give it tensors on the CPU and move the result. Raises ValueError where ids decrease inside a row.
+        Reads values: give it tensors on the CPU and move the result. Raises ValueError if ids decrease inside a row.
         """
         if document_ids_BT.dim() != 2 or document_ids_BT.numel() == 0:
             raise ValueError(f"document_ids must be [rows, tokens] and not empty, not {tuple(document_ids_BT.shape)}")
@@ -127,7 +127,7 @@ class PackMeta:
         """Cut out the part of these rows that one of `num_ranks` context ranks has; with one rank, all of them.
 
         Cut tokens and labels alike, with `segments.take`. No collectives: every rank has the whole rows. Positions stay those
-        of the whole rows, so rotary embeddings need nothing more. Raises ValueError where rows cannot be cut evenly.
+        of the whole rows, so rotary embeddings need nothing more. Raises ValueError if rows cannot be cut evenly.
         """
         assert not self.halves, "rows are cut before they are halved"
         if num_ranks == 1:
@@ -205,14 +205,14 @@ class PackMeta:
         )
 
     def boundaries_BT(self) -> Tensor | None:
-        """Document ids [B, T] where kernels must reset at documents; None where there is nothing to reset.
+        """Document ids [B, T] where kernels must reset at documents; None if there is nothing to reset.
 
         None lets kernels take the path without masks; it is decided by a bool that was read on the CPU.
         """
         return None if self.single_document else self.document_ids_BT
 
     def document_starts_BT(self) -> Tensor | None:
-        """The place of the first token of each token's document [B, T] int32; None where there is nothing to reset.
+        """The place of the first token of each token's document [B, T] int32; None if there is nothing to reset.
 
         In the segment, of rows that are cut. On the device, where `find_bounds` was not asked before the layout moved there.
         """

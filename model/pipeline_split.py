@@ -2,7 +2,7 @@
 
 A pipeline is as fast as its slowest stage, and blocks of a hybrid differ in cost several times, so an equal number of blocks
 a stage is not balanced. Without `|` the cut minimises the FLOPs of the costliest piece, with the head counted in the last, and
-with all depths of multi-token prediction, which stay with it.
+with all MTP layers, which stay with it.
 FLOPs stand for time: they are known before anything runs, and are the same on every rank, which must agree on the cut.
 Whoever measures a better cut writes it into the pattern.
 """
@@ -21,7 +21,7 @@ from amfm.model.flops import block_flops, depth_flops, head_flops
 
 @dataclass(frozen=True)
 class Piece:
-    """Blocks `start` to `stop` (exclusive) of the pattern; the first piece embeds, the last has final norm, head and prediction depths."""
+    """Blocks `start` to `stop` (exclusive) of the pattern; the first piece embeds, the last has final norm, head and MTP layers."""
 
     start: int
     stop: int
@@ -43,7 +43,7 @@ def whole_piece(config: ModelConfig) -> Piece:
 def cut_pieces(config: ModelConfig, num_pieces: int, sequence_length: int) -> tuple[Piece, ...]:
     """Cut a model into the pieces of a pipeline: at each `|` of the pattern, else so that the costliest costs least.
 
-    Raises ValueError where the `|` make another number of pieces, and where there are more pieces than blocks.
+    Raises ValueError if the `|` make another number of pieces, and if there are more pieces than blocks.
     """
     pattern = config.parsed_pattern
     if pattern.piece_cuts:
@@ -67,7 +67,7 @@ def cut_pieces(config: ModelConfig, num_pieces: int, sequence_length: int) -> tu
 
 
 def piece_costs(config: ModelConfig, sequence_length: int) -> list[float]:
-    """FLOPs per token of each block; the last with those of the head and the prediction depths; the embedding costs
+    """FLOPs per token of each block; the last with those of the head and the MTP layers; the embedding costs
     none.
     """
     costs = [block_flops(config, symbol, sequence_length) for symbol in config.letters]

@@ -45,7 +45,7 @@ class RoutedUpdates(nn.Module):
     """The router of a block's updates; the updates themselves are `lora` of the layers of its mixer.
 
     It hangs on the mixer's forward pass: before it the router chooses, after it the balance joins the auxiliary losses. So
-    blocks and mixers know nothing of it. Every rank of `groups.tp` must call `choose`. Context ranks are refused (pretrain/checks/sections.py).
+    blocks and mixers know nothing of it. Every rank of `groups.tp` must call `choose`. Context ranks are rejected (pretrain/checks/sections.py).
     """
 
     def __init__(

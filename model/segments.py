@@ -1,4 +1,4 @@
-"""How context parallelism cuts the rows of a micro-batch over ranks.
+"""How context parallelism cuts the sequences of a micro-batch over ranks.
 
 A row is cut into 2 x ranks equal segments, and rank r takes segments r and 2 x ranks - 1 - r. In causal attention segment z
 reads z + 1 segments of keys, so each rank reads 2 x ranks + 1 in sum: the same work, where one contiguous run a rank would
@@ -38,7 +38,7 @@ class Segments:
 
     @classmethod
     def of_rows(cls, document_ids_BT: Tensor, rank: int, num_ranks: int) -> Segments:
-        """Cut rows with these document ids. Raises ValueError where their length is not a multiple of 2 * num_ranks."""
+        """Cut rows with these document ids. Raises ValueError if their length is not a multiple of 2 * num_ranks."""
         num_tokens, count = document_ids_BT.shape[1], 2 * num_ranks
         if num_tokens % count:
             raise ValueError(

@@ -88,13 +88,13 @@ def is_rolled_back(run_dir: Path) -> bool:
 
 
 def find_rollback(run_dir: Path) -> int | None:
-    """The step that a run was last rolled back to on purpose; None where it never was."""
+    """The step that a run was last rolled back to on purpose; None if it never was."""
     steps = [event.get("step") for event in read_events(run_dir) if event.get("event") == "rolled_back_to"]
     return steps[-1] if steps and isinstance(steps[-1], int) else None
 
 
 def last_word(run_dir: Path, seen: int = 0) -> str | None:
-    """How the newest start of a run ended in good order, by its events after the first `seen`; None where it has not said."""
+    """How the newest start of a run ended in good order, by its events after the first `seen`; None if it has not said."""
     words = [str(event.get("event")) for event in read_events(run_dir)]
     new = words[seen:] if len(words) >= seen else words  # someone emptied the file
     return next((word for word in reversed(new) if word in ENDS), None)
@@ -103,7 +103,7 @@ def last_word(run_dir: Path, seen: int = 0) -> str | None:
 def has_vanished(run_dir: Path) -> bool:
     """Whether the newest start of a run left no word of its end: its exit code 0 is then a library's that called `_exit`.
 
-    False where there are no events, as on another machine's disk.
+    False if there are no events, as on another machine's disk.
     """
     has_ended = True
     for event in read_events(run_dir):

@@ -1,7 +1,7 @@
 """What an error means, judged in one place: exit code and words, by the phase that it came up in.
 
 While a command starts, what its user can correct (a setting, a path, credentials) ends with 2, and everything else of the
-machine with 3. Once a run is under way nothing is the settings' fault any more: whatever the machine refuses ends with 3, so that a
+machine with 3. Once a run is under way nothing is the settings' fault any more: whatever the machine rejects ends with 3, so that a
 supervisor starts again from the newest checkpoint. A bug (AssertionError, TypeError, ...) is neither and keeps its
 traceback. Messages of the system carry the path they are about (`amfm.data_pipeline.durable.files.named`).
 """
@@ -27,7 +27,7 @@ LESS_MEMORY = "lower train.micro_batch_size, or see docs/debugging.md#out-of-mem
 # What the system's loader says of a library for which it has no room.
 NO_MEMORY = ("failed to map segment", "cannot allocate memory")
 
-# What Python and native libraries say where the system refuses a thread or a process.
+# What Python and native libraries say where the system rejects a thread or a process.
 NO_THREADS = ("cannot start new thread", "Resource temporarily unavailable")
 
 

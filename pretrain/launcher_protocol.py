@@ -6,7 +6,7 @@ Imports nothing, so that launchers start fast.
 from __future__ import annotations
 
 DONE = 0
-BAD_INPUT = 2  # settings and files: the same command would be refused again
+BAD_INPUT = 2  # settings and files: the same command would be rejected again
 RUN_FAILED = 3  # the machine's state: the same command may continue
 NEXT_LAYOUT = 4  # saved where another layout begins, or a model without guides: the same command continues, again
 INTERRUPTED = 130  # Ctrl-C, as shells count it: a script must not take the run for finished

@@ -26,7 +26,7 @@ from amfm.pretrain.parallel import Parallel
 class MicroBatch:
     """The model's input: tokens and labels [B, T of this context rank], and where documents begin.
 
-    ahead: what each depth of multi-token prediction reads and learns.
+    ahead: what each MTP layer reads and learns.
     """
 
     tokens_BT: Tensor
@@ -40,7 +40,7 @@ class MicroBatch:
     ) -> MicroBatch:
         """Cut out what one of `num_ranks` context ranks has of a batch of the loader, on the CPU like the batch.
 
-        The loader has counted the documents, so that nothing is searched for here. Raises ValueError where rows cannot
+        The loader has counted the documents, so that nothing is searched for here. Raises ValueError if rows cannot
         be cut evenly. takes_turns: both halves of the rows pass blocks in turns.
         """
         ahead, lengths_B = look_ahead(batch, num_depths), batch.lengths_B
@@ -79,7 +79,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def look_ahead(batch: Batch, num_depths: int) -> tuple[Ahead, ...]:
-    """Shift the batch's rows, once for each depth of multi-token prediction; empty without depths."""
+    """Shift the batch's rows, once for each MTP layer; empty without depths."""
     rows = batch.tokens_BT, batch.labels_BT, batch.document_ids_BT
     return tuple(Ahead.of_rows(*rows, depth) for depth in range(1, num_depths + 1))
 
@@ -124,8 +124,8 @@ class MicroBatches(Sequence[MicroBatch]):
 class LossShare:
     """Turns a micro-batch's sums into its share of the step's loss; gradients of all shares are then summed.
 
-    The loss is a sum over tokens divided by the global batch's valid tokens, and so is that of each depth of
-    multi-token prediction by its own, of whose mean a weighted part is taken (`mtp_factors`, a number a depth); each
+    The loss is a sum over tokens divided by the global batch's valid tokens, and so is that of each
+    MTP layer by its own, of whose mean a weighted part is taken (`mtp_factors`, a number a depth); each
     auxiliary loss is a mean over its micro-batches, of all data ranks. The numbers are on the device: the host need not
     know them.
     """

@@ -220,7 +220,7 @@ def choose_gpu(local_rank: int, num_visible: int) -> int:
     """Number of the GPU that a local rank takes among those that its process sees.
 
     A site may show each task its own one alone (`--gpus-per-task`, `--gpu-bind=single:1`), which then is number 0. Raises
-    RuntimeError where there are several and none for this rank.
+    RuntimeError if there are several and none for this rank.
     """
     if num_visible == 1:
         return 0
@@ -326,7 +326,7 @@ def destroy_groups() -> None:
 
 
 def place_megatron_buffers_on_cpu() -> None:
-    """Let Megatron-core's layers allocate where there is no CUDA: they ask torch.cuda for the current device."""
+    """Let Megatron-core's layers allocate if there is no CUDA: they ask torch.cuda for the current device."""
     assert not torch.cuda.is_available(), "only for machines without CUDA"
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
 

@@ -197,7 +197,7 @@ class PieceStage(pipelining.PipelineStage):
         return found
 
     def _make_buffers(self, received: Sequence[Any]) -> None:
-        """Make buffers of the stream's shape where there are none."""
+        """Make buffers of the stream's shape if there are none."""
         for entry in received:
             buffer = getattr(entry, "buffer", None)
             if isinstance(buffer, Tensor) and not buffer.numel():

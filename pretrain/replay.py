@@ -1,7 +1,7 @@
 """Compute steps of a finished run again from a checkpoint, and compare what they gave with the run's records, bitwise.
 
 The steps are trained by the loop as it is, in another run directory, from the newest checkpoint before the step that was
-asked for, or from the beginning where there is none, with the configuration and the ranks of each start that trained some of
+asked for, or from the beginning if there is none, with the configuration and the ranks of each start that trained some of
 them; the run stays as it is. The line of each step in
 metrics.jsonl has the loss and the gradient norm with all their digits, and where the run has a checkpoint of the last step,
 every number of it is compared. Equal code, libraries and ranks give equal bits on a CPU, and on GPUs with
@@ -85,7 +85,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was found: the first difference, None where all is equal, and whether the run has a checkpoint of the last step.
+    """What was found: the first difference, None if all is equal, and whether the run has a checkpoint of the last step.
 
     tensors: in how many parts of parameters, moments and buffers of that checkpoint a bit differs. weights_sha256, loss and
     grad_norm: of the last step as it was computed.
@@ -104,7 +104,7 @@ def prepare_replay(
 ) -> Replay:
     """Make `out` a run that trains up to this step from the checkpoint before it; num_ranks: None as it was.
 
-    Raises ValueError for a step that the run did not train, and where its records do not show how; RuntimeError where the
+    Raises ValueError for a step that the run did not train, and if its records do not show how; RuntimeError if the
     checkpoint is damaged.
     """
     record = read_run(run_dir)
@@ -134,7 +134,7 @@ def prepare_replay(
 
 
 def find_turns(starts: Sequence[Attempt], first: int, last: int) -> list[tuple[Attempt, int]]:
-    """Starts that trained these steps, in order, each with the last step of its turn; empty where a step has none."""
+    """Starts that trained these steps, in order, each with the last step of its turn; empty if a step has none."""
     turns: list[tuple[Attempt, int]] = []
     for step in range(first, last + 1):
         start = next((start for start in starts if start.keeps(step)), None)

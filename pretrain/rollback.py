@@ -1,7 +1,7 @@
 """Going back to an earlier checkpoint on purpose, and forward again: `amfm rollback` and `train.resume_step`.
 
 Nothing is deleted. The checkpoints of later steps move into a folder `rolled-back-K`, in the run directory and in
-`train.checkpoint_store` alike, where no start, fetch or pruning looks. Lines of metrics.jsonl that the run drops go to
+`train.checkpoint_store` alike, if no start, fetch or pruning looks. Lines of metrics.jsonl that the run drops go to
 `metrics.before-rollback-K.jsonl`. The checkpoint that was named is marked, so that it is never pruned. Replicas in the
 memory of nodes cannot be reached from here: the run directory gets another owner, so that no start takes them for
 its newest state, and the next start moves the newest one to the others (saving.py).
@@ -87,7 +87,7 @@ def list_rollbacks(run_dir: Path, remote: RemoteCheckpoints | None) -> list[Roll
 
 
 def find_new_rollback(run_dir: Path) -> Rollback | None:
-    """The newest rollback of a run that was not started since; None where there is none."""
+    """The newest rollback of a run that was not started since; None if there is none."""
     rollbacks = list_rollbacks(run_dir, None) if is_rolled_back(run_dir) else []
     return rollbacks[-1] if rollbacks else None
 
@@ -101,8 +101,8 @@ def understand(record: Mapping[str, Any]) -> Rollback:
 def roll_back(run_dir: Path, step: int, remote: RemoteCheckpoints | None, *, by: str) -> Rollback:
     """Make a step the newest of a run: set aside all later ones, and mark it. The caller holds the run's lock.
 
-    Raises ValueError where neither the run directory nor the store has a whole checkpoint of it, RuntimeError where the store
-    does not answer, OSError where the disk refuses.
+    Raises ValueError if neither the run directory nor the store has a whole checkpoint of it, RuntimeError if the store
+    does not answer, OSError where the disk rejects.
     """
     checkpoints_dir = run_dir / "checkpoints"
     there = {} if remote is None else remote.list_whole()
@@ -142,7 +142,7 @@ def roll_back(run_dir: Path, step: int, remote: RemoteCheckpoints | None, *, by:
 
 
 def find_target(run_dir: Path, step: int, remote: RemoteCheckpoints | None, there: Mapping[str, Sequence[str]]) -> str:
-    """SHA-256 of the manifest of a step's checkpoint, here or else in the store. ValueError where neither has a whole one."""
+    """SHA-256 of the manifest of a step's checkpoint, here or else in the store. ValueError if neither has a whole one."""
     name, checkpoints_dir = checkpoint_name(step), run_dir / "checkpoints"
     if (checkpoints_dir / name).is_dir():
         try:

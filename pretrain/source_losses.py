@@ -54,7 +54,7 @@ def losses_of(sums: Mapping[str, tuple[float, int]], store: TokenStore, split: S
 
 
 def bits_per_byte(sums: Mapping[str, tuple[float, int]], store: TokenStore, split: Split) -> float | None:
-    """Bits per byte over all sources, from the nats and tokens of each; None where the bytes of one are not known."""
+    """Bits per byte over all sources, from the nats and tokens of each; None if the bytes of one are not known."""
     num_bytes = 0.0
     for name, (_, tokens) in sums.items():
         per_token = store.bytes_per_token(name, split)

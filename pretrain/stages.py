@@ -27,7 +27,7 @@ class RunStage:
 
     first_step, first_sample: steps done and rows drawn by all stages before it. config: of a run that is this stage and
     nothing else; train.steps, batch sizes in rows of train.sequence_length tokens, the layout, and optimizer.learning_rate
-    as its peak are the stage's own. weights, indexer: of the data mixture and what indexers do from here on; None where
+    as its peak are the stage's own. weights, indexer: of the data mixture and what indexers do from here on; None if
     they do not change.
     """
 
@@ -188,7 +188,7 @@ class Built:
         return in_layout(config if self.guided else without_guide(config), stage)
 
     def explain_unfit(self, older: Built) -> str | None:
-        """Why weights of an older step, which was built so, cannot be restored here; None where they can."""
+        """Why weights of an older step, which was built so, cannot be restored here; None if they can."""
         if older.guided and not self.guided:
             return "of a step in which factored matrices had guides, and this start has none"
         return None

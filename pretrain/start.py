@@ -2,7 +2,7 @@
 
 The order matters. Settings are checked before anything is opened, data before the model is built (a missing store
 should not cost minutes of initialisation), the checkpoint is loaded before the log is opened, and the run directory is
-written to (opening/log.py) only when everything fits: a refused start leaves no trace in the run it was refused for.
+written to (opening/log.py) only when everything fits: a rejected start leaves no trace in the run it was rejected for.
 
 Ranks compare what they were started with twice, before the model is built: configuration and versions first, then the
 identities of data and tokenizer. A rank that differed would hang the others in a collective, or train another model.
@@ -134,7 +134,7 @@ def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent) 
     steps_done = max(0, newest)
     check_run(config, world_size, steps_done=steps_done, goes_on=launcher_goes_on())
     check_plot_services(config)
-    # Before data and model are built: a second start in the same directory is refused at once.
+    # Before data and model are built: a second start in the same directory is rejected immediately.
     lock = lock_directory(Path(config.run.dir)) if rank == 0 else None
     starting = Starting(Path(config.run.dir)) if rank == 0 else None
     if starting is not None:

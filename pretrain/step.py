@@ -53,7 +53,7 @@ def train_step(run: Run) -> StepResult:
     sums, report, anomaly = take_passes(run, batches, counts, share)
     room = run.parallel.groups.row_room
     if room is not None and room.settle(report.missed):
-        run.engine.step(work.rate)  # refused on all ranks: it lets go of the gradients
+        run.engine.step(work.rate)  # rejected on all ranks: it lets go of the gradients
         run.tell("recount", "experts' rows had too little room: this step is computed again, with counted rows")
         sums, report, anomaly = take_passes(run, batches, counts, share)
         room.settle(report.missed)
@@ -232,7 +232,7 @@ def forward_micro_batch(run: Run, given: MicroBatch, *, predicts: bool = False) 
 def count_valid_tokens(batches: Sequence[Batch], parallel: Parallel, model: ModelConfig) -> Tensor:
     """Count the labels that are not masked, over all micro-batches of all data ranks. Every rank must call this.
 
-    First those of the main loss, then those of each depth of multi-token prediction; on the device, where no one waits.
+    First those of the main loss, then those of each MTP layer; on the device, if no one waits.
     """
     own = [sum(int(batch.loss_mask_BT.sum()) for batch in batches)]
     ahead = [look_ahead(batch, model.num_depths) for batch in batches]

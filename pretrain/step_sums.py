@@ -36,7 +36,7 @@ class RankNews:
 class StepReport:
     """The sums of a step over all ranks, as numbers of the host; the same on every rank.
 
-    tokens: valid ones, of the main loss and then of each prediction depth, at least 1. expert_counts: choices by expert
+    tokens: valid ones, of the main loss and then of each MTP layer, at least 1. expert_counts: choices by expert
     of each MoE block. news: the largest signal of any rank, whether some rank saves, the damaged samples of all data
     ranks. missed: times that rows of spread experts had no place (`RowRoom`).
     """
@@ -61,7 +61,7 @@ class StepReport:
         return means | ({"logits_z": self.z_loss / self.tokens[0]} if model.logits_z_loss_weight > 0 else {})
 
     def depth_losses(self) -> tuple[float, ...]:
-        """Mean negative log-likelihood a token of each depth of multi-token prediction."""
+        """Mean negative log-likelihood a token of each MTP layer."""
         return tuple(nll / tokens for nll, tokens in zip(self.mtp_nll, self.tokens[1:]))
 
 
@@ -129,7 +129,7 @@ class StepSums:
     def reduce(self, parallel: Parallel, tokens: Tensor, news: RankNews | None = None) -> StepReport:
         """Sum over all ranks that saw other tokens or blocks, in float64, which is exact for counts, and read it.
 
-        What ranks alone know travels along, so that all stop, and all learn how a save ended, at the same step.
+        What ranks alone know is sent along, so that all stop, and all learn how a save ended, at the same step.
         `tokens`: counts that the data ranks have summed already (`count_valid_tokens`); they are read in the same copy.
         `expert_counts` are those of all ranks from now on, on the device. Every rank must call this.
         """
@@ -172,7 +172,7 @@ def encode(news: RankNews, parallel: Parallel) -> Tensor:
 def empty_sums(config: ModelConfig, device: torch.device, *, extra: Sequence[str] = ()) -> StepSums:
     """Zero sums with the keys of the whole model.
 
-    Every auxiliary loss, every block with a router, every prediction depth.
+    Every auxiliary loss, every block with a router, every MTP layer.
 
     extra: auxiliary losses that the run's blocks give besides those of its model section.
     """

@@ -130,7 +130,7 @@ class TensorFile:
 class TensorWriter:
     """A new safetensors file whose tensors come in parts and in any order.
 
-    Raises FileExistsError where the file is there. `finish` after the last part.
+    Raises FileExistsError if the file is there. `finish` after the last part.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, Shape]]) -> None:

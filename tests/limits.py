@@ -1,7 +1,7 @@
 """Limits of time that a busy machine would meet: `python tests/limits.py` prints them and exits with 1.
 
 A test that gives up after a minute is red where other programs run, and shows nothing. What a test waits for is given
-`PATIENCE_SECONDS` of tests/helpers/patience.py; a number below `SHORTEST` is refused unless its line says why it has to be short:
+`PATIENCE_SECONDS` of tests/helpers/patience.py; a number below `SHORTEST` is rejected unless its line says why it has to be short:
 `# short: it must end`. Lines are searched, not statements: child programs in strings count too.
 """
 

@@ -77,7 +77,7 @@ class Terminal:
         return self.process.wait(PATIENCE_SECONDS)
 
     def _read(self) -> bool:
-        """Read what is there now; False where the last process has closed the terminal."""
+        """Read what is there now; False if the last process has closed the terminal."""
         if select.select([self.ours], [], [], 0.05)[0]:
             try:
                 self.screen += os.read(self.ours, 65536).decode(errors="replace")

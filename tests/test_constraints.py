@@ -56,7 +56,7 @@ def test_the_wheels_are_of_the_cuda_in_the_name(path: Path):
     versions = pinned(path, "3.12")
     runtime = next(version for name, version in versions.items() if name.startswith("nvidia-cuda-runtime"))
     assert path.stem == f"cuda-{runtime.major}.{runtime.minor}"
-    assert str(versions["triton"]) != "3.8.0", "it is refused"
+    assert str(versions["triton"]) != "3.8.0", "it is rejected"
 
 
 def test_the_image_takes_one_of_them_and_what_it_copies_is_there():

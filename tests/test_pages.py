@@ -106,7 +106,7 @@ def settings() -> tuple[str, ...]:
 
 
 def find_command(words: list[str]) -> tuple[typer.core.TyperCommand | None, list[str]]:
-    """The command that `words` (after `amfm`) name, and the words after its name; None where there is no such verb."""
+    """The command that `words` (after `amfm`) name, and the words after its name; None if there is no such verb."""
     command = command_line()
     while hasattr(command, "commands"):
         words = words[1:] if words[:1] == ["--traceback"] else words

@@ -47,7 +47,7 @@ class ClientBench:
     processor_seconds: float
 
     def is_as_expected(self) -> bool:
-        """Whether every program agrees, or refuses or misreads as known, and the three ways to measure tasks agree."""
+        """Whether every program agrees, or rejects or misreads as known, and the three ways to measure tasks agree."""
         outcomes = [report for row in self.reports.values() for report in row.values()]
         return (
             all(report.outcome in ("equal", "refused", "misread") for report in outcomes)
@@ -65,7 +65,7 @@ class ClientBench:
 
 
 def choose_models(classes: Sequence[str]) -> list[str]:
-    """Names of the models of the classes, of all where there are none. Raises ValueError for a class that has none."""
+    """Names of the models of the classes, of all if there are none. Raises ValueError for a class that has none."""
     by_class = {name: name.split()[0] for name in MODELS}
     unknown = [each for each in classes if each not in by_class.values()]
     if unknown:

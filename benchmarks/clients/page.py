@@ -23,9 +23,9 @@ NOTED = ("refused", "misread", "failed")
 
 @dataclass(frozen=True)
 class Row:
-    """A model on the page: its pattern, and by program a few words, and a note where it refuses or misreads.
+    """A model on the page: its pattern, and by program a few words, and a note where it rejects or misreads.
 
-    adapters: the cells of the table of fine-tuning; empty where that failed.
+    adapters: the cells of the table of fine-tuning; empty if that failed.
     """
 
     pattern: str

@@ -45,7 +45,7 @@ def _resident_bytes(name: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {name}; the memory of a process is measured on Linux alone")
+    raise RuntimeError(f"/proc/self/status has no {name}; the memory of a process is measured only on Linux")
 
 
 def tokenize(settings: dict[str, Any], answer: Callable[[object], None]) -> None:

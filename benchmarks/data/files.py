@@ -26,7 +26,7 @@ HUGE_PART_TOKENS = 16_000_000  # what the default part_bytes of 64 MB of text gi
 class BenchData:
     """Settings of the benchmark. `text`: files or folders as in data.sources. `work`: folder of everything it makes.
 
-    `samples`: read by each reader in a round. `batch`: rows of a micro-batch. `huge_tokens`: size of the store whose
+    `samples`: read by each reader in a round. `batch`: sequences of a micro-batch. `huge_tokens`: size of the store whose
     first batch is timed. Stores in `work` are found again by later runs.
     """
 

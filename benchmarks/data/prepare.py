@@ -80,7 +80,7 @@ def measure_preparation(settings: BenchData, report: Callable[[str], None]) -> d
     by its default call, while as many work as there are actors; fastest_...: by its fastest. share_of_...:
     tokens_per_second over the one or the other by the clock, times actors. efficiency: over the fastest per CPU second,
     of the work inside the actors. ray_cpu_fraction: share of all CPU time that is not the actors' work, from the
-    first report to the last; None where there is no /proc. ray_start_cpu_seconds: what Ray took to start, which is waited
+    first report to the last; None if there is no /proc. ray_start_cpu_seconds: what Ray took to start, which is waited
     for, so that it counts as neither.
     """
     rounds: list[dict[str, Any]] = []
@@ -194,7 +194,7 @@ def _look() -> _Moment:
 
 
 def _processes() -> dict[int, int]:
-    """Parent of every process by its number; empty where there is no /proc."""
+    """Parent of every process by its number; empty if there is no /proc."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         fields = _stat_fields(path.parent)

@@ -102,7 +102,7 @@ def _goal_bytes(goal: Goal, launches: list[Any], moved: int) -> int:
 
 
 def count_named(names: list[str]) -> Iterator[dict[str, Any]]:
-    """Rows of the named operations, of all where none is named. Raises ValueError for an unknown name."""
+    """Rows of the named operations, of all if none is named. Raises ValueError for an unknown name."""
     check_names(names, OPERATIONS)
     torch.manual_seed(0)
     for name in names or OPERATIONS:

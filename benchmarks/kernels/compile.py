@@ -168,14 +168,14 @@ def _misses(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def check_document(document: Path) -> None:
-    """Check that the document holds the two markers for the table. Raises ValueError where it does not."""
+    """Check that the document holds the two markers for the table. Raises ValueError if it does not."""
     text = document.read_text()
     if BEGIN not in text or END not in text.partition(BEGIN)[2]:
         raise ValueError(f"{document} must hold the lines {BEGIN} and {END}, between which the table goes")
 
 
 def write_table(document: Path, text: str) -> None:
-    """Replace what stands between the document's two markers. Raises ValueError where it has none."""
+    """Replace what stands between the document's two markers. Raises ValueError if it has none."""
     check_document(document)
     before, _, rest = document.read_text().partition(BEGIN)
     document.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{rest.partition(END)[2]}")

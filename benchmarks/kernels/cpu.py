@@ -2,7 +2,7 @@
 
 All variants of an operation get the same inputs in the same dtype and take turns, so that a machine that drifts slows
 all of them; a figure is a median. Element-wise operations of ours are timed a second time as `train.compile` makes them,
-fused, where there is a C++ compiler; what compiles does so in the warm-up, outside of the timed rounds. Before each pass
+fused, if there is a C++ compiler; what compiles does so in the warm-up, outside of the timed rounds. Before each pass
 all threads write a tensor larger than a cache, so that neither warm caches nor sleeping threads are timed.
 
 What the C library does with freed memory weighs as much as the arithmetic, so both ways are timed, each in a separate
@@ -36,12 +36,12 @@ def bench_cpu(
 
     names: the operations to time, all when None. Rows: `op`, `pass` (forward, backward, both), `shape`, `dtype`, `memory`
     (returned, kept; the environment's name where it has allocator settings of its own), `backend` (ours_torch,
-    ours_compiled for the operations of `FUSED` where there is a C++ compiler, or the peer's name), `milliseconds`,
+    ours_compiled for the operations of `FUSED` if there is a C++ compiler, or the peer's name), `milliseconds`,
     `roofline_fraction` (None: no roofline is known for this processor), `ratio` (how many times as long as ours_torch it
     takes with memory treated alike, None for that one), `ratio_as_trained` (of peers with memory returned: how many
     times as long as ours_torch takes with memory kept), `relative_difference` of outputs and gradients from ours_torch.
 
-    Raises ValueError for an unknown operation, RuntimeError where variants disagree: they would not be the same work.
+    Raises ValueError for an unknown operation, RuntimeError if variants disagree: they would not be the same work.
     """
     check_names(names, ON_HOST)
     before = torch.get_num_threads()

@@ -19,7 +19,7 @@ def compare_with_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of the rows of `bench_cpu`: for each goal among their operations, how many times as long transformers takes.
 
     `op`, `dtype`, `limit`, `as_trained` (transformers with freed memory returned over ours with it kept), `compiled` (the
-    same over ours as `train.compile` makes it, None where that was not timed), `returned` and `kept` (both sides alike),
+    same over ours as `train.compile` makes it, None if that was not timed), `returned` and `kept` (both sides alike),
     and `holds`, which is said of `as_trained`. Empty where memory could be treated in one way alone.
     """
     both = {(row["op"], row["dtype"], row["backend"], row["memory"]): row for row in rows if row["pass"] == "both"}

@@ -71,7 +71,7 @@ def add_compiled(case: TimedCase) -> TimedCase:
 def compare_variants(case: TimedCase) -> dict[str, float]:
     """Run each variant once, which compiles what compiles; its difference from ours by name.
 
-    RuntimeError where variants disagree: they would not be the same work.
+    RuntimeError if variants disagree: they would not be the same work.
     """
     results = {name: _run(case, name)[1] for name in case.variants}
     differences = {name: median_difference(results["ours"], result) for name, result in results.items()}

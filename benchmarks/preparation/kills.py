@@ -28,7 +28,7 @@ def prepare_with_kills(
     """Call `amfm prepare` until the store is whole, killing it each time that a share of its units is in the journal.
 
     Returns identity, kills (units in the journal at each, and the seconds until its processes were gone), the units that the
-    calls together wrote, and the memory of the last call by tenths. RuntimeError where a call ends before it is killed, or leaves
+    calls together wrote, and the memory of the last call by tenths. RuntimeError if a call ends before it is killed, or leaves
     processes.
     """
     settings = work / "killed.yaml"

@@ -92,7 +92,7 @@ class Anchor:
 
 
 def load_anchors(presets: Path) -> list[Anchor]:
-    """All published runs in bf16, with presets from the folder `presets`. Raises FileNotFoundError where one is missing."""
+    """All published runs in bf16, with presets from the folder `presets`. Raises FileNotFoundError if one is missing."""
     return [load_anchor(run, presets) for run in PUBLISHED]
 
 
@@ -134,14 +134,14 @@ def load_anchor(run: PublishedRun, presets: Path) -> Anchor:
 
 
 def with_depths(model: ModelConfig, depths: str) -> ModelConfig:
-    """The preset's main blocks with the published depths of multi-token prediction, or none."""
+    """The preset's main blocks with the published MTP layers, or none."""
     main = model.without_depths()
     shared = MtpConfig(shared=True) if depths.count("/") > 1 else None
     return main.model_copy(update={"pattern": main.pattern + depths, "mtp": shared})
 
 
 def sent_rows(moe: MoeConfig, expert_ranks: int, gpus_per_node: int) -> float:
-    """Of rows sent once to each rank, the part that travels where a token is sent once per node; all of them inside a node."""
+    """Of rows sent once to each rank, the part that is sent where a token is sent once per node; all of them inside a node."""
     if expert_ranks <= gpus_per_node:
         return 1.0
     return expected_ranks(moe, expert_ranks // gpus_per_node) / expected_ranks(moe, expert_ranks)

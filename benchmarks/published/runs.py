@@ -30,7 +30,7 @@ class PublishedRun:
     `depths`: of multi-token prediction, behind the preset's main blocks; several share one module, as all of these do.
     `is_stand_in`: the preset is another model than the one that was trained, so that only rates of FLOPs compare.
     `low_precision`: overrides of that section, for runs in FP8.
-    `beside`: what the code computes while experts' rows travel. `repeats`: exchanges of a forward pass that its recomputation
+    `beside`: what the code computes while experts' rows are sent. `repeats`: exchanges of a forward pass that its recomputation
     makes again: 1, the dispatch, where it stops at the last saved tensor; 2 where something is saved behind the combine.
     `drains`: times that its pipeline drains in a step. `padding`: rows of an expert over the mean to which all are padded, 1.0
     where they are not.

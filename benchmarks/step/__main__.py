@@ -41,7 +41,7 @@ def step(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Time a training step of a 19.5M-parameter Granite-shaped hybrid: 4 rows of 512 tokens, same weights for all."""
+    """Time a training step of a 19.5M-parameter Granite-shaped hybrid: 4 sequences of 512 tokens, same weights for all."""
     for flag, value in (("--micro-batches", micro_batches), ("--model", model)):
         if value is not None and not muon:
             raise ValueError(f"{flag} sets the step that --muon compares optimizers by; add it, or remove this")

@@ -30,7 +30,7 @@ LOSS_TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Shape:
-    """Work of a step: rows of a micro-batch, tokens per row, the model, and micro-batches, of which only ours takes
+    """Work of a step: sequences of a micro-batch, tokens per sequence, the model, and micro-batches, of which only ours takes
     several.
     """
 
@@ -161,7 +161,7 @@ def _as_trained(name: str, figures: dict[str, dict[str, dict[str, Any]]]) -> dic
 
 
 def _check_losses(first_losses: dict[str, float]) -> None:
-    """Raise RuntimeError where float32 variants disagree."""
+    """Raise RuntimeError if float32 variants disagree."""
     exact = {name: loss for name, loss in first_losses.items() if "bf16" not in name and name != "transformers_tuned"}
     if exact and max(exact.values()) - min(exact.values()) > LOSS_TOLERANCE:
         raise RuntimeError(

@@ -42,7 +42,7 @@ MOUNTS = Path("/proc/mounts")
 
 
 def read_mounts() -> str:
-    """Table of mounts; empty where the system has none."""
+    """Table of mounts; empty if the system has none."""
     return MOUNTS.read_text(encoding="utf-8", errors="replace") if MOUNTS.exists() else ""
 
 
@@ -80,7 +80,7 @@ def take_lock(path: Path, *, wait: bool) -> IO[bytes] | None:
     """Hold a lock file until the result is closed; None when another process holds it and `wait` is false.
 
     The file is made if it is absent, and is never written or truncated: through a link that someone put in its place that
-    would hit another file. A link is refused (OSError, ELOOP). The lock belongs to the open file, which a child inherits
+    would hit another file. A link is rejected (OSError, ELOOP). The lock belongs to the open file, which a child inherits
     by fork but not over exec.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -109,7 +109,7 @@ SYNC_THREADS = 4  # a part has 14 files and folders; more threads cost more than
 
 
 def check_free(out: Path) -> None:
-    """Raise ValueError where a folder to be written would meet a file, a folder with content, the working directory or a dead link."""
+    """Raise ValueError if a folder to be written would meet a file, a folder with content, the working directory or a dead link."""
     if out.is_symlink() and not out.exists():
         raise ValueError(f"{out} is a link that leads to nothing; name a folder that is missing or empty")
     if out.resolve() == Path.cwd():
@@ -176,7 +176,7 @@ def _sync_threads(process: int) -> ThreadPoolExecutor:
 def sync(path: Path | str) -> None:
     """Make the content of a file, or the renames in a folder, durable. Raises OSError with the path.
 
-    Some network mounts refuse it for folders (EINVAL); they make renames durable on their own.
+    Some network mounts reject it for folders (EINVAL); they make renames durable on their own.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:

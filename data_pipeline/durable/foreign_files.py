@@ -25,7 +25,7 @@ Value = TypeVar("Value")
 
 
 def inside(folder: Path, name: object, error: Error = ValueError) -> Path:
-    """Resolve a name that a file gave to a path below the folder; refuses absolute names, `..` and what is not a name.
+    """Resolve a name that a file gave to a path below the folder; rejects absolute names, `..` and what is not a name.
 
     Links below the folder are followed: who made the folder made them (model hubs keep files behind links).
     """
@@ -54,7 +54,7 @@ def read_bounded(path: Path, max_bytes: int = MAX_JSON_BYTES, error: Error = Val
             raise error(f"{path} has {size} bytes, more than the {max_bytes} that such a file may have")
         return file.read(
             max(size, 1)
-        )  # not as much as it may have, for which room is made; one byte shows what the storage refuses
+        )  # not as much as it may have, for which room is made; one byte shows what the storage rejects
 
 
 def read_word(path: Path) -> str:

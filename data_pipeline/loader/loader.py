@@ -1,7 +1,7 @@
 """The resumable stream of batches: the same global order for every world size, micro-batch, worker count and resume.
 
 A sample is a number. What it holds is a pure function of that number, the seed, the settings and the store (samples/), so
-the state of the stream is one integer, the cursor, and a resume needs no replay. The rest of the state exists to refuse a
+the state of the stream is one integer, the cursor, and a resume needs no replay. The rest of the state exists to reject a
 resume that would silently train on other data: identities of what past samples came from.
 
 Reading processes only compute rows ahead of the cursor. They may be any number and may be killed; what they had read is
@@ -93,7 +93,7 @@ class PretrainLoader:
 
     @property
     def sequence_length(self) -> int:
-        """Tokens per row of the next global batch: a phase may change it."""
+        """Tokens per sequence of the next global batch: a phase may change it."""
         return self.reader.sequence_length_at(self.global_sample)
 
     def take(self, global_batch_size: int, micro_batch_size: int | None = None) -> list[Batch]:
@@ -206,7 +206,7 @@ class PretrainLoader:
     def describe_repeats(self, num_samples: int) -> list[str]:
         """Describe what a run of `num_samples` samples sees again, one line each.
 
-        That is sources of more than one epoch, and epochs that a change of the row length leaves unfinished.
+        That is sources of more than one epoch, and epochs that a change of the sequence length leaves unfinished.
         """
         ledger = self.ledger(num_samples)
         epochs = {line.source: line.epochs for line in ledger}
@@ -250,7 +250,7 @@ class PretrainLoader:
             pass
 
     def _check_one_length(self, global_batch_size: int) -> None:
-        """Raise ValueError where a phase with another row length begins inside the next global batch."""
+        """Raise ValueError if a phase with another sequence length begins inside the next global batch."""
         first, stop = self.global_sample, self.global_sample + global_batch_size
         for phase in self.settings.phases:
             if first < phase.start_sample < stop and phase.sequence_length != self.sequence_length:

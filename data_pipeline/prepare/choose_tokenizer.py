@@ -28,7 +28,7 @@ from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer, read_tokenizer_fil
 
 
 def require_training_text(config: DataConfig, plans: Mapping[str, Sequence[Segment]]) -> None:
-    """Refuse a source with weight none of whose records is text, before the trainer complains that it got nothing.
+    """Reject a source with weight none of whose records is text, before the trainer complains that it got nothing.
 
     Reads each source up to its first text. Raises ValueError with the first record that was rejected.
     """
@@ -84,7 +84,7 @@ def choose_tokenizer(
     """Choose the store's tokenizer: kept if it has one of the same settings, else loaded or trained.
 
     Returns it with the settings to keep next to it, None where they are there. `begin_training` is called before one is
-    trained. Raises ValueError where the store has another one.
+    trained. Raises ValueError if the store has another one.
     """
     settings_file, wanted = store / TOKENIZER_SETTINGS, config.tokenizer
     given = read_tokenizer_file(Path(wanted.model), wanted.eos_token) if wanted.model else None

@@ -24,7 +24,7 @@ def read_footer(file: InputFile) -> tuple[Any, pyarrow.Schema]:
 
 
 def check_column(files: Sequence[InputFile], text_column: str) -> None:
-    """Raise ValueError where no parquet file can have text in the column: footers tell it before anything is read.
+    """Raise ValueError if no parquet file can have text in the column: footers tell it before anything is read.
 
     Files are looked at up to the first that can. Compressed ones and those of other kinds are left to their readers.
     """
@@ -62,7 +62,7 @@ def holds_ids(kind: pyarrow.DataType) -> bool:
 
 
 def column_problem(schema: pyarrow.Schema, text_column: str) -> str | None:
-    """Why a table has not one column of this name; None where it has."""
+    """Why a table has not one column of this name; None if it has."""
     number = schema.names.count(text_column)
     if number == 1:
         return None

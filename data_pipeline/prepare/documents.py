@@ -331,7 +331,7 @@ class SegmentReader:
 
 
 def load_json(line: bytes) -> Any:
-    """As json.loads, in half the time; what the fast parser refuses the other one judges and explains."""
+    """As json.loads, in half the time; what the fast parser rejects the other one judges and explains."""
     try:
         return pydantic_core.from_json(line)
     except ValueError:

@@ -91,7 +91,7 @@ def headers_for(url: str) -> dict[str, str]:
 def pin_revisions(paths: Iterable[str], pinned: Mapping[str, str]) -> dict[str, str]:
     """The commit of each path that names a data set: as pinned, or as the Hub has it now.
 
-    Raises ValueError for a name that is none, is not there or not for this user, and where the Hub cannot be reached.
+    Raises ValueError for a name that is not one, is not there or not for this user, and where the Hub cannot be reached.
     """
     commits = {}
     for given in paths:
@@ -214,6 +214,6 @@ def _ask(path: HubPath, url: str) -> tuple[Any, str | None]:
 
 def _elsewhere(path: HubPath) -> str:
     return (
-        f"fetch it where there is a network (hf download {path.repository} --repo-type dataset --local-dir FOLDER) and name "
+        f"fetch it if there is a network (hf download {path.repository} --repo-type dataset --local-dir FOLDER) and name "
         "the folder"
     )

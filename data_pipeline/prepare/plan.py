@@ -95,7 +95,7 @@ def plan_sources(config: DataConfig, pins: Mapping[str, str] = {}) -> dict[str, 
     """Plan every source, by name. pins: commits of data sets of the Hub. ValueError as by `check_number_of_parts`."""
     with no_garbage_collection():
         files = {source.name: _choose_files(source, config, pins) for source in config.sources}
-        # Of what is compressed this is the least, and enough to refuse a mistake before it is cut into segments.
+        # Of what is compressed this is the least, and enough to reject a mistake before it is cut into segments.
         check_number_of_parts({name: sum(file.num_bytes for file in found) for name, found in files.items()}, config)
         plans = {source.name: plan_source(source, config, files[source.name]) for source in config.sources}
     check_number_of_parts({name: sum(item.text_bytes for item in plan) for name, plan in plans.items()}, config)
@@ -103,7 +103,7 @@ def plan_sources(config: DataConfig, pins: Mapping[str, str] = {}) -> dict[str, 
 
 
 def check_number_of_parts(text_bytes: Mapping[str, int], config: DataConfig) -> None:
-    """Raise ValueError where text of these sizes, by source, would become more parts than a manifest names."""
+    """Raise ValueError if text of these sizes, by source, would become more parts than a manifest names."""
     splits = 2 if config.validation_fraction else 1  # a unit writes a part of each
     expected = sum(splits * text_bytes[source.name] // part_bytes_of(source, config) for source in config.sources)
     if expected <= MAX_PARTS:

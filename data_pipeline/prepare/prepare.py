@@ -143,7 +143,7 @@ def _describe_unheld_sources(config: DataConfig, reports: Mapping[str, Sequence[
         ):
             yield (
                 f"source {name!r} has no validation documents at data.validation_fraction={fractions[name]}, and a run "
-                "that validates will refuse it: give more documents (one file of text is one document) or raise the fraction"
+                "that validates will reject it: give more documents (one file of text is one document) or raise the fraction"
             )
 
 
@@ -303,7 +303,7 @@ def _check_source(
 
 
 def _refuse_damage(source: SourceConfig, reports: Sequence[UnitReport], store: Path, units: Sequence[Unit]) -> None:
-    """Raise ValueError where a file was cut: no record that breaks a rule, but text that was there and is lost."""
+    """Raise ValueError if a file was cut: no record that breaks a rule, but text that was there and is lost."""
     damage = describe_first_damage(store, [unit for unit, report in zip(units, reports) if report.rejects])
     if damage is not None:
         raise ValueError(

@@ -44,7 +44,7 @@ def patient_start() -> Iterator[None]:
     """Inside the block a Ray that starts on this machine may take START_SECONDS for each of its processes.
 
     Where the environment sets limits they stay, and so does Ray's own where it has no function of that name. Not for one that
-    joins a cluster: it would knock as long at an address where nothing is.
+    joins a cluster: it would knock as long at an address if nothing is.
     """
     from ray._private import services
 
@@ -52,7 +52,7 @@ def patient_start() -> Iterator[None]:
     original = getattr(services, "get_node", None)
 
     def get_node(*arguments: Any) -> Any:
-        assert original is not None, "replaced only where there is one"
+        assert original is not None, "replaced only if there is one"
         deadline = time.monotonic() + START_SECONDS
         while True:
             try:
@@ -89,7 +89,7 @@ NOT_STARTED = "node timed out during startup"  # of the message of the bare exce
 ATTEMPTS = 3  # of a unit whose actor dies: enough for lost nodes, few enough to notice a text that kills the process
 MAX_FAILED_STARTS = 20  # in a row: more than the cores of a node that is lost while its actors start
 NO_CORE_SECONDS = 300  # with no actor at work; a cluster that grows on demand needs minutes
-# `ray start --head` turns tokens on automatically, and a cluster that refuses one looks like none to Ray's own message.
+# `ray start --head` turns tokens on automatically, and a cluster that rejects one looks like none to Ray's own message.
 SEND_TOKEN = (
     "if a cluster runs there, it may ask for a token: set RAY_AUTH_MODE=token here, with the head's ~/.ray/auth_token in "
     "the same place (or its path in RAY_AUTH_TOKEN_PATH); else"
@@ -168,7 +168,7 @@ def start_ray(address: str | None, report: Report = silent, **options: Any) -> N
 
     Workers import nothing from the working directory of this process, and have our packages' folder as theirs. Raises ValueError for an address at which no
     cluster answers: asked before Ray is, which tries for a minute and prints what its own libraries think of it.
-    RuntimeError where Ray's processes end while they start, or do not answer for a quarter of an hour.
+    RuntimeError if Ray's processes end while they start, or do not answer for a quarter of an hour.
     """
     report("starting Ray" if address is None else f"joining the Ray cluster at {address}")
     import ray
@@ -257,7 +257,7 @@ class Dispatcher:
         self.starting[actor.is_alive.remote()] = actor
 
     def _wait(self) -> list[Any]:
-        """Wait for an answer of any actor; RuntimeError where none works and none gets a core."""
+        """Wait for an answer of any actor; RuntimeError if none works and none gets a core."""
         pending = [*self.running, *self.starting]
         done, _ = self.ray.wait(pending, num_returns=1, timeout=None if self.running else NO_CORE_SECONDS)
         if not done:

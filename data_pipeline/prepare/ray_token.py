@@ -34,7 +34,7 @@ def choose_token(address: str | None = None) -> None:
 
 
 def must_answer(address: str) -> None:
-    """Raise ValueError where nothing listens at HOST:PORT; other forms of an address (auto, ray://) are Ray's to judge."""
+    """Raise ValueError if nothing listens at HOST:PORT; other forms of an address (auto, ray://) are Ray's to judge."""
     host, _, port = address.rpartition(":")
     if "://" in address or not port.isdigit() or not host:
         return

@@ -131,7 +131,7 @@ def _list_local(given: str, where: str) -> list[_Found]:
         for item in items:
             _refuse_dead_link(item, item.name, where)
         return _choose_in_folder([_stat(item, item.relative_to(path).as_posix(), where) for item in items], where)
-    if path.exists():  # a device, too, which is refused
+    if path.exists():  # a device, too, which is rejected
         return _choose_one(_stat(path, path.name, where), where)
     matches = _match(path, where)
     root = _fixed_root(str(path))
@@ -176,14 +176,14 @@ def _walk(folder: Path, where: str) -> list[Path]:
 
 
 def _refuse_linked_folder(path: Path, where: str, *, but: Path | None = None) -> None:
-    """Refuse a link to a folder, which may hold text of the source a second time; `but`: where the user's own path leads."""
+    """Reject a link to a folder, which may hold text of the source a second time; `but`: where the user's own path leads."""
     if path != but and path.is_symlink():
         remedy = f"add {path.resolve()} to paths, or remove the link"
         raise ValueError(f"{where}: {path} is a link to a folder, and those are not followed; {remedy}")
 
 
 def _refuse_dead_link(path: Path, name: str, where: str) -> None:
-    """Refuse a link to nothing that has the name of a file of text."""
+    """Reject a link to nothing that has the name of a file of text."""
     if path.is_symlink() and not path.exists() and _is_data(name):
         raise ValueError(f"{where}: {path} is a link to {path.readlink()}, which is not there; fix or remove it")
 
@@ -206,7 +206,7 @@ def _list_hub(given: str, commit: str, where: str) -> list[_Found]:
 
 
 def _look_up(given: str, where: str) -> _Found:
-    """Describe one file of a web server. Raises ValueError where it cannot be had."""
+    """Describe one file of a web server. Raises ValueError if it cannot be had."""
     name = urllib.parse.unquote(urllib.parse.urlsplit(given).path.rpartition("/")[2])
     try:
         file = HttpFile.look_up(given, headers_for(given))

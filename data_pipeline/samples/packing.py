@@ -1,6 +1,6 @@
 """From document ends to rows: windows of the joined documents, best-fit bins, and the labels and masks of a row.
 
-Two ways to cut a part into rows of T tokens. Windows cut the joined documents every T tokens: no padding, and documents are
+Two ways to cut a part into sequences of T tokens. Windows cut the joined documents every T tokens: no padding, and documents are
 split wherever a row ends. Best-fit bins put whole documents together: some padding, and only documents longer than a row are
 split. Either way a row has one token more than T, the label of its last.
 
@@ -76,7 +76,7 @@ class Row(NamedTuple):
     tokens: sequence_length + 1 token ids; the last is only ever a label. starts: where documents begin in
     the tokens, 0 included; the entry sequence_length says that the extra token belongs to the next document.
     num_valid: tokens before the padding; sequence_length + 1 when the extra token is real. sample: global sample number. source: index of the source.
-    labels: none where they are the tokens that follow; else sequence_length labels, -100 where none counts.
+    labels: none where they are the tokens that follow; else sequence_length labels, -100 if none counts.
     """
 
     tokens: npt.NDArray[np.generic]

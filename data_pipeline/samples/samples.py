@@ -50,7 +50,7 @@ class NoRowsError(ValueError):
 
 @dataclass(frozen=True)
 class PhaseSettings:
-    """Weights and row length from a global sample on.
+    """Weights and sequence length from a global sample on.
 
     skipped: samples that are left out there. continues: with the order of the phase before, whose weights and length it has.
     """
@@ -151,7 +151,7 @@ class SampleLocation(NamedTuple):
 
 @dataclass(frozen=True)
 class EpochSpan:
-    """Draws of one source between two changes of the row length; it begins with a new epoch.
+    """Draws of one source between two changes of the sequence length; it begins with a new epoch.
 
     repeats: share of the source that the epoch before had given already when it was left unfinished.
     """
@@ -193,7 +193,7 @@ class SampleReader:
         return [phase.sequence_length for phase in self.settings.phases if phase.start_sample <= sample][-1]
 
     def stretches(self, source: str) -> Sequence[EpochSpan]:
-        """Return the spans of one row length into which the draws of a source fall, in order."""
+        """Return the spans of one sequence length into which the draws of a source fall, in order."""
         return self._stretches[source]
 
     def epochs_after(self, source: str, draws: int) -> float:
@@ -296,7 +296,7 @@ class SampleReader:
         return usable
 
     def _find_stretches(self, source: str) -> list[EpochSpan]:
-        """Where a source changes its row length, by the number of its draw."""
+        """Where a source changes its sequence length, by the number of its draw."""
         found: list[EpochSpan] = []
         for phase, settings in zip(self.mixture.phases, self.settings.phases):
             length = settings.sequence_length
@@ -344,7 +344,7 @@ class SampleReader:
         )
 
     def _count_source(self, source: str, length: int) -> None:
-        """Keep the number of the first row of each part, for one row length: where a row of the source is found."""
+        """Keep the number of the first row of each part, for one sequence length: where a row of the source is found."""
         if (source, length) in self._row_bounds:
             return
         split = self.settings.split

@@ -34,7 +34,7 @@ CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
 class HttpError(RuntimeError):
-    """A request that failed for good. status: HTTP's number, None where there was no answer."""
+    """A request that failed for good. status: HTTP's number, None if there was no answer."""
 
     def __init__(self, text: str, status: int | None = None) -> None:
         super().__init__(text)
@@ -50,7 +50,7 @@ class Answer:
     url: str
 
     def json(self) -> Any:
-        """The content as JSON. Raises HttpError where it is none (a login page of a proxy, most often) or nested without end."""
+        """The content as JSON. Raises HttpError if it is none (a login page of a proxy, most often) or nested without end."""
         try:
             return json.loads(self.content)
         except (ValueError, RecursionError) as error:
@@ -86,7 +86,7 @@ def ask(
     timeout_seconds: float = TIMEOUT_SECONDS,
     most_bytes: int = MOST_BYTES,
 ) -> Answer:
-    """Get an address. Raises HttpError with the reason, at once where asking again would not help.
+    """Get an address. Raises HttpError with the reason, at once if asking again would not help.
 
     Of an answer that is longer than `most_bytes` one byte more than that is read: a server that ignores ranges sends the
     whole file.
@@ -109,7 +109,7 @@ def ask(
 
 
 def _read_answer(answer: Any, most_bytes: int) -> Answer:
-    """Read an answer of the client. Raises OSError where the connection ends before its bytes do."""
+    """Read an answer of the client. Raises OSError if the connection ends before its bytes do."""
     names = {name.lower(): value for name, value in answer.headers.items()}
     content = answer.read(most_bytes + 1)
     if len(content) < min(int(names.get("content-length", 0)), most_bytes + 1):
@@ -137,7 +137,7 @@ class HttpFile:
     def look_up(url: str, headers: Mapping[str, str] = {}, *, attempts: int = 2) -> HttpFile:
         """Ask for size and version by reading one byte, which every server of ranges answers.
 
-        Raises HttpError where there is no answer, and ValueError where the server knows no ranges.
+        Raises HttpError if there is no answer, and ValueError if the server knows no ranges.
         """
         answer = ask(url, {**headers, "Range": "bytes=0-0"}, attempts=attempts, most_bytes=1)
         found = CONTENT_RANGE.fullmatch(answer.headers.get("content-range", ""))
@@ -146,7 +146,7 @@ class HttpFile:
         return HttpFile(url, int(found[3]), answer.headers.get("etag") or answer.headers.get("last-modified", ""))
 
     def read_range(self, start: int, stop: int) -> bytes:
-        """Read bytes [start, stop). Raises HttpError, also where the file has another size by now."""
+        """Read bytes [start, stop). Raises HttpError, also if the file has another size by now."""
         wanted, most_bytes = {"Range": f"bytes={start}-{stop - 1}"}, stop - start
         try:
             if self._address == self.url:

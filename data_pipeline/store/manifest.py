@@ -64,7 +64,7 @@ class Part:
 
     path: relative to the store. token_shards, document_shards, head_shards: bytes of each shard file. digest: BLAKE3 of all
     files of the part, names included. opening_digest: of what every opening of the part reads, so that a part of another
-    store is noticed at once; empty where the part was written before there was one.
+    store is noticed immediately; empty if the part was written before there was one.
     """
 
     path: str

@@ -69,7 +69,7 @@ class MegatronIndex:
             first += reach
 
     def check(self) -> None:
-        """Read all of it, a piece at a time. Raises ValueError where it is damaged or does not fit the .bin."""
+        """Read all of it, a piece at a time. Raises ValueError if it is damaged or does not fit the .bin."""
         end, itemsize = 0, np.dtype(self.dtype).itemsize
         for start in range(0, self.num_sequences, SPAN_TOKENS):
             stop = min(start + SPAN_TOKENS, self.num_sequences)

@@ -42,7 +42,7 @@ class ObjectFacts:
 class RemoteFolder:
     """Objects below a URL. Not for forked processes: the client library has threads. Pickles to the URL.
 
-    FileNotFoundError for an object that is not there; RuntimeError when the store cannot be reached or refuses,
+    FileNotFoundError for an object that is not there; RuntimeError when the store cannot be reached or rejects,
     NoCredentialsError where this machine has no credentials.
     """
 

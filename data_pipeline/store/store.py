@@ -125,7 +125,7 @@ class TokenStore:
         return _reopen, (self.location, self._identity, cache)
 
     def bytes_per_token(self, source: str, split: Split) -> float | None:
-        """UTF-8 bytes of text that a token of a source stands for on average; None where the text is not known."""
+        """UTF-8 bytes of text that a token of a source stands for on average; None if the text is not known."""
         parts = self.parts(source, split)
         num_bytes, num_tokens = (sum(getattr(part, name) for part in parts) for name in ("text_bytes", "num_tokens"))
         return num_bytes / num_tokens if num_bytes else None

@@ -59,7 +59,7 @@ class FlatTokens:
 
 
 def read_flat_tokens(kind: str, path: str, num_bytes: int, open_file: Open) -> FlatTokens:
-    """Find the documents of a file of one of FLAT_KINDS and so many bytes. Raises ValueError where it is damaged or its index is missing."""
+    """Find the documents of a file of one of FLAT_KINDS and so many bytes. Raises ValueError if it is damaged or its index is missing."""
     if kind == "nanogpt":
         return _nanogpt(path, num_bytes, open_file)
     index = f"{path.removesuffix('.npy')}.csv.gz" if kind == "dolma" else f"{path}.index"

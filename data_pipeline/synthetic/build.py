@@ -1,7 +1,7 @@
 """Build the synthetic task that `data.synthetic` configures.
 
 All tasks share one flat section, so that a benchmark can vary the task by one key. A setting that the chosen task does not
-read is refused, because a run with it would look like another experiment than it is.
+read is rejected, because a run with it would look like another experiment than it is.
 """
 
 from __future__ import annotations

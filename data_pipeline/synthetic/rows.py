@@ -1,6 +1,6 @@
 """Rows of a synthetic task by global sample number, served like the rows of a token store.
 
-A row is a pure function of (seed, split, task, global sample number, row length), so nothing is stored and a resumed
+A row is a pure function of (seed, split, task, global sample number, sequence length), so nothing is stored and a resumed
 run or another number of ranks sees the same rows. The split a row belongs to is decided by a hash of its tokens:
 whatever the seeds, no validation row is ever trained on. Draws of the other split are thrown away and drawn again.
 """
@@ -34,7 +34,7 @@ MAX_DRAWS = 8192  # a split that holds rows at all gives one with far fewer
 class SyntheticSettings:
     """Everything that decides the rows, picklable for reading processes.
 
-    `name` is that of the only source; `phases` change nothing but the row length.
+    `name` is that of the only source; `phases` change nothing but the sequence length.
     """
 
     name: str

@@ -69,7 +69,7 @@ def convert_tiktoken(path: Path, *, pattern: str, special_tokens: Mapping[str, i
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
-    """Read rank by token; ValueError where lines or ranks are broken or a single byte has no token."""
+    """Read rank by token; ValueError if lines or ranks are broken or a single byte has no token."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line:

@@ -52,7 +52,7 @@ def tokenizer_entries() -> dict[str, EntryPoint]:
 
 
 def read_registered(suffix: str, content: bytes) -> Any:
-    """Build a package's tokenizer, a `Tokenizer`, from the content of a file. Raises RuntimeError where its package is broken."""
+    """Build a package's tokenizer, a `Tokenizer`, from the content of a file. Raises RuntimeError if its package is broken."""
     entry = tokenizer_entries()[suffix]
     try:
         build: Callable[[bytes], Any] = entry.load()
@@ -301,7 +301,7 @@ def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def read_kept_tokenizer(folder: Path) -> Tokenizer | None:
-    """Read what `keep_tokenizer` wrote; None where there is nothing. Raises ValueError for files that are damaged."""
+    """Read what `keep_tokenizer` wrote; None if there is nothing. Raises ValueError for files that are damaged."""
     files = sorted(folder.glob("tokenizer.*"))
     if not files:
         return None

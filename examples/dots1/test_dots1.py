@@ -1,4 +1,4 @@
-"""The installed target writes what transformers' Dots1 computes, refuses what it cannot hold, and leaves `auto` alone."""
+"""The installed target writes what transformers' Dots1 computes, rejects what it cannot hold, and leaves `auto` alone."""
 
 from __future__ import annotations
 

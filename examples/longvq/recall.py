@@ -21,7 +21,7 @@ KEYS, PAIRS, GAP, ROWS, STEPS, RATE = 8, 4, 8, 64, 400, 1e-2
 
 
 def make_rows(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Tokens and labels [B, T], -1 where nothing is asked."""
+    """Tokens and labels [B, T], -1 if nothing is asked."""
     keys = torch.rand(ROWS, KEYS, generator=generator).argsort(1)[:, :PAIRS]
     values = torch.randint(KEYS, 2 * KEYS, (ROWS, PAIRS), generator=generator)
     order = torch.rand(ROWS, PAIRS, generator=generator).argsort(1)

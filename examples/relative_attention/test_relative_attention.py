@@ -1,4 +1,4 @@
-"""Relative positions are the sums of their formula, keep documents apart, decode with a cache, and refuse what they cannot do."""
+"""Relative positions are the sums of their formula, keep documents apart, decode with a cache, and reject what they cannot do."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_rows_beyond_its_limit_and_context_ranks_are_refused(
     mixer: RelativeAttentionMixer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MAX_TOKENS", 8)
-    with pytest.raises(ValueError, match=r"rows of 9 tokens and takes 8.*shorten train\.sequence_length"):
+    with pytest.raises(ValueError, match=r"sequences of 9 tokens and takes 8.*shorten train\.sequence_length"):
         mixer(torch.zeros(1, 9, 10, dtype=torch.float64), PackMeta.one_document_a_row(1, 9))
     assert set(SPEC.refuses) == {"context"}
 

@@ -1,4 +1,4 @@
-"""The grid of a study: which patterns its axes make, and what is refused before anything runs."""
+"""The grid of a study: which patterns its axes make, and what is rejected before anything runs."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Writes a line of JSON before and after each step, so that what had been found stands when it crashes and the step is known.
 Settings: `do` (describe, check, run, time, tune), `operation`, `device`; of `check` and `run` the `kinds` of trials, of `time`
-and `tune` the `names` of problems, all where there are none; `cases` is the module that has them.
+and `tune` the `names` of problems, all if there are none; `cases` is the module that has them.
 
 Times an operation on a GPU vs. PyTorch and the public packages that are installed, each variant judged first.
 

@@ -23,7 +23,7 @@ def choose_tiles(
 ) -> Table:
     """Tune the kernels that a problem launches, forward and backward together, and save this GPU's table; returns it.
 
-    Raises RuntimeError where this compiler miscompiles a kernel as it stands.
+    Raises RuntimeError if this compiler miscompiles a kernel as it stands.
     """
     torch.manual_seed(0)
     problem = build(Inputs(device, torch.bfloat16), sizes)

@@ -59,7 +59,7 @@ def _versions() -> dict[str, str]:
 
 
 def _driver_version() -> str | None:
-    """Version of the driver, None where nvidia-smi is missing."""
+    """Version of the driver, None if nvidia-smi is missing."""
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout

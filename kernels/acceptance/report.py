@@ -15,7 +15,7 @@ STAGES = ("compile", "check", "sanitize", "time")
 class Report:
     """Findings by stage and operation. A file that is there already continues: another call may run other stages.
 
-    Raises ValueError where the file is of another GPU or other versions.
+    Raises ValueError if the file is of another GPU or other versions.
     """
 
     def __init__(self, path: Path, machine: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ def attention_problem(
 ) -> Problem:  # fmt: skip
     """One row of causal attention; `keys` more than `tokens` are a cache before the queries.
 
-    Leaves: q [1, T, H, K], k and v [1, S, J, K], sinks [H] where there are any. Operations count the pairs below the diagonal
+    Leaves: q [1, T, H, K], k and v [1, S, J, K], sinks [H] if there are any. Operations count the pairs below the diagonal
     alone.
     """
     keys = keys or tokens

@@ -67,7 +67,7 @@ def attention(
             raise ValueError('attention backend "varlen" has no sinks, and does not give its sums')
         if document_ends is None or (document_ends.key_offsets is None and q_BTHK.shape[1] != k_BSJK.shape[1]):
             raise ValueError(
-                'attention backend "varlen" needs document_ends, with those of keys where there are more than queries'
+                'attention backend "varlen" needs document_ends, with those of keys if there are more than queries'
             )
         return attention_varlen(q_BTHK, k_BSJK, v_BSJK, document_ends, scale, window)
     backend = resolve_backend(backend, q_BTHK.device, "attention")

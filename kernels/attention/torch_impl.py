@@ -50,7 +50,7 @@ def _attend(
     *,
     causal: bool,
 ) -> Tensor:
-    """One call of PyTorch's attention on [B, T, H, K] tensors, causal or with a mask that is True where a key is
+    """One call of PyTorch's attention on [B, T, H, K] tensors, causal or with a mask that is True if a key is
     seen.
 
     Grouped key heads are left to PyTorch (`enable_gqa`): repeating keys first would copy them H / J times.

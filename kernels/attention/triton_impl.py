@@ -199,7 +199,7 @@ def attention_triton(
 ) -> Tensor:
     """As `attention_reference`, for float32, bfloat16 and float16. Saves q, k, v, the output and its log-sum-exp."""
     # The kernels know document bounds only, so a window without documents is a window in one document.
-    dot_dtype(q_BTHK.dtype)  # refuses float64
+    dot_dtype(q_BTHK.dtype)  # rejects float64
     first_BT = ends_BS = None
     if document_ids_BS is None and window is not None:
         document_ids_BS = torch.zeros(k_BSJK.shape[:2], dtype=torch.int32, device=k_BSJK.device)

@@ -45,7 +45,7 @@ _activate: Callable[[str], None] | None = getattr(torch_attention, "activate_fla
 def activate_newest(capability: int) -> tuple[str, str]:
     """Hand attention over to the newest FlashAttention for GPUs of a compute capability; returns which, and why no newer one.
 
-    Nothing changes where there is none: torch is too old, the package is not installed, or it cannot be imported.
+    Nothing changes if there is none: torch is too old, the package is not installed, or it cannot be imported.
     """
     if _activate is None:
         return OWN, f"torch {torch.__version__} cannot hand over to another; torch 2.15 can"
@@ -72,7 +72,7 @@ def restore() -> None:
 
 
 def active() -> str | None:
-    """The newer FlashAttention that runs; None where PyTorch's own does."""
+    """The newer FlashAttention that runs; None if PyTorch's own does."""
     current: Callable[[], Any] | None = getattr(torch_attention, "current_flash_attention_impl", None)
     return None if current is None else current()
 
@@ -92,7 +92,7 @@ _varlen_attention: Any = None
 class DocumentEnds:
     """Documents of all rows laid end to end: `offsets` [N + 1] int32, first token of each and the end; the longest one's tokens.
 
-    Where there are more keys than queries, `offsets` are those of queries, and `key_offsets` and `longest_keys` the same of keys: a
+    If there are more keys than queries, `offsets` are those of queries, and `key_offsets` and `longest_keys` the same of keys: a
     document's last query is that of its last key, and a document may have keys alone.
     """
 
@@ -108,7 +108,7 @@ class DocumentEnds:
 
 
 def refuse_varlen(dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why PyTorch's variable-length attention does not serve such heads here; None where it does."""
+    """Why PyTorch's variable-length attention does not serve such heads here; None if it does."""
     reason = _refuse_own_release()
     if reason is not None:
         return reason
@@ -139,7 +139,7 @@ def _load() -> None:
 
 @functools.cache
 def _refuse_release(version: str) -> str | None:
-    """Why a release of torch does not have it as it is called here; None where it does."""
+    """Why a release of torch does not have it as it is called here; None if it does."""
     major, minor = map(int, re.findall(r"\d+", version)[:2])
     if (major, minor) < FIRST_TORCH:
         return f"torch {version} does not have it; torch 2.10 and later do"

@@ -123,7 +123,7 @@ def _pad(x_BSJK: Tensor, before: int, after: int) -> Tensor:
 def _overlapping(x_BS: Tensor, blocks: int, block: int) -> Tensor:
     """[B, before + blocks * block, ...] -> [B, blocks, before + block, ...]: what each block's queries may see.
 
-    Where there are several blocks a window is no longer than one, so that `before` is one block. Two views of all of
+    If there are several blocks a window is no longer than one, so that `before` is one block. Two views of all of
     them, and not one per block: the backward of each view fills a gradient as long as the row.
     """
     if blocks == 1:

@@ -28,5 +28,5 @@ class OperationCase:
     first_architecture: int = 80
 
     def trials_of(self, kinds: Collection[Kind] = ()) -> list[Sized]:
-        """The trials of these kinds, all where none is named."""
+        """The trials of these kinds, all if none is named."""
         return [each for each in self.trials() if not kinds or each.kind in kinds]

@@ -128,7 +128,7 @@ class CountedProblem:
 
 @dataclass(frozen=True)
 class GpuSizes:
-    """Sizes of problems on a GPU; the defaults are those of Granite-4-H-Small on one row of 8,192 tokens."""
+    """Sizes of problems on a GPU; the defaults are those of Granite-4-H-Small on one sequence of 8,192 tokens."""
 
     tokens: int = 8192
     model: int = 4096

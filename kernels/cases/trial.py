@@ -3,7 +3,7 @@
 The acceptance run on a GPU, the check at a kernel's first use and their rehearsal in the interpreter ask the same: are
 all outputs and all gradients as near to float64 as PyTorch in the same dtype comes? So a trial has every tensor that
 carries a gradient as a leaf, and every result that takes one as an output. Three kinds of sizes: `first` has the tiles of
-production over few tokens and is what the first use checks, `small` has odd sizes, `long` is for GPUs alone.
+production over few tokens and is what the first use checks, `small` has odd sizes, `long` is only for GPUs.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def convolve_triton(
     silu: bool = True,
 ) -> Tensor:
     """As `torch_impl.convolve`, for float32, bfloat16 and float16, of rows behind a window. Saves its inputs only."""
-    dot_dtype(x_BTC.dtype)  # refuses float64
+    dot_dtype(x_BTC.dtype)  # rejects float64
     return _forward(x_BTC, weight_CW, bias_C, document_ids_BT, window_BWC, silu)
 
 
@@ -143,7 +143,7 @@ def convolve_rows_backward(
 
 
 def split_taps(sums: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Gradients of weight [C, W] and of the bias, where there is one, out of `convolve_rows_backward`'s result."""
+    """Gradients of weight [C, W] and of the bias, if there is one, out of `convolve_rows_backward`'s result."""
     taps = weight.numel()
     return sums[:taps].view(weight.shape), None if bias is None else sums[taps:].to(bias.dtype)
 

@@ -22,7 +22,7 @@ from amfm.kernels.common.tiles import load_values
 
 @triton.jit
 def _load_tap(weight, shift: tl.constexpr, column, C, W: tl.constexpr):
-    """The weight that meets the input `shift` tokens back: column W - 1 - shift, zero where there is none.
+    """The weight that meets the input `shift` tokens back: column W - 1 - shift, zero if there is none.
 
     [BLOCK_C] float32.
     """

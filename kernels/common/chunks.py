@@ -45,7 +45,7 @@ class Chunks:
 
 @dataclass(frozen=True)
 class Documents:
-    """Masks of the documents in each chunk; the masks are None where every row holds one document.
+    """Masks of the documents in each chunk; the masks are None if every row holds one document.
 
     bias: [Q, Q] or [n, 1, Q, Q], 0 where token j may reach token i and -inf elsewhere.
     inside: [n, Q, Q], 1 where j <= i and both are in one document.

@@ -32,7 +32,7 @@ STEADY_ROWS = 4  # from here on a row of a product does not depend on how many o
 
 
 def steady_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """left [M, K] @ right [K, N], into `out` where there is one; very few rows as part of a larger product."""
+    """left [M, K] @ right [K, N], into `out` if there is one; very few rows as part of a larger product."""
     rows = len(left)
     if rows >= STEADY_ROWS:
         return torch.mm(left, right, out=out)

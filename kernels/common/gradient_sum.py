@@ -94,7 +94,7 @@ def accumulate_product(total: GradientSum, product: Tensor) -> None:
 
 
 def add_outer(place: Tensor, adds: bool, left_RA: Tensor, right_RB: Tensor) -> None:
-    """place [A, B] += left^T right, or = where nothing is to be added to.
+    """place [A, B] += left^T right, or = if nothing is to be added to.
 
     On CUDA one product of the library, which adds in float32 where it makes the result. On a CPU the sum must not depend on how
     a library orders its additions, so the product is made first, in `gemm_dtype`: narrower than float32 it is rounded once.

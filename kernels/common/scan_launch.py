@@ -106,7 +106,7 @@ def padded(size: int) -> int:
 class ScanLaunch:
     """Sizes of one call of a scan, shared by its kernels; operations with more sizes inherit from it.
 
-    B rows of T tokens, H heads with states of K x V. A program takes Q tokens at a time; of each chunk there is one
+    B sequences of T tokens, H heads with states of K x V. A program takes Q tokens at a time; of each chunk there is one
     state. `segments` of `segment_chunks` chunks are walked at the same time.
     """
 

@@ -78,9 +78,9 @@ def check_row(
 
 
 def drop_single_document(document_ids_BT: Tensor | None) -> Tensor | None:
-    """None where no row has a boundary, so that the form without masks runs.
+    """None if no row has a boundary, so that the form without masks runs.
 
-    Looks at the values on CPU only, where there are any: on a GPU that would wait for the device, so callers there pass
+    Looks at the values on CPU only, if there are any: on a GPU that would wait for the device, so callers there pass
     None themselves.
     """
     if document_ids_BT is None or document_ids_BT.device.type != "cpu" or torch.compiler.is_compiling():

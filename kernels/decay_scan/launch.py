@@ -213,7 +213,7 @@ def find_gradients(
 ) -> Tensor:
     """Write gradients of the inputs, given states that enter chunks and gradients of those that leave them.
 
-    d_q and d_k [splits, B, T, G, K], parts to be added where there are several (`DecayLaunch.splits`), d_v [B, T, H, V] and d_g
+    d_q and d_k [splits, B, T, G, K], parts to be added if there are several (`DecayLaunch.splits`), d_v [B, T, H, V] and d_g
     [B, T, H] are where tokens of all rows follow each other at one distance, which only raw gates leave open. Returns parts of the sums over tokens,
     [B * tiles, kinds, H] float32: of A_log, bias and skip with raw gates, of skip without (no kinds without a skip).
     """

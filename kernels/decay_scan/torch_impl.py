@@ -288,7 +288,7 @@ def _walk_back(setup: _Setup, states: Tensor, entering: Tensor, final: Tensor, d
 
     states: [n + B, G, K, R V]. On entry each of the first n holds what its own chunk adds to the gradient of
     the state that enters it; on return the whole gradient. The last B take the gradient of the final state, if
-    it has one. Where no initial state was given the first B are not used and may hold anything.
+    it has one. If no initial state was given the first B are not used and may hold anything.
     """
     s = setup.sizes
     gradients = states.view(s.chunks + 1, s.B, s.G, s.K, s.R, s.V)

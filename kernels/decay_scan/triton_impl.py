@@ -44,7 +44,7 @@ def scan_triton(
     q and k [B, T, G, K], v [B, T, H, V], g and scale [B, T, H] float32, skip [H], initial state [B, H, K, V] ->
     o [B, T, H, V] in the dtype of v and the last state in float32.
     """
-    dot_dtype(v_BTHV.dtype)  # refuses float64
+    dot_dtype(v_BTHV.dtype)  # rejects float64
     DECAY_LIMITS.check(chunk_size, q_BTGK.shape[-1], v_BTHV.shape[-1])
     chunk = min(chunk_size, DECAY_LIMITS.chunk_sizes[-1])
     initial = None if initial_state_BHKV is None else initial_state_BHKV.float()

@@ -97,7 +97,7 @@ def load_tokens(
     base, start, T, stride, size,
     Q: tl.constexpr, QT: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a [T, size] matrix for the tokens whose last step is in the chunk, zeros where there are fewer than QT."""
+    """Rows of a [T, size] matrix for the tokens whose last step is in the chunk, zeros if there are fewer than QT."""
     lane, column = tl.arange(0, QT)[:, None], tl.arange(0, BLOCK)[None, :]
     inside = (lane < chunk_tokens(start, T, Q, N)) & (column < size)
     first = base + tl.cast(start // N, tl.int64) * stride

@@ -68,7 +68,7 @@ def delta_scan_triton(
         k, v, beta = (x.squeeze(2) for x in steps)
         rows = (q_BTGK, k, v, beta, g_BTH, erase_BTHK)
         return delta_vector_triton(*rows, initial_state_BHKV, document_ids_BT, chunk_size)
-    dot_dtype(v_BTNHV.dtype)  # refuses float64
+    dot_dtype(v_BTNHV.dtype)  # rejects float64
     DELTA_LIMITS.check(chunk_size, q_BTGK.shape[-1], v_BTNHV.shape[-1])
     chunk = min(chunk_size, DELTA_LIMITS.chunk_sizes[-1])
     firsts = None if document_ids_BT is None else first_tokens(document_ids_BT)

@@ -52,7 +52,7 @@ def diag_scan_triton(
     x and dt [B, T, C], A [C, N], B and C [B, T, N], D [C], initial state [B, C, N] -> y [B, T, C] and the last
     state.
     """
-    dot_dtype(x_BTC.dtype)  # refuses float64
+    dot_dtype(x_BTC.dtype)  # rejects float64
     DIAG_LIMITS.check(chunk_size, A_CN.shape[1], 1)
     firsts = None if document_ids_BT is None else first_tokens(document_ids_BT)
     tensors = (x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, D_C, initial_state_BCN, firsts)

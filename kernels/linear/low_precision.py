@@ -35,7 +35,7 @@ def low_precision_linear(x: Tensor, weight_OI: Tensor, recipe: Recipe, total: Gr
 def low_precision_gradients(
     x: Tensor, weight_OI: Tensor, grad: Tensor, recipe: Recipe, total: GradientSum | None
 ) -> tuple[Tensor, Tensor | None]:
-    """As `linear_gradients`: of x, and of the weight, None where it lands in `total` or is computed later."""
+    """As `linear_gradients`: of x, and of the weight, None if it lands in `total` or is computed later."""
     is_wide = recipe.weight_gradient == "bf16"
     grad_x, kept = input_gradient(grad.flatten(0, -2), weight_OI, recipe, keep=not is_wide)
     saved = (x,) if is_wide else keep_columns(x.flatten(0, -2), recipe)
@@ -73,7 +73,7 @@ class _LowPrecisionLinear(torch.autograd.Function):
 def _weights_half(
     saved: Kept, kept: Kept, grad: Tensor, weight_OI: Tensor, recipe: Recipe, total: GradientSum | None
 ) -> Tensor | None:
-    """The weight's gradient, from what was kept of x and of its gradient; None where it lands in `total` or is left for later."""
+    """The weight's gradient, from what was kept of x and of its gradient; None if it lands in `total` or is left for later."""
     compute: Callable[[], Tensor | None]
     if recipe.weight_gradient == "bf16":
         (x,) = saved

@@ -11,7 +11,7 @@ from amfm.kernels.common.gradient_sum import GradientSum, add_outer
 
 
 def weight_gradient(x: Tensor, weight_OI: Tensor, grad: Tensor, total: GradientSum | None) -> Tensor | None:
-    """grad^T x over all tokens of grad [..., O] and x [..., I], or None where it was added to `total`."""
+    """grad^T x over all tokens of grad [..., O] and x [..., I], or None if it was added to `total`."""
     if total is not None:
         place, adds = total.take()
         add_outer(place, adds, grad.flatten(0, -2), x.flatten(0, -2))

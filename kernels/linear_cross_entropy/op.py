@@ -105,7 +105,7 @@ def _check(hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor) -> None:
 
 
 def _check_labels(labels_R: Tensor, vocab: int, ignore_index: int) -> None:
-    """On CPU, where looking costs nothing, refuse labels that the vocabulary does not hold."""
+    """On CPU, where looking costs nothing, reject labels that the vocabulary does not hold."""
     if labels_R.device.type != "cpu" or torch.compiler.is_compiling():
         return
     wrong = ((labels_R < 0) | (labels_R >= vocab)) & (labels_R != ignore_index)

@@ -140,7 +140,7 @@ def _statistics_backward(
     weight_VD_sum: Tensor | None,
     weight_VD_adds: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden and weight, which is empty where it lands; logits are computed again."""
+    """Gradients of hidden and weight, which is empty if it lands; logits are computed again."""
     hidden_RD, weight_VD = hidden_RD.contiguous(), weight_VD.contiguous()
     dtype = gemm_dtype(hidden_RD)
     weight, hidden = weight_VD.to(dtype), hidden_RD.to(dtype)

@@ -114,7 +114,7 @@ def linear_cross_entropy_triton(
     hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, *, ignore_index: int, z_loss_weight: float
 ) -> tuple[Tensor, Tensor]:
     """As `linear_cross_entropy_reference`, for float32, bfloat16 and float16, with sums in float32."""
-    dot_dtype(hidden_RD.dtype)  # refuses float64
+    dot_dtype(hidden_RD.dtype)  # rejects float64
     with_grad = torch.is_grad_enabled() and (hidden_RD.requires_grad or weight_VD.requires_grad)
     return _forward(hidden_RD, weight_VD, labels_R, ignore_index, z_loss_weight, with_grad)[:2]
 
@@ -140,7 +140,7 @@ def _statistics_backward(
     weight_VD_sum: Tensor | None,
     weight_VD_adds: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden and weight, which is empty where it lands, a slice of rows at a time."""
+    """Gradients of hidden and weight, which is empty if it lands, a slice of rows at a time."""
     hidden_RD, weight_VD, labels_R = hidden_RD.contiguous(), weight_VD.contiguous(), labels_R.contiguous()
     d_log_sum_R, d_target_R = d_log_sum_R.contiguous(), d_target_R.contiguous()
     (rows, model), vocab = hidden_RD.shape, weight_VD.shape[0]

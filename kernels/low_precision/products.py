@@ -92,7 +92,7 @@ def keep_gradient(grad_RO: Tensor, recipe: Recipe) -> Kept:
 def weight_gradient(
     grad: Kept, x: Kept, rows: int, dtype: torch.dtype, recipe: Recipe, total: GradientSum | None
 ) -> Tensor | None:
-    """dy^T x over `rows` tokens, [O, I] in `dtype`, from what was kept of both; None where it lands in `total`."""
+    """dy^T x over `rows` tokens, [O, I] in `dtype`, from what was kept of both; None if it lands in `total`."""
     assert grad[0] is not None and grad[1] is not None and x[0] is not None and x[1] is not None
     if multiplies_codes(recipe, grad[0].device):
         found: Tensor | None = codes_of(recipe).weight_gradient(grad, x, rows, dtype, total)

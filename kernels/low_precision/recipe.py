@@ -68,7 +68,7 @@ class ExpertRecipes:
 
 
 def recipes_of(up_EFD: Tensor, down_EDF: Tensor) -> ExpertRecipes | None:
-    """The recipes of both weights, None where they have none. Raises ValueError where they differ in more than their seeds."""
+    """The recipes of both weights, None if they have none. Raises ValueError if they differ in more than their seeds."""
     up, down = recipe_of(up_EFD), recipe_of(down_EDF)
     if up is None and down is None:
         return None

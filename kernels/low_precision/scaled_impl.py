@@ -123,7 +123,7 @@ class BlockScaled:
         total: GradientSum | None,
         tiles: Tiles | None = None,
     ) -> Tensor | None:
-        """left^T right over each expert's rows, [E, N, K] in `dtype`, [N, K] without tiles; None where it lands in `total`."""
+        """left^T right over each expert's rows, [E, N, K] in `dtype`, [N, K] without tiles; None if it lands in `total`."""
         left, right = Codes(*left), Codes(*right)
         place, adds = (None, False) if total is None else total.take()
         if tiles is None and left.codes.device.type == "cuda":

@@ -231,7 +231,7 @@ def weight_gradient(
     total: GradientSum | None,
     tiles: Tiles | None = None,
 ) -> Tensor | None:
-    """left^T right over each expert's rows, [E, N, K] in `dtype`, [N, K] without tiles; None where it lands in `total`."""
+    """left^T right over each expert's rows, [E, N, K] in `dtype`, [N, K] without tiles; None if it lands in `total`."""
     place, adds = (None, False) if total is None else total.take()
     experts = 1 if tiles is None else len(tiles.offsets_E)
     wide = None if place is None else place.view(experts, left[0].shape[1], right[0].shape[1])

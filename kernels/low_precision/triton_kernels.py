@@ -183,7 +183,7 @@ def pack_rows_kernel(x, packed, rows, width, bytes_a_row, BLOCK_M: tl.constexpr)
 
 @triton.jit(do_not_specialize=["rows"])
 def unpack_rows_kernel(packed, x, rows, width, bytes_a_row, BLOCK_M: tl.constexpr):
-    """The numbers of packed rows. Grid: (row blocks, runs)."""
+    """The numbers of packed sequences. Grid: (row blocks, runs)."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * RUN + tl.arange(0, RUN)
     inside = (row < rows)[:, None] & (column < width)[None, :]

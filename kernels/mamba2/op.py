@@ -49,7 +49,7 @@ def mamba2_mix(
     projected [B, T, X], X = 2 I + 2 G N + H in the order z, x, B, C, dt; conv weight [C, W], bias [C] or None; A_log, D and
     the bias of dt [H]; norm weight [I]; out weight [D, I]. Each row begins from zeros, and so does each document:
     `document_starts_BT` [B, T] int32 is the place in the row of the first token of each token's document
-    (`amfm.kernels.common.strides.first_tokens`), None where rows hold one document.
+    (`amfm.kernels.common.strides.first_tokens`), None if rows hold one document.
 
     keep_states and chunk_size as in `mamba2_scan`, but that without states, as by default, y is made again too.
 

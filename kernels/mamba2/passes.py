@@ -98,7 +98,7 @@ class Rows:
         return self.scan(D, entering), entering
 
     def scan(self, D: Tensor, entering: Tensor | None) -> Tensor:
-        """y [B, T, I], the scan's results; writes the states that enter chunks where there is room for them."""
+        """y [B, T, I], the scan's results; writes the states that enter chunks if there is room for them."""
         x, B, C = self.sizes.split(self.convolved)
         y = self.projected.new_empty(*self.projected.shape[:2], self.sizes.inner)
         walk(self.launch, C, B, x, self.gates, D, self.starts, self.initial, y, entering)
@@ -110,7 +110,7 @@ class Rows:
         return walk_to_end(self.launch, C, B, x, self.gates, self.starts)
 
     def leaving_back(self, d_y: Tensor) -> Tensor:
-        """Gradient of the states that enter rows, [B, H, N, P], where nothing reads those that leave them."""
+        """Gradient of the states that enter rows, [B, H, N, P], if nothing reads those that leave them."""
         _, _, C = self.sizes.split(self.convolved)
         d_y = d_y.unflatten(-1, (self.sizes.heads, -1))
         return walk_to_start(self.launch, C, self.gates, self.starts, d_y)
@@ -128,7 +128,7 @@ class Rows:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """From the output back to y: gradients of y, and of the norm's and the output's weights; writes that of z.
 
-        That of the output's weight is empty where it lands in its sum or there is no such weight.
+        That of the output's weight is empty if it lands in its sum or there is no such weight.
         """
         d_out = d_out.contiguous()
         d_normed = d_out if out_weight is None else linear(d_out, out_weight.t())

@@ -118,7 +118,7 @@ def _entered_backward(
     """As far as the states that enter, from zero behind the segments.
 
     The gradient of the projection, of which only z's part is written, of y, and of the states that enter; the convolved channels
-    and the states that enter chunks, which the rest needs (empty where forward kept these); gradients of both weights.
+    and the states that enter chunks, which the rest needs (empty if forward kept these); gradients of both weights.
     """
     sizes, d_projected = MixerSizes.of(numbers, epsilon), projected.new_empty(projected.shape)
     rows = Rows.of(projected, conv_weight, conv_bias, A_log, dt_bias, starts, sizes, chunk_size, window, initial)

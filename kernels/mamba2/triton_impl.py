@@ -50,7 +50,7 @@ def mix_triton(
 
     Raises ValueError for sizes without a kernel, which are those of the scan and of the norm.
     """
-    dot_dtype(projected_BTX.dtype)  # refuses float64
+    dot_dtype(projected_BTX.dtype)  # rejects float64
     DECAY_LIMITS.check(chunk_size, sizes.state, sizes.head_dim)
     if sizes.inner // sizes.norm_groups > LARGEST_GROUP:
         size = sizes.inner // sizes.norm_groups
@@ -113,7 +113,7 @@ def _backward(
     out_weight_adds: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the projection, of the convolution's weight and bias as one, of A_log, dt_bias and D [3, H] (in this
-    order, in the dtype of A_log), of the norm's weight, and of the output's, which is empty where it lands or is absent.
+    order, in the dtype of A_log), of the norm's weight, and of the output's, which is empty if it lands or is absent.
     """
     sizes, d_projected = MixerSizes.of(numbers, epsilon), projected.new_empty(projected.shape)
     rows = Rows.of(projected, conv_weight, conv_bias, A_log, dt_bias, starts, sizes, chunk_size)

@@ -97,7 +97,7 @@ def block_problem(inputs: Inputs, tokens: int, model: int, experts: int, width: 
 def sent_problem(inputs: Inputs, tokens: int, model: int, experts: int, width: int, top_k: int) -> Problem:
     """Experts as ranks exchange rows, one to each rank of a token: copies, weighted sums of a rank's experts, sums by token.
 
-    Each of RANKS has a part of the experts. One process is all of them here, and what travels is the same memory; so all have
+    Each of RANKS has a part of the experts. One process is all of them here, and what is sent is the same memory; so all have
     the same experts, `experts` / RANKS. Leaves as in `experts_problem`.
     """
     inner = experts_problem(inputs, tokens, model, experts // RANKS, width, 1)
@@ -135,7 +135,7 @@ def sent_problem(inputs: Inputs, tokens: int, model: int, experts: int, width: i
 def slots_problem(inputs: Inputs, tokens: int, model: int, experts: int, width: int, top_k: int) -> Problem:
     """Experts as ranks exchange rows by slot: copies by choice, feed-forward of rows in a sender's order, weighted sum by token.
 
-    One rank sends to itself here: what travels is the same memory. Leaves as in `experts_problem`.
+    One rank sends to itself here: what is sent is the same memory. Leaves as in `experts_problem`.
     """
     inner = experts_problem(inputs, tokens, model, experts, width, top_k)
     ids = torch.randn(tokens, experts, device=inputs.device).topk(top_k).indices

@@ -32,7 +32,7 @@ def multiplies_by_torch(x_RD: Tensor, up_EFD: Tensor, down_EDF: Tensor, height: 
     """Whether PyTorch's grouped product takes these rows; height: rows of our products' tiles, few for few rows per
     expert.
 
-    Raises ValueError where it was told to and this GPU, dtype or width lacks it.
+    Raises ValueError if it was told to and this GPU, dtype or width lacks it.
     """
     if _TOLD[0] == "triton":
         return False

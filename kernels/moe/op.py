@@ -113,7 +113,7 @@ def route(
 
 
 def _check_choices(choices_RK: Tensor, logits_RE: Tensor, top_k: int) -> None:
-    """Raise ValueError for choices that a router of these logits cannot have made; values are read on CPUs alone."""
+    """Raise ValueError for choices that a router of these logits cannot have made; values are read only on CPUs."""
     check_shape("choices_RK", choices_RK, (len(logits_RE), top_k), logits_RE)
     if choices_RK.dtype != torch.int64:
         raise ValueError(f"choices_RK must be int64; got {choices_RK.dtype}")

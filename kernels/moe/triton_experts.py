@@ -5,7 +5,7 @@ gradient, two weight gradients, up, sum. Saved: x and the hidden rows before the
 
 The host knows how many pairs there are, not how they fall on experts: reading the counts would make each layer
 wait for the device. Grids take the upper bound of tiles instead, one more for each expert, and programs without
-a tile end at once. Which rows a tile has is listed once per layer, for all products of both passes.
+a tile end immediately. Which rows a tile has is listed once per layer, for all products of both passes.
 
 Rows come in one of three ways: of tokens, gathered by sorted pair, whose results are summed by weight; of rows that are in
 another order, to which results return (those that ranks sent, sorted by sender); or sorted already.
@@ -54,7 +54,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output [R, D], hidden rows [S, F] before the activation, and the layer's tiles.
 
-    With weights, sources are tokens of sorted pairs; without, rows to be gathered, None where rows are sorted already. `rows`:
+    With weights, sources are tokens of sorted pairs; without, rows to be gathered, None if rows are sorted already. `rows`:
     those that have an expert, S; pairs behind them are lost.
     """
     x_RD, up_EFD, down_EDF = x_RD.contiguous(), up_EFD.contiguous(), down_EDF.contiguous()
@@ -106,7 +106,7 @@ def _backward(
     down_EDF_sum: Tensor | None,
     down_EDF_adds: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weights (empty without them), up and down (empty where they land)."""
+    """Gradients of x, weights (empty without them), up and down (empty if they land)."""
     if not len(hidden):
         no_weights = x_RD.new_empty(0) if weights_RK is None else torch.zeros_like(weights_RK)
         d_up, d_down = _no_rows(up_EFD, up_EFD_sum, up_EFD_adds), _no_rows(down_EDF, down_EDF_sum, down_EDF_adds)
@@ -119,7 +119,7 @@ def _backward(
 
 
 def _no_rows(weight: Tensor, place: Tensor | None, adds: bool) -> Tensor:
-    """Gradient of experts without any rows: zeros, or empty where they land."""
+    """Gradient of experts without any rows: zeros, or empty if they land."""
     if place is None:
         return torch.zeros_like(weight)
     if not adds:
@@ -178,7 +178,7 @@ def _weight_gradients(
     down_EDF_sum: Tensor | None,
     down_EDF_adds: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of up and down, empty where they land; rows of d_y and x are gathered while they are loaded."""
+    """Gradients of up and down, empty if they land; rows of d_y and x are gathered while they are loaded."""
     d_down = multiply_outer(d_y, active, sources, offsets_E, down_EDF_sum, down_EDF_adds, gather_left=True)
     return multiply_outer(d_hidden, x_RD, sources, offsets_E, up_EFD_sum, up_EFD_adds, gather_left=False), d_down
 
@@ -236,7 +236,7 @@ def _take(totals: Sequence[GradientSum] | None) -> Into:
 def weights_half(
     totals: Sequence[GradientSum] | None, compute: Callable[[*Into], tuple[Tensor, Tensor]]
 ) -> Sequence[Tensor | None]:
-    """Gradients of up and down, None where they land."""
+    """Gradients of up and down, None if they land."""
     found = compute(*_take(totals))
     return found if totals is None else (None, None)
 
@@ -273,9 +273,9 @@ def grouped_feed_forward_triton(
     """Feed-forward of rows by expert: [R, D], for float32, bfloat16 and float16.
 
     x [R, D], offsets [E] int32 (sorted row after each expert's last), up [E, F, D], down [E, D, hidden]. sources [R] int32: the
-    row of x at each sorted place, whose result returns there; None where rows are sorted by expert.
+    row of x at each sorted place, whose result returns there; None if rows are sorted by expert.
     """
-    dot_dtype(x_RD.dtype)  # refuses float64
+    dot_dtype(x_RD.dtype)  # rejects float64
     return _forward(x_RD, None, None, sources, None, offsets_E, up_EFD, down_EDF, activation, len(x_RD))[0]
 
 

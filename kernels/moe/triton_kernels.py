@@ -2,7 +2,7 @@
 
 Tiles of rows never span two experts. How many tiles each expert has is only known on the device, so the grid has an
 upper bound of them; which expert a tile has and where it begins is listed once per layer (`counting_sort.list_tiles`), and
-programs beyond the last tile end at once.
+programs beyond the last tile end immediately.
 
 Weights of choices are applied to the activation, which is usually narrower than the output, and rows of x are
 gathered while they are loaded. No sums by atomics: each token's rows are added by one program in the order of
@@ -284,7 +284,7 @@ def sum_choices_kernel(
     rows_SD, places, weights, y, tokens, rows, model, choices,
     WEIGHTED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """y [R, D]: each token's K sorted rows added up in float32, by weight where there are weights, always in the same order.
+    """y [R, D]: each token's K sorted rows added up in float32, by weight if there are weights, always in the same order.
 
     A place from `rows` on is that of a choice without a row, which adds nothing.
     """

@@ -97,9 +97,9 @@ def multiply_outer(
     *,
     gather_left: bool,
 ) -> Tensor:
-    """left^T right over each expert's rows: [E, A, B]; one of the two is gathered where there are sources.
+    """left^T right over each expert's rows: [E, A, B]; one of the two is gathered if there are sources.
 
-    Where there is a place it is written there, or added to what is there, and the result is empty.
+    If there is a place it is written there, or added to what is there, and the result is empty.
     """
     experts, lefts, rights = offsets_E.shape[0], left.shape[1], right.shape[1]
     result = left.new_empty(experts, lefts, rights) if place is None else place
@@ -113,7 +113,7 @@ def multiply_outer(
 
 
 def sum_choices(rows_SD: Tensor, places: Tensor, weights_RK: Tensor | None, tokens: int, choices: int) -> Tensor:
-    """Each token's rows added up, by weight where there are weights: [R, D] in the dtype of the rows.
+    """Each token's rows added up, by weight if there are weights: [R, D] in the dtype of the rows.
 
     places [R * K] int32: the row of each pair; from S on, of a pair without a row. Sums are float32, in the order of a token's
     choices.

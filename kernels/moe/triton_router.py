@@ -265,6 +265,6 @@ def route_triton(
     group_merit: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Expert ids, weights, counts and scores as `route_reference`, for float32, bfloat16 and float16 logits."""
-    dot_dtype(logits_RE.dtype)  # refuses float64
+    dot_dtype(logits_RE.dtype)  # rejects float64
     groups = num_groups, group_top_k, group_merit
     return _forward(logits_RE, expert_bias_E, score, top_k, normalize, scaling, *groups)

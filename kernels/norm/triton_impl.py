@@ -43,12 +43,12 @@ def gated_rms_norm_triton(y: Tensor, z: Tensor, weight: Tensor, epsilon: float, 
 
 
 def _check(x: Tensor, size: int) -> None:
-    """Refuse float64 and groups wider than LARGEST_GROUP.
+    """Reject float64 and groups wider than LARGEST_GROUP.
 
     A group must fit one program's registers, because its mean is needed before any of its values can be
     written.
     """
-    dot_dtype(x.dtype)  # refuses float64
+    dot_dtype(x.dtype)  # rejects float64
     if size > LARGEST_GROUP:
         raise ValueError(f'backend "triton" norms groups of up to {LARGEST_GROUP} values; got {size}')
 

@@ -41,7 +41,7 @@ REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError, TritonErro
 
 @dataclass
 class TrialResult:
-    """What was found: verdicts of all tensors, the worst first, and faults in words; right where there are none."""
+    """What was found: verdicts of all tensors, the worst first, and faults in words; right if there are none."""
 
     trial: str
     kind: str

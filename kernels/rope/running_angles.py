@@ -56,7 +56,7 @@ def within_turn(angles: Tensor) -> Tensor:
 def turn_heads(x_BTGN: Tensor, bias_HN: Tensor, angles_BTHA: Tensor, scale_BTH: Tensor | None = None) -> Tensor:
     """Scale * R(angle) (x + bias) of each head, [B, T, H, N]: neighbouring channels are a pair, the first A pairs turn.
 
-    x [B, T, G, N] is shared by H / G heads each. Angles, and the scale where there is one, in float32 (float64 for float64
+    x [B, T, G, N] is shared by H / G heads each. Angles, and the scale if there is one, in float32 (float64 for float64
     inputs), as inside; the result has the dtype of x.
     """
     turned: Tensor = _TurnHeads.apply(x_BTGN, bias_HN, angles_BTHA, scale_BTH)

@@ -128,7 +128,7 @@ def norm_rope_backward_kernel(
 
 
 def _blocks(size: int, cosine: Tensor | None) -> tuple[int, dict[str, int]]:
-    """Rotated pairs (any split in halves where nothing rotates), the padded widths of the parts, and heads of a program."""
+    """Rotated pairs (any split in halves if nothing rotates), the padded widths of the parts, and heads of a program."""
     half = size // 2 if cosine is None else cosine.shape[-1]
     return half, tile_of(half, size - 2 * half)
 
@@ -167,7 +167,7 @@ def _(given: Any) -> Tensor:
 def _backward(
     d_y: Tensor, x_BTHK: Tensor, cosine: Tensor | None, sine: Tensor | None, weight: Tensor | None, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the weight, empty where there is none."""
+    """Gradients of x and of the weight, empty if there is none."""
     d_y, x_BTHK = d_y.contiguous(), x_BTHK.contiguous()
     d_x = torch.empty_like(x_BTHK)
     heads, size = x_BTHK.shape[2:]
@@ -189,7 +189,7 @@ def norm_rope_triton(
     x_BTHK: Tensor, cosine: Tensor | None, sine: Tensor | None, weight_K: Tensor | None, epsilon: float
 ) -> Tensor:
     """As `norm_rope_reference`, given cosine and sine in float32, for float32, bfloat16 and float16."""
-    dot_dtype(x_BTHK.dtype)  # refuses float64
+    dot_dtype(x_BTHK.dtype)  # rejects float64
     if weight_K is None and cosine is None:
         return x_BTHK
     return _forward(x_BTHK, cosine, sine, weight_K, epsilon)

@@ -34,7 +34,7 @@ _LOGGED: set[tuple[str, str]] = set()  # choices that were reported
 
 # (first bad version, first good version, compute capability major, what goes wrong). Triton 3.4.0 to 3.7.0 also goes
 # wrong on Hopper where the transposed result of one product enters another: no kernel of ours has that form, which
-# kernels/proof/transposed_products.py finds and the ahead-of-time tests refuse.
+# kernels/proof/transposed_products.py finds and the ahead-of-time tests reject.
 _MISCOMPILES = (
     (
         (3, 8, 0),
@@ -50,7 +50,7 @@ _MISCOMPILES = (
         "its compiler ends in an error on the gradients of Mamba2 and the delta rule on Blackwell",
     ),
 )
-# Set to 1, kernels run under a Triton that is refused: for those who test a GPU or a compiler.
+# Set to 1, kernels run under a Triton that is rejected: for those who test a GPU or a compiler.
 ALLOW_VARIABLE = "AMFM_ALLOW_TRITON"
 # Multiprocessors that multiply bfloat16.
 _LEAST_CAPABILITY = 8
@@ -108,7 +108,7 @@ def triton_version() -> tuple[int, int, int] | None:
 
 
 def find_miscompile(version: tuple[int, int, int], capability_major: int) -> str | None:
-    """What a Triton version is known to get wrong on GPUs of a compute capability, None where nothing is known."""
+    """What a Triton version is known to get wrong on GPUs of a compute capability, None if nothing is known."""
     for first_bad, first_good, major, fault in _MISCOMPILES:
         if major == capability_major and first_bad <= version < first_good:
             return fault
@@ -117,7 +117,7 @@ def find_miscompile(version: tuple[int, int, int], capability_major: int) -> str
 
 @assume_constant
 def _check_triton(device: torch.device, operation: str | None) -> None:
-    """Raise ValueError where an operation's kernels cannot run on `device`, or are wrong; every call of one asks."""
+    """Raise ValueError if an operation's kernels cannot run on `device`, or are wrong; every call of one asks."""
     refusal = refuse_triton(device)
     if refusal is None and device.type == "cuda":
         place_triton_cache()
@@ -157,7 +157,7 @@ def refuse_triton(device: torch.device) -> str | None:
 
 @functools.cache
 def _refuse_operation(operation: str, device: torch.device) -> str | None:
-    """What was wrong with an operation's kernels at their first use on a GPU; None where nothing was, or where
+    """What was wrong with an operation's kernels at their first use on a GPU; None if nothing was, or where
     allowed.
     """
     try:
@@ -180,7 +180,7 @@ def _refuse_operation(operation: str, device: torch.device) -> str | None:
 
 
 def judge_miscompile(fault: str, version: tuple[int, int, int], *, allowed: bool) -> str | None:
-    """The refusal of a Triton with a known fault, with what pip can install instead; None, and a warning, where allowed.
+    """The rejection of a Triton with a known fault, with what pip can install instead; None, and a warning, where allowed.
 
     PyTorch pins its Triton, so that the fix is a release of torch: 2.15 brings Triton 3.9.0, which is good on all GPUs.
     """
@@ -189,7 +189,7 @@ def judge_miscompile(fault: str, version: tuple[int, int, int], *, allowed: bool
         _LOG.warning("kernels run under Triton %s because %s=1, though %s", shown, ALLOW_VARIABLE, fault)
         return None
     return (
-        f'kernels backend "triton" refuses Triton {shown} on this GPU: {fault}. torch pins its Triton: use '
+        f'kernels backend "triton" rejects Triton {shown} on this GPU: {fault}. torch pins its Triton: use '
         f"`pip install 'torch>=2.15'` (Triton 3.9.0), or kernels.backend=torch; "
         f"{ALLOW_VARIABLE}=1 runs the kernels anyway"
     )

@@ -39,7 +39,7 @@ def disable_compile(function: Any = None, recursive: bool = True) -> Any:
 def _wait_for_compiler(marked: Any) -> None:
     """Let what `torch._disable_dynamo` has marked call its function directly until the compiler is there.
 
-    Its wrapper looks for `__dynamo_disable` at the function, and imports the compiler where there is none. `__wrapped__` may
+    Its wrapper looks for `__dynamo_disable` at the function, and imports the compiler if there is none. `__wrapped__` may
     have been copied from a function further inside.
     """
     if "fn" not in marked.__code__.co_freevars:

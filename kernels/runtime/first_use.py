@@ -4,7 +4,7 @@ Why: a compiler may make wrong numbers of a right kernel, on one GPU and not on 
 as a loss that is a little too high. So the first use of an operation on a GPU compares it with float64 at a small shape
 with the tiles of production, in a separate process: a kernel that crashes must not take the run's context with it, and
 one that never ends is stopped. What was found is kept in the user's cache under the GPU, torch, Triton and a digest of
-all our kernels' source; processes of a machine that start at once wait for the first one's answer. A folder that cannot
+all our kernels' source; processes of a machine that start immediately wait for the first one's answer. A folder that cannot
 be written, or a GPU that no second process may use, costs a repeated check and no run.
 """
 
@@ -58,7 +58,7 @@ def can_be_checked() -> bool:
 def find_faults(operation: str, device: torch.device) -> list[str]:
     """What is wrong with an operation's kernels on a GPU, looked up or checked now; empty where they are right.
 
-    Raises CannotCheck where the check itself cannot run.
+    Raises CannotCheck if the check itself cannot run.
     """
     versions = f"torch {torch.__version__} triton {importlib.metadata.version('triton')}"
     card = f"{torch.cuda.get_device_name(device)} {versions} {os.environ.get('TRITON_PTXAS_PATH', '')}"
@@ -68,7 +68,7 @@ def find_faults(operation: str, device: torch.device) -> list[str]:
 def look_up(
     operation: str, device: str, card: str, folders: Iterable[Path | None], cases: str = DEFAULT_CASES
 ) -> list[str]:
-    """The faults that one of the folders knows of an operation on a GPU, after a check where none knows anything yet.
+    """The faults that one of the folders knows of an operation on a GPU, after a check if none knows anything yet.
 
     `card`: names the GPU and its compilers. folders: those that are None are passed over; the first that can be written keeps
     what is found, and where none can, it is not kept. A check of another process is waited for.
@@ -102,7 +102,7 @@ def _check_once(path: Path, operation: str, device: str, card: str, cases: str) 
 
 
 def _read(path: Path) -> list[str] | None:
-    """The faults that a file keeps; None where there is none, or one that was not written to its end."""
+    """The faults that a file keeps; None if there is none, or one that was not written to its end."""
     try:
         faults: list[str] = json.loads(path.read_text())["faults"]
     except (OSError, ValueError, KeyError):
@@ -123,7 +123,7 @@ class CannotCheck(RuntimeError):
 def check_now(operation: str, device: str, cases: str = DEFAULT_CASES) -> list[str]:
     """Compare an operation's first trials with float64 in a child; where a GPU is for one process alone, in this one.
 
-    Raises CannotCheck where that cannot start.
+    Raises CannotCheck if that cannot start.
     """
     _LOG.info("first use of %s on this GPU: its kernels are compiled and compared with float64, once", operation)
     interpreted = device == "cpu"

@@ -24,7 +24,7 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     """Operand dtype of `tl.dot` for inputs of `dtype` (float32, bfloat16 or float16): float32 in the plain interpreter.
 
     Raises ValueError for other dtypes: the kernels have no float64, so calling this is also how launchers
-    refuse it.
+    reject it.
     """
     if dtype not in _DOT_DTYPES:
         raise ValueError(f'backend "triton" takes float32, bfloat16 or float16; got {dtype}; use "torch"')

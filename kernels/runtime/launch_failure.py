@@ -18,7 +18,7 @@ _OPTIONS = ("num_warps", "num_stages")
 def describe_launch_failure(error: BaseException) -> str | None:
     """Kernel, tile, cause and fix of an error that Triton raised; None for any other error.
 
-    Out of shared memory or registers, a compiler that refuses the kernel, an assembler that fails.
+    Out of shared memory or registers, a compiler that rejects the kernel, an assembler that fails.
     """
     if not isinstance(error, TritonError):
         return None

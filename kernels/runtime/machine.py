@@ -13,7 +13,7 @@ from amfm.kernels.runtime.backend import REQUIREMENTS, refuse_triton, triton_ver
 def find_obstacle(device: str) -> str | None:
     """What keeps kernels from running on a CUDA device: versions found, versions that work, what pip can install.
 
-    None where nothing does.
+    None if nothing does.
     """
     version = triton_version()
     found = f"found torch {torch.__version__}, Triton {'.'.join(map(str, version)) if version else 'none'}"

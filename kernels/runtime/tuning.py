@@ -58,9 +58,9 @@ class Table:
 
     @classmethod
     def load(cls, environment: Environment, folders: Sequence[Path] | None = None) -> Table:
-        """The environment's entries in all folders, those of earlier folders first; empty where there are none.
+        """The environment's entries in all folders, those of earlier folders first; empty if there are none.
 
-        folders: by default the user's own, where there is a home directory, and the package's.
+        folders: by default the user's own, if there is a home directory, and the package's.
 
         Raises ValueError for a file that says another environment than its name.
         """
@@ -80,7 +80,7 @@ class Table:
     def save(self, folder: Path | None = None) -> Path:
         """Write the table, whole or not at all, to the user's own folder unless another is given; returns where.
 
-        Raises RuntimeError where no folder is given and the machine has no home directory.
+        Raises RuntimeError if no folder is given and the machine has no home directory.
         """
         folder = folder or user_folder("tuned")
         if folder is None:
@@ -124,7 +124,7 @@ def config_for(kernel: str, shape: Sequence[object], candidates: Sequence[Config
 
 
 def choose_table(tables: Sequence[Table]) -> Table | None:
-    """The table that all ranks of a run take, from their own by rank: rank 0's; None where their GPUs or compilers
+    """The table that all ranks of a run take, from their own by rank: rank 0's; None if their GPUs or compilers
     differ.
 
     Ranks that launched other tiles than their neighbours would round otherwise, and a tile that one GPU has room for
@@ -155,7 +155,7 @@ def tune(
     run: gives outputs and gradients; expected: the same of another implementation, in float32 at least. A candidate is
     timed only if it repeats bit by bit and its largest relative RMS error is within `tolerance`, or within 1.5 times
     that of the first candidate where that is less. One that fails or does not compile is reported and left out.
-    Raises RuntimeError where the first candidate itself is wrong: this compiler miscompiles the kernel.
+    Raises RuntimeError if the first candidate itself is wrong: this compiler miscompiles the kernel.
     """
     with _session() as session:
         run()
@@ -251,7 +251,7 @@ def _session() -> Iterator[_Session]:
 
 
 def _try(run: Callable[[], Sequence[Tensor]], expected: Sequence[Tensor], limit: float) -> tuple[float, str]:
-    """Largest relative error of a candidate, and what is wrong with it ("" where nothing is)."""
+    """Largest relative error of a candidate, and what is wrong with it ("" if nothing is)."""
     try:
         once, again = run(), run()
     except (OutOfResources, PTXASError, CompilationError) as reason:

@@ -24,7 +24,7 @@ def user_folder(name: str) -> Path | None:
 
 
 def scratch_folder(name: str) -> Path | None:
-    """A folder of this name below `$TMPDIR` (`/tmp` by default) that this user alone can write; None where there is none.
+    """A folder of this name below `$TMPDIR` (`/tmp` by default) that this user alone can write; None if there is none.
 
     Others may write there: a folder that is a link, or of another user, is not used.
     """
@@ -73,7 +73,7 @@ def place_triton_cache() -> None:
 
 
 def write_whole(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all, its folder with it. Raises OSError where it cannot be written."""
+    """Write a JSON file whole or not at all, its folder with it. Raises OSError if it cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.unlink(missing_ok=True)  # whatever it is: a link is not followed

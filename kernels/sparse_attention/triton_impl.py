@@ -233,6 +233,6 @@ def sparse_attention_triton(
 
     Saves q, k, v, places, the output and its log-sum-exp.
     """
-    dot_dtype(q_BTHK.dtype)  # refuses float64
+    dot_dtype(q_BTHK.dtype)  # rejects float64
     o_BTHV, mass_BTN, log_sums_BTH = _forward(q_BTHK, k_BSJK, v_BSJV, places_BTN, scale, value_size)
     return o_BTHV, mass_BTN, log_sums_BTH / LOG2_E

@@ -8,7 +8,7 @@ Forward holds all channels of a tile of keys. Latents are keys whose first chann
 is the first part of the tile of keys. So keys come in two parts, `split` channels and the rest, and 576 channels need no tile
 of 1,024.
 
-Backward would have to hold sums of 576 channels next to that, so it is cut where nothing wide is held: `chosen_slopes_kernel`
+Backward would have to hold sums of 576 channels next to that, so it is cut if nothing wide is held: `chosen_slopes_kernel`
 writes the weight of each pair of query and key, for each head, and the gradient of its score; the gradients of queries and of
 keys are products of those by tiles of channels. Gradients of keys are sums over the queries that chose them. Atomic additions
 would change bits from run to run, so a program writes what its query adds to each of its keys, and `sum_pairs_kernel` adds what
@@ -39,7 +39,7 @@ def _load_part(x, row, is_real, size, first, width, BLOCK: tl.constexpr):
 
 @triton.jit
 def _load_rest(x, row, is_real, size, split, main, DOT: tl.constexpr, BLOCK_R: tl.constexpr):
-    """The channels from `split` on; where there are none (BLOCK_R 0) `main`, which nothing reads."""
+    """The channels from `split` on; if there are none (BLOCK_R 0) `main`, which nothing reads."""
     return _load_part(x, row, is_real, size, split, size - split, BLOCK_R).to(DOT) if BLOCK_R > 0 else main
 
 
@@ -106,7 +106,7 @@ def chosen_forward_kernel(
     SHARED: tl.constexpr, DOT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """o and the log-sum-exp in base 2 [Q, H]. Programs: tiles of a key head's heads. v is None where SHARED."""
+    """o and the log-sum-exp in base 2 [Q, H]. Programs: tiles of a key head's heads. v is None if SHARED."""
     query, kv_head, begin, _part = _place(kv_heads, tl.cdiv(heads // kv_heads, BLOCK_H), 1)
     first_head, row, is_head = _head_rows(query, kv_head, begin * BLOCK_H, heads, kv_heads, BLOCK_H)
     q_main, q_rest = _load_queries(q + first_head * size, row, is_head, size, split, DOT, BLOCK_K, BLOCK_R)

@@ -24,7 +24,7 @@ class Gate(NamedTuple):
     limit: float | None = None
 
     def limited(self, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        """Limit gate and up, and shift up; where there is neither, what came is returned."""
+        """Limit gate and up, and shift up; if there is neither, what came is returned."""
         if self.limit is not None:
             gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
         return gate, up + self.shift if self.shift else up
@@ -39,7 +39,7 @@ class Gate(NamedTuple):
         return factor if self.alpha == 1.0 else factor.div_(self.alpha)
 
     def pass_limits(self, d_gate: Tensor, d_up: Tensor, raw_gate: Tensor, raw_up: Tensor) -> None:
-        """Set gradients to zero where a limit held the numbers that came."""
+        """Set gradients to zero if a limit held the numbers that came."""
         if self.limit is not None:
             d_gate.masked_fill_(raw_gate > self.limit, 0)
             d_up.masked_fill_(raw_up.abs() > self.limit, 0)

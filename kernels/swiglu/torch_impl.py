@@ -28,7 +28,7 @@ def _halves(gate_up: Tensor, unit: Gate) -> tuple[Tensor, Tensor]:
 
 
 class _GatedUnit(torch.autograd.Function):
-    """A gated unit with its gradient, which is zero where a limit holds; saves the input [..., 2F]."""
+    """A gated unit with its gradient, which is zero if a limit holds; saves the input [..., 2F]."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, unit: Gate) -> Tensor:

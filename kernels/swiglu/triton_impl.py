@@ -104,7 +104,7 @@ def squared_relu_backward_kernel(x, d_y, d_x, rows, columns, BLOCK_R: tl.constex
 
 
 def _launch(kernel: Any, tensors: tuple[Tensor, ...], rows: int, columns: int, **constants: Any) -> None:
-    """Cover [rows, columns] with tiles; nothing to do where either is zero."""
+    """Cover [rows, columns] with tiles; nothing to do if either is zero."""
     if rows and columns:
         grid = (triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(columns, BLOCK_COLUMNS))
         kernel[grid](*tensors, rows, columns, **constants, BLOCK_R=BLOCK_ROWS, BLOCK_C=BLOCK_COLUMNS)
@@ -170,7 +170,7 @@ differentiate(_squared_relu, _squared_relu_backward, outputs=("y",), gradients=(
 
 def swiglu_triton(gate_up: Tensor, unit: Gate = SWIGLU) -> Tensor:
     """As `swiglu_reference`, for float32, bfloat16 and float16."""
-    dot_dtype(gate_up.dtype)  # refuses float64
+    dot_dtype(gate_up.dtype)  # rejects float64
     return _swiglu(gate_up, unit.alpha, unit.shift, unit.limit or 0.0)
 
 

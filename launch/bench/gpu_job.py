@@ -73,7 +73,7 @@ class Job:
         """Train a configuration into the job's folder, continuing where it stands; returns a line of metrics a step.
 
         num_ranks: on as many GPUs of this machine. environment: variables of this run. Raises RuntimeError with the end
-        of what the run said where it fails.
+        of what the run said if it fails.
         """
         path, own = self.configs[name]
         directory = self.folder / run
@@ -83,7 +83,7 @@ class Job:
 
 
 def run_child(command: list[str], *, hides_card: bool, variables: Mapping[str, str] = {}) -> str:
-    """Run a command to its end and return its standard output. Raises RuntimeError with what it said where it fails."""
+    """Run a command to its end and return its standard output. Raises RuntimeError with what it said if it fails."""
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if hides_card else {}) | dict(variables)
     try:
         done = subprocess.run(
@@ -114,7 +114,7 @@ def run_stages(job: Job, names: list[str], out: Path, *, report: Callable[[str],
 
 
 def check_stages(names: list[str] | None) -> list[str]:
-    """The stages to run, all where none is named. Raises ValueError for an unknown one."""
+    """The stages to run, all if none is named. Raises ValueError for an unknown one."""
     for name in names or ():
         if name not in STAGES:
             raise ValueError(f"--stage {name}: there is no such stage; use {', '.join(STAGES)}")

@@ -1,7 +1,7 @@
 """Trains a few steps under PyTorch's profiler: `python -m amfm.launch.bench.gpu_profile CONFIG.yaml SETTING=VALUE ...`.
 
 Prints the operations that took longest on the device, as JSON: `name`, `calls`, `milliseconds` on the device, or on the CPU
-where there is none.
+if there is none.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SHOWN = 40
 
 
 def profile_run(path: str, overrides: list[str]) -> list[dict[str, Any]]:
-    """Train the configuration and return its longest operations, the longest first. Raises RuntimeError where it fails."""
+    """Train the configuration and return its longest operations, the longest first. Raises RuntimeError if it fails."""
     from amfm.pretrain.checks.load import load_checked
     from amfm.pretrain.train import train
 

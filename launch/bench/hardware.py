@@ -28,7 +28,7 @@ def describe_hardware() -> dict[str, Any]:
 
 
 def processor_name() -> str:
-    """Model name of the CPU, from /proc/cpuinfo where there is one."""
+    """Model name of the CPU, from /proc/cpuinfo if there is one."""
     description = Path("/proc/cpuinfo")
     if description.exists():
         for line in description.read_text().splitlines():

@@ -65,7 +65,7 @@ def _run(do: str, name: str, seconds: float) -> Finished:
 
 
 def _describe_card() -> dict[str, Any]:
-    """The GPU and the versions of what ran on it. Raises RuntimeError where the GPU does not answer."""
+    """The GPU and the versions of what ran on it. Raises RuntimeError if the GPU does not answer."""
     described = run_child({"do": "describe", "device": "cuda"}, TIMING_SECONDS)
     if described.fault:
         raise RuntimeError(f"the GPU does not answer: {described.fault}")

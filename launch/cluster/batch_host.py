@@ -45,7 +45,7 @@ class BatchHostWatch:
         self.step: subprocess.Popen[bytes] | None = None
 
     def take_cause(self) -> str | None:
-        """Why the job before this one ended without a word of its launcher, once; None where it did not."""
+        """Why the job before this one ended without a word of its launcher, once; None if it did not."""
         try:
             cause = self.note.read_text(encoding="utf-8").strip()
         except FileNotFoundError:

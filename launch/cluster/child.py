@@ -21,7 +21,7 @@ from amfm.launch.console import UNUSED_LIBRARIES
 class Child:
     """`python -m MODULE ARGUMENTS` behind pipes, killed where the `with` block ends, or where this process does.
 
-    Make it in the main thread. It gets a line for each `start` and answers with lines of JSON. RuntimeError where it ends
+    Make it in the main thread. It gets a line for each `start` and answers with lines of JSON. RuntimeError if it ends
     instead. `quiet`: what it prints to standard error is shown only then. `root`: where its package is, if it is not installed.
     """
 
@@ -65,7 +65,7 @@ class Child:
         return json.loads(line)
 
     def _early_end(self) -> RuntimeError:
-        """Error for a child that ended, with the end of what it wrote to standard error where that was kept."""
+        """Error for a child that ended, with the end of what it wrote to standard error if that was kept."""
         self._end()
         if self._errors is None:
             return RuntimeError(f"{self._what} ended early; its message is above")

@@ -34,7 +34,7 @@ def can_fork() -> bool:
 
 
 def why_not_fork() -> str:
-    """Why ranks may not be forked from this process as it is now, empty where they may."""
+    """Why ranks may not be forked from this process as it is now, empty if they may."""
     if not sys.platform.startswith("linux"):
         return f"no forks on {sys.platform}"
     if AMD_DRIVER.exists() or is_cuda_awake():

@@ -104,7 +104,7 @@ class HostServer:
             self.process.stdin.flush()
 
     def wait_for(self, name: str, deadline: float) -> dict[str, Any] | None:
-        """The next answer of that name; None where the server is gone, or the deadline is over."""
+        """The next answer of that name; None if the server is gone, or the deadline is over."""
         while (left := deadline - time.monotonic()) > 0:
             try:
                 answer = self.answers.get(timeout=left)
@@ -225,7 +225,7 @@ class RemoteHosts:
             self.servers[host] = self._start_server(host)
 
     def _get_ready(self, hosts: Sequence[str]) -> list[HostServer]:
-        """Start servers on these hosts where there are none; returns those that answer, in order."""
+        """Start servers on these hosts if there are none; returns those that answer, in order."""
         for host in hosts:
             if host not in self.servers or self.servers[host].process.poll() is not None:
                 self.servers[host] = self._start_server(host)

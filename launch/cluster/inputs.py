@@ -44,7 +44,7 @@ def check_inputs(inputs: Mapping[str, str]) -> Iterator[str]:
 
 
 def blame_inputs(faults: Mapping[str, Sequence[str]]) -> None:
-    """Raise ValueError where several nodes were asked and none sees the launcher's files: the setting is at fault then."""
+    """Raise ValueError if several nodes were asked and none sees the launcher's files: the setting is at fault then."""
     texts = [text for found in faults.values() for text in found if ABSENT in text]
     if len(faults) > 1 and len(texts) >= len(faults):
         raise ValueError(f"none of {len(faults)} nodes sees data.store as this launcher does: {texts[0]}")

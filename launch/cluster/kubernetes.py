@@ -33,7 +33,7 @@ def write_manifest(
 ) -> str:
     """The text of a manifest. `arguments`: configuration and overrides of `amfm launch`, as paths of the pods.
 
-    Raises ValueError where a setting is missing that no default can stand for.
+    Raises ValueError if a setting is missing that no default can stand for.
     """
     if config.launch.kubernetes.image is None:
         raise ValueError(
@@ -123,7 +123,7 @@ def make_jobset(config: RunConfig, arguments: list[str], nodes: int, ranks: int,
         "completions": nodes,
         "completionMode": "Indexed",
         "backoffLimit": 0,
-        # Input that was refused would be refused again.
+        # Input that was rejected would be rejected again.
         "podFailurePolicy": {
             "rules": [
                 {"action": "FailJob", "onExitCodes": {"containerName": "amfm", "operator": "In", "values": [BAD_INPUT]}}

@@ -1,4 +1,4 @@
-"""Command lines for shells, ssh and sbatch: every word quoted, text that could start another line refused.
+"""Command lines for shells, ssh and sbatch: every word quoted, text that could start another line rejected.
 
 How it works: host names, settings and paths reach a shell on another machine or an sbatch header, where a space,
 newline or leading dash would change the meaning. All such text passes here: words are quoted for the shell, hosts must
@@ -18,7 +18,7 @@ HOST = re.compile(r"[A-Za-z0-9_\[][A-Za-z0-9_.:@%\[\]-]*")
 
 
 def plain(text: str, what: str) -> str:
-    """Return the text unchanged. Raises ValueError where it holds a newline or another control character."""
+    """Return the text unchanged. Raises ValueError if it holds a newline or another control character."""
     if not text.isprintable():
         raise ValueError(f"{what}={text!r} must be one line without control characters; write it on one line")
     return text
@@ -51,7 +51,7 @@ def check_variables(variables: Mapping[str, str], what: str) -> dict[str, str]:
 
 
 def with_variables(variables: Mapping[str, str], command: Sequence[str]) -> list[str]:
-    """Prefix a command with `env NAME=VALUE`, where there are variables."""
+    """Prefix a command with `env NAME=VALUE`, if there are variables."""
     return ["env", *(f"{name}={value}" for name, value in variables.items()), *command] if variables else list(command)
 
 
@@ -66,7 +66,7 @@ def sbatch_directive(option: str, value: object, what: str) -> str:
 
 
 def sbatch_extra(text: str) -> str:
-    """An sbatch option as the user wrote it. Raises ValueError where it is none or would begin another line."""
+    """An sbatch option as the user wrote it. Raises ValueError if it is none or would begin another line."""
     if not plain(text, "launch.slurm.extra").startswith("-"):
         raise ValueError(
             f"launch.slurm.extra={text!r} must be an option of sbatch; begin it with -- such as --constraint=h100"

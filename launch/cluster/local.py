@@ -40,7 +40,7 @@ HOST = "127.0.0.1"
 def run_local(arguments: Sequence[str], num_ranks: int) -> int:
     """Run one `amfm` command line as `num_ranks` ranks on this machine and return the exit code.
 
-    0 when every rank ended well; the code of a rank that refused its input or hit a bug; else 3, also when a rank was
+    0 when every rank ended well; the code of a rank that rejected its input or hit a bug; else 3, also when a rank was
     killed.
     """
     return run_command(rank_command(arguments), num_ranks)
@@ -207,7 +207,7 @@ def name_killed(codes: Sequence[int | None]) -> None:
 
 
 def join_codes(codes: Sequence[int]) -> int:
-    """One exit code for all ranks: 0 if all are 0; a refusal or a bug before RUN_FAILED, which it usually causes."""
+    """One exit code for all ranks: 0 if all are 0; a rejection or a bug before RUN_FAILED, which it usually causes."""
     if -signal.SIGINT in codes:  # the second Ctrl-C
         return INTERRUPTED
     telling = [code for code in codes if code > 0 and code != RUN_FAILED]

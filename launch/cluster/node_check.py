@@ -91,7 +91,7 @@ def check_clock(expected: float, now: float) -> Iterator[str]:
 
 
 def check_code(expected: Mapping[str, str]) -> Iterator[str]:
-    """Ranks of other code or libraries are refused by the run itself, later and for all of them."""
+    """Ranks of other code or libraries are rejected by the run itself, later and for all of them."""
     own = collect_versions()
     for name, value in expected.items():
         if own.get(name) != value:
@@ -174,7 +174,7 @@ def check_devices(ranks: int) -> Iterator[str]:
 
 
 def blame(faults: Mapping[str, Sequence[str]], first: str, run_dir: Path) -> dict[str, list[str]]:
-    """Faults by the node that has them. Raises OSError where the storage has them, and ValueError where data.store has."""
+    """Faults by the node that has them. Raises OSError if the storage has them, and ValueError if data.store has."""
     blame_storage(faults, run_dir)
     blame_inputs(faults)
     return blame_links(faults, first)

@@ -65,7 +65,7 @@ def last_words(log: Path, code: int, *, rank: int | None = None) -> str:
 
 
 def first_message(log: Path, *, rank: int | None = None, start: int = 0) -> str:
-    """amfm's first message among the last lines of a log (of one rank, if given), empty where there is none.
+    """amfm's first message among the last lines of a log (of one rank, if given), empty if there is none.
 
     `start`: bytes of the file that are of an earlier attempt.
     """
@@ -84,7 +84,7 @@ def is_telling(line: str) -> bool:
 
 
 def read_lines(log: Path, start: int, rank: int | None) -> Sequence[str]:
-    """The last lines of a log (of one rank, if given) after its first `start` bytes; none where there is no file."""
+    """The last lines of a log (of one rank, if given) after its first `start` bytes; none if there is no file."""
     if not log.exists():
         return ()
     with log.open("rb") as file:

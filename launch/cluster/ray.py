@@ -84,7 +84,7 @@ class RankHost:
     ) -> int:
         """Start the process with its output appended to `log`, wait for it, and return its exit code.
 
-        `rank`: the log is its node's, and each line begins with this number; None where no other process writes there.
+        `rank`: the log is its node's, and each line begins with this number; None if no other process writes there.
         """
         path = Path(directory, log)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -260,7 +260,7 @@ class RayCluster:
         """Collect exit codes until all ranks ended; after a first failure the others get `GRACE_SECONDS`.
 
         The cause is that of the first failure seen. BAD_INPUT of any rank decides the code, since another attempt is
-        refused too.
+        rejected too.
         """
         shown, codes = Follower(Path(logs[0])), []
         failed: Outcome | None = None

@@ -21,7 +21,7 @@ from amfm.pretrain.stages import resolve_stages
 def queue_rest(config: RunConfig, allocation: Allocation, code: int) -> int:
     """Queue the job again where a signal, or Slurm, stopped a run that has steps left; returns the launcher's exit code.
 
-    code: of the attempts. Raises RuntimeError when Slurm refuses.
+    code: of the attempts. Raises RuntimeError when Slurm rejects.
     """
     is_ending, word = allocation.is_ending(), last_word(Path(config.run.dir), allocation.num_events)
     is_finished = newest_saved_step(config.run.dir) >= resolve_stages(config)[-1].last_step

@@ -107,7 +107,7 @@ def log_file(config: RunConfig, job: str) -> Path:
 def submit(config: RunConfig, script: str, name: str) -> str:
     """Write the script into the run directory under a name, submit it with sbatch and return sbatch's answer.
 
-    Raises RuntimeError when there is no sbatch here or it refuses the script.
+    Raises RuntimeError when there is no sbatch here or it rejects the script.
     """
     path = (Path(config.run.dir) / "launch" / f"{name}.sbatch").absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,12 +126,12 @@ def submit(config: RunConfig, script: str, name: str) -> str:
             "--on torchrun --hosts FILE"
         ) from error
     if done.returncode:
-        raise RuntimeError(f"sbatch refused {path}: {done.stderr.strip()}")
+        raise RuntimeError(f"sbatch rejected {path}: {done.stderr.strip()}")
     return done.stdout.strip()
 
 
 def refuse_second(script: Path) -> None:
-    """Raise ValueError where a job of this user has the script already; says nothing where Slurm does not answer, as sbatch will."""
+    """Raise ValueError if a job of this user has the script already; says nothing if Slurm does not answer, as sbatch will."""
     command = ["squeue", "--me", "--noheader", "--format=%i %T %o"]
     listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     for job, state, path in (words for line in listed.splitlines() if len(words := line.split(maxsplit=2)) == 3):
@@ -246,7 +246,7 @@ class Allocation:
         for name, texts in faults.items():
             if texts:
                 self.left_out.leave_out(name, "; ".join(texts))
-        # Where no node answered, srun itself was stopped, by a signal for instance: that says nothing of any node.
+        # If no node answered, srun itself was stopped, by a signal for instance: that says nothing of any node.
         self.checked = [name for name in up if faults.get(name) == []] if faults else up
         return len(self.checked)
 

@@ -22,7 +22,7 @@ AWAY = {
 }
 PROBE_BYTES = 1 << 20
 LOOK_SECONDS = 5.0
-REFUSES = "the storage refuses"
+REFUSES = "the storage rejects"
 NUMBER = re.compile(rf"{REFUSES} .*\(errno (\d+)\)")
 Found = TypeVar("Found")
 
@@ -42,7 +42,7 @@ def probe(folder: Path) -> bool:
 
 
 def describe_refusal(folder: Path, error: OSError) -> str:
-    """What a node answers of storage that refuses."""
+    """What a node answers of storage that rejects."""
     return f"{REFUSES} {folder}: {error.strerror} (errno {error.errno})"
 
 
@@ -59,7 +59,7 @@ def blame_storage(faults: Mapping[str, Sequence[str]], run_dir: Path) -> None:
 
 
 class StorageWait:
-    """Waits for a run's storage, for `launch.storage_wait_seconds` from its first refusal to the next attempt."""
+    """Waits for a run's storage, for `launch.storage_wait_seconds` from its first rejection to the next attempt."""
 
     def __init__(self, run_dir: Path, limit: float) -> None:
         self.run_dir, self.limit = run_dir, limit
@@ -77,7 +77,7 @@ class StorageWait:
                 self.refuse(error)
 
     def refuse(self, error: OSError) -> None:
-        """Wait a moment after a refusal of the storage; any other error, and one after the limit, is raised."""
+        """Wait a moment after a rejection of the storage; any other error, and one after the limit, is raised."""
         if error.errno not in AWAY:
             raise error
         words, now = f"{error.filename or self.run_dir}: {error.strerror}", time.monotonic()

@@ -67,7 +67,7 @@ def supervise(
 
     `start` runs one attempt to its end. `usable_nodes` says, before each, how many there are that can take ranks; lost ones get
     `launch.node_wait_seconds` to come back. On fewer nodes than wanted the run continues with the most that can share
-    its batch. Stops with the first cause when `launch.max_restarts` are used up, when the input is refused (code 2), when
+    its batch. Stops with the first cause when `launch.max_restarts` are used up, when the input is rejected (code 2), when
     Ctrl-C came (130), and when failures follow each other without a newer checkpoint between them.
     """
     stages = resolve_stages(config)
@@ -112,12 +112,12 @@ def supervise(
 
 
 def run_attempt(start: Callable[[Attempt], Outcome], attempt: Attempt, storage: StorageWait) -> Outcome:
-    """Run one attempt: a refusal of the storage, in a check that runs with it, is none; an end without a word is a failure."""
+    """Run one attempt: a rejection of the storage, in a check that runs with it, is none; an end without a word is a failure."""
     try:
         outcome = start(attempt)
     except OSError as error:
         storage.refuse(error)
-        return Outcome(RUN_FAILED, f"the storage refused: {error.strerror}", began=False)
+        return Outcome(RUN_FAILED, f"the storage rejected: {error.strerror}", began=False)
     storage.deadline = None
     if outcome.code == DONE and outcome.began and has_vanished(storage.run_dir):
         return Outcome(RUN_FAILED, VANISHED)

@@ -60,7 +60,7 @@ def run_here(
 ) -> int:
     """Run this node's torchrun, with more variables if given, and return the exit code; torchrun itself restarts its ranks.
 
-    Raises RuntimeError on the first node where another program has the port at which nodes meet.
+    Raises RuntimeError on the first node if another program has the port at which nodes meet.
     """
     if node_rank == 0:
         require_free(master, port)
@@ -72,7 +72,7 @@ def run_here(
 
 
 def require_free(master: str, port: int) -> None:
-    """Raise RuntimeError where another program listens at a port of this node; torchrun would say so in a traceback."""
+    """Raise RuntimeError if another program listens at a port of this node; torchrun would say so in a traceback."""
     try:
         listen(port).close()
     except OSError as error:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def check_installed(client: ClientName, python: str) -> None:
-    """Refuse, before any work, a program that is not installed there. Raises ValueError."""
+    """Reject, before any work, a program that is not installed there. Raises ValueError."""
     from amfm.pretrain.export.clients.check import check_installed
 
     check_installed(client, python)
@@ -58,7 +58,7 @@ def print_check(export: Path, report: ClientReport) -> None:
 
 
 def require_equal(report: ClientReport | None) -> None:
-    """Raise for a program that does not read the export as transformers does: ValueError where that is known of it,
+    """Raise for a program that does not read the export as transformers does: ValueError if that is known of it,
     since another try cannot help, else RuntimeError.
     """
     if report is not None and report.outcome != "equal":

@@ -151,7 +151,7 @@ def prepare(
 
 
 def check_rows(config: RunConfig) -> None:
-    """Open the rows that `amfm train` will ask for. Raises ValueError, as it would, where a source fills none."""
+    """Open the rows that `amfm train` will ask for. Raises ValueError, as it would, if a source fills none."""
     from amfm.data_pipeline.samples.samples import SampleReader, SampleSettings
     from amfm.pretrain.stages import data_of_stages, resolve_stages
 
@@ -332,7 +332,7 @@ def show_sample(path: str, sample: int, config_path: Path | None, *, as_json: bo
 
 
 def show_spike(run_dir: Path, step: int, *, as_json: bool) -> None:
-    """Measure the rows of a step with weights from before it, and print the worst documents with their places."""
+    """Measure the sequences of a step with weights from before it, and print the worst documents with their places."""
     if not (run_dir / "config.yaml").is_file():
         raise ValueError(f"--spike {step} of {run_dir} needs a run directory")
     with Waiting("amfm inspect") as waiting:

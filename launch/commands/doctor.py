@@ -56,7 +56,7 @@ def doctor(
 def doctor_cluster(shared: Path | None, nproc: int, *, as_json: bool) -> int:
     """Start the ranks, or be one of them; rank 0 prints. Returns the exit code, the same on every rank.
 
-    Raises ValueError where this process is not a rank and starts none, RuntimeError where a package is missing.
+    Raises ValueError if this process is not a rank and starts none, RuntimeError if a package is missing.
     """
     if nproc > 1:
         from amfm.launch.cluster.local import run_local

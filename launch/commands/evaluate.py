@@ -42,7 +42,7 @@ SplitOption = Annotated[
 ]
 LengthOption = Annotated[
     int | None,
-    typer.Option("--sequence-length", "--length", min=1, help="Tokens per row; default: as in training."),
+    typer.Option("--sequence-length", "--length", min=1, help="Tokens per sequence; default: as in training."),
 ]
 MaxTokensOption = Annotated[int | None, typer.Option(min=1, help="Stop after about this many tokens; default: all.")]
 SyntheticOption = Annotated[
@@ -247,7 +247,7 @@ def check_options(
     of_tasks: Mapping[str, object],
     of_ranks: Mapping[str, object],
 ) -> None:
-    """Refuse options that the chosen measure would not read: `--tasks`, `--synthetic`, or None for the loss on text."""
+    """Reject options that the chosen measure would not read: `--tasks`, `--synthetic`, or None for the loss on text."""
     unread = {"--tasks": {**others, **of_text}, "--synthetic": {**of_text, **of_ranks}, None: {}}[measure]
     for name, value in unread.items():
         if value is not None:

@@ -190,7 +190,7 @@ def check_export_options(
     *,
     writes_for_transformers: bool,
 ) -> None:
-    """Refuse, before any work, options that have no effect together, and a program that is not installed."""
+    """Reject, before any work, options that have no effect together, and a program that is not installed."""
     if file_format != "huggingface" and writes_for_transformers:
         raise ValueError(
             f"--target, --weights and --no-verify are about transformers; leave them out with {file_format}"

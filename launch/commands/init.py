@@ -71,7 +71,7 @@ def init(
 
 
 def ask(name: str, defaults: Mapping[str, str]) -> str:
-    """Ask a person at a terminal. Raises ValueError where there is none."""
+    """Ask a person at a terminal. Raises ValueError if there is none."""
     if not sys.stdin.isatty():
         raise ValueError(
             f"--{name} is not given, and there is no terminal to ask at; add --{name} {defaults.get(name, 'PATH')}"

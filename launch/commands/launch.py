@@ -1,6 +1,6 @@
 """Verb launch: check options, then hand the run to torchrun, Slurm or Ray under supervision.
 
-Options that cannot take effect with the chosen launcher are refused; `--dry-run` prints exactly what would run.
+Options that cannot take effect with the chosen launcher are rejected; `--dry-run` prints exactly what would run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PLANNED_GPU = "h100"  # a dry run may happen on a machine without the cluster's 
 
 @dataclass(frozen=True)
 class Work:
-    """What the ranks run: an `amfm` command line; `max_restarts` is none where there is nothing to continue from."""
+    """What the ranks run: an `amfm` command line; `max_restarts` is none if there is nothing to continue from."""
 
     arguments: list[str]
     max_restarts: int | None
@@ -157,7 +157,7 @@ def show_commands(commands: list[list[str]], before: str = "") -> Shown:
 
 
 def describe_misfit(config: RunConfig, path: Path, ranks: int) -> str | None:
-    """Describe how the run, by the plan, needs more memory than an accelerator has; None where it fits."""
+    """Describe how the run, by the plan, needs more memory than an accelerator has; None if it fits."""
     from amfm.launch.plan.estimate import Assumptions
     from amfm.launch.plan.hardware import load_hardware
     from amfm.launch.plan.plan import advise, make_plan
@@ -184,7 +184,7 @@ def check_options(
     address: str | None,
     dry_run: bool,
 ) -> None:
-    """Refuse options that cannot take effect with the chosen launcher. Raises ValueError with the fix."""
+    """Reject options that cannot take effect with the chosen launcher. Raises ValueError with the fix."""
     given = {"--hosts": hosts, "--node-rank": node_rank, "--master": master}
     if on != "torchrun":
         for name, value in given.items():
@@ -204,7 +204,7 @@ def check_options(
 
 
 def check_spares(spares: int, on: str, *, nodes: int, node_rank: int | None, form: str) -> None:
-    """Refuse spare nodes that cannot serve. Raises ValueError with the nearest number that works."""
+    """Reject spare nodes that cannot serve. Raises ValueError with the nearest number that works."""
     if spares > nodes:
         raise ValueError(f"launch.spare_nodes={spares} is more than --nodes {nodes}; lower it to {nodes} or less")
     if spares and on == "ray":
@@ -224,7 +224,7 @@ def check_spares(spares: int, on: str, *, nodes: int, node_rank: int | None, for
 
 
 def check_kubernetes(on: str, form: str | None, *, dry_run: bool, doctor: bool) -> None:
-    """Refuse what cannot take effect with Kubernetes, or without. Raises ValueError with the fix."""
+    """Reject what cannot take effect with Kubernetes, or without. Raises ValueError with the fix."""
     if on != "kubernetes":
         if form is not None:
             raise ValueError(f"--form {form} belongs to --on kubernetes; leave it out with --on {on}")
@@ -248,7 +248,7 @@ def count_gpus() -> int:
 def run_attempts(
     config: RunConfig, work: Work, cluster: RemoteHosts | Allocation | RayCluster, nodes: int, ranks: int
 ) -> int:
-    """Run once where there is no checkpoint to resume (the doctor), else under supervision; returns the exit code."""
+    """Run once if there is no checkpoint to resume (the doctor), else under supervision; returns the exit code."""
     from amfm.launch.cluster.one_launcher import launching
     from amfm.launch.cluster.supervise import start_once, supervise
 

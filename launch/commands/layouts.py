@@ -44,7 +44,7 @@ def print_verdict(made: Plan, *, is_written: bool) -> None:
 
 
 def print_goodput(made: Plan) -> None:
-    """Print what failures cost, part by part, and how often to save; nothing where no number of failures was given."""
+    """Print what failures cost, part by part, and how often to save; nothing if no number of failures was given."""
     from amfm.launch.plan.failures import goodput
     from amfm.launch.plan.failures.goodput import DAY_SECONDS, FIRST_STEPS_SECONDS, START_SECONDS, Cadence
     from amfm.pretrain.report.numbers import duration

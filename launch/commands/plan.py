@@ -169,7 +169,7 @@ def lay_out_steps(
 
 
 def traced_as_dict(traced: list[TracedRank], steps: list[tuple[Timeline, StepTime]]) -> dict[str, Any]:
-    """Traced ranks as JSON values, with the seconds of their step by part where there is a timeline; empty without ranks."""
+    """Traced ranks as JSON values, with the seconds of their step by part if there is a timeline; empty without ranks."""
     from amfm.launch.simulate.timeline import compare_seconds
     from amfm.launch.simulate.trace import trace_as_dict
 
@@ -179,7 +179,7 @@ def traced_as_dict(traced: list[TracedRank], steps: list[tuple[Timeline, StepTim
 
 
 def draw(made: Plan, traced: list[TracedRank], timelines: list[Timeline], assumptions: Assumptions, path: Path) -> None:
-    """Draw the memory of traced ranks and the timelines that there are, or the plan where no rank was traced."""
+    """Draw the memory of traced ranks and the timelines that there are, or the plan if no rank was traced."""
     from amfm.launch.plan.picture import draw_plan
     from amfm.launch.simulate.picture import draw_trace
 
@@ -191,7 +191,7 @@ def draw(made: Plan, traced: list[TracedRank], timelines: list[Timeline], assump
 
 
 def check_trace_options(trace: bool, search: bool, rank: int | None, stage: str | None, timeline: Path | None) -> None:
-    """Refuse options of --trace that would have no effect, and a timeline that could not be written. Raises ValueError."""
+    """Reject options of --trace that would have no effect, and a timeline that could not be written. Raises ValueError."""
     if trace and search:
         raise ValueError(
             "--trace runs the configuration's own layout, and --search looks for another; give one of them"
@@ -233,7 +233,7 @@ def check_write_options(write: bool, search: bool, overrides: list[str], preset:
 
 
 def write_winner(made: Plan, path: Path) -> None:
-    """Write each stage's layout into the configuration file. Raises ValueError where none fits a stage."""
+    """Write each stage's layout into the configuration file. Raises ValueError if none fits a stage."""
     from amfm.launch.plan.plan import advise
     from amfm.launch.plan.write_layout import write_layout
 
@@ -302,7 +302,7 @@ def print_plan(made: Plan, title: str) -> None:
 
 
 def print_sparse(made: Plan) -> None:
-    """Print from which rows on an indexer pays; nothing where no block has one."""
+    """Print from which rows on an indexer pays; nothing if no block has one."""
     from amfm.launch.plan.plan import sparse_from
 
     rows = [
@@ -316,7 +316,7 @@ def print_sparse(made: Plan) -> None:
 
 
 def print_replicas(made: Plan) -> None:
-    """Print what replicas in the memory of the nodes cost and save; nothing where the run writes none."""
+    """Print what replicas in the memory of the nodes cost and save; nothing if the run writes none."""
     from amfm.launch.plan.hardware import GIB
 
     cost = made.replicas

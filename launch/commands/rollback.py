@@ -87,7 +87,7 @@ def fork(
 ) -> None:
     """Branch off a run: OUT continues from a checkpoint with other settings, such as an annealing stage; RUN stays.
 
-    What a resume refuses to change is refused here too. `amfm train OUT/config.yaml` then continues.
+    What a resume refuses to change is rejected here too. `amfm train OUT/config.yaml` then continues.
     """
     if not (run_dir / "config.yaml").is_file():
         raise FileNotFoundError(f"{run_dir} holds no config.yaml, so it is not a run directory; give run.dir of a run")

@@ -72,7 +72,7 @@ class Choice:
 
 
 def find_layout(config: RunConfig, machine: Machine) -> Choice | None:
-    """Fastest layout that fits, None where nothing fits. Recomputation is tried only where nothing fits without it.
+    """Fastest layout that fits, None if nothing fits. Recomputation is tried only if nothing fits without it.
 
     One rank varies ZeRO stage and micro-batch size only; several search all axes. Of equal times the larger micro-batch
     wins.

@@ -21,7 +21,7 @@ class Size:
 
     Widths of experts are those of squared ReLU. `pattern`: of mixers `M` or `*` and experts `E`. `delta_pattern`: about
     the same depth, in groups of three Gated DeltaNet blocks and one of attention. `sequence_length` in tokens,
-    `global_batch_size` in rows per step.
+    `global_batch_size` in sequences per step.
     """
 
     pattern: str

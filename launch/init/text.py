@@ -46,7 +46,7 @@ class Text:
 
 
 def look_at(data: str) -> Text:
-    """Look at the text. Raises ValueError where there is none; a data set of the Hub is taken for large, and not asked for."""
+    """Look at the text. Raises ValueError if there is none; a data set of the Hub is taken for large, and not asked for."""
     if is_hub(data):
         parse_hub(data)
         return Text(float("inf"), float("inf"))
@@ -91,7 +91,7 @@ def bytes_per_record(file: InputFile) -> float:
 def find_text_column(files: Sequence[InputFile], data: str) -> str:
     """Name of the column with the text: `text` where the first record has it, else that of its longest text.
 
-    Raises ValueError, with the names available, where the record has no text. Files that are not records have `text`,
+    Raises ValueError, with the names available, if the record has no text. Files that are not records have `text`,
     which no one reads. A record that cannot be read is left to `amfm prepare`, which says what is wrong with it.
     """
     first = next((file for file in files if file.kind in ("jsonl", "parquet", "arrow")), None)
@@ -112,7 +112,7 @@ def find_text_column(files: Sequence[InputFile], data: str) -> str:
 
 
 def read_record(file: InputFile) -> dict[str, object]:
-    """The first record of a file; empty where there is none. Raises OSError and ValueError where it cannot be read."""
+    """The first record of a file; empty if there is none. Raises OSError and ValueError if it cannot be read."""
     if file.kind == "jsonl":
         with open_input(file) as stream:
             record = load_json(stream.readline(LONGEST_RECORD) or b"{}")

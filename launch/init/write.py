@@ -2,7 +2,7 @@
 
 How it works: sections are plain dictionaries; the file exists as a draft in a scratch folder until it has passed the
 checks that `amfm train` makes, and only then is it renamed into place. So whatever this command writes can be trained.
-A model that fits no layout of the machine is refused with the next larger machine that holds it.
+A model that fits no layout of the machine is rejected with the next larger machine that holds it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from amfm.pretrain.checks.load import load_checked
 from amfm.pretrain.parallel import count_cores
 
 FILE_NAME = "run.yaml"
-# Pieces that a tokenizer trained on so little text should have; SentencePiece refuses more than it can find.
+# Pieces that a tokenizer trained on so little text should have; SentencePiece rejects more than it can find.
 SMALL_VOCABULARIES = ((2e6, 1_024), (10e6, 2_048), (50e6, 8_192))
 
 
@@ -94,13 +94,13 @@ def source_section(data: str, column: str, train: dict[str, Any]) -> dict[str, A
 
 
 def lay_out(tree: dict[str, Any], machine: Machine, draft: Path) -> Choice | None:
-    """Check the sections in a file at `draft` and find a layout for them; None where nothing fits."""
+    """Check the sections in a file at `draft` and find a layout for them; None if nothing fits."""
     draft.write_text(to_yaml(tree, {}), encoding="utf-8")
     return find_layout(load_checked(draft), machine)
 
 
 def name_enough(answers: Answers, text: Text, draft: Path) -> str:
-    """Fix that names the first larger machine on which the model fits; empty where none is found."""
+    """Fix that names the first larger machine on which the model fits; empty if none is found."""
     for machine in larger_machines(answers.machine):
         if lay_out(compose(replace(answers, machine=machine), text), machine, draft) is not None:
             return f", or --hardware {machine.name}"
@@ -200,7 +200,7 @@ REMARKS = {
     "data.validation_fraction": "part of the documents that are kept for validation; one alone leaves nothing to keep",
     "data.tokenizer": "trained on the text; or name yours: {model: tokenizer.json}",
     "train.steps": "optimizer steps",
-    "train.global_batch_size": "rows per step, over all ranks",
+    "train.global_batch_size": "sequences per step, over all ranks",
     "train.micro_batch_size": "rows per pass: the largest that fits, by the plan",
     "train.checkpoint_every_steps": "what a crash may cost",
     "train.recompute": "without it nothing fits",

@@ -1,4 +1,4 @@
-"""Activation memory around the blocks by formula: the stream between them, the head, and depths of multi-token prediction.
+"""Activation memory around the blocks by formula: the stream between them, the head, and MTP layers.
 
 What a block keeps and works with is measured (`measured.py`). Sizes are bytes per token of one rank, but those of the
 head, whose slices of logits do not grow with the tokens.
@@ -62,7 +62,7 @@ def stream_bytes(config: ModelConfig, storage: Storage, stream_ranks: int = 1) -
 
 
 def depth_bytes(config: ModelConfig, storage: Storage, tensor: int, stream_ranks: int) -> float:
-    """Bytes per token that a depth of multi-token prediction keeps around its blocks.
+    """Bytes per token that an MTP layer keeps around its blocks.
 
     The embedding of the token ahead and the two normed streams, joined; where tensor ranks cut the projection, its part of
     them; and at the end the summed stream, its norm, and one number a row for each of the three norms.

@@ -1,7 +1,7 @@
-"""Refuses a run that cannot fit on its GPUs, before its first stage starts.
+"""Rejects a run that cannot fit on its GPUs, before its first stage starts.
 
 A run that is out of memory in its tenth stage has cost nine. So every stage to come is compared with the memory of the
-GPU that is here, by the plan's parts without its margin: what is refused cannot fit, and what is near may. The nearest
+GPU that is here, by the plan's parts without its margin: what is rejected cannot fit, and what is near may. The nearest
 layout that would fit is named. On CPU ranks nothing is checked: their memory is one.
 """
 
@@ -39,7 +39,7 @@ def this_card() -> Hardware | None:
 
 
 def check_fits(config: RunConfig, ranks: int, card: Hardware, *, steps_done: int = 0) -> None:
-    """Refuse a run of which a stage to come needs more memory than the GPU has; `config` has passed `check_run`.
+    """Reject a run of which a stage to come needs more memory than the GPU has; `config` has passed `check_run`.
 
     A stage with its optimizer in the host's memory is not modelled and passes. Raises ValueError with stage, parts and the
     nearest layout that fits.

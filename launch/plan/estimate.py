@@ -24,8 +24,8 @@ class Assumptions:
 
     `margin`: memory added for fragmentation and small allocations. `overlap`: part of ZeRO-3's gathers and of pipeline
     sends that hides behind compute. `imbalance`: routed rows of the most loaded expert rank over the mean. `sent_rows`: of the
-    rows that amfm sends to experts, a token's to each rank once, the part that travels; less than 1 where a dispatcher sends
-    it once to a node. `beside_experts`: what is computed while they travel, of amfm the shared expert. `repeats`: exchanges of a
+    rows that amfm sends to experts, a token's to each rank once, the part that is sent; less than 1 where a dispatcher sends
+    it once to a node. `beside_experts`: what is computed while they are sent, of amfm the shared expert. `repeats`: exchanges of a
     forward pass that recomputation makes again, 0 to 2. `drains`: times that a pipeline fills and drains in a step.
     `failures_per_day`: of the whole allocation, None: goodput is not asked for; `storage_bytes_per_second`: of the store of
     checkpoints, all ranks together, None: as `launch/plan/failures/goodput.py` assumes.
@@ -61,7 +61,7 @@ class Estimate:
 
     `train`: the keys of the `train` section that the layout decides. `mfu` counts model FLOPs (recomputation left out)
     against the dense peak of all ranks, which is that of bf16 whatever products take; `mfu_mixed` counts each product against
-    the peak of its own precision, None where all have one. `tokens_per_second` is of the whole run. `mfu_range`: where it was
+    the peak of its own precision, None if all have one. `tokens_per_second` is of the whole run. `mfu_range`: where it was
     asked for.
     """
 
@@ -124,7 +124,7 @@ def estimate(
 
 
 def mixed_peak_seconds(config: RunConfig, hardware: Hardware) -> float | None:
-    """Seconds of a token's FLOPs if each ran at the peak of its own precision; None where all run in the run's."""
+    """Seconds of a token's FLOPs if each ran at the peak of its own precision; None if all run in the run's."""
     narrow = narrow_flops_per_token(config.model, config.low_precision)
     if not narrow:
         return None
@@ -146,7 +146,7 @@ def mfu_range(
         machine = hardware.scaled(factor)
         item = estimate(config, layout, machine, replace(assumptions, imbalance=imbalance))
         products, grouped = machine.product_efficiency, machine.grouped_efficiency
-        words = f"products at {products:.0%} of the peak, grouped ones at {grouped:.0%}, the most loaded rank at {imbalance:.2f}"
+        words = f"GEMMs at {products:.0%} of the peak, grouped ones at {grouped:.0%}, the most loaded rank at {imbalance:.2f}"
         found.append(Scenario(name, item.mfu, item.step.total(), words))
     return found[0], found[1], found[2]
 

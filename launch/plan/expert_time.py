@@ -1,10 +1,10 @@
 """Seconds that blocks with spread experts wait for their rows, and how much of that runs in parallel with what they
 compute.
 
-How it works: a block with spread experts sends rows out, computes its experts, and lets sums travel home; backward does the
-same with gradients. The shared expert is cut around that: its up projection is computed while rows travel out, its
-activation and down projection while they travel home, and backward the other way round. With `overlap_experts` rows travel
-in two halves, so that one half travels in parallel with the experts of the other. `waiting_seconds` lays such a pass
+How it works: a block with spread experts sends rows out, computes its experts, and lets sums are sent home; backward does the
+same with gradients. The shared expert is cut around that: its up projection is computed while rows are sent out, its
+activation and down projection while they are sent home, and backward the other way round. With `overlap_experts` rows are sent
+in two halves, so that one half is sent in parallel with the experts of the other. `waiting_seconds` lays such a pass
 out: one link sends in order, computing waits where it needs what has not arrived. Where halves of the rows pass all
 blocks in turns (model/mtp.py), `seconds_in_turns` does that for the blocks of a piece.
 """
@@ -26,7 +26,7 @@ from amfm.launch.plan.roofline import Roofline, add_part
 from amfm.model.config.schema import ModelConfig
 from amfm.pretrain.config.schema import RunConfig
 
-# What is computed while rows travel: nothing, the block's shared expert, as in amfm, or blocks of another micro-batch.
+# What is computed while rows are sent: nothing, the block's shared expert, as in amfm, or blocks of another micro-batch.
 Beside = Literal["nothing", "shared", "blocks"]
 
 
@@ -46,7 +46,7 @@ def expert_exchange_seconds(
     """Seconds of a micro-batch's exchanges over the expert axis: what computing waits for, and what is hidden next to
     it.
 
-    `sent_rows`: the part of planned rows that travels. `beside`: what is computed meanwhile. `repeats`: exchanges of a forward
+    `sent_rows`: the part of planned rows that is sent. `beside`: what is computed meanwhile. `repeats`: exchanges of a forward
     pass that recomputation makes again: 1, the way out, or 2, the way home too. `block`: seconds of a block by symbol, and
     whether it has a recipe.
     """
@@ -86,9 +86,9 @@ def expert_exchange_seconds(
 
 
 def packed_seconds(config: RunConfig, layout: Layout, hardware: Hardware) -> float:
-    """Seconds in which the rows of one block travel one way as codes."""
+    """Seconds in which the rows of one block are sent one way as codes."""
     traffic = expert_traffic(config, layout, 1, narrow=1)
-    assert traffic is not None and traffic.packed is not None, "rows travel as codes"
+    assert traffic is not None and traffic.packed is not None, "rows are sent as codes"
     return exchange_seconds(traffic.packed, layout, hardware) / 2
 
 
@@ -96,7 +96,7 @@ class Stop(NamedTuple):
     """What one half of the rows computes at a block of experts, and before it, and how long its rows are on their way.
 
     `before`: blocks before it up to where rows set out, and what follows the experts of the last such block; `first` may be
-    computed while they travel, `experts` once they have arrived, `last` while sums travel home.
+    computed while they are sent, `experts` once they have arrived, `last` while sums are sent home.
     """
 
     before: float
@@ -158,7 +158,7 @@ def turns_exchange_seconds(
 
 
 def passed_together(model: ModelConfig, held: StageShare) -> list[tuple[str, ...]]:
-    """Letters of the blocks that halves pass in turns without joining between: of a piece, and of a prediction depth."""
+    """Letters of the blocks that halves pass in turns without joining between: of a piece, and of an MTP layer."""
     depth = model.parsed_pattern.depth_letters if held.depths else ()
     *others, last = held.pieces
     own = last[: len(last) - held.depths * len(depth)]
@@ -190,7 +190,7 @@ def seconds_in_turns(stops: Sequence[Stop], after: float) -> float:
 
 
 def routed_letter(model: ModelConfig, letters: tuple[str, ...]) -> str | None:
-    """The symbol among these whose blocks have a router; None where none has."""
+    """The symbol among these whose blocks have a router; None if none has."""
     return next((symbol for symbol in letters if model.block_options(symbol).routed_experts()), None)
 
 
@@ -202,7 +202,7 @@ def computed_around(
     imbalance: float,
     narrow_letter: str | None = None,
 ) -> tuple[float, float, float]:
-    """Forward seconds of what a block computes while rows travel out, while they travel home, and of its experts between.
+    """Forward seconds of what a block computes while rows are sent out, while they are sent home, and of its experts between.
 
     Both parts of a shared expert of two factors a matrix are taken to be equal. `narrow_letter`: of a block with a recipe.
     """
@@ -234,7 +234,7 @@ def computed_around(
 
 
 def waiting_seconds(out: float, home: float, before: float, experts: float, after: float, parts: int) -> float:
-    """Seconds that a pass of a block waits for its rows, which travel in this many equal parts.
+    """Seconds that a pass of a block waits for its rows, which are sent in this many equal parts.
 
     Out takes `out` seconds in all and home `home`; `before` is computed while the first part is on its way, `experts` part by
     part as they arrive, and `after` while the last is on its way home.

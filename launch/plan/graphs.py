@@ -58,7 +58,7 @@ def graph_bytes(
 ) -> float:
     """Bytes that graphs hold besides what passes keep: a block's delta, and the gradient of what flowed in.
 
-    And what flows in, where no graph made it; and the gradients of what flows out, where no graph makes them.
+    And what flows in, if no graph made it; and the gradients of what flows out, if no graph makes them.
     """
     residual = stream_bytes(config.model, storage)
     delta = config.model.hidden_size * storage.element_bytes

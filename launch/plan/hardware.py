@@ -84,7 +84,7 @@ class Hardware(BaseModel):
         return self.bf16_flops if precision == "bf16" else self.float32_flops
 
     def recipe_peak(self, recipe: RecipeName) -> float:
-        """Dense peak of products by a recipe of low precision, operations per second. Raises ValueError where it has none."""
+        """Dense peak of products by a recipe of low precision, operations per second. Raises ValueError if it has none."""
         peak = {"fp8_block": self.fp8_flops, "mxfp8": self.mxfp8_flops, "nvfp4": self.fp4_flops}[recipe]
         if peak is None:
             raise ValueError(

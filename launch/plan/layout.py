@@ -102,7 +102,7 @@ class Layout:
 
     @property
     def expert_parts(self) -> int:
-        """Parts of a micro-batch whose rows travel to experts on their own: halves where each overlaps with the
+        """Parts of a micro-batch whose rows are sent to experts on their own: halves where each overlaps with the
         other.
         """
         return 2 if self.overlap_experts is True else 1
@@ -205,7 +205,7 @@ class StageShare:
 
     @property
     def embeddings(self) -> int:
-        """Times that a micro-batch is embedded here: at the start, and for each prediction depth."""
+        """Times that a micro-batch is embedded here: at the start, and for each MTP layer."""
         return self.has_embedding + self.depths
 
     @property
@@ -290,7 +290,7 @@ def _held(
         own = tuple(letters[index] for index in indices)
         is_first, is_last = any(piece.is_first for piece in pieces), any(piece.is_last for piece in pieces)
         depths = model.num_depths if is_last else 0
-        # The last stage holds a copy of the table as its head where they are tied, and for prediction depths.
+        # The last stage holds a copy of the table as its head where they are tied, and for MTP layers.
         embedding = table * (is_first or (is_last and (model.tie_embeddings or depths > 0)))
         head = table * (is_last and not model.tie_embeddings) + model.hidden_size * is_last
         built = own + (model.built_letters[len(letters) :] if is_last else ())

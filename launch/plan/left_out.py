@@ -1,7 +1,7 @@
 """Why not: the layouts that a search leaves out, by what rules them out, and the choices that it does not try.
 
-How it works: the search counts as it goes. A refused layout counts under the setting whose rule it breaks first, one that is
-out of memory under the largest part of its memory, each with one of them as an example: of refusals the first, of the others
+How it works: the search counts as it goes. A rejected layout counts under the setting whose rule it breaks first, one that is
+out of memory under the largest part of its memory, each with one of them as an example: of rejections the first, of the others
 the one that needs the least. What is not tried at all has no number and a reason, and stands here next to the bounds of
 `search.py` only where the model and the ranks have such a choice.
 """
@@ -70,7 +70,7 @@ def untried(config: RunConfig, ranks: int, hardware: Hardware, *, largest_contex
         yield LeftOut(
             "ZeRO 0, 2 and 3 together with expert or pipeline ranks",
             None,
-            "0 and 3 are refused with expert ranks, 3 with a pipeline; 2 reduces in every pass",
+            "0 and 3 are rejected with expert ranks, 3 with a pipeline; 2 reduces in every pass",
         )
     if ranks > largest_context:
         reason = "rows of a million tokens are cut into parts of 64K by then"

@@ -24,7 +24,7 @@ from amfm.pretrain.engine.muon.newton_schulz import cost
 @dataclass(frozen=True)
 class MatrixShare:
     """Of matrices of a rank of a stage, of routed experts and of the rest: numbers, FLOPs to orthogonalise them, numbers that
-    their optimizer keeps, and numbers that travel to and from their owners.
+    their optimizer keeps, and numbers that are sent to and from their owners.
     """
 
     dense: float = 0.0
@@ -62,7 +62,7 @@ def _by_letter(model: ModelConfig, muon: MuonConfig | PackageMatrices) -> dict[s
     """Matrices of one block of each symbol of the pattern."""
     groups = single_rank_groups()
     built = HybridModel(model, groups, backend="torch", device="meta")
-    # The first block of a symbol stands for all of them, in prediction depths too.
+    # The first block of a symbol stands for all of them, in MTP layers too.
     places = [f"blocks.{index}" for index in range(len(model.letters))]
     places += [f"mtp.0.blocks.{index}" for index in range(len(model.parsed_pattern.depth_letters))]
     letters: dict[str, str] = {}

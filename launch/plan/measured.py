@@ -60,7 +60,7 @@ class Cut:
     """What of a layout decides how large a block is on a rank: the ranks that share it, and what its experts get.
 
     `in_slots`: whether rows to experts are in slots of a capacity. Else they have `room` (`RowRoom`), or `sent` rows of a token
-    travel, once to each rank of its experts, and the most loaded rank gets `rows` times the mean. `in_halves`: of a micro-batch. `is_split`: whether weight
+    are sent, once to each rank of its experts, and the most loaded rank gets `rows` times the mean. `in_halves`: of a micro-batch. `is_split`: whether weight
     gradients are left for later. `narrow`: the recipe by which its products are made, None without.
     """
 

@@ -227,7 +227,7 @@ def busiest_pass(
     kept_head, working_head = 0.0, 0.0
     if held.has_head:
         kept_head, working_head = head_bytes(model, storage, tokens, layout.tensor, lands=lands)
-    kept_head *= held.heads  # the losses of prediction depths stay until the backward pass begins with them
+    kept_head *= held.heads  # the losses of MTP layers stay until the backward pass begins with them
     gathered, arriving = gathered_bytes(layout, storage, held)
     # Of routed experts all gradients are made at once, in the dtype of the weights, before they join the sums; those of halves
     # are next to each other. Where products add to the sums nothing is next to them.
@@ -281,7 +281,7 @@ def busiest_pass(
 
 
 def repeated_letters(model: ModelConfig, held: StageShare) -> tuple[str, ...]:
-    """Letters of the blocks that a stage passes without holding them again: those of a prediction depth that others share."""
+    """Letters of the blocks that a stage passes without holding them again: those of an MTP layer that others share."""
     is_shared = model.mtp is not None and model.mtp.shared
     return model.parsed_pattern.depth_letters * max(0, held.depths - 1) if is_shared else ()
 
@@ -296,7 +296,7 @@ def waiting_gradients(
 ) -> list[float]:
     """Bytes that are at each block of the last piece until gradients of the same weights join them.
 
-    Of prediction depths, whose backward passes come before the main model's: the head's gradient and what its pass for the
+    Of MTP layers, whose backward passes come before the main model's: the head's gradient and what its pass for the
     main loss keeps; and those of the embedding and of a shared depth's experts, until the first depth has passed.
     """
     letters, depth = held.pieces[-1], model.parsed_pattern.depth_letters
@@ -332,7 +332,7 @@ def activations_of(
     for number, letters in enumerate(held.pieces):
         is_end = held.has_head and number == len(held.pieces) - 1
         own = sum(sizes[symbol].kept for symbol in letters)
-        if is_end:  # what the projections of prediction depths keep
+        if is_end:  # what the projections of MTP layers keep
             own += held.depths * depth_bytes(config.model, storage, layout.tensor, layout.stream_ranks)
         kept.append(tokens * own + (0.0 if is_end else stream))
         cut.append(tokens * sum(sizes[symbol].left for symbol in letters))

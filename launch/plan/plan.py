@@ -47,7 +47,7 @@ class StageEstimate:
     """Estimate of one training stage in the configuration's own layout.
 
     A search adds `layouts`, which fit this stage, fastest first, and the `chosen` one of them, with which a run of all
-    stages is fastest; None where nothing fits.
+    stages is fastest; None if nothing fits.
     """
 
     stage: RunStage
@@ -65,9 +65,9 @@ class Plan:
     """Everything that `amfm plan` prints; `own` is the first training stage in the configuration's own layout.
 
     `layouts` and `near_misses` suit every stage, or after a search the first one, since each has its own then. `is_search`:
-    whether layouts of all axes were tried. `is_own`: False where a stage's layout breaks a rule for this many ranks, and the
+    whether layouts of all axes were tried. `is_own`: False if a stage's layout breaks a rule for this many ranks, and the
     best one found takes its place. `left_out`: why a search of the first stage has no other layouts. `tokens` may differ from the configuration's where the user asked for another number;
-    stages are scaled in proportion. `goodput`: of the first training stage, None where no one asked for it.
+    stages are scaled in proportion. `goodput`: of the first training stage, None if no one asked for it.
     """
 
     config: RunConfig
@@ -91,7 +91,7 @@ class Plan:
 
     @property
     def replicas(self) -> ReplicaCost | None:
-        """Cost of the replicas in the first training stage; None where the run writes none."""
+        """Cost of the replicas in the first training stage; None if the run writes none."""
         return estimate_replicas(self.config, self.own, self.hardware)
 
     @property
@@ -119,7 +119,7 @@ def make_plan(
 
     `tokens`: of the run; None: as configured. `search`: over all axes, not only ZeRO stages and micro-batch sizes, and
     for each stage on its own; then the configuration's own layouts need not suit this many ranks. `progress`: of layouts that
-    were tried, of a search. Raises ValueError where
+    were tried, of a search. Raises ValueError if
     no layout obeys all rules, and for an optimizer in the host's memory, which is not modelled.
     """
     stages = resolve_stages(config)
@@ -326,7 +326,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
 
 
 def sparse_from(plan: Plan) -> dict[str, int | None]:
-    """The row length from which chosen keys are predicted to take less time than all, by kind of block; None: from none."""
+    """The sequence length from which chosen keys are predicted to take less time than all, by kind of block; None: from none."""
     model, precision = plan.config.model, plan.config.train.precision
     return {
         kind.name: pays_from(options, model.hidden_size, plan.hardware, precision)

@@ -39,7 +39,7 @@ class Found:
 
     @property
     def nearest(self) -> Estimate | None:
-        """The fastest that fits, else the nearest miss; None where nothing obeys the rules."""
+        """The fastest that fits, else the nearest miss; None if nothing obeys the rules."""
         return next(iter((*self.fitting, *self.misses)), None)
 
 

@@ -1,8 +1,8 @@
 """Candidate layouts for a number of ranks: the configuration's neighbours, or every combination of axes.
 
-How it works: candidates are made in powers of two, filtered by the same rules that refuse a configuration before
+How it works: candidates are made in powers of two, filtered by the same rules that reject a configuration before
 training (`pretrain/checks`), and handed to `plan.py` one by one. So the search proposes nothing that the run would
-refuse. Choices that promise nothing are left out (tensor parallelism across nodes, other ZeRO stages than 1 once
+reject. Choices that promise nothing are left out (tensor parallelism across nodes, other ZeRO stages than 1 once
 experts or pipeline stages are spread), which keeps thousands of ranks searchable. Recomputation is tried only where a
 layout does not fit: it costs time and saves nothing but memory. Halves of spread experts (`overlap_experts`) are tried by
 `ranking.py` where a layout fits.
@@ -44,7 +44,7 @@ def all_layouts(config: RunConfig, ranks: int, gpus_per_node: int, tally: Tally 
     """Every allowed combination of axes in powers of two, all pipeline schedules included.
 
     Tensor parallelism stays inside a node and always takes sequence parallelism with it. No block is recomputed yet, and no
-    experts overlap: ranking adds that. `tally`: counts what is refused.
+    experts overlap: ranking adds that. `tally`: counts what is rejected.
     """
     model = config.model
     experts = model.moe.num_experts if model.moe is not None else 1
@@ -118,7 +118,7 @@ def is_allowed(config: RunConfig, ranks: int) -> bool:
 
 
 def find_problem(config: RunConfig, ranks: int) -> Problem | None:
-    """The first rule of layouts that a run of one training stage breaks on `ranks` ranks; None where it obeys all."""
+    """The first rule of layouts that a run of one training stage breaks on `ranks` ranks; None if it obeys all."""
     # The batch is shared evenly before anyone asks for micro-batches.
     rules = chain(world_problems(config, ranks), layout_problems(config), batch_problems(config, ranks))
     more = chain(micro_batch_problems(config, ranks), pipeline_problems(config), graph_problems(config))

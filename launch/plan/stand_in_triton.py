@@ -68,7 +68,7 @@ class _Module(ModuleType):
 
 
 class _Importer(MetaPathFinder, Loader):
-    """Finds `triton` and all modules below it, where nothing else has found them."""
+    """Finds `triton` and all modules below it, if nothing else has found them."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         """Answer for Triton alone."""

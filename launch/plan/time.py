@@ -40,7 +40,7 @@ from amfm.pretrain.engine.bf16_adamw import STEP_BYTES
 class StepTime:
     """Seconds of one optimizer step of the slowest pipeline stage, by part.
 
-    `communication`: inside the passes, by axis, as far as computing waits for it; `beside_experts` is what travels in
+    `communication`: inside the passes, by axis, as far as computing waits for it; `beside_experts` is what is sent in
     parallel with experts. `bubble`: waiting for other stages. `reduction`: of gradients, and the gathers of new weights
     under ZeRO-1 and 2, as far as passes do not hide them; `hidden` is what they do. `exposed_gathers` is what compute
     does not hide of ZeRO-3's.
@@ -140,7 +140,7 @@ def head_seconds(config: RunConfig, layout: Layout, hardware: Hardware, storage:
 
 
 def depth_seconds(config: RunConfig, layout: Layout, hardware: Hardware, storage: Storage) -> float:
-    """Seconds of what a depth of multi-token prediction has around its blocks: two norms and its projection."""
+    """Seconds of what an MTP layer has around its blocks: two norms and its projection."""
     hidden, tokens = config.model.hidden_size, layout.tokens(config)
     line = Roofline(hardware, config.train.precision, storage.element_bytes, lands=lands(layout, storage))
     line.passes(2 * 6 * tokens / layout.stream_ranks * hidden * storage.element_bytes)
@@ -162,13 +162,13 @@ def estimate_step(
     drains: int = 1,
     stage: int | None = None,
 ) -> StepTime:
-    """Seconds of one step of a pipeline stage, the slowest where none is named.
+    """Seconds of one step of a pipeline stage, the slowest if none is named.
 
     `overlap`: part of ZeRO-3's gathers and of pipeline sends that may run in parallel with compute. Reductions run in
     parallel with the last backward pass under ZeRO-1 (each under ZeRO-2), gathers of weights next to the first forward
-    pass. `imbalance`: routed rows of the most loaded rank over the mean. `sent_rows`: the part of rows that travels to
+    pass. `imbalance`: routed rows of the most loaded rank over the mean. `sent_rows`: the part of rows that is sent to
     experts, of those that amfm sends.
-    `beside_experts`: what is computed while they travel. `repeats`: of `expert_exchange_seconds`. `drains`: times that a
+    `beside_experts`: what is computed while they are sent. `repeats`: of `expert_exchange_seconds`. `drains`: times that a
     pipeline fills and drains.
     """
     every = held_by_stages(config.model, layout, config.train.sequence_length, config.optimizer.matrix_settings())
@@ -292,7 +292,7 @@ def summed_behind(config: RunConfig, layout: Layout, storage: Storage, held: Sta
     """Parameters of a rank whose gradients join the float32 sums behind the products that make them.
 
     All of them, or where products add what they make: those of a head that no tensor ranks share, which is scaled on its way.
-    Vectors are too few to count, and of the embedding only the rows of a micro-batch's tokens are touched.
+    Vectors are too few to count, and of the embedding only the sequences of a micro-batch's tokens are touched.
     """
     if not lands(layout, storage):
         return held.parameters
@@ -354,7 +354,7 @@ def reduction_seconds(
 ) -> tuple[float, float]:
     """Seconds to reduce gradients in float32 and to gather updated weights: what stays exposed, and what is hidden.
 
-    Under ZeRO-1 and 2 a bucket travels while earlier blocks are differentiated, and weights while the next step's first
+    Under ZeRO-1 and 2 a bucket is sent while earlier blocks are differentiated, and weights while the next step's first
     micro-batch passes forward, `compute` seconds being those of all passes: two thirds of a pass hide a reduction, one
     third the gathers. Interleaved pieces of the model hide more (`left_after_pieces`). The last bucket has no compute left to
     hide it. ZeRO-0 and 3 reduce after the last pass.

@@ -69,7 +69,7 @@ class Profile:
 
 
 def list_traces(run_dir: Path) -> list[TraceFile]:
-    """Traces of a run, by step and rank. Raises ValueError with what to do where there is none."""
+    """Traces of a run, by step and rank. Raises ValueError with what to do if there is none."""
     found = [
         TraceFile(int(folder[1]), int(name[1]), path)
         for path in sorted((run_dir / "profile").glob("step-*/rank-*.json.gz"))

@@ -127,7 +127,7 @@ def begin_answer(request: Request, model: ServedModel, max_tokens: int) -> Answe
 
 
 def _refuse_longer(characters: int, longest: int, max_tokens: int) -> None:
-    """Refuse a prompt that cannot fit, before a core is kept busy with its tokens. Raises RefusedError."""
+    """Reject a prompt that cannot fit, before a core is kept busy with its tokens. Raises RefusedError."""
     if characters > longest:
         raise RefusedError(
             f"{characters} characters of prompt are more than the {longest} that {max_tokens} tokens can hold; ask for less, "

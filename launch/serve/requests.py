@@ -1,4 +1,4 @@
-"""Requests as clients of OpenAI's completions send them, checked: what cannot take effect is refused, not ignored."""
+"""Requests as clients of OpenAI's completions send them, checked: what cannot take effect is rejected, not ignored."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _parse_prompt(body: dict[str, Any]) -> str | list[int]:
 
 
 def _parse_messages(body: dict[str, Any]) -> list[dict[str, str]]:
-    """Messages of role and text; parts of text are joined, other parts (images, audio) refused."""
+    """Messages of role and text; parts of text are joined, other parts (images, audio) rejected."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise RefusedError("messages must be a list of at least one message", key="messages")

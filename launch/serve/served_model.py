@@ -64,11 +64,11 @@ class ChatTemplate:
         self._special_tokens = special_tokens
 
     def render(self, messages: Sequence[dict[str, Any]]) -> str:
-        """Write messages as a prompt that the assistant's answer follows. Raises ValueError where the template refuses."""
+        """Write messages as a prompt that the assistant's answer follows. Raises ValueError if the template rejects."""
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
         except RAISED as error:
-            raise ValueError(f"the model's chat template refuses these messages: {error}") from error
+            raise ValueError(f"the model's chat template rejects these messages: {error}") from error
 
 
 def _refuse(message: str) -> None:
@@ -76,7 +76,7 @@ def _refuse(message: str) -> None:
 
 
 def read_template(folder: Path) -> ChatTemplate | None:
-    """Read the chat template of a transformers folder; None where it has none."""
+    """Read the chat template of a transformers folder; None if it has none."""
     path, settings_path = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     settings = read_object(settings_path) if settings_path.is_file() else {}
     source = settings.get("chat_template")
@@ -121,7 +121,7 @@ class ServedModel:
         self.longest_token = max((len(tokenizer.decode([index])) for index in range(tokenizer.vocab_size)), default=1)
 
     def render_chat(self, messages: list[dict[str, str]]) -> str:
-        """Write a conversation as its template does. Raises ValueError without a template, and where it refuses."""
+        """Write a conversation as its template does. Raises ValueError without a template, and if it rejects."""
         if self.template is None or self.chat_tokenizer is None:
             raise ValueError(
                 f"{self.name} has no chat template: it continues text and was not taught to answer; ask /v1/completions, "
@@ -131,7 +131,7 @@ class ServedModel:
 
     def encode_chat(self, text: str) -> list[int]:
         """Encode a conversation that `render_chat` wrote, where control tokens are tokens."""
-        assert self.chat_tokenizer is not None, "render_chat refuses"
+        assert self.chat_tokenizer is not None, "render_chat rejects"
         return list(self.chat_tokenizer.encode(text, add_special_tokens=False).ids)
 
     def generate(self, ids: list[int], max_new_tokens: int, sampling: Sampling) -> Iterator[int]:

@@ -1,6 +1,6 @@
 """The server of a model: completions, chat completions, the list of models, a page to try them, on one address.
 
-A handful of clients of one machine share one model, whose arithmetic takes all the time. Besides what `http_server.py` refuses,
+A handful of clients of one machine share one model, whose arithmetic takes all the time. Besides what `http_server.py` rejects,
 bodies must be JSON, which no browser sends across origins without asking first; that question is never answered.
 """
 

@@ -61,7 +61,7 @@ class CommunicationCounter(TorchDispatchMode):
     def __init__(self, groups: ProcessGroupCollection) -> None:
         super().__init__()
         world = torch.distributed.group.WORLD
-        assert world is not None, "collectives are counted where there is a process group"
+        assert world is not None, "collectives are counted if there is a process group"
         self.axis_of: dict[str, str] = {world.group_name: "world"}
         for axis in AXES:
             group = getattr(groups, axis, None)

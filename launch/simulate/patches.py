@@ -96,7 +96,7 @@ def install_fake_tensors() -> None:
         torch.Tensor,
         "_make_subclass",
         staticmethod(make_without_cuda),
-        "autograd asks the driver for the GPU of tensors that say they are on CUDA, and a build without CUDA refuses them",
+        "autograd asks the driver for the GPU of tensors that say they are on CUDA, and a build without CUDA rejects them",
     )
     replace(FakeTensor, "to", move_fake, "C++ would think that it moves from the meta device")
 

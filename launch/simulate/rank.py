@@ -41,7 +41,7 @@ PHASES = {"data": "forward", "count": "forward", "forward": "forward", "reduce":
 
 
 def serve() -> None:
-    """Read settings from standard input; answer progress, then the result or the refusal, as lines of JSON."""
+    """Read settings from standard input; answer progress, then the result or the rejection, as lines of JSON."""
     answer = open_answers()
     settings = json.loads(sys.stdin.readline())
     started = time.perf_counter()

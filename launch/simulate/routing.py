@@ -2,7 +2,7 @@
 
 How it works: each block of as many tokens as there are expert ranks draws K different experts, and each of its tokens has
 them moved on by as many ranks as its place says, around the end. So every rank gets equally many tokens, no token has an
-expert twice, and how many ranks a token's choices are on, which is how many rows travel, is that of random draws. A step
+expert twice, and how many ranks a token's choices are on, which is how many rows are sent, is that of random draws. A step
 has few blocks where ranks are many: then more sets are drawn, sorted by the ranks that they reach, and every k-th is
 taken, so that the mean is that of many; and they are put in an order in which the mean of every stretch is near that, since
 tensor ranks and halves take stretches. Seeds are fixed: a trace gives the same numbers again.

@@ -79,7 +79,7 @@ def trace_run(
 
     `stage_name`: a training stage of the run; None is the first. `events`: keep what happens in order, for a timeline, by
     default of the first rank of every pipeline stage, since each waits for its neighbours. Raises ValueError for a rank or a stage that is not there
-    and for what a simulated rank cannot run, RuntimeError where its process ends early.
+    and for what a simulated rank cannot run, RuntimeError if its process ends early.
     """
     check_torch(torch.__version__)
     by_name = {stage.name: stage for stage in resolve_stages(config)}
@@ -114,7 +114,7 @@ def predicted_memory(config: RunConfig, ranks: int, rank: int) -> Memory:
 
 
 def check_torch(version: str) -> None:
-    """Refuse releases of torch whose private parts the patches do not know. Raises ValueError."""
+    """Reject releases of torch whose private parts the patches do not know. Raises ValueError."""
     if ".".join(version.split(".")[:2]) not in TORCH_RELEASES:
         raise ValueError(
             f"--trace is written for torch {', '.join(TORCH_RELEASES)}, and this is {version}: it replaces private parts of "
@@ -168,7 +168,7 @@ def pipeline_stage(config: RunConfig, ranks: int, rank: int) -> int:
 
 
 def run_child(settings: dict[str, Any], report: Callable[[int, str], None]) -> dict[str, Any]:
-    """Trace one rank in a separate process. Raises ValueError with what that refuses."""
+    """Trace one rank in a separate process. Raises ValueError with what that rejects."""
     rank = settings["rank"]
     report(0, f"rank {rank}: imports")
     with Child("amfm.launch.simulate.rank", quiet=True) as child:
@@ -197,7 +197,7 @@ def predicted_flops(entry: TracedRank) -> dict[str, float]:
         times = 4 / 3 if symbol in again else 1
         flops[block_kind(symbol)] += times * tokens * block_flops(config.model, symbol, config.train.sequence_length)
     if held.has_head:
-        # Projections of prediction depths stand between two heads.
+        # Projections of MTP layers stand between two heads.
         between = held.depths * depth_projection_flops(config.model)
         flops["head"] = tokens * (held.heads * head_flops(config.model) + between)
     return flops

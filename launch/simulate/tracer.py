@@ -268,7 +268,7 @@ class Tracer(TorchDispatchMode):
         """Count copies between host and GPU for which the host waits.
 
         Copies to the host always count; of those to the GPU all but `non_blocking` ones, taken to be from pinned
-        memory, and CPU scalars, which travel with the launch.
+        memory, and CPU scalars, which are sent with the launch.
         """
         source, target = (args[0], out) if func is aten._to_copy.default else (args[1], args[0])
         ends = (source.device.type, target.device.type)

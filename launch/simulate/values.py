@@ -33,7 +33,7 @@ class KnownValues:
         self.expert_ranks = 1  # over which a router's choices are even
 
     def of(self, tensor: Tensor) -> Tensor | None:
-        """Values of a tensor as a real CPU tensor that shares memory with the twin; None where unknown."""
+        """Values of a tensor as a real CPU tensor that shares memory with the twin; None if unknown."""
         if not isinstance(tensor, FakeTensor):
             return tensor if tensor.device.type == "cpu" else None
         if tensor.constant is not None:
@@ -46,7 +46,7 @@ class KnownValues:
             return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def read(self, tensor: Tensor) -> Any:
-        """Values of a tensor as Python numbers, as `tolist` gives them; None where unknown."""
+        """Values of a tensor as Python numbers, as `tolist` gives them; None if unknown."""
         known = self.of(tensor)
         if known is None:
             return None
@@ -73,7 +73,7 @@ class KnownValues:
     def compute(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Result of an operation on the twins, in-place writes included.
 
-        None where an input is unknown, a float or large: only small integers steer the host.
+        None if an input is unknown, a float or large: only small integers steer the host.
         """
         if func.namespace == "amfm":
             return None  # kernels do not run here; `assume` says what follows of them

@@ -3,7 +3,7 @@
 pydantic checks each field on its own (type, bounds, unknown keys). What relates one field to another is checked here,
 and not in validators of the sections: a rule may need the pattern or the registry of mixers, and every message can name the
 full key as it stands in the file (`model.moe.top_k`), its value and the fix. No torch is imported, so a bad file is
-refused before a device is touched. Rules that depend on the number of ranks are checked where shards are made
+rejected before a device is touched. Rules that depend on the number of ranks are checked where shards are made
 (parallel/shards.py).
 """
 
@@ -35,7 +35,7 @@ def check_model(config: ModelConfig) -> None:
         raise ValueError(f"model.{error}") from error
     if config.mtp is not None and not pattern.num_depths:
         raise ValueError(
-            "model.mtp is set but model.pattern has no prediction depth that reads it; put depths behind the main blocks, "
+            "model.mtp is set but model.pattern has no MTP layer that reads it; put one after the main blocks, "
             "such as /*E, or remove model.mtp"
         )
     for symbol in dict.fromkeys((*pattern.counts(), *pattern.depth_letters)):
@@ -82,7 +82,7 @@ def _check_head(config: ModelConfig) -> None:
         "mup": config.mup is not None,
         "logits_z_loss_weight": config.logits_z_loss_weight != 0,
         "multipliers.logits": config.multipliers.logits != 1,
-        "pattern (its prediction depths)": config.num_depths > 0,
+        "pattern (its MTP layers)": config.num_depths > 0,
     }
     for name in (name for name, is_set in of_matrix.items() if is_set):
         raise ValueError(

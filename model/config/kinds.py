@@ -32,7 +32,7 @@ ENTRY_POINTS = "amfm.mixers"
 class Products(NamedTuple):
     """The weights of a kind of block, by their names below its mixer, whose products low precision may make in fewer bits.
 
-    out: an output projection that a recipe treats apart (`low_precision.out_proj_recipe`); None where there is none.
+    out: an output projection that a recipe treats apart (`low_precision.out_proj_recipe`); None if there is none.
     """
 
     inner: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ class Kind:
     """A kind of block as pattern, configuration and checks see it, without importing its mixer.
 
     name: lower case, as in `{name}`. mixer: `package.module:Class`, or the class in a process that registers it, an `amfm.model.mixers.interface.Mixer`. options: its
-    section, whose class docstring and field descriptions become the documentation. refuses: axes over which it cannot be
+    section, whose class docstring and field descriptions become the documentation. rejects: axes over which it cannot be
     spread yet, with the reason. mixes: whether a token reads others, or its own channels alone; `logits`: a head, an
     `amfm.model.head.Head` that `model.head` names. letter, aliases: in a
     pattern. title: in messages. is_core: its section is a field of the model's configuration. has_mup: muP's rules were
@@ -88,7 +88,7 @@ class Kind:
         return self.title or self.name.replace("_", " ")
 
     def read(self, model: Any) -> MixerOptions | None:
-        """Its options in a model's configuration; None where the section is missing."""
+        """Its options in a model's configuration; None if the section is missing."""
         options: MixerOptions | None = attrgetter(self.section)(model)
         return options
 
@@ -125,7 +125,7 @@ class ParallelKind(Kind):
         return " and ".join(kind.describe() for kind in self.branches) + " in parallel"
 
     def read(self, model: Any) -> MixerOptions | None:
-        """Those of all mixers, where none is missing."""
+        """Those of all mixers, if none is missing."""
         options = [kind.read(model) for kind in self.branches]
         names = tuple(kind.name for kind in self.branches)
         return None if None in options else ParallelOptions(names=names, branches=tuple(options))

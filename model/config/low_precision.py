@@ -72,7 +72,7 @@ class LowPrecisionConfig(Section):
         )
 
     def narrow_blocks(self, letters: tuple[str, ...]) -> tuple[int, ...]:
-        """Indices of the blocks of a pattern's main part whose products take the recipe; prediction depths never do."""
+        """Indices of the blocks of a pattern's main part whose products take the recipe; MTP layers never do."""
         chosen, end = self.chosen(letters), len(letters) - self.wide_at_end(len(letters))
         return tuple(
             index for index, symbol in enumerate(letters) if symbol in chosen and self.bf16_first_layers <= index < end

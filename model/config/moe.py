@@ -92,7 +92,7 @@ class MoeConfig(MixerOptions):
         0.0, ge=0, description="Squared log-sum-exp of the router logits (Zoph et al. 2022, arXiv 2202.08906)."
     )
     latent_size: int | None = Field(
-        None, gt=0, description="Width at which tokens travel to routed experts; null: hidden_size."
+        None, gt=0, description="Width at which tokens are sent to routed experts; null: hidden_size."
     )
     capacity_factor: float | None = Field(
         None,
@@ -162,7 +162,7 @@ class MoeConfig(MixerOptions):
             yield "bias_rule", "quantile needs an expert that is not chosen; lower top_k, or use sign"
 
     def broken_training(self) -> Iterator[tuple[str, str, str]]:
-        """A weight that is always 1 gives the router no gradient (Megatron-Core refuses it too)."""
+        """A weight that is always 1 gives the router no gradient (Megatron-Core rejects it too)."""
         if self.top_k == 1 < self.num_experts and self.normalize_probabilities:
             rule = "gives the one chosen expert the weight 1, with normalize_probabilities: the router gets no gradient of the loss"
             yield "top_k", rule, "use normalize_probabilities: false, or top_k of 2 or more"

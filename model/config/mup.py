@@ -14,7 +14,7 @@ rate, and the logits are divided by m.
 
 What grows: heads, groups, and the inner widths of feed-forwards and experts, in step with hidden_size. What stays: head_dim,
 state sizes, numbers of experts and top_k. That theory covers attention and feed-forwards; for the other kinds of block a
-measurement decides (`Kind.has_mup`, docs/mup.md), and `check_mup` refuses the rest.
+measurement decides (`Kind.has_mup`, docs/mup.md), and `check_mup` rejects the rest.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def check_mup(config: ModelConfig) -> None:
     assert config.mup is not None, "the caller has seen model.mup"
     if config.num_depths:
         raise ValueError(
-            "model.mup was not shown to hold for the prediction depths behind '/' of model.pattern (docs/mup.md); remove one "
+            "model.mup was not shown to hold for the MTP layers behind '/' of model.pattern (docs/mup.md); remove one "
             "of the two"
         )
     unchecked = [symbol for symbol in config.parsed_pattern.counts() if not kind_of(symbol).has_mup]

@@ -52,7 +52,7 @@ def warn_of(old: str, new: str) -> None:
 def use_current_names(settings: dict[str, Any], prefix: str = "", mapped: Mapped | None = None) -> None:
     """Put present names for old ones, in place, in the settings below a dotted `prefix` and in those of stages.
 
-    mapped: the settings in a value, None if it is not a mapping; without it values are dicts. Raises ValueError where a
+    mapped: the settings in a value, None if it is not a mapping; without it values are dicts. Raises ValueError if a
     setting is there under both.
     """
     mapped = mapped or (lambda value: value if isinstance(value, dict) else None)

@@ -28,7 +28,7 @@ class Prunable:
 
     sizes: the settings that become smaller with them, the one that counts groups first, each with its units a group. dims: of
     each parameter that is divided into groups, by its name behind `place`, the dim, its period and the width of a group.
-    rows: further tensors with one row per group. least: a setting that says how many must stay. refused: rules, each
+    rows: further tensors with one row per group. least: a setting that says how many must stay. rejected: rules, each
     with a fix, by which these options cannot lose such groups.
     """
 
@@ -103,7 +103,7 @@ class MixerOptions(Section):
         return ()
 
     def prunable(self, groups: str) -> Prunable | None:
-        """The groups of weights of this name (channels, experts, heads) that it can lose; None where it has none."""
+        """The groups of weights of this name (channels, experts, heads) that it can lose; None if it has none."""
         return None
 
 

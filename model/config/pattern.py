@@ -12,9 +12,9 @@ Letters are Megatron's `M` Mamba2, `*` attention, `E` mixture of experts, `-` de
 `D` mean `*`, `E` and `-`. Other sequence mixers stand under their name in braces, `{retnet}`, and some have a letter too.
 Whether a name is registered is checked later (`model/config/checks.py`), so parsing needs no installed package. A `*` that
 a digit follows is a repetition and must follow a `)`; every other `*` is an attention block. So `(ME)*8` is eight pairs,
-`(ME)*E` is a pair, an attention block and an `E`, and `M*8` is refused: a single letter is repeated as `(M)*8`. `(M&*)` is one
+`(ME)*E` is a pair, an attention block and an `E`, and `M*8` is rejected: a single letter is repeated as `(M)*8`. `(M&*)` is one
 block, whose mixers read the same norm and are added (`model/mixers/parallel.py`): different kinds that mix tokens. Each `/`
-begins a depth of multi-token prediction (`model/mtp.py`) behind the main blocks; all depths have the same blocks.
+begins an MTP layer (`model/mtp.py`) after the main blocks; all of them have the same blocks.
 
 The parser keeps the position of every item, so that errors point at the character with a caret. Repetitions are expanded
 while parsing and bounded (`MAX_BLOCKS`): nested ones could otherwise fill memory from a short string.
@@ -39,7 +39,7 @@ SHOWN_AROUND = 100  # characters on each side of a caret
 class Pattern:
     """Main blocks in order, as Megatron's letters or `{name}`; `piece_cuts`: the blocks at which a new piece of a pipeline starts.
 
-    `depth_letters`: the blocks of each of the `num_depths` depths of multi-token prediction.
+    `depth_letters`: the blocks of each of the `num_depths` MTP layers.
     """
 
     letters: tuple[str, ...]
@@ -48,7 +48,7 @@ class Pattern:
     num_depths: int = 0
 
     def canonical(self) -> str:
-        """Write the pattern in its one canonical spelling: letters where there are any, no repetition, `|` and `/`."""
+        """Write the pattern in its one canonical spelling: letters if there are any, no repetition, `|` and `/`."""
         cuts = set(self.piece_cuts)
         main = "".join(("|" if index in cuts else "") + letter for index, letter in enumerate(self.letters))
         return main + self.num_depths * f"/{''.join(self.depth_letters)}"
@@ -76,7 +76,7 @@ def block_kind(symbol: str) -> str:
 def parse_pattern(text: str) -> Pattern:
     """Read a pattern string into its blocks; the same string is read once.
 
-    Raises ValueError with the position, a caret under it and the rule where the text is not a pattern.
+    Raises ValueError with the position, a caret under it and the rule if the text is not a pattern.
     """
     parser = _Parser(text)
     parser.check_nesting()
@@ -94,7 +94,7 @@ def parse_pattern(text: str) -> Pattern:
         else:
             cuts.append(len(letters))
     if not letters and slashes:
-        raise parser.error(items[0][1], "a '/' begins a prediction depth behind the main blocks, and there are none")
+        raise parser.error(items[0][1], "a '/' begins an MTP layer behind the main blocks, and there are none")
     if not letters:
         raise parser.error(0, f"a pattern needs at least one block: use some of {list_kinds()}")
     if cuts and cuts[-1] == len(letters):
@@ -103,14 +103,14 @@ def parse_pattern(text: str) -> Pattern:
     for slash, depth in zip(slashes, depths):
         if depth != depths[0]:
             remedy = f"write /{''.join(depths[0])} for each of the {len(depths)}"
-            raise parser.error(items[slash][1], f"all prediction depths have the blocks of the first; {remedy}")
+            raise parser.error(items[slash][1], f"all MTP layers have the blocks of the first; {remedy}")
     return Pattern(tuple(letters), tuple(cuts), depths[0] if depths else (), len(depths))
 
 
 def explain_d(text: str) -> str | None:
     """Report that `D` was read as a dense feed-forward, where a pattern of Megatron's would mean its sparse attention.
 
-    None where the pattern has no `D`, or a letter that Hunyuan alone has (`A`, `F`) shows whose it is.
+    None if the pattern has no `D`, or a letter that Hunyuan alone has (`A`, `F`) shows whose it is.
     """
     written = re.sub(r"\{[^}]*\}", "", text)
     if "D" not in written or set("AF") & set(written):
@@ -157,7 +157,7 @@ class _Parser:
         return ValueError(f"pattern, character {position + 1}: {rule}\n  {shown}\n  {' ' * (position - start)}^")
 
     def check_nesting(self) -> None:
-        """Refuse parentheses that are nested deeper than the parser may go."""
+        """Reject parentheses that are nested deeper than the parser may go."""
         depth = 0
         for position, symbol in enumerate(self.text):
             depth += (symbol == "(") - (symbol == ")")
@@ -165,15 +165,13 @@ class _Parser:
                 raise self.error(position, f"more than {MAX_NESTED} parentheses in each other; write them flatter")
 
     def depth(self, items: list[tuple[str, int]]) -> tuple[str, ...]:
-        """Check the items of one prediction depth, its `/` first; returns its blocks."""
+        """Check the items of one MTP layer, its `/` first; returns its blocks."""
         (_, slash), *blocks = items
         if not blocks:
-            raise self.error(
-                slash, "a '/' begins a prediction depth and needs blocks after it; write /*E, or remove it"
-            )
+            raise self.error(slash, "a '/' begins an MTP layer and needs blocks after it; write /*E, or remove it")
         for symbol, position in blocks:
             if symbol == "|":
-                raise self.error(position, "a prediction depth stays with the last stage; remove this '|'")
+                raise self.error(position, "an MTP layer stays with the last stage; remove this '|'")
         return tuple(symbol for symbol, _ in blocks)
 
     def sequence(self, position: int, opened_at: int | None) -> tuple[list[tuple[str, int]], int]:
@@ -230,7 +228,7 @@ class _Parser:
         return items * times, end
 
     def parallel(self, opened_at: int) -> tuple[list[tuple[str, int]], int] | None:
-        """Read the parentheses of `(M&*)` as one item, and where they close; None where they hold blocks one after the other."""
+        """Read the parentheses of `(M&*)` as one item, and where they close; None if they hold blocks one after the other."""
         closed_at = self.text.find(")", opened_at)
         inside = self.text[opened_at + 1 : closed_at if closed_at > 0 else len(self.text)]
         if "&" not in inside or "(" in inside:

@@ -142,7 +142,7 @@ def only_read(reads: bool) -> None:
 
 
 def load_named_folder(path: str) -> None:
-    """Import a folder that a configuration names. Raises ValueError as `load_folder`, and where configurations are only read."""
+    """Import a folder that a configuration names. Raises ValueError as `load_folder`, and if configurations are only read."""
     module = sys.modules.get(Path(path).name)
     is_loaded = getattr(module, "__file__", None) == str(Path(os.path.expanduser(path)).absolute() / "__init__.py")
     if PRESENT.only_reads and not is_loaded:

@@ -64,7 +64,7 @@ class RopeConfig(Section):
             yield "yarn_beta_slow", f"must be under yarn_beta_fast={self.yarn_beta_fast}; use 1 and 32"
 
     def _broken_scaling(self) -> Iterator[tuple[str, str]]:
-        """A field of another scaling would be read by nothing, so it is refused and not ignored."""
+        """A field of another scaling would be read by nothing, so it is rejected and not ignored."""
         read = {"ntk": ("ntk_alpha",), "yarn": ("yarn_factor", "yarn_original_length"), "llama3": ("llama3",)}
         for scaling, fields in read.items():
             for field in fields:

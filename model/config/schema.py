@@ -86,7 +86,7 @@ class ModelConfig(Section):
 
     pattern: str = Field(
         min_length=1,
-        description="Blocks in order: M Mamba2, * attention, E MoE, - dense; or Hunyuan's A, M, F, D; other mixers by letter or `{name}`, several side by side as `(M&*)` (docs/mixers.md). `(MF)*8 AF` or `((ME)x8 *E)x7 ME` repeats, `|` cuts pipeline stages; `ME/*E/*E` has two depths of multi-token prediction.",
+        description="Blocks in order: M Mamba2, * attention, E MoE, - dense; or Hunyuan's A, M, F, D; other mixers by letter or `{name}`, several side by side as `(M&*)` (docs/mixers.md). `(MF)*8 AF` or `((ME)x8 *E)x7 ME` repeats, `|` cuts pipeline stages; `ME/*E/*E` has two MTP layers.",
     )
     vocab_size: int = Field(gt=0, le=10_000_000, description="Rows of the embedding; at least the tokenizer's.")
     hidden_size: int = Field(gt=0, le=1_000_000, description="Width of the residual stream.")
@@ -127,7 +127,7 @@ class ModelConfig(Section):
     )
 
     def options_of(self, kind: Kind) -> MixerOptions | None:
-        """The options of a kind of block; None where its section is missing."""
+        """The options of a kind of block; None if its section is missing."""
         return kind.read(self)
 
     def with_options(self, kind: Kind, options: MixerOptions) -> "ModelConfig":
@@ -153,7 +153,7 @@ class ModelConfig(Section):
     def kinds_in_use(self) -> Iterator[tuple[Kind, MixerOptions]]:
         """Iterate over the kinds of the blocks that are built, and those that they wrap, whose section is there.
 
-        Raises ValueError where the text is not a pattern, or names a kind that nothing registers.
+        Raises ValueError if the text is not a pattern, or names a kind that nothing registers.
         """
         symbols = dict.fromkeys(self.built_letters)
         found = {part.name: None for symbol in symbols for part in kind_of(symbol).parts}
@@ -187,7 +187,7 @@ class ModelConfig(Section):
 
     @property
     def parsed_pattern(self) -> Pattern:
-        """The blocks of `pattern`, in order. Raises ValueError where the text is not a pattern."""
+        """The blocks of `pattern`, in order. Raises ValueError if the text is not a pattern."""
         return parse_pattern(self.pattern)
 
     @property
@@ -207,7 +207,7 @@ class ModelConfig(Section):
 
     @property
     def num_depths(self) -> int:
-        """Depths of multi-token prediction, 0 for none."""
+        """MTP layers, 0 for none."""
         return self.parsed_pattern.num_depths
 
     @property

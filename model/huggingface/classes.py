@@ -126,7 +126,7 @@ def model_config_from_huggingface(fields: Mapping[str, Any]) -> ModelConfig:
     """Build our configuration from the config.json of one of the classes that we read.
 
     `fields` is config.json with the class's defaults filled in. What config.json does not say (initialisation, loss
-    weights) gets our defaults. Raises ValueError where the class uses something that our model does not have.
+    weights) gets our defaults. Raises ValueError if the class uses something that our model does not have.
     """
     kind = fields.get("model_type")
     found = BY_TYPE.get(str(kind))

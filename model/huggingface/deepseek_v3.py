@@ -52,7 +52,7 @@ def unfit_for_deepseek_v3(config: ModelConfig) -> list[str]:
 
 def deepseek_v3_fields(config: ModelConfig) -> dict[str, Any]:
     """Build the fields of config.json that are the class's own."""
-    # The class has them fixed. Without them vLLM scores experts by a softmax and reads no biases, and llama.cpp refuses the file.
+    # The class has them fixed. Without them vLLM scores experts by a softmax and reads no biases, and llama.cpp rejects the file.
     return fields_of(config, KIND) | {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 
 
@@ -102,7 +102,7 @@ def deepseek_v3_map(config: ModelConfig) -> WeightMap:
 
 
 def deepseek_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
-    """Name the programs that are known to refuse a model of the class."""
+    """Name the programs that are known to reject a model of the class."""
     rule = f'its converter loads no class of DeepSeek and ends with "AttributeError: DSPARK_MARKOV_W1"; {OUR_CONVERTER}'
     return [Refusal("llama.cpp", rule, True)]
 

@@ -1,4 +1,4 @@
-"""Depths of multi-token prediction in checkpoints of transformers' classes, which load without them.
+"""MTP layers in checkpoints of transformers' classes, which load without them.
 
 The classes ignore tensors under `mtp.`, so an export that has them computes the same logits, and serving engines that draft
 find theirs. Names and order were read in vLLM (`nemotron_h_mtp.py`, `qwen3_next_mtp.py`). A nemotron_h numbers the blocks
@@ -34,11 +34,11 @@ class DepthEntries:
 
 
 def explain_left_out(config: ModelConfig, target: HfTarget) -> str | None:
-    """Report why an export of this class leaves the depths out; None where it writes them, or there are none."""
+    """Report why an export of this class leaves the depths out; None if it writes them, or there are none."""
     pattern = config.parsed_pattern
     if not pattern.num_depths:
         return None
-    shown = f"the prediction depths /{''.join(pattern.depth_letters)} are left out"
+    shown = f"the MTP layers /{''.join(pattern.depth_letters)} are left out"
     if target.unfit_depths is None:
         return f"{shown}: {target.name} has no place for them"
     alone = config.without_depths().model_copy(update={"pattern": "".join(pattern.depth_letters)})

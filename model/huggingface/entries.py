@@ -152,7 +152,7 @@ class WeightMap:
     def to_ours(self, theirs: Mapping[str, Tensor]) -> OnDemand:
         """Convert a state of theirs to our names, in float32; tensors that are always zero are dropped.
 
-        Nothing but shapes, zeros and copies is looked at before a tensor is asked for. Raises ValueError where a tensor is
+        Nothing but shapes, zeros and copies is looked at before a tensor is asked for. Raises ValueError if a tensor is
         missing or not in the map, a zero tensor is not zero, or copies differ.
         """
         given = on_demand(theirs)

@@ -2,7 +2,7 @@
 
 Read from transformers 5.24 (`configuration_falcon_h1.py`, `modeling_falcon_h1.py`). Every layer is `(M&*)` and `-`. Of the
 class's fourteen multipliers those of embedding and logits are ours, and that of keys is our `softmax_scale`. The others are
-written as 1, and a model that has them is refused: each multiplies a matrix, and a map of weights reads no numbers of config.json.
+written as 1, and a model that has them is rejected: each multiplies a matrix, and a map of weights reads no numbers of config.json.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _rounded(factor: float) -> float:
 def model_config_from_falcon_h1(fields: Mapping[str, Any]) -> ModelConfig:
     """Build our configuration from config.json with the class's defaults filled in.
 
-    Raises ValueError where the class uses something that our model does not have.
+    Raises ValueError if the class uses something that our model does not have.
     """
     require_fields(
         fields,
@@ -173,7 +173,7 @@ def _dense_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[Weigh
 
 
 def falcon_h1_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
-    """Name the programs that are known to refuse or misread a model of the class."""
+    """Name the programs that are known to reject or misread a model of the class."""
     mamba, attention = config.mamba, config.attention
     assert mamba is not None and attention is not None, "every layer has both"
     found = misses_sentencepiece("falcon_h1", tokenizer_kind) + norms_groups_together(mamba.num_groups)

@@ -1,4 +1,4 @@
-"""Fields of config.json that several transformers classes share: rotary parameters, expert sizes, refused fields."""
+"""Fields of config.json that several transformers classes share: rotary parameters, expert sizes, rejected fields."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def unfit_rare_options(config: ModelConfig, target: str, holds: frozenset[str]) 
 
 
 def require_fields(fields: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Refuse fields that our model cannot follow; an absent field has the expected value."""
+    """Reject fields that our model cannot follow; an absent field has the expected value."""
     for name, value in expected.items():
         if fields.get(name, value) not in (value, None):
             raise ValueError(

@@ -288,7 +288,7 @@ _BLOCKS: dict[str, BlockEntries] = {
 
 
 def granite_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
-    """Name the programs that are known to refuse a model of the class."""
+    """Name the programs that are known to reject a model of the class."""
     refusals = misses_sentencepiece("granitemoehybrid", tokenizer_kind)
     if config.mamba is None or "M" not in config.letters:
         return refusals

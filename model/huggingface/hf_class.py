@@ -75,7 +75,7 @@ def any_tokenizer(kind: str) -> list[str]:
 
 
 def no_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
-    """No program is known to refuse the class."""
+    """No program is known to reject the class."""
     return []
 
 
@@ -104,9 +104,9 @@ class HfTarget(HfClass):
     """A class of transformers that we write, too.
 
     unfit: every choice that the class cannot hold, as value, rule and fix. fields: what config.json holds besides
-    the fields that all classes share. length_names: further fields for the tokens per row. unfit_depths: what else
-    keeps prediction depths out; None: the class has no place for them. unfit_tokenizer: why AutoTokenizer would not
-    give the ids of a kind of tokenizer (sentencepiece or huggingface). refusals: programs that refuse a model of the
+    the fields that all classes share. length_names: further fields for the tokens per sequence. unfit_depths: what else
+    keeps MTP layers out; None: the class has no place for them. unfit_tokenizer: why AutoTokenizer would not
+    give the ids of a kind of tokenizer (sentencepiece or huggingface). rejections: programs that reject a model of the
     class, by configuration and kind of tokenizer.
     holds: options of ours, by name, that few classes have and this one does (`fields.RARE_OPTIONS`). warnings: sentences
     for the model card. limits: what users of transformers expect and the class does not do. ships_code: its modelling

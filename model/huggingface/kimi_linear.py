@@ -173,7 +173,7 @@ def _delta_entries(config: ModelConfig, ours: str, theirs: str) -> Iterator[Weig
 
 
 def kimi_linear_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
-    """Name the programs that are known to refuse a model of the class."""
+    """Name the programs that are known to reject a model of the class."""
     if "K" not in config.letters:
         return []
     rule = (

@@ -120,7 +120,7 @@ def layer_fields(config: ModelConfig) -> dict[str, Any]:
 def model_config_from_lfm2(fields: Mapping[str, Any]) -> ModelConfig:
     """Build our configuration from config.json with the class's defaults filled in.
 
-    Raises ValueError where the class uses something that our model does not have.
+    Raises ValueError if the class uses something that our model does not have.
     """
     layers = read_layers(fields, "-" * len(fields["layer_types"]))
     dense = FeedForwardConfig(hidden_size=_inner_width(fields), activation="swiglu")
@@ -130,7 +130,7 @@ def model_config_from_lfm2(fields: Mapping[str, Any]) -> ModelConfig:
 def read_layers(fields: Mapping[str, Any], seconds: str) -> dict[str, Any]:
     """Read the sections of convolutions and attention, alike in both classes; `seconds`: the second letter of each layer.
 
-    Raises ValueError where the class uses something that our model does not have.
+    Raises ValueError if the class uses something that our model does not have.
     """
     require_fields(fields, {"conv_bias": False})
     pattern = "".join(LETTERS[kind] + second for kind, second in zip(fields["layer_types"], seconds, strict=True))
@@ -206,7 +206,7 @@ def limits(config: ModelConfig) -> list[str]:
 
 
 def refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
-    """Name the programs that are known to refuse a model of either class."""
+    """Name the programs that are known to reject a model of either class."""
     found = []
     if "*" in config.letters:
         rule = (
@@ -221,7 +221,7 @@ def refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
 
 
 def lfm2_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
-    """Name the programs that are known to refuse a model of the class."""
+    """Name the programs that are known to reject a model of the class."""
     return misses_sentencepiece("lfm2", tokenizer_kind) + refusals(config, tokenizer_kind)
 
 

@@ -64,7 +64,7 @@ def lfm2_moe_fields(config: ModelConfig) -> dict[str, Any]:
 def model_config_from_lfm2_moe(fields: Mapping[str, Any]) -> ModelConfig:
     """Build our configuration from config.json with the class's defaults filled in.
 
-    Raises ValueError where the class uses something that our model does not have.
+    Raises ValueError if the class uses something that our model does not have.
     """
     layers = len(fields["layer_types"])
     dense = min(fields["num_dense_layers"], layers)

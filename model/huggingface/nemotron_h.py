@@ -137,7 +137,7 @@ def nemotron_h_fields(config: ModelConfig) -> dict[str, Any]:
             "norm_topk_prob": moe.normalize_probabilities,
             "routed_scaling_factor": moe.routed_scaling,
         }
-        # mlx-lm asks for it where no layer has it, too.
+        # mlx-lm asks for it if no layer has it, too.
         fields.setdefault("intermediate_size", moe.expert_hidden_size)
     return fields | _depth_fields(config)
 
@@ -270,7 +270,7 @@ def _nemotron_h_entry(ours: str, theirs: str, name: str, config: ModelConfig) ->
 
 
 def _nemotron_h_zeros(theirs: str, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Tensors the class always has: a shared expert of width 1 and a routing bias, both zero where we have none."""
+    """Tensors the class always has: a shared expert of width 1 and a routing bias, both zero if we have none."""
     moe, width = config.moe, config.hidden_size
     assert moe is not None, "the pattern has E, the configuration no moe section"
     zeros: dict[str, tuple[int, ...]] = {}
@@ -283,7 +283,7 @@ def _nemotron_h_zeros(theirs: str, config: ModelConfig) -> dict[str, tuple[int, 
 
 
 def nemotron_h_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
-    """Name the programs that are known to refuse a model of the class."""
+    """Name the programs that are known to reject a model of the class."""
     letters = config.letters
     refusals = misses_sentencepiece("nemotron_h", tokenizer_kind)
     if "E" not in letters:

@@ -108,7 +108,7 @@ def own_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
 
 def _limits(config: ModelConfig) -> list[str]:
     limits = [
-        "States cannot go back to an earlier token: assisted generation and prefix tuning are refused, prompt tuning is not.",
+        "States cannot go back to an earlier token: assisted generation and prefix tuning are rejected, prompt tuning is not.",
         "Attention weights and router logits are not returned; asking for them is an error, as is every unknown argument.",
     ]
     if any(getattr(options, "indexer", None) for _, options in config.kinds_in_use()):

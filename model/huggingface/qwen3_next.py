@@ -149,7 +149,7 @@ def qwen3_next_fields(config: ModelConfig) -> dict[str, Any]:
         "moe_intermediate_size": moe.expert_hidden_size,
         "shared_expert_intermediate_size": moe.shared_expert_hidden_size or 1,
         "norm_topk_prob": moe.normalize_probabilities,
-        # mlx-lm asks for it where no layer has it, too.
+        # mlx-lm asks for it if no layer has it, too.
         "intermediate_size": fields.get("intermediate_size", moe.expert_hidden_size),
     }
     return fields | depth_fields(config)
@@ -166,7 +166,7 @@ def _attention_interval(mixers: Sequence[str]) -> dict[str, int]:
 def model_config_from_qwen3_next(fields: Mapping[str, Any]) -> ModelConfig:
     """Build our configuration from config.json with the class's defaults filled in.
 
-    Raises ValueError where the class uses something that our model does not have.
+    Raises ValueError if the class uses something that our model does not have.
     """
     require_fields(fields, {"hidden_act": "silu", "attention_bias": False, "decoder_sparse_step": 1})
     dense = set(fields.get("mlp_only_layers") or ())
@@ -229,7 +229,7 @@ REFUSED_HEAD_DIM = 32
 
 
 def qwen3_next_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
-    """Name the programs that are known to refuse a model of the class."""
+    """Name the programs that are known to reject a model of the class."""
     rule = "takes every SentencePiece model for BPE with a space before each text, and cuts texts into other tokens"
     refusals = refused_tokenizer(rule, tokenizer_kind)
     gguf = f"give it that, or {OUR_CONVERTER}"

@@ -1,8 +1,8 @@
-"""Programs that are known to refuse or misread an export, and what a native class does not do: said before someone meets it.
+"""Programs that are known to reject or misread an export, and what a native class does not do: said before someone meets it.
 
 transformers shows every export; what other programs make of it was tried on small models of each class and compared
 with transformers (`make clients`), with the versions named here. What they read is in config.json; what they read and
-then refuse is in the file of each class. What users of transformers are used to and a class does not do was tried with
+then reject is in the file of each class. What users of transformers are used to and a class does not do was tried with
 transformers 5.24 and peft 0.21 (`tests/pretrain/export/test_habits.py`); the sentences go into the model card.
 """
 
@@ -66,7 +66,7 @@ def misses_sentencepiece(target: str, tokenizer_kind: str) -> list[Refusal]:
 
 
 def norms_groups_together(num_groups: int) -> list[Refusal]:
-    """mlx-lm's classes with Mamba2 that norm all groups of it together, where there are several."""
+    """mlx-lm's classes with Mamba2 that norm all groups of it together, if there are several."""
     if num_groups == 1:
         return []
     rule = (
@@ -80,15 +80,15 @@ IGNORED_ARGUMENTS = "Arguments that the class does not know are ignored without 
 NO_CLASSIFIER = "transformers has no class for sequence classification of it (reward models); `amfm export --target own` brings one."
 NO_EMBEDDINGS = "`generate` does not begin with `inputs_embeds`."
 NO_ADAPTER_ON_OUTPUT = (
-    "peft refuses adapters on `out_proj` and `conv1d` of Mamba2, and with them `target_modules='all-linear'`: name the others "
+    "peft rejects adapters on `out_proj` and `conv1d` of Mamba2, and with them `target_modules='all-linear'`: name the others "
     "(docs/finetuning.md of amfm has a table)."
 )
 
 
 def packed_rows(blocks: str) -> str:
-    """Report what blocks with a state make of packed rows."""
+    """Report what blocks with a state make of packed sequences."""
     return (
         f"Documents packed into one row run into each other in {blocks} where `position_ids` alone name them. Give `seq_idx` too "
-        "(`DataCollatorWithFlattening(return_seq_idx=True)`): with the kernels of the class it is honoured, without them refused. "
+        "(`DataCollatorWithFlattening(return_seq_idx=True)`): with the kernels of the class it is honoured, without them rejected. "
         "Or leave packing off."
     )

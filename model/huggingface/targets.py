@@ -64,20 +64,20 @@ def choose_target(config: ModelConfig, family: str | None = None, tokenizer_kind
 
 
 def unfit_for_all(config: ModelConfig) -> list[str]:
-    """List why no target holds the configuration, in the words of `own`; empty where one does."""
+    """List why no target holds the configuration, in the words of `own`; empty if one does."""
     fits_native = any(not explain_unfit(config, target) for target in NATIVE_TARGETS)
     return [] if fits_native else explain_unfit(config, "own")
 
 
 def left_out_depths(config: ModelConfig, target: Target) -> str | None:
-    """Report why an export leaves the depths of multi-token prediction out; None where it does not, or there are
+    """Report why an export leaves the MTP layers out; None if it does not, or there are
     none.
     """
     return explain_left_out(config, WRITTEN[target])
 
 
 def known_refusals(config: ModelConfig, target: Target, tokenizer_kind: str) -> list[Refusal]:
-    """List what named programs refuse of an export; empty: nothing is known. `tokenizer_kind`: sentencepiece or huggingface."""
+    """List what named programs reject of an export; empty: nothing is known. `tokenizer_kind`: sentencepiece or huggingface."""
     return WRITTEN[target].refusals(config, tokenizer_kind)
 
 

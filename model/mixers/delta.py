@@ -85,11 +85,11 @@ class DeltaNetMixer(LinearMixer):
         return ScanRows(q_BTGK, k_BTGNK.transpose(2, 3), v_BTHNV.transpose(2, 3), g_BTH, beta_BTHN.transpose(2, 3))
 
     def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
-        """Norm o by head, times the gate's SiLU where there is one."""
+        """Norm o by head, times the gate's SiLU if there is one."""
         return self.norm(o_BTHV, parts.get("gate"))
 
     def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
-        """Draw A_log and dt_bias as Mamba2's, where there is a decay."""
+        """Draw A_log and dt_bias as Mamba2's, if there is a decay."""
         if name == "A_log":
             return first_decay_rates(shape, generator)
         return first_time_steps(shape, generator) if name == "dt_bias" else None

@@ -69,7 +69,7 @@ class Mixer(Float32Buffers):
 
     @property
     def travels(self) -> bool:
-        """Whether its rows travel to other ranks and other work may run meanwhile: then it has `steps`."""
+        """Whether its rows are sent to other ranks and other work may run meanwhile: then it has `steps`."""
         return False
 
     @property
@@ -118,7 +118,7 @@ class Mixer(Float32Buffers):
         """Add, in passes in training, the entropies of tokens' scores and the number of tokens to these sums [2]; None: no longer."""
 
     def living_bias(self) -> Tensor | None:
-        """The balancing bias [E], NaN of retired experts; None where there is none."""
+        """The balancing bias [E], NaN of retired experts; None if there is none."""
         return None
 
     def num_retired(self) -> int:
@@ -138,7 +138,7 @@ class PlainMixer(Mixer):
         self.module = module
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
-        """Call the module, with all inputs so far where there is a state."""
+        """Call the module, with all inputs so far if there is a state."""
         if not isinstance(state, dict):
             return MixerOutput(self.module(x_BTD))
         seen_BSD = torch.cat([*state.values(), x_BTD], dim=1)
@@ -180,7 +180,7 @@ class SoftmaxMixer(Mixer):
     highest_logits_H: Tensor | None = None
 
     def noted_logits(self) -> Tensor | None:
-        """The tensor to raise in this pass; None where no one wants to know, and outside of training."""
+        """The tensor to raise in this pass; None if no one wants to know, and outside of training."""
         return self.highest_logits_H if self.training else None
 
     @abstractmethod
@@ -221,7 +221,7 @@ BlockState = MambaState | AttentionCache | MixerState | ParallelState | None
 
 
 class DecodeState(NamedTuple):
-    """What a model carries from token to token: a state a block (None where a block has none) and the tokens seen."""
+    """What a model carries from token to token: a state a block (None if a block has none) and the tokens seen."""
 
     blocks: tuple[BlockState, ...]
     length: int

@@ -104,7 +104,7 @@ class Mamba3Mixer(LinearMixer):
         return {"angle": angles_BSHA[:, -1], "before": torch.cat([parts[name][:, -1:] for name in PASSED], dim=-1)}
 
     def _before_row(self, parts: dict[str, Tensor], meta: PackMeta, state: MixerState | None) -> Tensor:
-        """What a row's first token reads of the one before it, [B, 1, X]; zeros, of which x writes nothing, where none is."""
+        """What a row's first token reads of the one before it, [B, 1, X]; zeros, of which x writes nothing, if none is."""
         if state is not None:
             return state["before"].to(parts["x"].dtype)
         if meta.segments is None:

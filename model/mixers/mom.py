@@ -2,7 +2,7 @@
 
 Tokens that share a state interfere; with several states and a sparse choice the model remembers more, at the cost of the few
 that a token uses. The sequences of memories differ in length from row to row, which a batched scan cannot have. So the copies of a
-row's tokens are sorted by memory and stand one after another as documents of a packed row of T K' tokens: shapes are fixed,
+row's tokens are sorted by memory and stand one after another as documents of a packed sequence of T K' tokens: shapes are fixed,
 and every linear mixer works inside without knowing of memories.
 """
 

@@ -10,7 +10,7 @@ A token's way through it:
    another one (capacity.py). Else nothing is ever dropped.
 4. Latent: with `latent_size` the token is projected down before it goes to the routed experts.
 5. Dispatch: the token's k copies reach their experts. Where every rank has a part of each expert (`_routed`) they are
-   sorted by expert; where experts are spread over `groups.ep` (`_dispatched`) rows travel by all-to-all (dispatch.py),
+   sorted by expert; where experts are spread over `groups.ep` (`_dispatched`) rows are sent by all-to-all (dispatch.py),
    while the shared expert computes.
 6. Experts: each is its own feed-forward. The k results are summed by weight in float32, and projected up again.
    With `bias` a row has further channels, the first of which is 1, so that the bias of gate and up is a column of their
@@ -180,10 +180,10 @@ class MoeMixer(Mixer):
         if self.training and moe.capacity_factor is not None:
             chosen = limit_choices(routing, meta, moe, self.groups, self.draw_seed, backend=self.backend)
             if self.groups.ep.size() == 1:
-                # A lost choice has weight 0; where nothing is sent, any expert will do.
+                # A lost choice has weight 0; if nothing is sent, any expert will do.
                 chosen = replace(chosen, expert_ids_RK=chosen.expert_ids_RK.clamp(max=moe.num_experts - 1))
         else:
-            # Where nothing is sent, padding stays spread over the experts, with a weight of 0.
+            # If nothing is sent, padding stays spread over the experts, with a weight of 0.
             chosen = Choices(routing.expert_ids_RK if self.travels else anywhere_RK, routing.weights_RK)
         return logits_RE, routing, chosen
 
@@ -233,7 +233,7 @@ class MoeMixer(Mixer):
         return y_BTD, None if self.shared is None else self._gate_shared(x_BTD, self.shared(x_BTD))
 
     def _dispatched(self, x_BTD: Tensor, chosen: Choices) -> tuple[Tensor, Tensor | None]:
-        """Compute the same where experts are spread over ranks; the shared expert computes while rows travel, half each way."""
+        """Compute the same where experts are spread over ranks; the shared expert computes while rows are sent, half each way."""
         sums_RD, shared_BTD = dispatch_feed_forward(**self._way(x_BTD, chosen))
         return self._widen(x_BTD, sums_RD, chosen), shared_BTD
 
@@ -339,7 +339,7 @@ class MoeMixer(Mixer):
 
     @torch.no_grad()
     def retire_experts(self, is_retired_E: Tensor) -> None:
-        """Put their bias where no score reaches the others', and no update moves it."""
+        """Put their bias if no score reaches the others', and no update moves it."""
         assert self.expert_bias is not None, "checked: experts are pruned where the router has a bias"
         self.expert_bias[is_retired_E.to(self.expert_bias.device)] = PRUNED_BIAS
 

@@ -1,6 +1,6 @@
 """Rows by rank: a token's row goes once to each rank that holds one of its experts, and one row comes back from there.
 
-A token of 22 choices among 512 experts on 8 ranks goes to 7.6 of them on average, so a third of the rows travel that one a
+A token of 22 choices among 512 experts on 8 ranks goes to 7.6 of them on average, so a third of the rows are sent that one a
 choice would be. With a row go the weights and the numbers of its token's choices, and the rank that gets them sums its
 experts' results by weight; at home a token's sums of all ranks are added up, in the order of the ranks whatever arrives
 first. How many rows go where follows from the router: ranks tell each other, which waits for the device once per layer. With room
@@ -29,7 +29,7 @@ from amfm.model.parallel.groups import RowRoom, count_places
 
 
 class RowsByRank:
-    """Tokens [R, D] on their way to the ranks of their experts and back, in parts of which each travels on its own.
+    """Tokens [R, D] on their way to the ranks of their experts and back, in parts of which each is sent on its own.
 
     expert ids [R, K] in the numbering of all experts, where the number of experts itself marks a lost choice, which sends
     nothing; weights [R, K]. Making it sends all parts. Every rank of `groups.ep` and `groups.expt_tp` must call everything here.
@@ -61,7 +61,7 @@ class Destinations:
 
     @classmethod
     def of(cls, expert_ids_RK: Tensor, experts: HeldExperts) -> Destinations:
-        """Each token's ranks, from the experts [R, K] that it chose; lost choices go to one rank more, which is none."""
+        """Each token's ranks, from the experts [R, K] that it chose; lost choices go to one rank more, which is not one."""
         num_local, num_ranks = len(experts.up_eFD), experts.groups.ep.size()
         sent_RJ = choose_ranks(expert_ids_RK, num_local, num_ranks)
         rows = sort_choices(sent_RJ, num_ranks + 1, backend=experts.backend)
@@ -196,7 +196,7 @@ class _Part:
         is_here_SK = (local_SK >= 0) & (local_SK < num_local)
         is_filled_S, room = self.plan.is_filled_S, self.experts.groups.row_room
         if is_filled_S is not None:
-            assert room is not None, "places are made where there is room"
+            assert room is not None, "places are made if there is room"
             is_here_SK = is_here_SK & is_filled_S[:, None]
             room.note(is_here_SK.sum() > self.plan.num_choices)
             # What an empty place has for a weight, and for its gradient, is anything.

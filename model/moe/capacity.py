@@ -42,7 +42,7 @@ class Choices:
 
 
 def slots_for(num_tokens: int, top_k: int, num_experts: int, capacity: int) -> int | None:
-    """Slots for each expert that hold the choices of this many tokens; None where too many would stay empty.
+    """Slots for each expert that hold the choices of this many tokens; None if too many would stay empty.
 
     A token chooses an expert once, and the capacity holds for the tokens of all ranks that share the rows, so each of
     several ranks needs as many slots as all together.

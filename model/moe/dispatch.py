@@ -1,6 +1,6 @@
 """Expert parallelism: sends tokens to the ranks that hold their experts and back, over `groups.ep` and `groups.expt_tp`.
 
-Every rank comes with its own tokens and their choices. Rows travel to the ranks of `groups.ep` that hold the experts,
+Every rank comes with its own tokens and their choices. Rows are sent to the ranks of `groups.ep` that hold the experts,
 where each rank of `groups.expt_tp` with the same experts gets the rows of all, computes its part of the inner width,
 and gives back sums; then home. Without a capacity a row goes to each rank that a token has chosen an expert of
 (`by_rank.py`), and nothing is dropped or computed in vain; under a capacity factor rows are in slots whose number is
@@ -9,7 +9,7 @@ depend on the order of arrival.
 
 What runs meanwhile: the caller's work `while_out` is done while rows are on their way out, `while_home` while results
 come home. With `groups.overlap_experts` tokens, or slots, are cut in two halves: experts compute the first while the
-second travels out, and the second while the first comes home. And a caller may do other work wherever rows have set out
+second is sent out, and the second while the first comes home. And a caller may do other work wherever rows have set out
 (`dispatch_steps`; model/mtp.py lets the other half of a micro-batch's rows pass blocks there). Backward mirrors it,
 because a transfer's gradient starts where the transfer ended.
 
@@ -39,7 +39,7 @@ from amfm.model.moe.transfer import HeldExperts, exchange_counts, sum_over_width
 
 
 class RowsBySlot:
-    """Tokens [R, D] on their way to the experts of their choices and back, in parts of which each travels on its own.
+    """Tokens [R, D] on their way to the experts of their choices and back, in parts of which each is sent on its own.
 
     expert ids [R, K] and weights [R, K] as in `RowsByRank`; slots: of each rank for each expert, at least as many as it has
     choices of one. Parts have an equal share of every expert's slots. Making it sends all parts. Every rank of `groups.ep` and
@@ -126,7 +126,7 @@ class _Part:
 
 
 class Dispatched(TypedDict):
-    """What travels and what is done meanwhile.
+    """What is sent and what is done meanwhile.
 
     x [R, D], of this rank alone; expert ids [R, K] in the numbering of all experts, where the number of experts itself marks a
     lost choice, which sends nothing; weights [R, K]. `while_home` gets what `while_out` gave. `slots`: of each rank for each
@@ -144,7 +144,7 @@ class Dispatched(TypedDict):
 
 @disable_compile
 def dispatch_feed_forward(**way: Unpack[Dispatched]) -> tuple[Tensor, Any]:
-    """Sum weight times expert over each token's choices, [R, D], and call the other work while rows travel; returns both.
+    """Sum weight times expert over each token's choices, [R, D], and call the other work while rows are sent; returns both.
 
     Sums are in float32 at least. Four all-to-alls of rows at most, each once more in backward: out over `ep`, over `expt_tp` and
     back, home over `ep`.

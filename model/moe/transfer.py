@@ -86,7 +86,7 @@ def exchange_counts(counts_P: Tensor, groups: ProcessGroupCollection) -> Tensor:
 
 @dataclass(frozen=True)
 class Packing:
-    """Whether rows travel as codes (kernels/low_precision/packed_rows.py) in a transfer's forward pass, and in its backward pass."""
+    """Whether rows are sent as codes (kernels/low_precision/packed_rows.py) in a transfer's forward pass, and in its backward pass."""
 
     forward: bool = False
     backward: bool = False
@@ -162,7 +162,7 @@ class _AllToAllStart(torch.autograd.Function):
     def backward(ctx: Any, *_: Any) -> Any:
         transfer: RowTransfer = ctx.transfer
         gradient, transfer.gradient = transfer.gradient, None
-        assert gradient is not None, "the rows' gradient travels once, after the rows arrived"
+        assert gradient is not None, "the rows' gradient is sent once, after the rows arrived"
         transfer.wait()
         return gradient, None
 

@@ -28,7 +28,7 @@ def receive_windows(inputs_RLC: Tensor, width: int, segments: Segments, groups: 
 
     Segments are rows, as `Segments.as_rows` makes them. Zeros for inputs of another document than the segment's first
     token, which a causal convolution must not see. A rank sends R width C numbers, to its neighbours. Raises ValueError
-    where segments are shorter than `width`: a neighbour could not give them all.
+    if segments are shorter than `width`: a neighbour could not give them all.
     """
     if width == 0:
         return inputs_RLC[:, :0]
@@ -84,7 +84,7 @@ class SegmentExchange:
 
 
 def _tails(inputs_RLC: Tensor, width: int, segments: Segments) -> Tensor:
-    """The last `width` inputs of each segment, [B, 2, width, C]; ValueError where a segment has fewer."""
+    """The last `width` inputs of each segment, [B, 2, width, C]; ValueError if a segment has fewer."""
     if segments.length < width:
         raise ValueError(
             f"segments of {segments.length} tokens are shorter than the {width} before each that a convolution or window "
@@ -131,7 +131,7 @@ def _is_middle(segments: Segments) -> bool:
 
 
 def _swap_with_neighbours(to_lower: Tensor, to_higher: Tensor, segments: Segments, group: Any) -> tuple[Tensor, Tensor]:
-    """Send one tensor to the previous rank and one to the next; returns what those sent, zeros where there is no rank."""
+    """Send one tensor to the previous rank and one to the next; returns what those sent, zeros if there is no rank."""
     # One all-to-all with empty parts for all others: sends and receives in pairs could wait for each other.
     rank, num_ranks = segments.rank, segments.num_ranks
     neighbours = {rank - 1: to_lower, rank + 1: to_higher}

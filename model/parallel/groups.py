@@ -76,7 +76,7 @@ class RowRoom:
 
 
 def opened(room: RowRoom | None) -> AbstractContextManager[None]:
-    """A context of the passes of a step (`RowRoom.opened`), where there is a room."""
+    """A context of the passes of a step (`RowRoom.opened`), if there is a room."""
     return nullcontext() if room is None else room.opened()
 
 
@@ -100,7 +100,7 @@ class ProcessGroupCollection(process_groups_config.ProcessGroupCollection):
     `dp` data, `dp_cp` data x context (all ranks whose dense gradients are summed), `mp` tensor x pipeline, `tp_cp`
     tensor x context, `tp_ep` tensor inside experts x expert, `embd` the first and the last stage (None between them).
     With `sequence_parallel` the stream between blocks is [B, T of this tensor rank, D]. With `overlap_experts` half of the
-    rows between experts travel while experts compute the other half. With `takes_turns` both halves of a micro-batch's rows pass
+    rows between experts are sent while experts compute the other half. With `takes_turns` both halves of a micro-batch's rows pass
     the blocks in turns (model/mtp.py). With a `row_room` these rows have places, and no one counts
     them on the host.
     """

@@ -100,7 +100,7 @@ def sum_gradients(weight: Tensor, groups: ProcessGroupCollection) -> Tensor:
     return weight if groups.tp.size() == 1 else _sum_gradients(weight, groups)
 
 
-@disable_compile  # torch.compile refuses the mapping, whose backward sums in place what it takes for a view
+@disable_compile  # torch.compile rejects the mapping, whose backward sums in place what it takes for a view
 def _sum_gradients(weight: Tensor, groups: ProcessGroupCollection) -> Tensor:
     same: Tensor = mappings.copy_to_tensor_model_parallel_region(weight, group=groups.tp)
     return same
@@ -128,7 +128,7 @@ def _reduce(part: Tensor, groups: ProcessGroupCollection) -> Tensor:
 def scatter_tokens(x_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
     """Take this rank's share of the stream's tokens, [B, T / ranks, D], for work that ranks divide by token.
 
-    Under sequence parallel the stream is that already. Backward gathers the shares' gradients. Raises ValueError where
+    Under sequence parallel the stream is that already. Backward gathers the shares' gradients. Raises ValueError if
     the ranks do not divide T.
     """
     if groups.tp.size() == 1 or groups.sequence_parallel:

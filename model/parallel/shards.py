@@ -122,7 +122,7 @@ _GROUPS = {"tensor": "tp", "expert_tensor": "expt_tp", "expert": "ep"}
 
 
 def divide(total: int, groups: ProcessGroupCollection, name: str, *, axis: str = "tensor") -> int:
-    """Divide `total` by the ranks of an axis; `name` is its setting. Raises ValueError where they do not divide it."""
+    """Divide `total` by the ranks of an axis; `name` is its setting. Raises ValueError if they do not divide it."""
     size: int = getattr(groups, _GROUPS[axis]).size()
     if total % size:
         raise ValueError(f"parallel.{axis}={size} must divide {name}={total}; use a divisor of {total}")
@@ -132,7 +132,7 @@ def divide(total: int, groups: ProcessGroupCollection, name: str, *, axis: str =
 def divide_units(total: int, groups: ProcessGroupCollection, name: str) -> int:
     """Number of `total` key-value heads or groups that this rank holds, one where tensor ranks outnumber them.
 
-    Raises ValueError where neither number divides the other.
+    Raises ValueError if neither number divides the other.
     """
     size: int = groups.tp.size()
     if total % size and size % total:

@@ -97,7 +97,7 @@ class DeviceWaits(Waits):
 
 @contextmanager
 def waiting() -> Iterator[None]:
-    """Around what waits for other ranks; costs nothing where no one listens."""
+    """Around what waits for other ranks; costs nothing if no one listens."""
     if not _listening:
         yield
         return

@@ -1,8 +1,8 @@
-"""Rules of resuming: what may differ between a checkpoint and the run that resumes from it; everything else is refused.
+"""Rules of resuming: what may differ between a checkpoint and the run that resumes from it; everything else is rejected.
 
 A resumed run should be the run that was interrupted. Where it runs, how it is spread over ranks,
 with which kernels, and what it reports may differ. So may what is checked elsewhere: data by the loader's state, stages by
-`stage_faults`. The list names what is allowed, not what is refused, so that a new setting is refused until someone has
+`stage_faults`. The list names what is allowed, not what is rejected, so that a new setting is rejected until someone has
 decided that it is harmless.
 
 Reports when a resume would raise the learning rate again: a longer run spreads its schedule over more steps.
@@ -37,7 +37,7 @@ def describe_raised_rate(saved: RunConfig, current: RunConfig, step: int, checkp
     """Report that the step after `step`, which is done, has a higher rate than it by a changed schedule, and where to
     go back to.
 
-    None where the schedule gives step `step` the rate that it had, or a lower one. checkpoints: of the run, newest first.
+    None if the schedule gives step `step` the rate that it had, or a lower one. checkpoints: of the run, newest first.
     """
     if step == 0:
         return None
@@ -60,7 +60,7 @@ def describe_raised_rate(saved: RunConfig, current: RunConfig, step: int, checkp
 
 
 # Settings that a resumed run may change: where it runs, how it is spread, what it reports and when it saves. A name
-# ending in ".*" allows a whole section. docs/checkpoints.md says why for each; everything else is refused.
+# ending in ".*" allows a whole section. docs/checkpoints.md says why for each; everything else is rejected.
 MAY_CHANGE = (
     "run.*",
     "ema",
@@ -114,9 +114,9 @@ MAY_CHANGE = (
     "data.prepare.*",
     "data.tokenizer.*",
 )
-# Refused as such, and yet a run can change them: in a stage that has not begun.
+# Rejected as such, and yet a run can change them: in a stage that has not begun.
 STAGED = ("optimizer.learning_rate", "schedule.", "train.global_batch_size", "train.sequence_length")
-# An identity that may change: the data state refuses other text or weights for what was read, and lets sources join.
+# An identity that may change: the data state rejects other text or weights for what was read, and lets sources join.
 GUARDED_BY_DATA_STATE = "dataset"
 
 
@@ -245,7 +245,7 @@ def explain_remedy(refused: Sequence[str], saved: RunConfig, step: int) -> str:
             "learning_rate: ...}]"
         )
     return (
-        f"{remedy} To change learning rate, schedule, batch or row length on the way, leave these settings as they were, "
+        f"{remedy} To change learning rate, schedule, batch or sequence length on the way, leave these settings as they were, "
         f"{how} (docs/getting_started.md, stages)."
     )
 
@@ -253,7 +253,7 @@ def explain_remedy(refused: Sequence[str], saved: RunConfig, step: int) -> str:
 def check_resumable(manifest: dict[str, Any], config: RunConfig, identities: dict[str, str]) -> tuple[str, ...]:
     """Refuse to resume from a checkpoint of another run; return the allowed changes as sentences for the event log.
 
-    Raises ValueError naming each refused setting or identity (dataset, tokenizer) with both values.
+    Raises ValueError naming each rejected setting or identity (dataset, tokenizer) with both values.
     """
     refused, changes = [], []
     for name in sorted(manifest["identities"].keys() | identities.keys()):

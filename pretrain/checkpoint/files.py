@@ -77,7 +77,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write a new safetensors file, hash it on the way, and return when the disk holds it.
 
     Tensors go out one after the other, so memory grows by one tensor at most. Raises FileExistsError when the file is
-    there, OSError when the disk refuses, RuntimeError for a tensor with NaN or infinity: a state that cannot be
+    there, OSError when the disk rejects, RuntimeError for a tensor with NaN or infinity: a state that cannot be
     resumed must not replace one that can.
     """
     digest = hashlib.sha256()
@@ -128,10 +128,10 @@ def verify_file(
 ) -> str | None:
     """Verify one file of a checkpoint: returns what is wrong with it, or None.
 
-    Compares size and SHA-256 with the manifest's entry; refuses a NaN or an infinity in any float tensor. The file is read
+    Compares size and SHA-256 with the manifest's entry; rejects a NaN or an infinity in any float tensor. The file is read
     once: `take` hears of each tensor's numbers as they pass, not yet known to be sound, and again from the start where
     the storage failed in passing. `report` hears of the bytes, after `before` of other files, of `total`. Raises
-    StorageError where the storage does not give it.
+    StorageError if the storage does not give it.
     """
     path = checkpoint_dir / name
     try:

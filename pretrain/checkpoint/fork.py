@@ -34,7 +34,7 @@ def fork_run(run_dir: Path, step: int, config: RunConfig, report: Report = silen
 
     It gets that checkpoint, kept for good, the configuration, and the lines of metrics.jsonl and events.jsonl up to the
     step; the run that it came from stays as it is. Raises ValueError for a step without a checkpoint, changes that a
-    resume refuses and a directory in use, RuntimeError for a damaged checkpoint.
+    resume rejects and a directory in use, RuntimeError for a damaged checkpoint.
     """
     out, there = (
         Path(config.run.dir),
@@ -51,7 +51,7 @@ def fork_run(run_dir: Path, step: int, config: RunConfig, report: Report = silen
     shutil.rmtree(temporary, ignore_errors=True)  # of a fork that was killed
     try:
         with named(temporary):
-            temporary.mkdir()  # refused where a link has the name
+            temporary.mkdir()  # rejected if a link has the name
             copied = temporary / "checkpoints" / checkpoint_name(step)
             shutil.copytree(there[step], copied, copy_function=link)
             mark(copied)

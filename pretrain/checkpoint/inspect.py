@@ -63,7 +63,7 @@ def read_full_state(checkpoint_dir: Path, report: Report = silent, *, averaged: 
 
     Verifies every digest first; RuntimeError when one fails. A tied head is absent, as in the model. Float buffers
     (the router's bias) come as float32, others keep their dtype. `model.load_state_dict` takes the result.
-    averaged: the moving averages of weights in their place; ValueError where the run keeps none (section `ema`).
+    averaged: the moving averages of weights in their place; ValueError if the run keeps none (section `ema`).
     """
     manifest = require_sound(checkpoint_dir, report)
     report(f"reading the weights of {checkpoint_dir.name}")

@@ -76,7 +76,7 @@ def load_newest(
         if manifest is None or problems:
             skipped.append(f"{path.name}: {'; '.join(problems)}")
             continue
-        # A refusal here is an error and no reason to try an older checkpoint, which belongs to the same other run.
+        # A rejection here is an error and no reason to try an older checkpoint, which belongs to the same other run.
         changes = check_resumable(manifest, config, identities)
         mismatches = find_mismatches(
             manifest, layout, ranks, may_lack_guides=config.model.self_guided_training is not None
@@ -124,7 +124,7 @@ def refuse_lost(checkpoints_dir: Path, ranks: RankGroup) -> None:
 def read_together(checkpoint_dir: Path, ranks: RankGroup) -> tuple[dict[str, Any] | None, list[str]]:
     """Read the manifest of a checkpoint on rank 0 and broadcast it; the same answer everywhere.
 
-    Returns the manifest, None when it is broken, and all problems. Raises StorageError on all ranks where the storage does
+    Returns the manifest, None when it is broken, and all problems. Raises StorageError on all ranks if the storage does
     not answer, which is not damage: to pass over the checkpoint would write another in its place. All ranks must call
     it.
     """

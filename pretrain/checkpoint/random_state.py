@@ -30,7 +30,7 @@ def collect_random_state() -> dict[str, Tensor]:
 
 
 def restore_random_state(states: dict[str, Tensor]) -> None:
-    """Restore the generators from collected states; a CUDA state is dropped where there is no CUDA."""
+    """Restore the generators from collected states; a CUDA state is dropped if there is no CUDA."""
     torch.set_rng_state(states["torch"])
     numpy_state = decode_json(states["numpy"])
     numpy_state["state"]["key"] = numpy.array(numpy_state["state"]["key"], dtype=numpy.uint32)

@@ -134,7 +134,7 @@ class RangeReader:
 
     def rows(self, kind: str, name: str, wanted: Placement, first_row: int, end_row: int) -> Tensor:
         """Assemble some rows of the wanted shard from all saved ones that overlap them."""
-        # Files with NaN are refused, so a NaN that is left marks a number that no shard holds.
+        # Files with NaN are rejected, so a NaN that is left marks a number that no shard holds.
         rows = torch.full((end_row - first_row, *wanted.shape[1:]), math.nan)
         for shard in self.shards(name):
             saved_shape = shard.placement.shape

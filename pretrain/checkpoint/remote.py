@@ -262,7 +262,7 @@ class RemoteCheckpoints:
     def _explain_taken(self, newer: Iterable[str], checkpoints_dir: Path, newest: int) -> str | None:
         """Describe a step that was saved in the folder and is now in the store alone, while an older one is still here.
 
-        None where there is none, and for a folder that lost all of them, which is what the store is for.
+        None if there is none, and for a folder that lost all of them, which is what the store is for.
         """
         saved = find_saved(checkpoints_dir.parent) if newest >= 0 else set()
         saved -= {find_rollback(checkpoints_dir.parent)}  # named, so it is wanted

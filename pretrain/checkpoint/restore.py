@@ -68,7 +68,7 @@ class Restore:
     def read_own_files(self, report: Report = silent) -> list[str]:
         """Verify this rank's share of the files, restoring what passes; returns what is wrong with any, on all ranks alike.
 
-        Raises StorageError on all ranks where the storage does not answer any of them.
+        Raises StorageError on all ranks if the storage does not answer any of them.
         """
         self.later = [need for need in self._list_needs() if not self._passes(*need)]
         problems, refused = [], RankFailure()

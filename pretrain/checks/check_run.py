@@ -55,7 +55,7 @@ def check_run(
     steps_done: int = 0,
     goes_on: bool = False,
 ) -> None:
-    """Refuse a run whose sections do not fit together or whose ranks cannot share its batch.
+    """Reject a run whose sections do not fit together or whose ranks cannot share its batch.
 
     `world_size` counts all ranks; a launcher that starts each layout again gives all numbers that it can start, the
     most first; None leaves out the rules that depend on it, as they are for stages before `steps_done`. `goes_on`: a
@@ -132,10 +132,10 @@ def model_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def depth_problems(config: RunConfig) -> Iterator[Problem]:
-    """Check that rows are long enough for the last depth of multi-token prediction to have a label."""
+    """Check that rows are long enough for the last MTP layer to have a label."""
     depths, length = config.model.num_depths, config.train.sequence_length
     if depths and depths >= length:
-        rule = f"has {depths} prediction depths, which need rows of at least {depths + 1} tokens, not {length}"
+        rule = f"has {depths} MTP layers, which need rows of at least {depths + 1} tokens, not {length}"
         yield Problem("model.pattern", rule, "use fewer depths, or raise train.sequence_length", config.model.pattern)
 
 

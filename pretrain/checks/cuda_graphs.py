@@ -16,7 +16,7 @@ NONE = "or train.cuda_graphs=none"
 
 
 def graph_problems(config: RunConfig) -> Iterator[Problem]:
-    """Refuse settings that exclude graphs of blocks, each with what would go wrong. `config`: of one stage."""
+    """Reject settings that exclude graphs of blocks, each with what would go wrong. `config`: of one stage."""
     if config.train.cuda_graphs == "none":
         return
     for key, value, allowed, rule in excluded_settings(config):

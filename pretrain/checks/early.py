@@ -15,7 +15,7 @@ from amfm.pretrain.monitor.ownership import LOCK_NAME, describe_taken
 
 
 def check_early(config: RunConfig, prepare: str) -> None:
-    """Refuse a run without a prepared store, one that another process of this host trains, and settings of another run.
+    """Reject a run without a prepared store, one that another process of this host trains, and settings of another run.
 
     prepare: the command that makes the store. Raises ValueError. For the process that starts the ranks: a rank would find
     the lock of rank 0.
@@ -39,7 +39,7 @@ def check_early(config: RunConfig, prepare: str) -> None:
 
 
 def check_settings(config: RunConfig, checkpoint_dir: Path) -> None:
-    """Refuse settings that a run cannot change, where the checkpoint's manifest is sound; the run's own check follows."""
+    """Reject settings that a run cannot change, where the checkpoint's manifest is sound; the run's own check follows."""
     try:
         manifest = read_manifest(checkpoint_dir)
     except RuntimeError:

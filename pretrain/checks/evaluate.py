@@ -26,7 +26,7 @@ def task_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def merge_problems(config: RunConfig) -> Iterator[Problem]:
-    """Refuse a merge of checkpoints that are never there, or that the run's model cannot take in."""
+    """Reject a merge of checkpoints that are never there, or that the run's model cannot take in."""
     last, train, key = config.evaluate.merge_last, config.train, "evaluate.merge_last"
     if last is None:
         return

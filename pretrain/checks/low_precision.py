@@ -47,7 +47,7 @@ def low_precision_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def bias_problems(config: RunConfig) -> Iterator[Problem]:
-    """Refuse experts with biases; letters of the section must be those of kinds."""
+    """Reject experts with biases; letters of the section must be those of kinds."""
     moe, chosen = config.model.moe, config.low_precision.chosen(config.model.letters)
     if moe is not None and moe.bias and any(HIDDEN in config.low_precision.recipes_of(symbol) for symbol in chosen):
         rule = "was not tried with biases of experts, which are columns of their matrices"
@@ -57,7 +57,7 @@ def bias_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def without_recipe(section: LowPrecisionConfig) -> Iterator[Problem]:
-    """Refuse settings that nothing reads."""
+    """Reject settings that nothing reads."""
     for name, value in section:
         if value != type(section).model_fields[name].default:
             rule = "has no effect with low_precision.recipe=none"
@@ -120,7 +120,7 @@ def place_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def excluded_problems(config: RunConfig) -> Iterator[Problem]:
-    """Refuse what has not been built or shown to compute the same together with a recipe."""
+    """Reject what has not been built or shown to compute the same together with a recipe."""
     section, model = config.low_precision, config.model
     key, recipe = f"{SECTION}.recipe", section.recipe
     if config.train.precision == "float32" and not section.emulate:
@@ -147,7 +147,7 @@ def excluded_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def factor_problems(config: RunConfig) -> Iterator[Problem]:
-    """Refuse matrices of two factors in narrow blocks, which would stay wide without a word."""
+    """Reject matrices of two factors in narrow blocks, which would stay wide without a word."""
     section, model = config.low_precision, config.model
     for symbol in sorted(section.chosen(model.letters)):
         if any(part.structure != DENSE for part in model.block_options(symbol).feed_forwards() if part.inner):

@@ -27,7 +27,7 @@ def kinds_in_use(model: ModelConfig) -> list[tuple[Kind, MixerOptions]]:
 
 
 def refusal_problems(model: ModelConfig, section: ParallelConfig) -> Iterator[Problem]:
-    """Refuse axes over which a block of the pattern cannot be spread."""
+    """Reject axes over which a block of the pattern cannot be spread."""
     for kind, _ in kinds_in_use(model):
         for axis, reason in kind.refuses.items():
             ranks = getattr(section, axis)
@@ -37,7 +37,7 @@ def refusal_problems(model: ModelConfig, section: ParallelConfig) -> Iterator[Pr
 
 
 def training_problems(config: RunConfig) -> Iterator[Problem]:
-    """Refuse what would never be trained. A conversion freezes routers, and may have them as they are."""
+    """Reject what would never be trained. A conversion freezes routers, and may have them as they are."""
     for kind, options in [] if config.convert is not None else kinds_in_use(config.model):
         for field, rule, remedy in options.broken_training():
             yield Problem(f"model.{kind.section}.{field}", rule, remedy, str(getattr(options, field)))

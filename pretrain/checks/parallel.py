@@ -31,7 +31,7 @@ def layout_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def ineffective_problems(config: RunConfig) -> Iterator[Problem]:
-    """Refuse settings that nothing would read, because the axis they modify has one rank or no block to work on."""
+    """Reject settings that nothing would read, because the axis they modify has one rank or no block to work on."""
     section = config.parallel
     if section.sequence_parallel and section.tensor == 1:
         rule = "cuts tokens over the tensor ranks, and parallel.tensor is 1"
@@ -44,7 +44,7 @@ def ineffective_problems(config: RunConfig) -> Iterator[Problem]:
         rule = "spreads routed experts, and model.pattern has no E block"
         yield Problem("parallel.expert", rule, "use 1", str(section.expert))
     if section.overlap_experts and section.expert == 1:
-        rule = "lets rows between expert ranks travel while experts compute, and parallel.expert is 1"
+        rule = "lets rows between expert ranks are sent while experts compute, and parallel.expert is 1"
         yield Problem("parallel.overlap_experts", rule, "raise parallel.expert, or use false", "true")
     if section.expert_buffer_factor is not None and section.expert == 1:
         rule = "is room for rows between expert ranks, and parallel.expert is 1"
@@ -83,7 +83,7 @@ def ineffective_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def excluded_problems(config: RunConfig) -> Iterator[Problem]:
-    """Refuse combinations of axes and ZeRO stage that DeepSpeed cannot run, each with its reason."""
+    """Reject combinations of axes and ZeRO stage that DeepSpeed cannot run, each with its reason."""
     section, stage = config.parallel, config.parallel.zero_stage
     if section.expert > 1 and stage not in (1, 2):
         reason = (
@@ -102,7 +102,7 @@ def excluded_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def turn_problems(config: RunConfig) -> Iterator[Problem]:
-    """Refuse halves of rows that pass blocks in turns where there is no half, or a block that cannot stop on its way."""
+    """Reject halves of rows that pass blocks in turns if there is no half, or a block that cannot stop on its way."""
     section, train, key = config.parallel, config.train, "parallel.overlap_experts"
     if section.overlap_experts != "rows":
         return
@@ -233,9 +233,7 @@ def pipeline_problems(config: RunConfig) -> Iterator[Problem]:
     except ValueError as error:
         yield Problem("parallel.pipeline", str(error), "")
     if section.schedule == "zero_bubble" and config.model.num_depths:
-        rule = (
-            "cuts backward passes in two at the stage's input, and prediction depths of model.pattern have a second one"
-        )
+        rule = "cuts backward passes in two at the stage's input, and MTP layers of model.pattern have a second one"
         yield Problem("parallel.schedule", rule, "use 1f1b or interleaved", "zero_bubble")
     if section.schedule == "zero_bubble" and train.compile:
         rule = "does not go with parallel.schedule=zero_bubble, which cuts backward passes in two: compiled blocks have one"

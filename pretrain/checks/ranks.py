@@ -3,7 +3,7 @@
 Without layouts of stages there is one number of ranks and one answer. A stage that declares its own layout may need
 another number: a launcher that continues on its own offers several (`choices`, the most first), and the stage takes the
 most that its layout and batch can share. Ranks that no one restarts have one choice, and later stages must suit it too.
-All of it is arithmetic on the configuration, so that a stage of next month is refused before the first one starts.
+All of it is arithmetic on the configuration, so that a stage of next month is rejected before the first one starts.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def batch_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
 def ranks_of_stage(config: RunConfig, stage: RunStage, choices: Sequence[int]) -> int:
     """Number of ranks that a stage runs on: the first choice, or the first that its own layout can use.
 
-    Where none suits it is the first choice, whose problems say why.
+    If none suits it is the first choice, whose problems say why.
     """
     run = stage.config
     if declaring_stage(config, stage.index, "parallel") is not None:
@@ -72,7 +72,7 @@ def with_nearest(found: list[Problem], config: RunConfig, stage: RunStage, ranks
 
 
 def nearest_layout(config: RunConfig, ranks: int) -> ParallelConfig | None:
-    """Layout that this many ranks can run and whose axes are nearest, in powers of two; None where none of many is.
+    """Layout that this many ranks can run and whose axes are nearest, in powers of two; None if none of many is.
 
     The configuration is a run without stages, with the layout that does not suit.
     """

@@ -17,7 +17,7 @@ KEPT = "changes weights that stay as they are"
 
 
 def routed_problems(config: RunConfig) -> Iterator[Problem]:
-    """Refuse what has not been shown to compute the same together with low-rank updates that a router chooses among."""
+    """Reject what has not been shown to compute the same together with low-rank updates that a router chooses among."""
     if config.model.lora_mixer is None:
         return
     parallel = config.parallel
@@ -35,7 +35,7 @@ def routed_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def frozen_problems(config: RunConfig) -> Iterator[Problem]:
-    """Refuse layouts and edits that do not know weights which stay as they are: of a conversion, and of train.freeze."""
+    """Reject layouts and edits that do not know weights which stay as they are: of a conversion, and of train.freeze."""
     parallel = config.parallel
     if parallel.zero_stage == 3:
         rule = "cuts frozen weights over ranks too, and a checkpoint would have to gather them"
@@ -51,7 +51,7 @@ def frozen_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def conversion_problems(config: RunConfig) -> Iterator[Problem]:
-    """Refuse a section `convert` in a run of training, and layouts that do not know weights which stay as they are."""
+    """Reject a section `convert` in a run of training, and layouts that do not know weights which stay as they are."""
     if config.convert is None:
         if config.train.freeze:
             yield from frozen_problems(config)
@@ -74,7 +74,7 @@ def conversion_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def trace_problems(config: RunConfig) -> Iterator[Problem]:
-    """Refuse to trace choices where there are none, and where no Python code runs in a pass."""
+    """Refuse to trace choices if there are none, and where no Python code runs in a pass."""
     if config.trace_choices is None:
         return
     if not config.model.routed_experts():
@@ -86,7 +86,7 @@ def trace_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def optimizer_problems(config: RunConfig) -> Iterator[Problem]:
-    """Refuse settings of another kind than the chosen one, Muon in the memory of the host, and what a kind does not go with."""
+    """Reject settings of another kind than the chosen one, Muon in the memory of the host, and what a kind does not go with."""
     section = config.optimizer
     if section.muon is not None and section.kind != "muon":
         rule = f"has settings of Muon, and optimizer.kind is {section.kind}"
@@ -132,7 +132,7 @@ def unmatched(factors: RateFactors | DecayFactors, config: RunConfig) -> Iterato
 
 
 def _bf16_state_problems(config: RunConfig) -> Iterator[Problem]:
-    """Refuse what bf16 master weights and moments do not go with, each with its reason."""
+    """Reject what bf16 master weights and moments do not go with, each with its reason."""
     key, parallel = "optimizer.state_dtype", config.parallel
     if config.train.precision != "bf16":
         rule = (

@@ -1,6 +1,6 @@
 """Checks of training stages: how they are declared, and that each obeys what any run must obey.
 
-A stage may change row length, batch, rotary positions, schedule and layout, so nearly every rule of a run can be broken by one
+A stage may change sequence length, batch, rotary positions, schedule and layout, so nearly every rule of a run can be broken by one
 stage alone. Instead of writing each rule twice, a stage is turned into the configuration of a run that consists of it
 (`RunStage.config`), the ordinary rules check that run, and each problem is moved back to the key where the stage declares
 the value (`relocate`). Rules on the declaration itself come first: without them stages cannot be resolved.
@@ -121,7 +121,7 @@ def relocate(problem: Problem, config: RunConfig, stage: RunStage) -> Problem:
 
 
 def declaring_stage(config: RunConfig, index: int, field: str) -> int | None:
-    """Index of the stage whose value of a field the stage `index` has; None where it comes from outside of the stages."""
+    """Index of the stage whose value of a field the stage `index` has; None if it comes from outside of the stages."""
     first = index if field in NOT_INHERITED else 0
     places = [place for place in range(first, min(index + 1, len(config.stages))) if has_own(config, place, field)]
     return places[-1] if places else None

@@ -1,7 +1,7 @@
 """Rules of a run on a synthetic task: its settings agree, its rows and vocabulary fit, and no setting is about text.
 
 A synthetic task makes its own rows (`data.synthetic`), so every setting of a text store would be read by no one. Such a
-setting is refused rather than ignored: a run that silently drops `data.sources` would train on something else than its
+setting is rejected rather than ignored: a run that silently drops `data.sources` would train on something else than its
 file says. The rule on row lengths stands apart, because it needs resolved stages, and those exist only once the other
 rules hold.
 """
@@ -43,7 +43,7 @@ def synthetic_problems(config: RunConfig) -> Iterator[Problem]:
         if getattr(config.data, name) != DataConfig.model_fields[name].default:
             yield Problem(f"data.{name}", "has no effect on data.synthetic, which is not text", "remove one of the two")
     if "/" in config.model.pattern:
-        rule = "has prediction depths, and labels of data.synthetic are not the next tokens"
+        rule = "has MTP layers, and labels of data.synthetic are not the next tokens"
         yield Problem("model.pattern", rule, "remove what is behind '/'", config.model.pattern)
     for index, stage in enumerate(config.stages):
         if stage.weights is not None:

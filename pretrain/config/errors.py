@@ -22,7 +22,7 @@ class Problem:
     """One thing that is wrong with a configuration.
 
     `key` is dotted (`train.steps`, `data.sources.0.weight`; empty for the file as a whole), `rule` says what must
-    hold and `remedy` what to write instead. `value` is absent (None) where no value is at fault.
+    hold and `remedy` what to write instead. `value` is absent (None) if no value is at fault.
     """
 
     key: str
@@ -59,7 +59,7 @@ class ConfigError(ValueError):
 
 
 def origin_of(key: str, origins: dict[str, Origin]) -> Origin | None:
-    """Find the place of `key` or, if it was not written, of the nearest section around it; None where that is unknown."""
+    """Find the place of `key` or, if it was not written, of the nearest section around it; None if that is unknown."""
     parts = key.split(".") if key else []
     for length in range(len(parts), -1, -1):
         found = origins.get(".".join(parts[:length]))

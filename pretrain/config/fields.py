@@ -106,7 +106,7 @@ def section_of(annotation: Any) -> tuple[type[BaseModel], bool] | None:
 
 
 def section_at(parts: tuple[str | int, ...], root: type[BaseModel] = RunConfig) -> type[BaseModel] | None:
-    """Find the section class at a path of keys and list positions below `root`; None where the schema has no section."""
+    """Find the section class at a path of keys and list positions below `root`; None if the schema has no section."""
     model = root
     for part in parts:
         if isinstance(part, int) or part.isdigit():

@@ -62,7 +62,7 @@ PATHS = (
 )
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 SOURCE_PATH = re.compile(r"data\.sources\.\d+\.paths\.\d+")
-# What other programs call a setting, where no spelling shows the way.
+# What other programs call a setting, if no spelling shows the way.
 OTHER_NAMES = {
     **dict.fromkeys(("mlp", "ffn", "dense", "model.mlp", "model.ffn", "model.dense"), "model.feed_forward"),
     "optimizer.lr": "optimizer.learning_rate",
@@ -244,7 +244,7 @@ def step_into(entry: Entry, part: str, key: str, origin: Origin, problems: list[
 
 
 def first_causes(details: Sequence[Any]) -> list[Any]:
-    """Filter pydantic's findings: drop "too few items" where an item itself was refused, which causes it."""
+    """Filter pydantic's findings: drop "too few items" where an item itself was rejected, which causes it."""
     return [
         detail
         for detail in details
@@ -294,7 +294,7 @@ def explain_missing(parts: Parts, schema: Schema) -> Problem:
 def explain_choice(parts: Parts, given: object, value: str, schema: Schema) -> Problem:
     """Describe a value that is not among the allowed ones.
 
-    The fix is ours for a value of other programs, the nearest in spelling, `auto` where there is one, or the first.
+    The fix is ours for a value of other programs, the nearest in spelling, `auto` if there is one, or the first.
     """
     parent = section_at(parts[:-1], schema)
     assert parent is not None, f"no section holds {parts}"
@@ -345,7 +345,7 @@ def nearest_key(parts: Parts, schema: Schema) -> str:
 
 
 def meaning_of(parts: Parts, schema: Schema) -> str:
-    """Look up the description of a field, without its last full stop; empty where there is no such field."""
+    """Look up the description of a field, without its last full stop; empty if there is no such field."""
     parent = section_at(parts[:-1], schema)
     info = parent.model_fields.get(str(parts[-1])) if parent and parts else None
     return (info.description or "").rstrip(".") if info else ""

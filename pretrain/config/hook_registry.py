@@ -62,7 +62,7 @@ class HookSpec:
         return found
 
     def explain_unfit(self) -> str | None:
-        """Why this program cannot call the hook, and what to do; None where it can."""
+        """Why this program cannot call the hook, and what to do; None if it can."""
         if self.interface == INTERFACE:
             return None
         written = f"is written for interface {self.interface} of hooks, and this amfm has {INTERFACE}"

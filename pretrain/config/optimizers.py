@@ -1,7 +1,7 @@
 """Optimizers of installed packages: what `optimizer.kind` may name besides ours, and the section of their options.
 
 A package registers one with an entry point of the group `amfm.optimizers` that names an `OptimizerSpec`. As with schedules the
-spec names code by its import path, because configurations are read where nothing else of the package is needed.
+spec names code by its import path, because configurations are read if nothing else of the package is needed.
 
 The code is a function `update(weight, gradient, moments, step, group, options)` that changes `weight` and the tensors in
 `moments` in place. All are float32 vectors of the same length: ZeRO flattens and cuts them anywhere, so the rule must be one of

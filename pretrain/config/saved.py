@@ -46,13 +46,13 @@ def schedule_kinds(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def check_schedule(section: Any, packages: Mapping[str, str]) -> None:
-    """Raise ValueError where a run's or stage's schedule is one that nothing here registers, naming the package that did."""
+    """Raise ValueError if a run's or stage's schedule is one that nothing here registers, naming the package that did."""
     known = (*OWN_SCHEDULES, *schedule_specs())
     check_choice(section, "schedule.kind", known, SCHEDULES, packages)
 
 
 def check_choice(section: Any, key: str, known: Sequence[str], group: str, packages: Mapping[str, str]) -> None:
-    """Raise ValueError where a saved choice is one that nothing here registers, naming the package that did."""
+    """Raise ValueError if a saved choice is one that nothing here registers, naming the package that did."""
     name, _, field = key.partition(".")
     saved = section.get(name) if isinstance(section, Mapping) else None
     choice = saved.get(field, known[0]) if isinstance(saved, Mapping) else known[0]

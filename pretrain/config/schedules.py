@@ -1,7 +1,7 @@
 """Learning-rate schedules of installed packages: what `schedule.kind` may name besides ours, and the section of their options.
 
 A package registers one with an entry point of the group `amfm.schedules` that names a `ScheduleSpec`. As with mixers and hooks
-the spec names code by its import path, because configurations are read where nothing else of the package is needed.
+the spec names code by its import path, because configurations are read if nothing else of the package is needed.
 
 The code is a function `factor(step, total_steps, schedule, options) -> float`: the share of the peak rate at step number `step`
 of `total_steps`, counted from 1, after the warm-up, which is ours. `schedule` is the ScheduleConfig (min_ratio, warmup_length).

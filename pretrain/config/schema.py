@@ -1,6 +1,6 @@
 """RunConfig: everything one run is, in sections that the packages own.
 
-Sections are frozen pydantic models that refuse unknown keys, so that a misspelt setting stops the run instead of leaving a
+Sections are frozen pydantic models that reject unknown keys, so that a misspelt setting stops the run instead of leaving a
 default in force. Bounds of one field stand here, in its declaration; rules between fields stand in pretrain/checks, because
 they need the whole run and give better fixes than a validator of one section could. The descriptions are the
 documentation: docs/configuration.md and the editors' JSON Schema are generated from them. Model and data own their
@@ -158,7 +158,7 @@ class TrainConfig(Section):
     stop_after_minutes: float | None = Field(
         None, gt=0, description="Save and exit (code 0) at the end of the step after this many minutes of a start."
     )
-    sequence_length: int = Field(gt=0, description="Tokens per row.")
+    sequence_length: int = Field(gt=0, description="Tokens per sequence.")
     micro_batch_size: int = Field(gt=0, description="Rows per forward pass and rank.")
     global_batch_size: int = Field(gt=0, description="Rows per optimizer step, over all ranks.")
     batch_ramp: BatchRampConfig | None = Field(None, description="Start with smaller batches; null: full at once.")
@@ -196,7 +196,7 @@ class TrainConfig(Section):
     validate_every_steps: int | None = Field(
         None,
         gt=0,
-        description="Measure validation loss every N steps; null: only at the end, and not at all where no document is held out.",
+        description="Measure validation loss every N steps; null: only at the end, and not at all if no document is held out.",
     )
     validation_batches: int = Field(8, gt=0, description="Global batches per validation.")
     log_every_steps: int = Field(
@@ -219,7 +219,7 @@ class TrainConfig(Section):
     )
     cuda_graphs: Literal["none", "blocks"] = Field(
         "none",
-        description="Passes that a GPU replays without the host: none, or those of blocks, on data ranks alone.",
+        description="Passes that a GPU replays without the host: none, or those of blocks, only on data ranks.",
     )
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
@@ -266,7 +266,7 @@ class ParallelConfig(Section):
     )
     overlap_experts: Literal[False, True, "rows"] = Field(
         False,
-        description="What else runs while rows of spread experts travel and the shared expert computes. true: rows are cut in halves, and experts compute one while the other travels (reads experts' weights twice). rows: a micro-batch's rows pass all blocks in two halves in turns, as two micro-batches of half as many would.",
+        description="What else runs while rows of spread experts are sent and the shared expert computes. true: rows are cut in halves, and experts compute one while the other is sent (reads experts' weights twice). rows: a micro-batch's rows pass all blocks in two halves in turns, as two micro-batches of half as many would.",
     )
     expert_buffer_factor: float | None = Field(
         None,
@@ -315,7 +315,7 @@ class StageConfig(Section):
     name: str = Field(min_length=1, description="Shown in the log and the report.")
     tokens: float | None = Field(None, gt=0, description="At least this many tokens; or give steps.")
     steps: int | None = Field(None, gt=0, description="Optimizer steps; or give tokens.")
-    sequence_length: int | None = Field(None, gt=0, description="Tokens per row.")
+    sequence_length: int | None = Field(None, gt=0, description="Tokens per sequence.")
     micro_batch_size: int | None = Field(None, gt=0, description="Rows per forward pass and rank.")
     global_batch_size: int | None = Field(None, gt=0, description="Rows per optimizer step, over all ranks.")
     rope: RopeConfig | None = Field(None, description="Rotary positions from here on.")
@@ -333,7 +333,7 @@ class StageConfig(Section):
         None, description="Blocks that are computed again in backward passes, as train.recompute."
     )
     recompute_blocks: str | None = Field(
-        None, description="Letters for recompute: selective; null: as before, or empty where recompute is given."
+        None, description="Letters for recompute: selective; null: as before, or empty if recompute is given."
     )
 
 
@@ -382,7 +382,7 @@ class KernelsConfig(Section):
     )
     experts: Literal["auto", "triton", "torch"] = Field(
         "auto",
-        description="Products of experts where `backend` is triton: our kernels, PyTorch's grouped product (Hopper and later), or what `amfm bench kernels --tune` found faster on this GPU; ours where nothing was tuned.",
+        description="Products of experts where `backend` is triton: our kernels, PyTorch's grouped product (Hopper and later), or what `amfm bench kernels --tune` found faster on this GPU; ours if nothing was tuned.",
     )
 
 

@@ -30,7 +30,7 @@ _COLONLESS = re.compile(r"\s*[A-Za-z_]\w*(:\S[^{}\[\]\"']*|\s+[\w.+-]+)?\s*\Z") 
 MAX_NODES = 100_000
 MAX_DEPTH = 64
 MAX_BYTES = 1 << 20
-MAX_DIGITS = 100  # of an integer; what has more is text, and refused where a number must be
+MAX_DIGITS = 100  # of an integer; what has more is text, and rejected if a number must be
 _TAG = "a tag"
 _SPECIAL = {".inf": float("inf"), "+.inf": float("inf"), "-.inf": float("-inf"), ".nan": float("nan")}
 
@@ -85,7 +85,7 @@ def parse_scalar(text: str) -> Scalar:
 
 
 class _Untagged(yaml.SafeLoader):
-    """Refuses tags (`!!binary`, `!mine`): what they ask for is not done, and a value that is read otherwise is wrong."""
+    """Rejects tags (`!!binary`, `!mine`): what they ask for is not done, and a value that is read otherwise is wrong."""
 
     depth = 0
 
@@ -128,7 +128,7 @@ class TreeReader:
                 reason = "it is indented otherwise than the lines that it belongs to"
                 remedy = "give the keys of one section the same number of spaces, here and on the line before"
             elif "mapping values are not allowed" in reason:
-                reason = "a colon where no key can be"
+                reason = "a colon if no key can be"
                 remedy = "indent the line as its neighbours are, or put the text before the colon in quotes"
             elif reason.startswith(_TAG):
                 remedy = "remove it; quotes make a text of anything"
@@ -242,7 +242,7 @@ def use_names_of_today(tree: Entry, problems: list[Problem]) -> None:
 def read_tree(path: Path, problems: list[Problem], *, chain: tuple[Path, ...] = ()) -> Entry:
     """Read the tree of a file with everything it extends below it.
 
-    `extends: other.yaml` is relative to the file that says it and may itself extend; a cycle is refused. Problems
+    `extends: other.yaml` is relative to the file that says it and may itself extend; a cycle is rejected. Problems
     that still allow reading on are appended to `problems`. Raises FileNotFoundError and ConfigError.
     """
     if not path.is_file():

@@ -26,8 +26,8 @@ class Adapter(Protocol):
     def add_update(self, model: HybridModel, *, rank: int, alpha: float) -> list[str]:
         """Put updates that are zero at first into a model; returns the names of their parameters.
 
-        None where no block has a place for them. No collectives; every rank calls this before an engine takes the model.
-        Raises ValueError where ranks hold the weights in parts that it cannot update.
+        None if no block has a place for them. No collectives; every rank calls this before an engine takes the model.
+        Raises ValueError if ranks hold the weights in parts that it cannot update.
         """
 
     def merge_update(self, state: Mapping[str, Tensor], *, rank: int, alpha: float) -> Mapping[str, Tensor]:

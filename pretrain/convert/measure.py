@@ -163,7 +163,7 @@ def measure_conversion(
 ) -> tuple[ConversionReport, Weights]:
     """Measure every model of a conversion whose stages are finished; returns the tuned model's weights too.
 
-    Raises ValueError where the validation part has no tokens.
+    Raises ValueError if the validation part has no tokens.
     """
     convert = conversion_of(config)
     ruler = Ruler(config, TokenStore.open(config.data.text_store()))

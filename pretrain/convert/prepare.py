@@ -14,7 +14,7 @@ def prepare_stage(model: HybridModel, convert: ConvertConfig, *, resumes: bool =
     """Freeze a model that has its first weights, add the stage's low-rank updates, and set what its blocks give.
 
     resumes: a checkpoint will be loaded, which has the updates that were trained elsewhere.
-    No collectives; every rank must call this. Raises ValueError where this rank would hold nothing to train.
+    No collectives; every rank must call this. Raises ValueError if this rank would hold nothing to train.
     """
     model.requires_grad_(False)
     is_control = convert.stage in ("tune-window", "tune-teacher")

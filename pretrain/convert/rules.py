@@ -25,7 +25,7 @@ from amfm.pretrain.convert.stages import (
 
 
 def check_conversion(config: RunConfig, world_size: int | None = None) -> None:
-    """Refuse a conversion whose settings do not fit together, and any stage of it that could not run.
+    """Reject a conversion whose settings do not fit together, and any stage of it that could not run.
 
     Raises ConfigError with every broken rule. Touches no device and reads no file.
     """
@@ -62,7 +62,7 @@ def rule_problems(config: RunConfig) -> Iterator[Problem]:
             rule = "has no effect in a conversion, whose stages have their own"
             yield Problem(key, rule, "remove it", str(value))
     if config.model.num_depths:
-        rule = "has depths of multi-token prediction, which a conversion does not tune"
+        rule = "has MTP layers, which a conversion does not tune"
         yield Problem("model.pattern", rule, "leave them out: the teacher's are ignored then", config.model.pattern)
     if config.convert.upcycle is not None:
         yield from upcycle_problems(config, config.convert.upcycle)

@@ -72,7 +72,7 @@ class UpcycleReport:
 def upcycle(config: RunConfig, report: Report = silent) -> UpcycleReport:
     """Write `run.dir/result`, the upcycled model, after holding it against the dense one on text.
 
-    Raises ValueError for a teacher that does not fit and a result that is there, RuntimeError where a model that should be
+    Raises ValueError for a teacher that does not fit and a result that is there, RuntimeError if a model that should be
     exact is not: then nothing is written.
     """
     result = folder_of(config, "result")

@@ -38,14 +38,14 @@ PEFT_REFUSED = ("use_rslora", "use_dora", "modules_to_save", "rank_pattern", "al
 def take_updates(model: HybridModel, convert: ConvertConfig) -> None:
     """Put the updates that convert.tune.routing.updates names into a model, each rank its part. No collectives.
 
-    Raises ValueError where they do not fit the model.
+    Raises ValueError if they do not fit the model.
     """
     names = {name for name, _ in model.named_parameters() if name.endswith(UPDATE_ENDS)}
     take_own_part(model, on_demand(stack_updates(convert.tuning(), names)), names)
 
 
 def check_updates(tune: TuneConfig, model: ModelConfig) -> None:
-    """Read the updates before a stage trains. Raises ValueError where they do not fit the model of that stage."""
+    """Read the updates before a stage trains. Raises ValueError if they do not fit the model of that stage."""
     shapes = {name: shape for name, shape in weight_shapes(model).items() if name.endswith(UPDATE_ENDS)}
     for name, tensor in stack_updates(tune, set(shapes)).items():
         if tuple(tensor.shape) != shapes[name]:

@@ -72,7 +72,7 @@ def make_start(config: RunConfig, teacher: Weights) -> tuple[Weights, StartRepor
     """Build the converted model in float32 and give it the teacher's weights, by name and shape.
 
     A linear mixer that stacks its projections takes q, k and v as parts of the stack, and the output projection under its
-    own name, where their shapes agree. Raises ValueError where window_linear would not take all weights of a block.
+    own name, where their shapes agree. Raises ValueError if window_linear would not take all weights of a block.
     """
     model_config, convert = converted_model(config), conversion_of(config)
     model = HybridModel(model_config, single_rank_groups(), seed=config.train.seed)

@@ -58,7 +58,7 @@ class CudaCapture:
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         """Record what `run` launches, in backward passes also from autograd's own thread.
 
-        Raises RuntimeError where it reads a number from the device, or does something else that no graph holds.
+        Raises RuntimeError if it reads a number from the device, or does something else that no graph holds.
         """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self.stream):

@@ -1,4 +1,4 @@
-"""Gradients that travel while others are computed: under ZeRO 1 and 2 a parameter group is a bucket.
+"""Gradients that are sent while others are computed: under ZeRO 1 and 2 a parameter group is a bucket.
 
 DeepSpeed cuts the flat weights of each parameter group over the ranks that share them, and steps its own range of each. So
 with one group for some blocks (`group_parameters`), a reduce-scatter of that group's gradients leaves every rank exactly
@@ -100,7 +100,7 @@ class Bucket:
             self.filled.add(number)
 
     def total(self, number: int) -> Tensor:
-        """The sum of a parameter's gradients, zeros where it got none."""
+        """The sum of a parameter's gradients, zeros if it got none."""
         place = self.view(number)
         if number not in self.filled:
             place.zero_()
@@ -201,7 +201,7 @@ class GradientBuckets:
     def keep_sums(self) -> None:
         """Give each bucket one sum for the whole run, at one address, which is added to from the first pass on.
 
-        Before the first backward pass of a step. Of ZeRO 1: under ZeRO 2 the sum of a pass may still travel in the next.
+        Before the first backward pass of a step. Of ZeRO 1: under ZeRO 2 the sum of a pass may still are sent in the next.
         """
         assert not self.every_pass, "checked: graphs are for ZeRO 1"
         for bucket in self.buckets:

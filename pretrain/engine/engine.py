@@ -228,12 +228,12 @@ class ZeroEngine:
             gradient.fill_(float("inf"))
 
     def take_refusal(self) -> str | None:
-        """Why the last update was refused; None where it was not, or was asked before."""
+        """Why the last update was rejected; None if it was not, or was asked before."""
         reason, self.refusal = self.refusal, None
         return reason
 
     def _close_accumulation(self) -> None:
-        """Complete this rank's gradients before DeepSpeed reduces them: sum, check, and poison a refused step."""
+        """Complete this rank's gradients before DeepSpeed reduces them: sum, check, and poison a rejected step."""
         if self.accumulator is not None:
             self.accumulator.finish()
         self.accumulator = None
@@ -251,7 +251,7 @@ class ZeroEngine:
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate * group.get("rate_scale", 1.0)
         if self.zero_stage == 0 and self.precision == "float32":
-            # Plain AdamW: DeepSpeed neither reports the norm nor refuses a bad one here.
+            # Plain AdamW: DeepSpeed neither reports the norm nor rejects a bad one here.
             parameters = list(self.module.parameters())
             grad_norm = float(self.norm.of_whole(parameters))
             clip_by_norm([p.grad for p in parameters if p.grad is not None], grad_norm, self.clip_norm)

@@ -87,7 +87,7 @@ def find_partial_gradients(module: nn.Module, groups: ProcessGroupCollection) ->
 
 
 def own_gradient(parameter: nn.Parameter) -> Tensor:
-    """A parameter's `grad`, made of zeros where it has none."""
+    """A parameter's `grad`, made of zeros if it has none."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
@@ -101,7 +101,7 @@ def sum_partial_gradients(
 ) -> None:
     """Sum these gradients over ranks in place, in float32 or wider, with one reduction for each axis and dtype.
 
-    `gradient_of`: where a parameter's gradient is; by default in `grad`, made of zeros where there is none.
+    `gradient_of`: where a parameter's gradient is; by default in `grad`, made of zeros if there is none.
     Every rank must call this, after the last backward pass and before gradients are reduced over data ranks. The two ends
     of a pipeline must get bitwise identical results for what they both hold, or it would drift apart; but each end has its own order
     of summing three and more data ranks. So these gradients are summed over data ranks here, and one rank alone hands the

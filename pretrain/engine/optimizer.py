@@ -187,7 +187,7 @@ def build_optimizer(
         options = getattr(config.options, config.kind) or spec.options()
         return PackageOptimizer(groups, spec.load(), options, **settings)
     if config.state_dtype == "bf16":
-        assert matrices is None, "optimizer_problems refuses Muon with bf16 states"
+        assert matrices is None, "optimizer_problems rejects Muon with bf16 states"
         return Bf16AdamW(groups, **settings)
     if matrices is None:
         return AdamW(groups, **settings)

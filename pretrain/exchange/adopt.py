@@ -93,7 +93,7 @@ def adopt(
 ) -> TrainingState:
     """Make the state of a run at `step` (None: the optimizer's counter) out of another program's tensors.
 
-    The data must be prepared. Raises ValueError where the run ends before that step.
+    The data must be prepared. Raises ValueError if the run ends before that step.
     """
     config = without_secrets(config)
     steps_done = optimizer_step if step is None else step
@@ -154,7 +154,7 @@ def import_state(
     """Read a training state and write OUT: a run directory, or a weights folder where there are no moments.
 
     `config`: of the run that continues, for a state without our record; `step`: what it counts the state as; `changed`:
-    arguments that the state records and the run changes on purpose. Raises ValueError where the state is not whole, does
+    arguments that the state records and the run changes on purpose. Raises ValueError if the state is not whole, does
     not fit, contradicts the configuration or needs one: then nothing is written.
     """
     check_free(out)
@@ -205,7 +205,7 @@ def _adopt(
 
 
 def require_config(source: Path, config: RunConfig | None) -> RunConfig:
-    """Return the configuration. Raises ValueError where none was given."""
+    """Return the configuration. Raises ValueError if none was given."""
     if config is None:
         raise ValueError(
             f"{source} has no record of an amfm run; name the configuration of the run that continues with --config: its "

@@ -1,7 +1,7 @@
 """Reads what Megatron-Core and DeepSpeed save apart from tensors, without running code: a pickle of many types.
 
-torch's `weights_only` refuses a whole file for one argument of an unknown type. Here every name that it does not know becomes
-an empty stand-in, and the numbers that an import needs are read. TorchScript archives, which torch would run, are refused.
+torch's `weights_only` rejects a whole file for one argument of an unknown type. Here every name that it does not know becomes
+an empty stand-in, and the numbers that an import needs are read. TorchScript archives, which torch would run, are rejected.
 
 Fits tensors of another format to the parameters of a model: all of them are there, in their shapes, and nothing else is.
 """
@@ -75,7 +75,7 @@ def shapes_of(entries: Mapping[str, Mapping[str, list[int]]]) -> dict[str, Shape
 
 
 def one_step(steps: set[int], where: object) -> int:
-    """The optimizer's counter, which all parameters must share. Raises ValueError where they do not."""
+    """The optimizer's counter, which all parameters must share. Raises ValueError if they do not."""
     if len(steps) != 1:
         raise ValueError(f"{where}: parameters were stepped {sorted(steps)} times; a run has one number for all")
     return steps.pop()
@@ -104,7 +104,7 @@ class Unread:
 
 
 def read_common(path: Path) -> dict[str, Any]:
-    """Read such a file; {} where there is none. Tensors are mapped, not read. Raises ValueError where the file is damaged or something else."""
+    """Read such a file; {} if there is none. Tensors are mapped, not read. Raises ValueError if the file is damaged or something else."""
     if not path.is_file():
         return {}
     try:

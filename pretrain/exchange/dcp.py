@@ -168,7 +168,7 @@ class DcpStates:
         return fit_tensors(found, key_of, str(self.path), shapes=shapes, labels=labels, buffers=buffers, ignored=steps)
 
     def step(self, names: Collection[str]) -> int:
-        """The optimizer's counter, which all parameters must share. Raises ValueError where they do not."""
+        """The optimizer's counter, which all parameters must share. Raises ValueError if they do not."""
         keys = [key_of("step", name) for name in names]
         missing = [key for key in keys if key not in self.folder.tensors]
         if missing:

@@ -83,7 +83,7 @@ class RecordReader(pickle._Unpickler):
 class DcpFolder:
     """A folder of torch Distributed Checkpoint: its tensors by name, and the names of its other values.
 
-    Raises ValueError where it is none, where files are missing or cut, and where chunks do not add up to their tensor.
+    Raises ValueError if it is none, if files are missing or cut, and if chunks do not add up to their tensor.
     """
 
     def __init__(self, path: Path) -> None:
@@ -113,7 +113,7 @@ class DcpFolder:
                 faults.append(f"{name} has {file.stat().st_size} bytes, {end} are in use")
         for name, found in self.tensors.items():
             if not isinstance(found.properties.dtype, torch.dtype):
-                faults.append(f"{name} has the dtype {found.properties.dtype!r:.80}, which is none")
+                faults.append(f"{name} has the dtype {found.properties.dtype!r:.80}, which is not one")
             faults += _chunk_faults(name, found, self.metadata.storage_data)
         if faults:
             raise ValueError(
@@ -155,7 +155,7 @@ class DcpFolder:
         return self._rows(name, found, (), 0, found.size[0] if len(found.size) else 1)
 
     def _rows(self, name: str, found: TensorStorageMetadata, lead: tuple[int, ...], start: int, stop: int) -> Tensor:
-        """Read rows of a tensor, at places of a stack where there are `lead`, from all chunks that have a part in them."""
+        """Read rows of a tensor, at places of a stack if there are `lead`, from all chunks that have a part in them."""
         axis = len(lead)
         if len(found.size) == axis:
             chunk = next(chunk for chunk in found.chunks if _holds(chunk, lead))
@@ -199,7 +199,7 @@ class DcpFolder:
 
     @contextmanager
     def _saved(self, index: MetadataIndex) -> Iterator[Any]:
-        """An item as it was saved, a file inside of a file. Raises ValueError where an extension of torch changed its bytes."""
+        """An item as it was saved, a file inside of a file. Raises ValueError if an extension of torch changed its bytes."""
         info, file = self.metadata.storage_data[index], self._file(index)
         if getattr(info, "transform_descriptors", None):
             raise ValueError(
@@ -210,7 +210,7 @@ class DcpFolder:
 
 
 def read_metadata(path: Path) -> Metadata:
-    """Read `.metadata`, of its record types alone. Raises ValueError where it is missing, damaged or something else."""
+    """Read `.metadata`, of its record types alone. Raises ValueError if it is missing, damaged or something else."""
     file = path / METADATA
     if not file.is_file():
         raise ValueError(f"{file} is missing; give the folder that torch Distributed Checkpoint wrote")

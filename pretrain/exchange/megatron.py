@@ -84,7 +84,7 @@ def is_megatron(path: Path) -> bool:
 class MegatronFolder:
     """A distributed checkpoint of Megatron-Core as tensors by our names, for a model that the configuration describes.
 
-    Raises ValueError where it is not whole, in another backend, or has a model that ours is not.
+    Raises ValueError if it is not whole, in another backend, or has a model that ours is not.
     """
 
     def __init__(self, path: Path, model: ModelConfig) -> None:
@@ -119,7 +119,7 @@ class MegatronFolder:
                 )
 
     def step(self, names: Collection[str]) -> int:
-        """The optimizer's counter, one for all parameters. Raises ValueError where it is nowhere, or parameters differ in it."""
+        """The optimizer's counter, one for all parameters. Raises ValueError if it is nowhere, or parameters differ in it."""
         steps = set(find_steps(self.common.get("optimizer")))
         if not steps and isinstance(self.common.get("iteration"), int):
             steps = {self.common["iteration"]}
@@ -180,7 +180,7 @@ class Reading:
             yield from self.named("head.weight", self.whole("output_layer.weight"))
 
     def named(self, name: str, source: Source | None) -> Iterator[tuple[str, Source]]:
-        """A source under its name, where there is one."""
+        """A source under its name, if there is one."""
         if source is not None:
             yield name, source
 
@@ -222,7 +222,7 @@ class Reading:
         return stacked(present) if len(present) == len(each) else None
 
     def joined(self, sources: Sequence[Source | None]) -> Source | None:
-        """Tensors below each other; None where one is missing."""
+        """Tensors below each other; None if one is missing."""
         present = [source for source in sources if source is not None]
         return join([(source, 0, source.num_rows) for source in present]) if len(present) == len(sources) else None
 
@@ -238,7 +238,7 @@ def check_fits(model: ModelConfig, path: Path) -> None:
     """Raise ValueError for blocks that Megatron-Core does not have in this form."""
     unknown = sorted(set(model.letters) - set(NORMS))
     if unknown or model.num_depths:
-        what = f"blocks {', '.join(unknown)}" if unknown else "depths of multi-token prediction"
+        what = f"blocks {', '.join(unknown)}" if unknown else "MTP layers"
         raise ValueError(f"{path}: model.pattern={model.pattern} has {what}; of Megatron-Core M, *, - and E are read")
     if model.attention is not None and model.attention.gate != "none":
         raise ValueError(

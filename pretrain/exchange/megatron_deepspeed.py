@@ -189,7 +189,7 @@ def name_for_export(model: ModelConfig, kind: GptKind, where: object) -> GptName
 def find_blocks(attention: AttentionConfig, arguments: Any, where: object) -> int:
     """Blocks of rows in `query_key_value` of a folder, by the arguments of the run that wrote it.
 
-    Raises ValueError where both orders are possible and nothing tells which.
+    Raises ValueError if both orders are possible and nothing tells which.
     """
     if attention.num_kv_heads != attention.num_heads:
         return attention.num_kv_heads

@@ -71,7 +71,7 @@ class TrainingState:
 def read_state(checkpoint: str | Path, report: Report = silent) -> TrainingState:
     """Read a checkpoint of any layout, or a run's newest; every digest is verified first.
 
-    Raises RuntimeError where it is damaged, or there is none.
+    Raises RuntimeError if it is damaged, or there is none.
     """
     source = find_checkpoint(Path(checkpoint), report)
     manifest = require_sound(source, report)

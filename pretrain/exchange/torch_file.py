@@ -50,7 +50,7 @@ def write_param(path: Path, source: Source, extras: Mapping[str, Any]) -> None:
 def read_param(path: Path) -> Source:
     """The tensor of such a file as rows on demand, in float32.
 
-    Raises ValueError where the file is cut or damaged, or holds something else.
+    Raises ValueError if the file is cut or damaged, or holds something else.
     """
     tensor, begin = find_numbers(path, path)
     shape, dtype = tuple(tensor.shape), tensor.dtype
@@ -68,7 +68,7 @@ def read_param(path: Path) -> Source:
 
 
 def read_integer(path: Path) -> int:
-    """Read a file of one number that torch saved. Raises ValueError where it is damaged, or holds something else."""
+    """Read a file of one number that torch saved. Raises ValueError if it is damaged, or holds something else."""
     try:
         return int(torch.load(path, weights_only=True))
     except UNREADABLE as error:
@@ -89,7 +89,7 @@ def read_numbers(path: Path, begin: int, shape: Shape, dtype: torch.dtype) -> Te
 def find_numbers(saved: Path | BinaryIO, where: object) -> tuple[Tensor, int]:
     """A stand-in for the tensor that torch saved, without numbers, and the byte at which they begin.
 
-    Raises ValueError where it is damaged, or saved in another way.
+    Raises ValueError if it is damaged, or saved in another way.
     """
     try:
         with FakeTensorMode():

@@ -171,7 +171,7 @@ def describe_model(state: TrainingState) -> dict[str, Any]:
 class UniversalFolder:
     """A universal checkpoint to read: the folder of its tag, and the names of its parameters.
 
-    Raises ValueError where it is none.
+    Raises ValueError if it is none.
     """
 
     def __init__(self, path: Path) -> None:
@@ -189,13 +189,13 @@ class UniversalFolder:
         return (self.path / OWN / RECORD).is_file()
 
     def has_moments(self) -> bool:
-        """True: one without moments is refused by their names."""
+        """True: one without moments is rejected by their names."""
         return True
 
     def name_parameters(self, model: ModelConfig) -> None:
         """Read parameters by Megatron-DeepSpeed's names where the folder has them.
 
-        Raises ValueError where its GPT model is not the one that is described, or its order of rows is not known.
+        Raises ValueError if its GPT model is not the one that is described, or its order of rows is not known.
         """
         gpt = find_kind(self.folders)
         if gpt is None:
@@ -222,7 +222,7 @@ class UniversalFolder:
         return OnDemand(sources)
 
     def step(self, names: Collection[str]) -> int:
-        """The optimizer's counter. Raises ValueError where it is missing, or parameters differ in it."""
+        """The optimizer's counter. Raises ValueError if it is missing, or parameters differ in it."""
         files = [self.path / "zero" / self.names.theirs(name) / "step.pt" for name in names]
         missing = [file for file in files if not file.is_file()]
         if len(missing) == len(files):
@@ -237,7 +237,7 @@ class UniversalFolder:
         return one_step({read_integer(file) for file in files}, self.path)
 
     def module(self, buffers: Mapping[str, Shape]) -> dict[str, Source]:
-        """Read buffers from the module that DeepSpeed saves. Raises ValueError where they are not there."""
+        """Read buffers from the module that DeepSpeed saves. Raises ValueError if they are not there."""
         if not buffers:
             return {}
         file = self.states()

@@ -109,14 +109,14 @@ def merge_checkpoints(
         measured.append(replace(merge, loss=loss))
     if out is not None:
         weights = read_merge(run_dir, best_of(measured), report)
-        _ = weights.tokenizer  # raises where there is none, before anything is written
+        _ = weights.tokenizer  # raises if there is none, before anything is written
         report(f"writing {out}")
         write_model(out, weights)
     return measured
 
 
 def best_of(merges: Sequence[Merge]) -> Merge:
-    """The merge of the lowest loss; the first where none was measured."""
+    """The merge of the lowest loss; the first if none was measured."""
     return min(merges, key=lambda merge: math.inf if merge.loss is None or math.isnan(merge.loss) else merge.loss)
 
 

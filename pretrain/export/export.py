@@ -83,8 +83,8 @@ class ExportReport:
     """What was written and what the verification found; the differences are None without a verification.
 
     class_name: of transformers, or AmfmForCausalLM. reasons: why no native class holds the model, a line per class, where one was
-    looked for. compared: on what text the logits were compared. refusals: other programs that are known to refuse the folder,
-    with rule and fix. left_out: why it has no prediction depths, where the model has some. kept: what the released model brought along.
+    looked for. compared: on what text the logits were compared. rejections: other programs that are known to reject the folder,
+    with rule and fix. left_out: why it has no MTP layers, where the model has some. kept: what the released model brought along.
     """
 
     path: Path
@@ -116,7 +116,7 @@ def export_checkpoint(
     folder next to OUT, made durable, loaded by a fresh process that compares logits, and only then renamed to OUT, so
     OUT is absent or whole. Factored matrices are written multiplied out. Raises ValueError for a target that cannot
     hold the model or an OUT that is in use, RuntimeError
-    for a failed verification: then the folder stands as OUT.failed (numbered where there is one), for examination.
+    for a failed verification: then the folder stands as OUT.failed (numbered if there is one), for examination.
     """
     out = Path(out_dir)
     check_free(out)
@@ -183,7 +183,7 @@ def resolve_target(weights: Weights, asked: str) -> Target:
 def _max_positions(weights: Weights) -> int:
     """Tokens a text that the export declares: as the run says, else those of its rows or of the released model that it continues.
 
-    DEFAULT_MAX_POSITIONS where nothing is known of either.
+    DEFAULT_MAX_POSITIONS if nothing is known of either.
     """
     if weights.run is not None and weights.run.export.max_position_embeddings is not None:
         return weights.run.export.max_position_embeddings

@@ -39,7 +39,7 @@ from amfm.pretrain.inference.weights import Weights
 from amfm.pretrain.tensor_files import TensorWriter
 
 OUR_DESCRIPTION = "amfm_model.json"
-# Name of a temporary folder: `delete` refuses any other.
+# Name of a temporary folder: `delete` rejects any other.
 UNFINISHED = re.compile(r"\..+\.amfm-export", re.DOTALL)
 LOCK = re.compile(r"\..+\.amfm-export-lock", re.DOTALL)
 MAX_SHARD_BYTES = 4_000_000_000
@@ -63,9 +63,9 @@ TEMPLATE_FILES = (
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """What is exported and as what: the model, the target class, tokens per row, and the bytes of a shard at most.
+    """What is exported and as what: the model, the target class, tokens per sequence, and the bytes of a shard at most.
 
-    left_out: why the prediction depths of the model that was trained are not in `weights`.
+    left_out: why the MTP layers of the model that was trained are not in `weights`.
     """
 
     weights: Weights
@@ -81,7 +81,7 @@ class ExportPlan:
 
     @property
     def token_ids(self) -> TokenIds:
-        """Ids of the begin, end and padding tokens; None where the tokenizer has none."""
+        """Ids of the begin, end and padding tokens; None if the tokenizer has none."""
         tokenizer = self.weights.tokenizer
         return TokenIds(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
 
@@ -93,12 +93,12 @@ class ExportPlan:
         if fitting:
             return [f"export target own was asked for, though {fitting[0]} holds this model"]
         reasons = [explain_unfit(self.weights.model, target) for target in NATIVE_TARGETS]
-        # Of classes with such layers, where there are any: others are further away.
+        # Of classes with such layers, if there are any: others are further away.
         near = [found for found in reasons if not found[0].startswith("model.pattern=")]
         return ["; ".join(found) for found in near or reasons]
 
     def refusals(self) -> list[str]:
-        """Programs that are known to refuse this export, with rule and fix."""
+        """Programs that are known to reject this export, with rule and fix."""
         return [str(found) for found in export_refusals(self.weights.model, self.target, self.weights.tokenizer.kind)]
 
 
@@ -303,7 +303,7 @@ def model_card(plan: ExportPlan) -> str:
         lines += ["", "## Why no native class", "", *(f"- {reason}" for reason in reasons)]
     refusals = plan.refusals()
     if refusals:
-        lines += ["", "## Programs known to refuse it", "", *(f"- {refusal}" for refusal in refusals)]
+        lines += ["", "## Programs known to reject it", "", *(f"- {refusal}" for refusal in refusals)]
     return "\n".join(lines) + "\n"
 
 
@@ -321,7 +321,7 @@ def _facts(plan: ExportPlan, config: ModelConfig) -> list[tuple[str, str]]:
         ("Blocks", f"`{''.join(pattern.letters)}` ({kinds})"),
         ("Hidden size", str(config.hidden_size)),
         ("Vocabulary", str(config.vocab_size)),
-        ("Trained at", f"{plan.weights.trained_length() or plan.max_position_embeddings} tokens per row"),
+        ("Trained at", f"{plan.weights.trained_length() or plan.max_position_embeddings} tokens per sequence"),
         ("From", f"`{plan.weights.origin}`"),
     ]
     return [*facts, *_training_record(plan.weights)]
@@ -338,7 +338,7 @@ def _training_record(weights: Weights) -> list[tuple[str, str]]:
     if run.optimizer.muon is not None and run.optimizer.muon.rule != "muon":
         name = f"Muon ({run.optimizer.muon.rule}) with AdamW"
     rate = f"{name}, peak rate {run.optimizer.learning_rate:g}, schedule {run.schedule.kind}"
-    facts.append(("Optimizer", f"{rate}, {run.train.global_batch_size} rows per step"))
+    facts.append(("Optimizer", f"{rate}, {run.train.global_batch_size} sequences per step"))
     if weights.validation_loss is not None:
         facts.append(("Validation loss", f"{weights.validation_loss:.4f} nats per token"))
     return facts

@@ -118,7 +118,7 @@ def read_huggingface(source: Path, report: Report = silent) -> tuple[Weights, So
 
 
 def choose_depths(config: ModelConfig, tensors: Collection[str], target: Source) -> tuple[ModelConfig, tuple[str, ...]]:
-    """Take prediction depths that both config.json and the tensors' names have; returns the model and what is left out.
+    """Take MTP layers that both config.json and the tensors' names have; returns the model and what is left out.
 
     transformers neither loads nor saves such tensors, so a folder that it wrote may name depths without any.
     """
@@ -164,7 +164,7 @@ def describe_model(config: ModelConfig) -> str:
 def read_config_json(source: Path) -> dict[str, Any]:
     """Read config.json with the defaults of its transformers class filled in; as it is for our own class and unknown ones.
 
-    Raises ValueError when the file is missing, or has a field that its class refuses.
+    Raises ValueError when the file is missing, or has a field that its class rejects.
     """
     path = source / "config.json"
     if not path.is_file():
@@ -218,7 +218,7 @@ def choose_config(source: Path, fields: Mapping[str, Any]) -> ModelConfig:
 
 
 def _same_config_json(described: ModelConfig, read: ModelConfig, target: Target) -> bool:
-    """Whether two configurations of ours give the same config.json, special ids and row length aside."""
+    """Whether two configurations of ours give the same config.json, special ids and sequence length aside."""
     if any(explain_unfit(config, target) for config in (described, read)):
         return False
     # Equal when both would write the same config.json: what it has no field for is then the description's to say.

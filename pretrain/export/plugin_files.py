@@ -47,7 +47,7 @@ def write_plugin(config: ModelConfig, folder: Path) -> None:
 
 
 def export_refusals(config: ModelConfig, target: Target, tokenizer_kind: str) -> list[Refusal]:
-    """List what named programs refuse of an export: what is known of its class, and of our own what the plug-in cannot serve."""
+    """List what named programs reject of an export: what is known of its class, and of our own what the plug-in cannot serve."""
     refusals = known_refusals(config, target, tokenizer_kind)
     return [*refusals, *_plugin_refusals(config)] if find_target(target).ships_code else refusals
 

@@ -80,7 +80,7 @@ def write_tokenizer(
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> bytes:
-    """The tokenizer.json of a tokenizer that is none of SentencePiece. Raises ValueError for a package's that has none."""
+    """The tokenizer.json of a tokenizer that is not one of SentencePiece. Raises ValueError for a package's that has none."""
     if tokenizer.kind == "huggingface":
         return tokenizer.to_bytes()
     write: Callable[[], bytes] | None = getattr(tokenizer, "to_tokenizer_json", None)

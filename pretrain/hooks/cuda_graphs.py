@@ -32,7 +32,7 @@ class CudaGraphs(Hook):
         self.addresses: tuple[int, ...] = ()
 
     def before_passes(self, micro_batches: Sequence[MicroBatch], share: LossShare) -> None:
-        """Capture, where there are no graphs for what is in memory now."""
+        """Capture, if there are no graphs for what is in memory now."""
         addresses = self.find_addresses(micro_batches[0])
         if addresses != self.addresses:
             self.close()

@@ -243,5 +243,5 @@ def describe_experts(counts: dict[int, list[int]]) -> dict[str, Any]:
 
 
 def divide(total: float, number: float, then: Callable[[float], float] = float) -> float | None:
-    """A mean of what was noted, and a function of it; None where nothing was."""
+    """A mean of what was noted, and a function of it; None if nothing was."""
     return then(total / number) if number else None

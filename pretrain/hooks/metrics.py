@@ -108,8 +108,8 @@ def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
     """Build the step's line of metrics.jsonl; NaN and infinities become null, because JSON has no word for them.
 
     `mfu`: model FLOPs, without those of recomputation, over the peak of all ranks; `tflops_per_gpu`: per rank and second. `expert_load`: tokens of the most loaded
-    expert over the mean, for each MoE block. `mtp_loss`: of each depth of multi-token prediction. `memory_bytes`: the
-    main rank's peak so far; `allocator`: what else its allocator says, on a GPU. `damaged_samples`: of the run so far, where there are any.
+    expert over the mean, for each MoE block. `mtp_loss`: of each MTP layer. `memory_bytes`: the
+    main rank's peak so far; `allocator`: what else its allocator says, on a GPU. `damaged_samples`: of the run so far, if there are any.
     """
     tokens_per_second = result.tokens / result.seconds
     per_rank = tokens_per_second / run.parallel.world_size

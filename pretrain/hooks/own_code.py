@@ -14,7 +14,7 @@ COMPUTED = ("amfm.model.", "amfm.kernels.")
 
 
 def describe_in(error: Exception, phase: str) -> str:
-    """Describe an error of a step; one of memory with its phase, where no block says more."""
+    """Describe an error of a step; one of memory with its phase, if no block says more."""
     if is_out_of_memory(error) and not getattr(error, "__notes__", ()):
         error.add_note(f"in the phase {phase}")
     return describe(error)

@@ -42,7 +42,7 @@ class KeptWeights(Hook):
         self.block.close()
 
     def after_step(self, result: StepResult) -> None:
-        """Drop them where there was no update."""
+        """Drop them if there was no update."""
         self.block.close()
 
     def close(self) -> None:

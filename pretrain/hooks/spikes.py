@@ -26,7 +26,7 @@ class Spikes(Hook):
         self.stage = run.stage
 
     def before_update(self) -> None:
-        """Refuse the update where the gradient norm is what `health.on_spike` acts on; a loss was judged before it was reduced."""
+        """Reject the update where the gradient norm is what `health.on_spike` acts on; a loss was judged before it was reduced."""
         run, health = self.run, self.run.config.health
         norms = run.progress.recent_norms
         if health.spike_rule == "ratio" or health.on_spike == "ignore" or len(norms) < health.spike_window:

@@ -6,7 +6,7 @@ continues. An error of the model ends the run like one in a step.
 
 Weights are the run's own, in its precision and on its layout of ranks, whatever it is: log-likelihoods take the pass that
 validation takes. Tasks that generate text need whole rows, a token at a time: pipeline and context ranks, and tensor ranks
-that share the tokens of a row, refuse them.
+that share the tokens of a row, reject them.
 """
 
 from __future__ import annotations

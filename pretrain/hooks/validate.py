@@ -1,6 +1,6 @@
 """Validation: loss on held-out text, whole and by source, and the accuracy where the data is a synthetic task.
 
-Measured on the run's own layout of ranks, with the batch and row length of its stage, so that losses of training and
+Measured on the run's own layout of ranks, with the batch and sequence length of its stage, so that losses of training and
 validation compare. The loader starts at its first sample each time: two validations of a run see the same rows.
 """
 
@@ -37,7 +37,7 @@ class Validation:
     """Mean negative log-likelihood per token in nats, on how many tokens, and the accuracy on a synthetic task.
 
     bits_per_byte, by_source: of text alone; by_source names the sources that these rows came from. mtp_accepted: for
-    each depth of multi-token prediction, how often its most likely token is the one that follows.
+    each MTP layer, how often its most likely token is the one that follows.
     """
 
     loss: float
@@ -151,7 +151,7 @@ class Validations(Hook):
 
     @property
     def loader(self) -> PretrainLoader | None:
-        """Loader of held-out text in rows of the present stage's length; None where nothing is held out."""
+        """Loader of held-out text in rows of the present stage's length; None if nothing is held out."""
         return self.loaders.get(self.run.stage.train.sequence_length)
 
     def after_step(self, result: StepResult) -> None:
@@ -190,7 +190,7 @@ class Validations(Hook):
 def describe_sources(validation: Validation) -> dict[str, Any]:
     """What else a validation found, as lines of metrics.jsonl have it; nothing of a synthetic task.
 
-    The loss in bits per byte and by source, and the acceptance rate of each depth of multi-token prediction.
+    The loss in bits per byte and by source, and the acceptance rate of each MTP layer.
     """
     if not validation.by_source:
         return {}

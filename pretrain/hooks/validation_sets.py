@@ -24,7 +24,7 @@ from amfm.pretrain.step_sums import StepResult
 class ValidationSets(Hook):
     """Measures each set when `train.validate_every_steps` is due, before the first step and after the last one.
 
-    Holds a loader for each set and row length that the run comes to, so that missing text shows at the start.
+    Holds a loader for each set and sequence length that the run comes to, so that missing text shows at the start.
     """
 
     def __init__(self, run: Run) -> None:
@@ -69,7 +69,7 @@ class ValidationSets(Hook):
         wanted = (each.batches or train.validation_batches) * stage.train.global_batch_size
         if each.tokens is not None:
             wanted = math.ceil(each.tokens / stage.train.sequence_length)
-        assert isinstance(loader.reader, SampleReader), "check_run refuses sets next to a synthetic task"
+        assert isinstance(loader.reader, SampleReader), "check_run rejects sets next to a synthetic task"
         return min(wanted, loader.reader.rows_per_epoch(each.source_name, stage.train.sequence_length))
 
     def record(self, each: ValidationSet, validation: Validation) -> None:

@@ -2,7 +2,7 @@
 
 Validation during training measures a fixed number of packed global batches, which is cheap and comparable inside a run.
 Here the documents of a part are cut into consecutive rows, in order and without shuffling, and the last token of a row
-predicts the first of the next, so that each token counts once whatever the row length. A token at the beginning of a row
+predicts the first of the next, so that each token counts once whatever the sequence length. A token at the beginning of a row
 has less context than in the text: longer rows give lower losses, so the length belongs to the result.
 """
 
@@ -35,8 +35,8 @@ DEFAULT_SEQUENCE_LENGTH = 1024
 class Evaluation:
     """Mean negative log-likelihood a token in nats, how many tokens were predicted, and both for each source.
 
-    `bits_per_byte`: the loss by the text that the tokens stand for, which other tokenizers compare with; None where the
-    text is not known. `sequence_length`: tokens per row, on which the loss depends.
+    `bits_per_byte`: the loss by the text that the tokens stand for, which other tokenizers compare with; None if the
+    text is not known. `sequence_length`: tokens per sequence, on which the loss depends.
     """
 
     loss: float
@@ -203,7 +203,7 @@ def _read_row(store: TokenStore, places: Sequence[_Place], padded: int, number: 
 
 
 def _check_tokenizer(identity: str, store: TokenStore) -> None:
-    """Raise ValueError where the store's ids are not the model's: its losses would mean nothing."""
+    """Raise ValueError if the store's ids are not the model's: its losses would mean nothing."""
     if store.tokenizer_identity != identity:
         raise ValueError(
             f"{store.path} was made with tokenizer {store.tokenizer_identity}, the model with "

@@ -51,7 +51,7 @@ def evaluate_synthetic(
     backend: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> SyntheticEvaluation:
-    """Evaluate a checkpoint, a run or an imported model on the validation rows of a synthetic task, in float32.
+    """Evaluate a checkpoint, a run or an imported model on the validation sequences of a synthetic task, in float32.
 
     `overrides`: settings of the task as `key=value`, over those of the run if it trained on the task; `sequence_length`:
     default the run's; `progress` gets rows done and in all. Raises ValueError for settings that do not fit together, for

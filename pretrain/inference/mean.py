@@ -19,7 +19,7 @@ EXPERT_BIAS = ".expert_bias"
 def average(parts: Sequence[Weights], shares: Sequence[float]) -> Weights:
     """The weighted mean of models, summed in float64 and rounded once, computed when it is asked for.
 
-    Positions, tokens and the tokenizer are those of the part after the most steps. Raises ValueError where tensors differ in
+    Positions, tokens and the tokenizer are those of the part after the most steps. Raises ValueError if tensors differ in
     name or shape.
     """
     newest = max(parts, key=lambda part: part.step or 0)

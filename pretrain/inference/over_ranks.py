@@ -71,7 +71,7 @@ def open_model(
     """Build this rank's part of a model in eval mode, in a layout that is chosen and announced. Every rank must call this.
 
     Weights are rounded to `precision`; buffers, such as the balancing bias of routers, stay float32 as in training. device:
-    of one rank alone; several take a GPU each where there are any. Raises ValueError where no layout fits.
+    of one rank alone; several take a GPU each if there are any. Raises ValueError if no layout fits.
     """
     if ranks.world_size == 1:
         parallel = alone(torch.device(device))
@@ -95,7 +95,7 @@ def dtype_of(precision: Precision) -> torch.dtype:
 def choose_layout(model: ModelConfig, num_ranks: int, memory: float, work: Work, precision: Precision) -> Layout:
     """The layout of fewest tensor ranks, and then expert ranks, whose parts fit a rank's memory in bytes.
 
-    The memory of work is a rule of thumb. Raises ValueError where none fits, naming the smallest.
+    The memory of work is a rule of thumb. Raises ValueError if none fits, naming the smallest.
     """
     width = dtype_of(precision).itemsize
     whole = HybridModel(model, single_rank_groups(), device="meta")

@@ -19,7 +19,7 @@ DEPTH_PREFIX = "mtp."
 def take_own_part(model: HybridModel, state: OnDemand, names: Collection[str] | None = None) -> None:
     """Copy what this rank's model holds: its blocks, and of each parameter its shard, reading the rows that have a part in it.
 
-    Buffers, such as the router's balancing bias, are copied whole. Prediction depths and routed updates that `state` lacks
+    Buffers, such as the router's balancing bias, are copied whole. MTP layers and routed updates that `state` lacks
     stay as they are, and so does all but `names` where these are given.
     """
     parameters = {name: (parameter, shard) for name, parameter, shard in parameter_shards(model)}

@@ -99,7 +99,7 @@ def read_released(source: Path, config: Mapping[str, Any]) -> Released:
 
 
 def find_released(path: Path) -> Released | None:
-    """Those of an import, a run's directory or one of its checkpoints; None where there are none."""
+    """Those of an import, a run's directory or one of its checkpoints; None if there are none."""
     file = (path.parent.parent if CHECKPOINT_NAME.fullmatch(path.name) else path) / FILE
     if not file.is_file():
         return None

@@ -1,6 +1,6 @@
-"""From a spike to its documents: the rows of a step by loss, and the text of its worst documents.
+"""From a spike to its documents: the sequences of a step by loss, and the text of its worst documents.
 
-The rows of a step are a function of its number, so nothing of the run need be kept: they are read again, and the newest
+The sequences of a step are a function of its number, so nothing of the run need be kept: they are read again, and the newest
 checkpoint from before the step says what each token cost.
 """
 
@@ -62,7 +62,7 @@ def find_worst(
     backend: str = "auto",
     report: Report = silent,
 ) -> Spike:
-    """Measure the rows of a step with the newest weights from before it, or the oldest there are.
+    """Measure the sequences of a step with the newest weights from before it, or the oldest there are.
 
     Documents of fewer than `least_tokens` predicted tokens are left out. Raises ValueError for a step that the run
     does not have, a synthetic task, and a run without a checkpoint.
@@ -109,7 +109,7 @@ def find_worst(
 
 @torch.inference_mode()
 def token_losses(model: HybridModel, rows: list[Row], *, isolated: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss of each token of rows [B, T] in nats, 0 where none is predicted, and whether one is, on the CPU."""
+    """Loss of each token of rows [B, T] in nats, 0 if none is predicted, and whether one is, on the CPU."""
     arrays = assemble_rows(rows, mask_document_boundaries=isolated)
     tokens_BT, labels_BT, ids_BT, positions_BT = map(
         torch.from_numpy, (arrays.tokens, arrays.labels, arrays.document_ids, arrays.positions)

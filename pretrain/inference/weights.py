@@ -90,17 +90,17 @@ class Weights:
         return self.given_tokenizer
 
     def tokenizer_identity(self) -> str:
-        """Digest of its tokenizer; the identity of synthetic tasks where there is none."""
+        """Digest of its tokenizer; the identity of synthetic tasks if there is none."""
         return NO_TOKENIZER if self.given_tokenizer is None else self.given_tokenizer.identity()
 
     def trained_length(self) -> int | None:
-        """Tokens per row in the last step of the training; None for an import."""
+        """Tokens per sequence in the last step of the training; None for an import."""
         if self.run is None or self.step is None:
             return None
         return last_stage(resolve_stages(self.run), self.step).train.sequence_length
 
     def without_depths(self) -> Weights:
-        """The same model without its depths of multi-token prediction."""
+        """The same model without its MTP layers."""
         state = on_demand(self.state).without(lambda name: name.startswith(DEPTH_PREFIX))
         return replace(self, model=self.model.without_depths(), state=state)
 
@@ -300,7 +300,7 @@ def check_shapes(model: ModelConfig, state: Mapping[str, Tensor], where: str) ->
 def load_initial_weights(model: HybridModel, path: str | Path, tokenizer_identity: str) -> list[str]:
     """Put weights into a freshly built model, before the engine takes it; returns what someone should know of it.
 
-    Depths of multi-token prediction may be other ones, or be in one of the two alone: the model's then begin at random. The function that the weights compute must be the run's, and so must the tokenizer: ValueError names what differs.
+    MTP layers may be other ones, or be in one of the two alone: the model's then begin at random. The function that the weights compute must be the run's, and so must the tokenizer: ValueError names what differs.
     Every rank must call this: each reads the folder and keeps its part; nothing is communicated.
     """
     weights, wanted = read_weights(path), model.config
@@ -313,16 +313,16 @@ def load_initial_weights(model: HybridModel, path: str | Path, tokenizer_identit
     if mine != theirs:
         depths = [f"/{''.join(config.parsed_pattern.depth_letters)}" for config in (weights.model, model.config)]
         if theirs:
-            remarks.append(f"{weights.origin}: its prediction depths {depths[0]} are ignored")
+            remarks.append(f"{weights.origin}: its MTP layers {depths[0]} are ignored")
         if mine:
-            remarks.append(f"{weights.origin} has no prediction depths {depths[1]} as here: they begin at random")
+            remarks.append(f"{weights.origin} has no MTP layers {depths[1]} as here: they begin at random")
         state = state.without(lambda name: name.startswith(DEPTH_PREFIX))
     take_own_part(model, state)
     return remarks
 
 
 def require_same_function(weights: Weights, model: ModelConfig, tokenizer_identity: str, what: str) -> None:
-    """Refuse weights of another model or tokenizer: ValueError begins with `what` they are and names what differs."""
+    """Reject weights of another model or tokenizer: ValueError begins with `what` they are and names what differs."""
     given_identity = weights.tokenizer_identity()
     if given_identity != tokenizer_identity and NO_TOKENIZER in (given_identity, tokenizer_identity):
         raise ValueError(
@@ -356,7 +356,7 @@ def function_settings(config: ModelConfig) -> dict[str, object]:
     """Collect the dotted settings that change what a model computes, of the sections that its blocks read.
 
     That includes mixers wrapped by a mixture of memories. Initial values, loss weights and chunk sizes are left out: two
-    models that differ in those alone compute the same function; so do those that differ in prediction depths.
+    models that differ in those alone compute the same function; so do those that differ in MTP layers.
     """
     config = config.without_depths()
     letters = config.letters

@@ -102,7 +102,7 @@ def explain_refusal(reason: str | None) -> StepAnomaly:
 
 
 def remember(value: float, recent: list[float], health: HealthConfig) -> None:
-    """Add a step's loss, or gradient norm, to the window of the newest `spike_window`, in place; nothing where spikes are ignored.
+    """Add a step's loss, or gradient norm, to the window of the newest `spike_window`, in place; nothing if spikes are ignored.
 
     Windows are saved in checkpoints, so that a resumed run judges as an uninterrupted one.
     """

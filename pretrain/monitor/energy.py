@@ -11,7 +11,7 @@ LIBRARY = "libnvidia-ml.so.1"
 
 
 class EnergyMeter:
-    """Reads how much energy a GPU has used. Raises RuntimeError, saying why, where the driver does not count it.
+    """Reads how much energy a GPU has used. Raises RuntimeError, saying why, if the driver does not count it.
 
     uuid: of the GPU, as `nvidia-smi -L` shows it; numbers of GPUs differ between the driver and this process. library: NVML.
     """

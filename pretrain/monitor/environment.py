@@ -87,7 +87,7 @@ def find_peak(parallel: Parallel, precision: str) -> Peak:
     # A CPU without bf16 instructions is faster in float32: a run in bf16 is compared with the faster of the two.
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     size = MEASURED_SIZE[parallel.device.type]
-    from amfm.pretrain.monitor.peaks import keep_best, measure_matmul  # where no GPU of the table is
+    from amfm.pretrain.monitor.peaks import keep_best, measure_matmul  # if no GPU of the table is
 
     own = max(measure_matmul(parallel.device, kind, size) for kind in {dtype, torch.float32})
     name = torch.cuda.get_device_name(parallel.device) if parallel.device.type == "cuda" else read_processor_name()

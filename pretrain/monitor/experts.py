@@ -16,7 +16,7 @@ COLLAPSE = 0.9
 
 
 def describe_unbalanced(model: ModelConfig) -> str | None:
-    """Report that no setting balances the experts, and which ones would; None where one does or no token has a
+    """Report that no setting balances the experts, and which ones would; None if one does or no token has a
     choice.
     """
     moe = model.moe

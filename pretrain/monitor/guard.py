@@ -46,7 +46,7 @@ class Guard:
         self._pipe = self._wakeup = -1
 
     def __enter__(self) -> Self:
-        """Start the process. Raises OSError where the system has no room for one."""
+        """Start the process. Raises OSError if the system has no room for one."""
         if not faulthandler.is_enabled():
             faulthandler.enable(file=sys.__stderr__)  # type: ignore[arg-type]
         command = [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(self.rank), str(self.stop_seconds)]

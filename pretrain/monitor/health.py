@@ -139,7 +139,7 @@ def count_failures(kinds: Sequence[object]) -> int:
 
 
 def number(line: Line, key: str) -> float | None:
-    """A finite number of a line; None where it has none."""
+    """A finite number of a line; None if it has none."""
     value = line.get(key)
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if is_number and value is not None else None

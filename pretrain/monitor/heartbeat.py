@@ -76,7 +76,7 @@ class Heartbeat:
         self._looker = threading.Thread(target=self._watch_neighbours, name="neighbours", daemon=True)
 
     def start(self) -> None:
-        """Begin to write and to watch. Raises OSError where the first beat cannot be written."""
+        """Begin to write and to watch. Raises OSError if the first beat cannot be written."""
         self._write()
         self._writer.start()
         self._watcher.start()
@@ -250,7 +250,7 @@ class Heartbeat:
         looker = threading.Thread(target=lambda: found.append(read_beats(self.directory)), daemon=True)
         try:
             looker.start()
-        except RuntimeError as error:  # the system may refuse threads, and this rank must end anyway
+        except RuntimeError as error:  # the system may reject threads, and this rank must end anyway
             return f"who holds it up was not read: {error}"
         looker.join(LOOK_SECONDS)
         if not found:

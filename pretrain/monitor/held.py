@@ -24,7 +24,7 @@ Interval = tuple[float, float]  # seconds since 1970
 
 @contextmanager
 def holding(run_dir: Path) -> Iterator[None]:
-    """Record that the machines of a run are held, from the begin of this process to the end of the block. What the disk refuses is left out."""
+    """Record that the machines of a run are held, from the begin of this process to the end of the block. What the disk rejects is left out."""
     path, ended = run_dir / NAME, threading.Event()
 
     def give_signs() -> None:
@@ -52,7 +52,7 @@ def extend_held(run_dir: Path, until: float) -> None:
 
 
 def read_held(run_dir: Path) -> list[Interval]:
-    """When launchers held the machines of a run, oldest first; nothing where none recorded it."""
+    """When launchers held the machines of a run, oldest first; nothing if none recorded it."""
     path = run_dir / NAME
     if not path.is_file():
         return []

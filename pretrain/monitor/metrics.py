@@ -62,7 +62,7 @@ class RunLog:
     def sync(self) -> None:
         """Make the lines durable: a checkpoint of a step must not outlive the line of the step.
 
-        Raises RuntimeError where the run directory is not the one that the log began in: a checkpoint would go elsewhere.
+        Raises RuntimeError if the run directory is not the one that the log began in: a checkpoint would go elsewhere.
         """
         self._require_place()
         self.metrics.sync()
@@ -80,19 +80,19 @@ class RunLog:
 
     @contextmanager
     def _plots(self, step: int) -> Iterator[None]:
-        """Inside, plots are written, which no run ends for: what the disk refuses is said once, and they stop."""
+        """Inside, plots are written, which no run ends for: what the disk rejects is said once, and they stop."""
         try:
             yield
         except OSError as error:
             self._require_place()
-            assert self.services is not None, "it refused"
+            assert self.services is not None, "it rejected"
             self.services.tensorboard = None  # its thread ended with the error; there is nothing to close
             text = f"TensorBoard's files in {self.directory / 'tensorboard'} take no more: {error.strerror or error}"
             sys.stderr.write(f"amfm: warning: {text}; training continues without them\n")
             self.write_event("tensorboard_failed", step, error=text)
 
     def _require_place(self) -> None:
-        """Raise RuntimeError where the run directory was moved or replaced since this log was opened."""
+        """Raise RuntimeError if the run directory was moved or replaced since this log was opened."""
         try:
             found = os.stat(self.directory)
         except FileNotFoundError:
@@ -151,7 +151,7 @@ def number_of(record: Mapping[str, Any], name: str) -> float:
 
 
 def check_plot_services(config: RunConfig) -> None:
-    """Refuse, on every rank and before any work, a plot service whose package is missing. Raises ValueError."""
+    """Reject, on every rank and before any work, a plot service whose package is missing. Raises ValueError."""
     if config.run.tensorboard and not is_installed("tensorboard"):
         raise ValueError(
             f"{describe_missing('run.tensorboard=true', 'tensorboard', 'report')}, or set run.tensorboard: false"

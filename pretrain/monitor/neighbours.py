@@ -54,7 +54,7 @@ class Neighbours:
         return [(beat, now - since) for beat, since in self.known.values()]
 
     def _next_node(self, mates: set[int]) -> list[Beat]:
-        """The beats of the node after this one, by the lowest ranks; none where there is no other."""
+        """The beats of the node after this one, by the lowest ranks; none if there is no other."""
         if self.next_file is None or not self.next_file.exists():
             files = {int(path.stem.removeprefix("rank-")): path for path in self.directory.glob("rank-*.json")}
             ranks = sorted(files.keys() - mates)

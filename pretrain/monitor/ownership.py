@@ -4,7 +4,7 @@ The lock of the run directory (`lock_directory`) is the kernel's: some network f
 two launchers could train in one directory, or ranks that were cut off from the network could come back and continue
 next to those that replaced them. Two rules prevent it, and need nothing but a shared directory:
 
-- Who starts looks at the heartbeats of other hosts. Where one still changes, that run lives, and the start is refused.
+- Who starts looks at the heartbeats of other hosts. Where one still changes, that run lives, and the start is rejected.
 - Who starts writes its own number into `run.dir/owner.json`. Who finds another number there has been replaced: its
   watchdog ends it, and it commits no checkpoint any more.
 
@@ -62,7 +62,7 @@ class Ownership:
 
 
 def read_owner(run_dir: Path) -> dict[str, Any] | None:
-    """Facts of the start that owns a run directory, empty where they are damaged; None where none does.
+    """Facts of the start that owns a run directory, empty where they are damaged; None if none does.
 
     Raises OSError.
     """
@@ -96,7 +96,7 @@ def describe_taken(directory: Path) -> str:
 def require_silence(run_dir: Path) -> None:
     """Wait until the beats of other hosts are known to be leftovers. Raises RuntimeError naming a rank that beats.
 
-    Takes no time where no other host left a beat: ranks that end in order remove theirs.
+    Takes no time if no other host left a beat: ranks that end in order remove theirs.
     """
     host = socket.gethostname()
     first = {beat.rank: beat for beat in read_beats(run_dir / "heartbeats") if beat.host != host}

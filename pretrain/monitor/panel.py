@@ -84,7 +84,7 @@ class RunState:
         return f"{format_duration(left)} left{done}"
 
     def elapsed(self) -> str:
-        """Time since this start began, of one that is over up to its newest step; empty where that is not known."""
+        """Time since this start began, of one that is over up to its newest step; empty if that is not known."""
         if self.began is None:
             return ""
         if not self.is_over:
@@ -148,7 +148,7 @@ class RunState:
         return ", ".join([*parts, *filter(None, [self.remaining()])])
 
     def describe_mfu(self, metrics: dict[str, Any]) -> list[str]:
-        """The model FLOPs utilization of a step, in a list that is empty where it means nothing.
+        """The model FLOPs utilization of a step, in a list that is empty if it means nothing.
 
         Above 100% the peak is wrong: it was measured at the start, in what other programs left of the machine.
         """

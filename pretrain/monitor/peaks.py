@@ -19,7 +19,7 @@ def keep_best(measured: float, what: str, ranks: int) -> tuple[float, int]:
     """The best peak that starts on this machine have measured, and how many did, kept in the user's cache.
 
     By what was measured, on which device, with which library and so many threads and ranks: what other programs leave of a
-    machine in one moment is less than the peak. Where there is no cache, or a damaged one, it is that of this start.
+    machine in one moment is less than the peak. If there is no cache, or a damaged one, it is that of this start.
     """
     folder = user_folder("peaks")
     if folder is None or not can_write(folder):

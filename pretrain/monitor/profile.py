@@ -46,7 +46,7 @@ class StepProfiler:
     def trace(self, step: int) -> Iterator[None]:
         """Trace the block if it is one of the steps; an error inside leaves no file and passes through.
 
-        Raises OSError where the trace cannot be written.
+        Raises OSError if the trace cannot be written.
         """
         if step not in self.steps:
             yield

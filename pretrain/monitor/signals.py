@@ -3,7 +3,7 @@
 All but Ctrl-C are noted from the first line of a process on (`note_signals`), before anything heavy is imported;
 the watch of the run takes over what came until then.
 
-The first Ctrl-C is answered at once, in a separate thread: a step may take minutes, and a panel that is being redrawn
+The first Ctrl-C is answered immediately, in a separate thread: a step may take minutes, and a panel that is being redrawn
 is not a place for a handler to write to. A second one ends the process at once, whatever it waits for: after the first
 one SIGINT has the system's own action again, which needs no Python. What was saved before stands, as after any kill.
 """
@@ -37,7 +37,7 @@ def note_signals() -> None:
 
 
 def take_noted() -> list[int]:
-    """The signals noted so far, once; where none replaced it, the system's own action holds again."""
+    """The signals noted so far, once; if none replaced it, the system's own action holds again."""
     for number in SAVING:
         if signal.getsignal(number) is _note:
             signal.signal(number, signal.SIG_DFL)
@@ -90,7 +90,7 @@ class SignalWatch:
 
 
 def answer_plainly() -> None:
-    """Answer a first Ctrl-C on standard error, where there is no display yet."""
+    """Answer a first Ctrl-C on standard error, if there is no display yet."""
     os.write(
         sys.stderr.fileno(), f"\namfm: {ON_INTERRUPT.format(lost='the steps since the last checkpoint')}\n".encode()
     )

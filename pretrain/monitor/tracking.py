@@ -100,7 +100,7 @@ class Services:
         self.wandb = open_wandb(config, self.tracking) if config.run.wandb_project is not None else None
 
     def write_tensorboard(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Write named numbers of a step. Raises OSError where the disk refuses them."""
+        """Write named numbers of a step. Raises OSError if the disk rejects them."""
         if self.tensorboard is None:
             return
         for name, value in numbers.items():
@@ -122,7 +122,7 @@ class Services:
             self.wandb.log(dict(numbers), step=step)
 
     def close_tensorboard(self) -> None:
-        """Flush and close. Raises OSError where the disk refuses what is left."""
+        """Flush and close. Raises OSError if the disk rejects what is left."""
         for writer in (self.tensorboard, self.by_tokens):
             if writer is not None:
                 writer.close()
@@ -180,7 +180,7 @@ def read_commits() -> dict[str, str]:
 
 
 def read_commit(folder: Path) -> str:
-    """Commit of the checkout that holds a folder; empty where there is none, or no git."""
+    """Commit of the checkout that holds a folder; empty if there is none, or no git."""
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -99,7 +99,7 @@ class AlikeGroup(_ProcessGroup):
     def all_to_all_single(
         self, output: Tensor, given: Tensor, received: Sequence[int], sent: Sequence[int], *_: Any
     ) -> Any:
-        """Bring the part for this rank once from each; zeros where a rank that sends less to itself is to send more."""
+        """Bring the part for this rank once from each; zeros if a rank that sends less to itself is to send more."""
         ranks = self.size()
         own = given.split(list(sent) or [len(given) // ranks] * ranks)[self.rank()]
         for part in output.split(list(received) or [len(output) // ranks] * ranks):

@@ -29,7 +29,7 @@ SLOW_RATIO, SLOW_SECONDS = 10.0, 0.25  # above the median of all, and at least
 def make_communicators(parallel: Parallel, timeout_seconds: float) -> list[str]:
     """Make and time the communicators of a layout; returns what is slow, in words, on all ranks. Every rank must call this.
 
-    Raises RuntimeError where one does not answer within the time, with its axis and ranks.
+    Raises RuntimeError if one does not answer within the time, with its axis and ranks.
     """
     own: Seconds = {}
     for axis, group in list_communicators(parallel):

@@ -61,9 +61,9 @@ def open_loader(
 def open_validations(
     config: RunConfig, data: DataConfig, parallel: Parallel, stages: tuple[RunStage, ...]
 ) -> dict[int, PretrainLoader]:
-    """Open held-out text for every row length that the run will come to, so that missing text shows at the start.
+    """Open held-out text for every sequence length that the run will come to, so that missing text shows at the start.
 
-    Returns loaders by tokens per row; empty when nothing is held out.
+    Returns loaders by tokens per sequence; empty when nothing is held out.
     """
     if config.data.validation_fraction == 0:
         return {}
@@ -72,7 +72,7 @@ def open_validations(
 
 
 def check_vocabulary(config: RunConfig, loader: PretrainLoader) -> None:
-    """Raise ValueError where the store has tokens without a row in the embedding.
+    """Raise ValueError if the store has tokens without a row in the embedding.
 
     `check_run` cannot know this: the size of a given tokenizer is known only from the store.
     """

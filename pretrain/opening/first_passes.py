@@ -62,7 +62,7 @@ def compile_first(
     """Check and compile what the blocks of this rank need, and meet the other ranks. Every rank must call this.
 
     config: as the model of the run, `real`, was built. shape: rows of the next step's micro-batches, and their tokens. report:
-    hears of each part before it is compiled. Raises ValueError where kernels are wrong on this device.
+    hears of each part before it is compiled. Raises ValueError if kernels are wrong on this device.
     """
     if not compiles_anything(config, parallel):
         return
@@ -278,7 +278,7 @@ def pass_block(model: HybridModel, index: int, batch: MicroBatch) -> Tensor:
 
 
 def pass_head(model: HybridModel, batch: MicroBatch) -> Tensor:
-    """The loss of a stream, with all depths of multi-token prediction."""
+    """The loss of a stream, with all MTP layers."""
     residual_BTD = enter(model, batch)
     delta_BTD = enter(model, batch).to(next(model.parameters()).dtype)
     output = model.finish(Stream(residual_BTD, delta_BTD), batch.labels_BT, ahead=batch.ahead, meta=batch.meta)

@@ -142,7 +142,7 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None, origin: dict[str, Any]) 
         from amfm.model.huggingface.targets import unfit_for_all
 
         for reason in unfit_for_all(run.config.model):
-            run.say(f"this model trains, and amfm export will refuse it: {reason}")
+            run.say(f"this model trains, and amfm export will reject it: {reason}")
     cause = find_restart_cause(describe_environment([RESTART_CAUSE, TORCHRUN_RESTARTS]), last_event)
     if cause is not None:
         run.record_event("restarted", cause=cause)
@@ -201,7 +201,7 @@ def keep_released(run: Run) -> None:
 
 
 def find_last_event(directory: Path) -> str | None:
-    """The newest event of a run directory; None where there is none."""
+    """The newest event of a run directory; None if there is none."""
     events = [event.get("event") for event in read_events(directory)]
     return events[-1] if events else None
 
@@ -209,7 +209,7 @@ def find_last_event(directory: Path) -> str | None:
 def find_restart_cause(environment: Mapping[str, str], last_event: str | None = None) -> str | None:
     """Why the ranks were started again: as `amfm launch` says, or torchrun's number of the restart.
 
-    None where nothing failed.
+    None if nothing failed.
 
     torchrun counts a start in the layout of the next stage, the run's last event then, as a restart too.
     """

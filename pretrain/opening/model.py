@@ -118,7 +118,7 @@ def build_model(
 
 
 def held_pieces(config: RunConfig, parallel: Parallel) -> tuple[Piece, ...] | None:
-    """The pieces of the model that this rank holds; None where there is no pipeline."""
+    """The pieces of the model that this rank holds; None if there is no pipeline."""
     section = config.parallel
     if section.pipeline == 1:
         return None

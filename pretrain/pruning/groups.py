@@ -6,7 +6,7 @@
 
 A group of zeros has a zero gradient, because every product that leads to one of its weights passes another of them: so
 it stays at zero while the rest trains, weight decay included, and nothing has to hold it there. An expert needs one
-thing more: the router must not choose it, so its balancing bias is put where no score can reach it.
+thing more: the router must not choose it, so its balancing bias is put if no score can reach it.
 
 Magnitude pruning while a model trains: more and more groups go to zero, the smallest first (hooks/prune.py does it).
 

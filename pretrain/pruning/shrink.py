@@ -42,7 +42,7 @@ class Shrunk:
 
 
 def shrink_weights(weights: Weights) -> Shrunk:
-    """Remove every kind of group that is zero in all blocks. Raises ValueError where there is none."""
+    """Remove every kind of group that is zero in all blocks. Raises ValueError if there is none."""
     counts: dict[str, tuple[int, int]] = {}
     found = weights
     for kind in PRUNED_GROUPS:
@@ -158,7 +158,7 @@ class ShrinkReport:
 def shrink_checkpoint(checkpoint: str | Path, out_dir: str | Path, report: Report = silent) -> ShrinkReport:
     """Take groups of zeros out of a checkpoint (or a weights folder) and write OUT, whole or not at all.
 
-    Raises ValueError where nothing is zero or OUT is in use, RuntimeError where logits differ.
+    Raises ValueError if nothing is zero or OUT is in use, RuntimeError if logits differ.
     """
     out = Path(out_dir)
     check_free(out)

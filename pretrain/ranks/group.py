@@ -1,6 +1,6 @@
 """Exchange of small Python objects between ranks, on the default process group or on one of its own.
 
-For names, reports and errors, which are pickled; tensors go through their own collectives (parallel.py). Objects travel over a
+For names, reports and errors, which are pickled; tensors go through their own collectives (parallel.py). Objects are sent over a
 tree (tree.py). `raise_together` is how a failure of one rank becomes an error of all: a rank that raised alone would
 leave the others waiting.
 """

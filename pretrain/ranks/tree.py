@@ -3,7 +3,7 @@
 A gather to rank 0 opens a socket to each of 16,383 others, above what a process may have, and an all-gather of names sends
 every rank what all others know. In the tree, eight consecutive ranks are a block (a node of most machines) whose first rank
 talks to the other seven, and first ranks have FAN_OUT first ranks below them. What is joined on the way is merged at each rank,
-so that what many say alike travels once. With 16,384 ranks a message passes five others at most, and a rank has 24 peers.
+so that what many say alike is sent once. With 16,384 ranks a message passes five others at most, and a rank has 24 peers.
 
 `up` and `down` need no more than a way to send bytes to a rank and to receive them, so a test runs them for any number of ranks
 without processes.

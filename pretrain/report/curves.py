@@ -42,7 +42,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Values [row][span] of named rows over spans of steps between `edges`; None where nothing was measured.
+    """Values [row][span] of named rows over spans of steps between `edges`; None if nothing was measured.
 
     `lowest`, `highest`: values of the first and the last colour; with `is_log` colours follow the ratio to `lowest`.
     """

@@ -100,7 +100,7 @@ class RunRecord:
         return found
 
     def last(self, key: str) -> float | None:
-        """Look up the newest finite value of one metric, None where it was never measured."""
+        """Look up the newest finite value of one metric, None if it was never measured."""
         values = self.series(key)[1]
         return values[-1] if values else None
 

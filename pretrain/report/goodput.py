@@ -98,7 +98,7 @@ class Span:
 
 
 def measure_goodput(record: RunRecord) -> TimeUse | None:
-    """Measure where the time went, from events and metrics; None where no start with its time was recorded, or a log has a gap."""
+    """Measure where the time went, from events and metrics; None if no start with its time was recorded, or a log has a gap."""
     if record.gap is not None:
         return None
     spans = find_spans(record)
@@ -217,7 +217,7 @@ def begin_of(line: Mapping[str, Any]) -> float:
 
 
 def moment(value: object, default: float) -> float:
-    """Seconds since 1970 of a time in ISO 8601, the default where there is none."""
+    """Seconds since 1970 of a time in ISO 8601, the default if there is none."""
     return seconds_of(value) if isinstance(value, str) else default
 
 

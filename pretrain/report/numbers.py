@@ -68,7 +68,7 @@ def make_columns(steps: Sequence[int], values: Sequence[float], limit: int) -> C
 
 
 def mean_of_spans(steps: Sequence[int], values: Sequence[float], edges: Sequence[float]) -> list[float | None]:
-    """Average a series over the spans between `edges` of steps; None where a span has no value."""
+    """Average a series over the spans between `edges` of steps; None if a span has no value."""
     places = np.searchsorted(np.asarray(edges), np.asarray(steps), side="right") - 1
     inside = (places >= 0) & (places < len(edges) - 1)
     sums = np.bincount(places[inside], weights=np.asarray(values)[inside], minlength=len(edges) - 1)

@@ -1,7 +1,7 @@
 """The HTML of a report: one file without links to anything outside it, light and dark, wide and narrow.
 
 A report is mailed, archived and opened offline, so style sheet (page.css), script (page.js) and the curves are inline,
-and the page itself forbids the browser to fetch anything. The script draws the plots; where none runs, the reader sees
+and the page itself forbids the browser to fetch anything. The script draws the plots; if none runs, the reader sees
 them as SVG. Colours are CSS variables, set twice: `prefers-color-scheme` chooses. Whatever comes from the run (names,
 events, settings) is escaped before it enters the page.
 """
@@ -134,7 +134,7 @@ def render_shares(shares: Sequence[Share], text: str) -> str:
 
 
 def render_plots(plots: Sequence[Plot]) -> str:
-    """Render the section of plots: a place for each that the script fills, and its SVG where no script runs."""
+    """Render the section of plots: a place for each that the script fills, and its SVG if no script runs."""
     figures = []
     for plot in plots:
         caption = f"<figcaption><b>{escape(plot.title)}</b>{escape(plot.caption)}</figcaption>"

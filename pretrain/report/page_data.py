@@ -25,7 +25,7 @@ MAX_CURVES = 8
 
 
 def tasks_plot(record: RunRecord) -> Plot | None:
-    """Plot what share of each task is right, over the steps; the first few tasks. None where no task was measured."""
+    """Plot what share of each task is right, over the steps; the first few tasks. None if no task was measured."""
     series = {name: pair for name, pair in record.named_series("tasks").items() if metric_of(name) in SHARES}
     if not series:
         return None
@@ -37,7 +37,7 @@ def tasks_plot(record: RunRecord) -> Plot | None:
 
 
 def describe_tasks(record: RunRecord) -> Table | None:
-    """Tabulate each metric of each task: first, and newest. None where no task was measured."""
+    """Tabulate each metric of each task: first, and newest. None if no task was measured."""
     series = record.named_series("tasks")
     if not series:
         return None
@@ -129,7 +129,7 @@ def describe_curve(curve: Curve, limit: int) -> dict[str, Any]:
 
 
 def describe_heat(heat: HeatMap) -> dict[str, Any]:
-    """One map as JSON values; null where nothing was measured."""
+    """One map as JSON values; null if nothing was measured."""
     rows = [[None if value is None else _rounded(value, 3) for value in row] for row in heat.rows]
     return {
         "names": list(heat.names),

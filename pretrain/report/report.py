@@ -199,7 +199,7 @@ def describe_time(record: RunRecord) -> tuple[list[Share], str] | None:
 
 
 def describe_model(record: RunRecord) -> Table:
-    """Tabulate parameters and arithmetic by kind of block, with a column of FLOPs for each row length of the run.
+    """Tabulate parameters and arithmetic by kind of block, with a column of FLOPs for each sequence length of the run.
 
     Row lengths are those of its stages and data phases: attention's share grows with them.
     """

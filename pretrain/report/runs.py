@@ -89,7 +89,7 @@ def read_row(directory: Path, folder: Path) -> RunRow:
 
 
 def newest_loss(record: RunRecord) -> float | None:
-    """Loss of the newest step; None where it was not finite."""
+    """Loss of the newest step; None if it was not finite."""
     return number(record.metrics[-1], "loss")
 
 

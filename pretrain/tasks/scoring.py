@@ -26,7 +26,7 @@ from amfm.model.packing import PackMeta
 from amfm.pretrain.inference.passes import RowPasses
 from amfm.pretrain.parallel import Parallel
 
-# Tokens per row at least, where rows need not be as long as in training.
+# Tokens per sequence at least, where rows need not be as long as in training.
 SHORTEST_ROW = 512
 
 
@@ -110,7 +110,7 @@ class Scorer:
         return [Likelihood(-nll, misses == 0) for nll, misses in found]
 
     def _row_length(self, longest: int) -> int:
-        """Tokens per row: those of the run, or few lengths, which ranks can share and kernels meet often."""
+        """Tokens per sequence: those of the run, or few lengths, which ranks can share and kernels meet often."""
         if self.row_length is not None:
             return self.row_length
         multiple = self.parallel.groups.tp.size()

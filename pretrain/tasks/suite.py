@@ -118,7 +118,7 @@ class TaskSuite:
 
 
 def require_lm_eval(setting: str) -> None:
-    """Raise ValueError where lm-eval is not installed."""
+    """Raise ValueError if lm-eval is not installed."""
     if not is_installed("lm_eval"):
         raise ValueError(f"{describe_missing(setting, 'lm_eval', 'eval')}, or leave it out")
 
@@ -126,7 +126,7 @@ def require_lm_eval(setting: str) -> None:
 def open_suite(choice: TaskChoice, setting: str) -> TaskSuite:
     """Find the tasks by name; their data is not touched. `setting`: where the names were given, for messages.
 
-    Raises ValueError for names that no one knows, a folder that is none and a missing lm-eval. lm-eval
+    Raises ValueError for names that no one knows, a folder that is not one and a missing lm-eval. lm-eval
     passes over files that it cannot read.
     """
     require_lm_eval(setting)
@@ -262,7 +262,7 @@ def measure_together(
     """Measure the tasks of rank 0's suite on all ranks, which get the same values or the same problem.
 
     Rank 0 sends each job to all ranks, which run it in lock step, and then the end: ranks branch on nothing but what they
-    were sent. refuse: what is wrong with loaded tasks. Every rank must call this.
+    were sent. reject: what is wrong with loaded tasks. Every rank must call this.
     """
     ranks = RankGroup(scorer.parallel.rank, scorer.parallel.world_size)
     if suite is None:
@@ -285,7 +285,7 @@ def measure_together(
     return end
 
 
-# Tokens per row for an import, of which no length of training is known; an export of it says the same.
+# Tokens per sequence for an import, of which no length of training is known; an export of it says the same.
 DEFAULT_LENGTH = 4096
 
 

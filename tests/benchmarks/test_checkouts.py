@@ -1,4 +1,4 @@
-"""`python -m benchmarks.checkouts`: turns of two checkouts, their ratio by pairs, and folders that are none."""
+"""`python -m benchmarks.checkouts`: turns of two checkouts, their ratio by pairs, and folders that are not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.pipeline`: both schedules train, in turns, and bad input is refused."""
+"""`python -m benchmarks.pipeline`: both schedules train, in turns, and bad input is rejected."""
 
 from __future__ import annotations
 

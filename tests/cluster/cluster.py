@@ -37,7 +37,7 @@ PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
 def missing(*engines: str) -> str:
-    """Why these engines cannot run here, empty where they can."""
+    """Why these engines cannot run here, empty if they can."""
     if os.geteuid():
         return "needs root, for namespaces"
     lacks = [name for engine in ("network", *engines) for name in PROGRAMS[engine] if not shutil.which(name, path=PATH)]

@@ -74,7 +74,7 @@ def let_start(nodes: Cluster, job: str) -> None:
     """Slurm holds a requeued job back for two minutes; no one needs to wait for that here, nor to keep the limit again."""
     nodes.run(0, "scontrol", "update", f"JobId={job}", "TimeLimit=60", check=False)
     if state(nodes, job) == "PENDING":
-        # A node refuses a job's credential of the second in which it ended that job ("already killed").
+        # A node rejects a job's credential of the second in which it ended that job ("already killed").
         time.sleep(2)
         nodes.run(0, "scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
 

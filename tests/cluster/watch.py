@@ -43,7 +43,7 @@ LONGEST_CAUSE = 110
 class Row:
     """A line of the table.
 
-    `seconds_to_notice`: None where there was nothing to notice. `ranks`: of each start. `difference`: None where losses are
+    `seconds_to_notice`: None if there was nothing to notice. `ranks`: of each start. `difference`: None if losses are
     not compared.
     """
 

@@ -241,8 +241,8 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message:
 
 def test_rows_too_short_for_the_task_or_for_two_splits_are_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"rows of 20 tokens are too short for the synthetic task overwriting .*; use 21 at least"
+        ValueError, match=r"sequences of 20 tokens are too short for the synthetic task overwriting .*; use 21 at least"
     ):
         open_reader(SMALL["overwriting"], 20)
-    with pytest.raises(ValueError, match="no validation row of 2 tokens was found for the synthetic task parity"):
+    with pytest.raises(ValueError, match="no validation sequence of 2 tokens was found for the synthetic task parity"):
         open_reader(SMALL["parity"], 2, split="validation")

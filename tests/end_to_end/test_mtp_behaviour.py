@@ -1,4 +1,4 @@
-"""What a prediction depth is for: it drafts what the main model will say, and costs the main model nothing."""
+"""What an MTP layer is for: it drafts what the main model will say, and costs the main model nothing."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ LIMIT_FILES = {"memory": "memory.limit_in_bytes", "pids": "pids.max"}
 
 
 def limited_group(controller: str, name: str, limit: int) -> Path:
-    """A cgroup with a limit, below the one of all processes here. Raises OSError where the system gives none."""
+    """A cgroup with a limit, below the one of all processes here. Raises OSError if the system gives none."""
     group = Path("/sys/fs/cgroup", controller, f"amfm-test-{os.getpid()}-{name}")
     group.mkdir()
     (group / LIMIT_FILES[controller]).write_text(str(limit))

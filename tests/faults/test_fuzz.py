@@ -42,7 +42,7 @@ def fuzz(place: Path, count: int, readers: tuple[str, ...]) -> list[dict[str, ob
 def check(reports: list[dict[str, object]], capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():
         for report in reports:
-            print(f"\n{report['reader']}: {report['cases']} mutations, {report['refused']} refused", end="")
+            print(f"\n{report['reader']}: {report['cases']} mutations, {report['refused']} rejected", end="")
     assert [report for report in reports if report["broken"]] == []
 
 

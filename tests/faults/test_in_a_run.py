@@ -218,7 +218,7 @@ def test_a_rank_that_the_kernel_kills_for_memory_is_named_and_nothing_is_lost(tm
 
 @pytest.mark.slow
 def test_a_rank_that_gets_no_further_thread_ends_in_words_and_nothing_is_lost(tmp_path: Path) -> None:
-    """By a cgroup: what starts a process or a thread afterwards is refused, and the save after it."""
+    """By a cgroup: what starts a process or a thread afterwards is rejected, and the save after it."""
     skip_without_group("pids")
     with groups_removed():
         (found,) = run_ranks(run_out, str(tmp_path), {}, "run_out_of_threads", 1, num_ranks=1)

@@ -29,7 +29,7 @@ PASSING = {
     "quota of the checkpoint": ("write", "checkpoints/*.safetensors", "EDQUOT", 0),
     "broken checkpoint disk": ("fsync", "checkpoints/*.safetensors", "EIO", 1),
     "checkpoint that gets no name": ("rename", "checkpoints/step-*", "EIO", 1),
-    "folder that refuses its fsync": ("fsync", "checkpoints", "EIO", 1),
+    "folder that rejects its fsync": ("fsync", "checkpoints", "EIO", 1),
     "torn manifest": ("write", "checkpoints/*manifest.json*", "torn=5", 1),
 }
 

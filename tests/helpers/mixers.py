@@ -17,7 +17,7 @@ NAMES = ("projected", "conv_weight", "conv_bias", "A_log", "D", "dt_bias", "norm
 
 @dataclass(frozen=True)
 class MixerCase:
-    """Sizes of one call: B rows of T tokens, H heads of P in G groups, state N; `lengths` of documents in the first row."""
+    """Sizes of one call: B sequences of T tokens, H heads of P in G groups, state N; `lengths` of documents in the first row."""
 
     B: int = 1
     T: int = 33

@@ -51,7 +51,7 @@ def run_ranks(function: Callable[..., Any], *arguments: Any, num_ranks: int = 2)
     The function must be importable (module level) and its arguments and results picklable. It starts the process group
     itself, as training does (`amfm.pretrain.parallel.initialize_parallel`). Every rank draws by the test's seed. Returns
     the results in rank order; raises the first rank's error. Whatever ends the wait, the test's own time limit too, ends
-    the ranks: how long they may take is the test's to say, since where nothing is compiled yet and other programs run it
+    the ranks: how long they may take is the test's to say, since if nothing is compiled yet and other programs run it
     is minutes.
     """
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -1,4 +1,4 @@
-"""Which FlashAttention runs, where none, one that is broken, or none for the GPU is installed."""
+"""Which FlashAttention runs, if none, one that is broken, or none for the GPU is installed."""
 
 from __future__ import annotations
 

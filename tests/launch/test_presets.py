@@ -1,4 +1,4 @@
-"""Presets by name: what there is, what is refused, and that a verb takes one instead of a file."""
+"""Presets by name: what there is, what is rejected, and that a verb takes one instead of a file."""
 
 from __future__ import annotations
 

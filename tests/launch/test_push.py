@@ -1,4 +1,4 @@
-"""`amfm export --push` makes one commit of all files in a repository of the Hub's API, and says in words what the Hub refuses."""
+"""`amfm export --push` makes one commit of all files in a repository of the Hub's API, and says in words what the Hub rejects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands in one document of a packed row never reaches another: bitwise, forwards and backwards."""
+"""What stands in one document of a packed sequence never reaches another: bitwise, forwards and backwards."""
 
 import pytest
 import torch

@@ -86,9 +86,7 @@ def test_the_release_of_nemotron_3_super_is_a_line_of_settings():
     assert len(by_weight["M", "in_proj.weight", "nvfp4"]) == 34
     assert len(by_weight["M", "out_proj.weight", "mxfp8"]) == 34
     assert len(by_weight["E", "experts.up", "nvfp4"]) == 33
-    assert by_weight["E", "latent_up.weight", "bf16"][-1] == 89, (
-        "latent projections, and the module of prediction depths"
-    )
+    assert by_weight["E", "latent_up.weight", "bf16"][-1] == 89, "latent projections, and the module of MTP layers"
     assert ("*", "q_proj.weight", "nvfp4") not in by_weight
     assert describe_indices((0, 1, 2, 5, 7, 8)) == "0-2, 5, 7-8"
 

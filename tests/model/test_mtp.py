@@ -179,7 +179,7 @@ def test_recomputed_depths_have_the_same_gradients():
 
 
 def test_settings_without_a_depth_are_refused():
-    with pytest.raises(ValueError, match=r"model.mtp is set but model.pattern has no prediction depth"):
+    with pytest.raises(ValueError, match=r"model.mtp is set but model.pattern has no MTP layer"):
         check_model(small_config("M*", mtp=MtpConfig()))
     with pytest.raises(ValueError, match=r"model.pattern has '\*' .* but model.attention is missing"):
         check_model(small_config("M/*E", attention=None))

@@ -1,4 +1,4 @@
-"""The layout of packed rows against one computed document by document."""
+"""The layout of packed sequences against one computed document by document."""
 
 import pytest
 import torch

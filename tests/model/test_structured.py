@@ -1,4 +1,4 @@
-"""Factored feed-forwards: each is its dense product, starts as a dense matrix does, and is counted and refused rightly."""
+"""Factored feed-forwards: each is its dense product, starts as a dense matrix does, and is counted and rejected rightly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole model on Triton's kernels, interpreted, against the torch backend: training, packed rows and decoding."""
+"""The whole model on Triton's kernels, interpreted, against the torch backend: training, packed sequences and decoding."""
 
 import os
 import subprocess

@@ -32,7 +32,7 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "if self.at_rest:",
         "self.at_rest",
         "(True)",
-    ): "where nothing is noted nothing has changed: a pass over the state for nothing",
+    ): "if nothing is noted nothing has changed: a pass over the state for nothing",
     (
         "pretrain/monitor/corruption.py",
         "self.layout.engine.wait_for_weights()",
@@ -62,7 +62,7 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "if manifest is None or problems:",
         "manifest is None or problems",
         "(problems)",
-    ): "where there is no manifest there is a problem",
+    ): "if there is no manifest there is a problem",
     (
         "pretrain/engine/gradients.py",
         "if excess > 1:",

@@ -1,6 +1,6 @@
 """Models and layouts that hypothesis draws, and ranks that compute them in float64 for as long as a test asks.
 
-A drawn case is a model (blocks, sizes, features), documents of packed rows, and axes. Ranks and one process compute its
+A drawn case is a model (blocks, sizes, features), documents of packed sequences, and axes. Ranks and one process compute its
 loss and all gradients; both are handed the same weights by name and seed.
 """
 
@@ -78,7 +78,7 @@ def documents(draw: st.DrawFn) -> tuple[int, ...]:
 
 @st.composite
 def models(draw: st.DrawFn) -> dict[str, Any]:
-    """A model section of four unlike blocks, with an optional prediction depth."""
+    """A model section of four unlike blocks, with an optional MTP layer."""
     heads, kv_heads = draw(st.sampled_from([(4, 4), (4, 2), (4, 1), (8, 2)]))
     pattern = "".join(draw(st.permutations("M*E-WGC+"))[:4])
     depth = draw(st.sampled_from(["", "", "/*", "/*E"]))
@@ -145,7 +145,7 @@ def cases(draw: st.DrawFn, num_ranks: int) -> Case:
 
 
 def used_sections(model: dict[str, Any]) -> dict[str, Any]:
-    """The model without sections that its pattern does not read, which would be refused."""
+    """The model without sections that its pattern does not read, which would be rejected."""
     letters = {"W": "window", "G": "gated_deltanet", "C": "short_conv", "+": "mla"}
     mixers = {name: model["mixers"][name] for letter, name in letters.items() if letter in model["pattern"]}
     return model | {"mixers": mixers}

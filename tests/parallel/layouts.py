@@ -30,7 +30,7 @@ from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 
 STEPS = 3
-# Ranks wait for each other's compiler, minutes where nothing is compiled yet and other programs run.
+# Ranks wait for each other's compiler, minutes if nothing is compiled yet and other programs run.
 TIMEOUT_SECONDS = 300
 LEARNING_RATE = 1e-3
 
@@ -316,7 +316,7 @@ LAYOUTS = [
     Layout(8, {"tensor": 2, "expert": 2, "expert_tensor": 2}, "latent"),
     Layout(8, {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "expert": 2}, "recycle"),
     Layout(4, {"expert": 2, "zero_stage": 2, "offload_optimizer": True}),
-    # In halves, of which one travels while experts compute the other.
+    # In halves, of which one is sent while experts compute the other.
     Layout(2, {"expert": 2, "overlap_experts": True}, "latent", {"train__recompute": "full"}),
     Layout(
         4, {"tensor": 2, "sequence_parallel": True, "expert": 4, "overlap_experts": True, "zero_stage": 2}, "recycle"

@@ -21,7 +21,7 @@ def test_the_machines_state_can_be_resumed_in_every_phase(name: str) -> None:
 def test_a_path_is_the_users_to_correct_until_the_run_is_under_way(name: str) -> None:
     refusal = OSError(getattr(errno, name), "refused", "runs/x/metrics.jsonl")
     assert exit_code(refusal) == 2
-    with pytest.raises(RuntimeError, match=r"runs/x/metrics\.jsonl: refused; ") as raised, while_running():
+    with pytest.raises(RuntimeError, match=r"runs/x/metrics\.jsonl: rejected; ") as raised, while_running():
         raise refusal
     assert exit_code(raised.value) == 3
 

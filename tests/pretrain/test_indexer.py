@@ -1,4 +1,4 @@
-"""Runs whose indexers learn from dense attention and then choose: bitwise identical results wherever they are cut, and what is refused."""
+"""Runs whose indexers learn from dense attention and then choose: bitwise identical results wherever they are cut, and what is rejected."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_both_stages_give_the_same_bits_wherever_they_are_cut(
         assert [line[key] for line in cut] == [line[key] for line in whole]
     assert all(line["auxiliary"]["indexer"] > 0 for line in whole)
     told = capsys.readouterr()
-    assert "amfm export will refuse it" not in told.out + told.err
+    assert "amfm export will reject it" not in told.out + told.err
     for step, stage in ((3, "warm_up"), (4, "sparse")):
         model = read_weights(tmp_path / "whole" / "checkpoints" / f"step-{step:08d}").model
         assert model.attention is not None and model.attention.indexer is not None

@@ -1,4 +1,4 @@
-"""Runs with multi-token prediction: what they log, how they resume, which weights they begin with, what is refused."""
+"""Runs with multi-token prediction: what they log, how they resume, which weights they begin with, what is rejected."""
 
 from __future__ import annotations
 
@@ -75,10 +75,10 @@ def test_weights_with_and_without_depths_begin_a_run(data: DataConfig, tmp_path:
     remarks, state, _ = begin(DEEP, "deep")
     assert remarks == [] and all(torch.equal(state[name], value) for name, value in deep.state.items())
     remarks, state, fresh = begin(DEEP, "plain")
-    assert len(remarks) == 1 and "no prediction depths /*E as here: they begin at random" in remarks[0]
+    assert len(remarks) == 1 and "no MTP layers /*E as here: they begin at random" in remarks[0]
     assert all(torch.equal(state[name], plain.state.get(name, fresh[name])) for name in state)
     remarks, state, _ = begin({**SMALL, "pattern": "M*"}, "deep")
-    assert len(remarks) == 1 and "its prediction depths /*E are ignored" in remarks[0]
+    assert len(remarks) == 1 and "its MTP layers /*E are ignored" in remarks[0]
     assert all(torch.equal(value, deep.state[name]) for name, value in state.items())
 
 
@@ -125,13 +125,13 @@ def test_context_ranks_cut_what_was_shifted_on_whole_rows() -> None:
             {"data__synthetic": {"task": "parity"}},
             "labels of data.synthetic are not the next tokens",
         ),
-        ({"pattern": "M*", "mtp": {"loss_weight": 0.1}}, {}, "has no prediction depth that reads it"),
+        ({"pattern": "M*", "mtp": {"loss_weight": 0.1}}, {}, "has no MTP layer that reads it"),
         (
             {"pattern": "M*/*", "mup": {"base_hidden_size": 8}},
             {},
-            "model.mup was not shown to hold for the prediction depths",
+            "model.mup was not shown to hold for the MTP layers",
         ),
-        ({"pattern": "M*/*|E"}, {}, "a prediction depth stays with the last stage"),
+        ({"pattern": "M*/*|E"}, {}, "an MTP layer stays with the last stage"),
     ],
 )
 def test_what_depths_cannot_do_is_refused_by_name(data, tmp_path, model, settings, message) -> None:

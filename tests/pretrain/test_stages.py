@@ -1,4 +1,4 @@
-"""Consecutive stages: how they resolve, what is refused, and a run that crosses four of them and resumes in each."""
+"""Consecutive stages: how they resolve, what is rejected, and a run that crosses four of them and resumes in each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop as a user meets it: files, stops, signals, validation, refusals."""
+"""The loop as a user meets it: files, stops, signals, validation, rejections."""
 
 from __future__ import annotations
 

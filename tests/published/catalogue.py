@@ -35,7 +35,7 @@ class Change:
 class Bug:
     """A silent bug that was published, what amfm does, and the test that shows it.
 
-    plant: changes of our code that bring the bug in; empty where it was not tried.
+    plant: changes of our code that bring the bug in; empty if it was not tried.
     """
 
     key: str

@@ -1,4 +1,4 @@
-"""The recipes: each parses, refuses what it cannot do, and runs whole at toy size on a CPU; called again it
+"""The recipes: each parses, rejects what it cannot do, and runs whole at toy size on a CPU; called again it
 continues.
 """
 

@@ -84,7 +84,7 @@ def soak(
 def check_options(
     minutes: float | None, seed: int | None, only_round: int | None, folder: Path | None, picture: Path | None
 ) -> None:
-    """Refuse what cannot take effect. Raises ValueError."""
+    """Reject what cannot take effect. Raises ValueError."""
     if only_round is not None and seed is None:
         raise ValueError(f"--round {only_round} is a round of a seed; name it: --seed N")
     if only_round is not None and minutes is not None:

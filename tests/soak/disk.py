@@ -22,7 +22,7 @@ SOURCE = Path(__file__).with_name("disk.c")
 
 @functools.cache
 def build_library() -> Path:
-    """Compile disk.c, unless that was done before, and return the library. Raises RuntimeError where it cannot be."""
+    """Compile disk.c, unless that was done before, and return the library. Raises RuntimeError if it cannot be."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None or not sys.platform.startswith("linux"):
         raise RuntimeError("a disk that fails on order needs Linux and a C compiler; install gcc")

@@ -33,7 +33,7 @@ STUCK_SECONDS = 900.0  # a start on a machine that does other work too
 class Strike:
     """A fault that was done. `seconds`: since the soak began; `step`: the newest that was logged; `starts`: so far.
 
-    Of a fault that ends the start: `code`, how the launcher ended (None where it started the ranks again on its own),
+    Of a fault that ends the start: `code`, how the launcher ended (None if it started the ranks again on its own),
     and `resumed_at`, the step from which the run continued.
     """
 
@@ -79,7 +79,7 @@ class Soak:
     data: DataConfig | None = None
 
     def run(self, only: int | None = None, layouts: Sequence[Layout] = LAYOUTS) -> None:
-        """Do rounds until the time is up, one at least, or the one given. Raises RuntimeError where one goes wrong."""
+        """Do rounds until the time is up, one at least, or the one given. Raises RuntimeError if one goes wrong."""
         self.data = make_store(self.folder / "data")
         self.until = time.monotonic() + self.seconds
         for number in itertools.count() if only is None else [only]:
@@ -88,7 +88,7 @@ class Soak:
             self.run_round(number, layouts[(number + self.seed) % len(layouts)])
 
     def run_round(self, number: int, layout: Layout) -> None:
-        """Do one round; raises RuntimeError where a start ends otherwise than its fault says."""
+        """Do one round; raises RuntimeError if a start ends otherwise than its fault says."""
         straight = self.straight_run(layout)
         began, found = time.monotonic(), Round(number, layout.name)
         self.rounds.append(found)
@@ -135,7 +135,7 @@ class Soak:
             self.report(f"round {found.number}: damaged {damage_newest(start.run_dir, last.draw)}")
 
     def judge(self, start: Start, last: Fault | None, found: Round) -> None:
-        """Compare a start's end with what its last fault says. Raises RuntimeError where they differ."""
+        """Compare a start's end with what its last fault says. Raises RuntimeError if they differ."""
         code = start.code()
         orphans = start.clear_away()
         log = f"{start.run_dir}-start-{found.starts - 1:03d}.log"

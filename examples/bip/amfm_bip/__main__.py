@@ -25,7 +25,7 @@ from amfm_bip.spec import SPEC, BipOptions
 
 
 def places(model: ModelConfig, letter: str) -> Iterator[str]:
-    """Begin the names of each block of a letter. Raises ValueError where there is none."""
+    """Begin the names of each block of a letter. Raises ValueError if there is none."""
     if letter not in model.letters:
         raise ValueError(f"model.pattern={model.pattern} has no block {letter}; give a model that has")
     yield from (f"blocks.{index}.mixer." for index, other in enumerate(model.letters) if other == letter)
@@ -71,7 +71,7 @@ def cut(weights: Weights) -> Weights:
 
 
 def compare(weights: Weights, smaller: Weights) -> str:
-    """Compare logits: the largest difference and the text, in words. Raises RuntimeError where they differ."""
+    """Compare logits: the largest difference and the text, in words. Raises RuntimeError if they differ."""
     tokens_BT, _, compared = proof_text(weights)
     difference = logit_difference(weights, smaller, tokens_BT)
     if not difference <= LOGIT_TOLERANCE:  # NaN fails too

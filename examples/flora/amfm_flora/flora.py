@@ -120,7 +120,7 @@ def stacks_of(model: HybridModel) -> Iterator[tuple[str, Experts]]:
 
 
 def check_ranks(expert_ranks: int, tensor_ranks: int) -> None:
-    """Raise ValueError where a rank holds a part of the experts: its factor of experts would have to be cut with them."""
+    """Raise ValueError if a rank holds a part of the experts: its factor of experts would have to be cut with them."""
     if expert_ranks > 1 or tensor_ranks > 1:
         raise ValueError(
             f"FLoRA got experts cut over {expert_ranks} expert and {tensor_ranks} tensor ranks, and updates whole stacks; "

@@ -56,7 +56,7 @@ def cut(weights: Weights) -> Weights:
 
 
 def multiply_out(weights: Weights) -> Weights:
-    """Put dense feed-forwards of the core instead of factors. Raises ValueError where others are in the way."""
+    """Put dense feed-forwards of the core instead of factors. Raises ValueError if others are in the way."""
     model, options = weights.model, options_of(weights.model)
     section = FeedForwardConfig(hidden_size=options.hidden_size, activation=options.activation)
     if model.feed_forward not in (None, section) and "-" in model.letters:
@@ -73,7 +73,7 @@ def multiply_out(weights: Weights) -> Weights:
 
 
 def compare(weights: Weights, smaller: Weights) -> tuple[float, str]:
-    """Compare logits: the largest difference, and the text. Raises RuntimeError where they differ."""
+    """Compare logits: the largest difference, and the text. Raises RuntimeError if they differ."""
     tokens_BT, _, compared = proof_text(weights)
     difference = logit_difference(weights, smaller, tokens_BT)
     if not difference <= LOGIT_TOLERANCE:  # NaN fails too

@@ -1,6 +1,6 @@
 """Each step's numbers as metrics of one MLflow run, which a resume continues; the settings are its parameters.
 
-A server that does not answer must not end training: what it refuses is said once, and the run's own files have all of it.
+A server that does not answer must not end training: what it rejects is said once, and the run's own files have all of it.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from amfm.pretrain.config.hook_registry import HookOptions, HookSpec
 class MlflowOptions(HookOptions):
     """Where a run is logged; credentials come from MLflow's own variables, such as MLFLOW_TRACKING_TOKEN."""
 
-    experiment: str = Field(description="Name of the experiment; made where there is none.")
+    experiment: str = Field(description="Name of the experiment; made if there is none.")
     tracking_uri: str | None = Field(None, description="The server; none: MLFLOW_TRACKING_URI, or a local store.")
 
 

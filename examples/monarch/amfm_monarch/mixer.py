@@ -107,7 +107,7 @@ class MonarchMixer(SequenceMixer):
         return torch.stack(found, dim=1).to(past_BS2C.dtype)
 
     def check_length(self, tokens: int) -> None:
-        """Raise ValueError where a document is longer than the kernels were made for."""
+        """Raise ValueError if a document is longer than the kernels were made for."""
         if tokens > self.options.max_tokens:
             raise ValueError(
                 f"model.mixers.monarch.max_tokens={self.options.max_tokens} must be at least the {tokens} tokens of a "

@@ -2,7 +2,7 @@
 
 How it works: axes are checked first, as one list of problems with their places in the study's file. Then every point of
 seed x task x mixer x ratio becomes an ordinary run configuration: the task's file with overrides, loaded and checked as
-`amfm train` would. So a broken cell is refused before the first one trains, and any cell can be run by hand.
+`amfm train` would. So a broken cell is rejected before the first one trains, and any cell can be run by hand.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def load_run(study: Study[RunsConfig], task: RunTask, name: str, overrides: list
 
 
 def check_measured(config: RunConfig) -> None:
-    """Refuse a task that would end without the number that the study compares. Raises ConfigError."""
+    """Reject a task that would end without the number that the study compares. Raises ConfigError."""
     if config.data.synthetic is None and config.data.validation_fraction == 0:
         rule = "a study compares losses on text that is held out"
         raise ConfigError([Problem("data.validation_fraction", rule, "use for example 0.02", "0")])

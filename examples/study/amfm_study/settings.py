@@ -2,7 +2,7 @@
 
 How it works: an entry is a label with overrides, as they are given to `amfm train`; every entry x task x seed is an ordinary
 run of the task's configuration. What differs between two entries is what their overrides say and nothing else, so a key that
-the study sets itself is refused in them. Runs, resuming and results are those of all studies (run.py, table.py).
+the study sets itself is rejected in them. Runs, resuming and results are those of all studies (run.py, table.py).
 """
 
 from __future__ import annotations

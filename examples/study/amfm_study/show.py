@@ -122,7 +122,7 @@ class StudyDisplay:
         return [line for line in self.lines.values() if line.seconds > 0 and line.state in ("running", "done")]
 
     def print_event(self, text: str) -> None:
-        """Print an event where there is no table to show it."""
+        """Print an event if there is no table to show it."""
         if self.live is None:
             self.say(text)
 

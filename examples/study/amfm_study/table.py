@@ -1,7 +1,7 @@
 """Results of a study: what finished runs measured, cell by cell and as one table of mixers and ratios.
 
 How it works: run directories are the only source. A cell is finished if its report data say so and its configuration
-is the one that the study gives it. Numbers of a run with other settings are refused rather than mixed in.
+is the one that the study gives it. Numbers of a run with other settings are rejected rather than mixed in.
 """
 
 from __future__ import annotations
@@ -208,12 +208,12 @@ def state_facts(cells: Sequence[Cell], results: Sequence[CellResult], slots: int
     ]
     facts.append(f"{len(results)} of {len(cells)} runs are finished, {slots} at once")
     facts += dict.fromkeys(result.hardware for result in results)
-    facts.append("where there are several seeds, the mean and (lowest to highest)")
+    facts.append("if there are several seeds, the mean and (lowest to highest)")
     return "; ".join(facts) + ".\n"
 
 
 def show_summary(summary: TaskSummary | None) -> list[str]:
-    """Two columns of the table, value and speed; dashes where nothing is measured yet."""
+    """Two columns of the table, value and speed; dashes if nothing is measured yet."""
     if summary is None:
         return ["-", "-"]
     spread = f" ({summary.low:.3f} to {summary.high:.3f})" if summary.seeds > 1 else ""

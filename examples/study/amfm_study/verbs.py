@@ -179,7 +179,7 @@ def run_missing(
 ) -> tuple[dict[str, CellEnd], bool]:
     """Run unfinished cells under a live view.
 
-    Returns how failed cells ended, by name, and False where a signal cut the study short. Raises ValueError before
+    Returns how failed cells ended, by name, and False if a signal cut the study short. Raises ValueError before
     anything starts when a task's text is not prepared.
     """
     from amfm.data_pipeline.store.store import TokenStore

@@ -61,7 +61,7 @@ def scan_vector_triton(
     rows and heads alone would leave processors idle. With keep_states forward saves the states that enter chunks (in the
     dtype of v), else backward walks the row again for them. Raises ValueError for chunk or state sizes without a kernel.
     """
-    dot_dtype(v_BTHV.dtype)  # refuses float64
+    dot_dtype(v_BTHV.dtype)  # rejects float64
     VECTOR_GATE_LIMITS.check(chunk_size, q_BTHK.shape[-1], v_BTHV.shape[-1])
     tile = min(chunk_size, VECTOR_GATE_LIMITS.chunk_sizes[-1])
     initial = None if initial_state_BHKV is None else initial_state_BHKV.float()

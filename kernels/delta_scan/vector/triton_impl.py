@@ -56,7 +56,7 @@ def delta_vector_triton(
     chunk_size: 16, 32 or a multiple of 64, which runs as 64. Nothing but the inputs is kept for backward. Raises
     ValueError for chunk or key sizes without a kernel.
     """
-    dot_dtype(v_BTHV.dtype)  # refuses float64
+    dot_dtype(v_BTHV.dtype)  # rejects float64
     VECTOR_DELTA_LIMITS.check(chunk_size, q_BTHK.shape[-1], v_BTHV.shape[-1])
     chunk = min(chunk_size, VECTOR_DELTA_LIMITS.chunk_sizes[-1])
     firsts = None if document_ids_BT is None else first_tokens(document_ids_BT)

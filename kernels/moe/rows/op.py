@@ -24,7 +24,7 @@ class SortedChoices:
 
     `counts_E` int64. `order` int64, the choice (token * K + number) at each sorted place, R * K at one without a choice, for
     the torch backend; `places` [R * K] int32, the place of each choice, for Triton, and `gaps` [S] bool, the places without a
-    choice, None where there are none.
+    choice, None if there are none.
     """
 
     counts_E: Tensor
@@ -34,7 +34,7 @@ class SortedChoices:
 
 
 def choose_ranks(expert_ids_RK: Tensor, experts_a_rank: int, num_ranks: int) -> Tensor:
-    """Ranks [R, J] that hold experts of each token, each once, in their order; `num_ranks` where there are fewer than J.
+    """Ranks [R, J] that hold experts of each token, each once, in their order; `num_ranks` if there are fewer than J.
 
     J: as many as choices or ranks there are, whichever is less. Ids from `experts_a_rank * num_ranks` on are lost choices.
     """

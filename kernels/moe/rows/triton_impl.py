@@ -85,7 +85,7 @@ def clear_gaps_kernel(gaps, rows_SD, rows, model, BLOCK_M: tl.constexpr, BLOCK_N
 
 def spread_rows_triton(x_RD: Tensor, places: Tensor, count: int, top_k: int, gaps: Tensor | None = None) -> Tensor:
     """Rows [count, D], each a copy of its token's row, zeros at gaps; for float32, bfloat16 and float16."""
-    dot_dtype(x_RD.dtype)  # refuses float64
+    dot_dtype(x_RD.dtype)  # rejects float64
     return _spread(x_RD, places, count, top_k, gaps)
 
 

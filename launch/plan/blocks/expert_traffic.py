@@ -18,7 +18,7 @@ from amfm.pretrain.config.schema import RunConfig
 class ExpertTraffic(NamedTuple):
     """What E blocks send over one axis: rows, and with them what is known of each row's choices; before them their numbers.
 
-    packed: rows that travel as codes, out in forward and gradients out in backward, where `low_precision.dispatch` has any.
+    packed: rows that are sent as codes, out in forward and gradients out in backward, where `low_precision.dispatch` has any.
     """
 
     rows: Exchange
@@ -28,13 +28,13 @@ class ExpertTraffic(NamedTuple):
 
 
 def expert_traffic(config: RunConfig, layout: Layout, blocks: int, narrow: int = 0) -> ExpertTraffic | None:
-    """What this many E blocks send over the expert axis; None where experts are not spread. `narrow`: those with a recipe.
+    """What this many E blocks send over the expert axis; None if experts are not spread. `narrow`: those with a recipe.
 
-    A token's row travels once to each rank that holds experts of its choice, and home again, forward and backward. Next
+    A token's row is sent once to each rank that holds experts of its choice, and home again, forward and backward. Next
     to it go, out in forward and home in backward, the weights of its choices and their ids in float32. How many rows
     those are depends on the router; counted is what is expected of an even one. Under a capacity factor that makes
-    slots, those travel, a row each, filled or not, and under `expert_buffer_factor` the places that rows have between two ranks.
-    Where halves of a micro-batch overlap, each travels on its own.
+    slots, those are sent, a row each, filled or not, and under `expert_buffer_factor` the places that rows have between two ranks.
+    Where halves of a micro-batch overlap, each is sent on its own.
     """
     moe = config.model.moe
     if layout.expert == 1 or moe is None or not blocks:
@@ -60,7 +60,7 @@ def expert_traffic(config: RunConfig, layout: Layout, blocks: int, narrow: int =
 
 
 def sent_rows(config: RunConfig, layout: Layout) -> float:
-    """Rows that travel to experts, of a token: those of an even router, or places for more of them under `expert_buffer_factor`."""
+    """Rows that are sent to experts, of a token: those of an even router, or places for more of them under `expert_buffer_factor`."""
     moe = config.model.moe
     assert moe is not None, "experts are spread"
     reached = expected_ranks(moe, layout.expert)
@@ -85,7 +85,7 @@ def has_certain_ranks(moe: MoeConfig, expert_ranks: int) -> bool:
 
 
 def static_slots(config: RunConfig, layout: Layout) -> int | None:
-    """Slots of each rank for each expert under a capacity factor (model/moe/capacity.py); None where rows are counted.
+    """Slots of each rank for each expert under a capacity factor (model/moe/capacity.py); None if rows are counted.
 
     An even number where they are cut in halves.
     """

@@ -1,4 +1,4 @@
-"""What an indexer adds to a block, and the row length from which attention to the keys that it chooses is the faster one.
+"""What an indexer adds to a block, and the sequence length from which attention to the keys that it chooses is the faster one.
 
 The indexer's part runs in PyTorch, in float32: scores of all keys once, without a backward pass, and those of chosen keys,
 which are gathered. Attention to chosen keys is our Triton kernels', whose launches are counted here one by one: every key that
@@ -129,7 +129,7 @@ def _chosen_seconds(line: Roofline, pair: Pair) -> float:
 
 
 def pays_from(options: MixerOptions, hidden: int, hardware: Hardware, precision: str) -> int | None:
-    """The row length from which a block with chosen keys takes less time than a dense one, by this plan; None: not to LONGEST."""
+    """The sequence length from which a block with chosen keys takes less time than a dense one, by this plan; None: not to LONGEST."""
     element_bytes = {"float32": 4, "bf16": 2}[precision]
 
     indexer: IndexerConfig = getattr(options, "indexer")  # noqa: B009

@@ -60,7 +60,7 @@ def tensor_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Ite
             "tp", "all_reduce", "float32", calls, calls * layout.stage_ranks * layout.tokens(config) * FLOAT32
         )
     if held.depths:
-        # The projection of a prediction depth reads two streams, joined, and gives one.
+        # The projection of an MTP layer reads two streams, joined, and gives one.
         yield from crossing(config, layout, 2 * hidden, times=held.depths)
         yield from crossing(config, layout, hidden, times=held.depths)
 

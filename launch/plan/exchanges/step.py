@@ -4,7 +4,7 @@ How it works: the exchanges of passes and of whole gradients are those of `stage
 added up over stages and micro-batches. Only what a built model knows is added here: gradients that are partial sums
 over an axis, and the parameter groups that ZeRO pads one by one. So are the few numbers that end a step. `amfm bench
 communication` counts the same bytes in a real step; they agree to the byte, or the formula is wrong. Cases whose bytes
-depend on more than the layout (a router's choices, DeepSpeed's cache) are refused rather than approximated.
+depend on more than the layout (a router's choices, DeepSpeed's cache) are rejected rather than approximated.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def stage_bytes(config: RunConfig, layout: Layout, stage: int) -> Counter[Key]:
 
 
 def check_countable(config: RunConfig, layout: Layout) -> None:
-    """Refuse settings whose traffic has no closed formula. Raises ValueError with the reason and a fix."""
+    """Reject settings whose traffic has no closed formula. Raises ValueError with the reason and a fix."""
     stage, moe = config.parallel.zero_stage, config.model.moe
     if stage == 3:
         raise ValueError(
@@ -81,22 +81,22 @@ def check_countable(config: RunConfig, layout: Layout) -> None:
     if config.train.recompute != "none" and max(layout.tensor, layout.expert, layout.context) > 1:
         raise ValueError(
             f"train.recompute={config.train.recompute} has no formula with tensor, expert or context ranks: a second forward "
-            "pass ends where nothing more is needed of it; use none"
+            "pass ends if nothing more is needed of it; use none"
         )
     if config.optimizer.matrix_settings() is not None:
         raise ValueError(
-            f"optimizer.kind={config.optimizer.kind} has no formula: how much travels depends on who owns which matrix; use adamw, whose passes "
+            f"optimizer.kind={config.optimizer.kind} has no formula: how much is sent depends on who owns which matrix; use adamw, whose passes "
             "and reductions send the same"
         )
     is_limited = moe is not None and moe.capacity_factor is not None and config.parallel.expert > 1
     if moe is not None and is_limited and static_slots(config, layout) is None:
         raise ValueError(
             f"model.moe.capacity_factor={moe.capacity_factor} has no formula with parallel.expert={config.parallel.expert}: "
-            "how many choices travel depends on the router; remove it"
+            "how many choices are sent depends on the router; remove it"
         )
     if config.model.num_depths and config.model.prediction.detach:
         raise ValueError(
-            "model.mtp.detach=true has no formula: a backward pass ends where nothing more is needed of it; use false"
+            "model.mtp.detach=true has no formula: a backward pass ends if nothing more is needed of it; use false"
         )
     estimated = [symbol for symbol in config.model.built_letters if not planned_block(config, symbol).is_exact]
     if estimated and config.parallel.context > 1:
@@ -107,7 +107,7 @@ def check_countable(config: RunConfig, layout: Layout) -> None:
 
 
 def depends_on_router(config: RunConfig, layout: Layout) -> bool:
-    """Whether how many rows travel to experts depends on which the router chooses: not where they are in slots or places."""
+    """Whether how many rows are sent to experts depends on which the router chooses: not where they are in slots or places."""
     moe = config.model.moe
     if (
         moe is None
@@ -120,13 +120,13 @@ def depends_on_router(config: RunConfig, layout: Layout) -> bool:
 
 
 def check_exact(config: RunConfig, layout: Layout) -> None:
-    """Refuse what `check_countable` does, and what has expected bytes alone. Raises ValueError with reason and fix."""
+    """Reject what `check_countable` does, and what has expected bytes alone. Raises ValueError with reason and fix."""
     check_countable(config, layout)
     moe = config.model.moe
     if moe is not None and depends_on_router(config, layout):
         raise ValueError(
             f"model.moe.top_k={moe.top_k} of {moe.num_experts} experts has no formula with parallel.expert={layout.expert}: "
-            "a token's row travels once to each rank that it has experts on, and on how many depends on the router; count "
+            "a token's row is sent once to each rank that it has experts on, and on how many depends on the router; count "
             f"with model.moe.num_experts={layout.expert}, or top_k=1 and normalize_probabilities=false"
         )
 

@@ -31,7 +31,7 @@ STAGED_BYTES_PER_SECOND = 5e9  # of one rank, into memory that is not pinned
 NODE_STORAGE_BYTES_PER_SECOND = 2e9
 MOST_STORAGE_BYTES_PER_SECOND = 100e9
 CRASH_SECONDS = 10.0
-# Of failures; the others end a process, which is noticed at once. Silent: a node is gone, or a rank stopped, without a word.
+# Of failures; the others end a process, which is noticed immediately. Silent: a node is gone, or a rank stopped, without a word.
 SILENT_SHARE, HANG_SHARE = 0.05, 0.05
 START_SECONDS = 45.0
 COMMUNICATOR_SECONDS, COMMUNICATOR_SECONDS_PER_RANK = 20.0, 0.006
@@ -66,8 +66,8 @@ class Cadence:
 class Goodput:
     """What failures cost a run in its first stage's layout; see the formulas above.
 
-    `save_seconds`: until a checkpoint stands; `stall_seconds`: of it, what the step waits for. `configured`: None where the
-    run saves at its end alone. `replicas`: None where it writes none.
+    `save_seconds`: until a checkpoint stands; `stall_seconds`: of it, what the step waits for. `configured`: None if the
+    run saves at its end alone. `replicas`: None if it writes none.
     """
 
     failures_per_day: float
@@ -106,7 +106,7 @@ def estimate_goodput(
     hardware: Hardware,
     assumptions: Assumptions,
 ) -> Goodput | None:
-    """Goodput of a run; None where no number of failures is assumed. Raises ValueError where the run would never end."""
+    """Goodput of a run; None if no number of failures is assumed. Raises ValueError if the run would never end."""
     failures_per_day = assumptions.failures_per_day
     if failures_per_day is None:
         return None

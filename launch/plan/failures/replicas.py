@@ -33,7 +33,7 @@ class ReplicaCost:
     """Bytes of a node: what two generations take, the copy that a save makes first, and what a replica sends to the next node.
 
     `seconds`: from the copy until the replica stands. `most_lost_seconds`: of training, by a failure, where checkpoints alone
-    lose `most_lost_without_seconds` (None where the run saves at its end alone).
+    lose `most_lost_without_seconds` (None if the run saves at its end alone).
     """
 
     every_steps: int
@@ -61,7 +61,7 @@ class HostMemory:
     room_bytes: float | None
 
     def problem(self) -> str | None:
-        """Why a host does not have this, and what to do; None where it has, or where no one knows."""
+        """Why a host does not have this, and what to do; None if it has, or where no one knows."""
         need = self.save_bytes + self.replica_bytes
         if self.room_bytes is None or need <= HOST_SHARE * self.room_bytes:
             return None
@@ -101,7 +101,7 @@ def saved_bytes_by_stage(config: RunConfig, layout: Layout) -> list[float]:
 
 
 def estimate_replicas(config: RunConfig, item: Estimate, hardware: Hardware) -> ReplicaCost | None:
-    """Cost of a run's replicas in an estimated layout; None where it writes none."""
+    """Cost of a run's replicas in an estimated layout; None if it writes none."""
     every, saves = config.train.replica_every_steps, config.train.checkpoint_every_steps
     if every is None:
         return None

@@ -115,8 +115,8 @@ def _limits(config: ModelConfig) -> list[str]:
 
 
 def deepseek_v32_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
-    """Name the programs that are known to refuse a model of the class."""
-    rule = 'it chooses keys on GPUs alone and ends with "Sparse Attention is not supported on CPU"; serve it from a GPU'
+    """Name the programs that are known to reject a model of the class."""
+    rule = 'it chooses keys only on GPUs and ends with "Sparse Attention is not supported on CPU"; serve it from a GPU'
     return [*deepseek_v3.deepseek_refusals(config, tokenizer_kind), Refusal("vllm", rule)]
 
 

@@ -177,7 +177,7 @@ def gpt_oss_fields(config: ModelConfig) -> dict[str, Any]:
 def model_config_from_gpt_oss(fields: Mapping[str, Any]) -> ModelConfig:
     """Build our configuration from config.json with the class's defaults filled in.
 
-    Raises ValueError where the class uses something that our model does not have, such as windows stretched as in Llama 3.
+    Raises ValueError if the class uses something that our model does not have, such as windows stretched as in Llama 3.
     """
     require_fields(fields, {"swiglu_alpha": ALPHA, "hidden_act": "silu"})
     pattern = "".join(LETTERS[kind] + "E" for kind in fields["layer_types"])
@@ -278,7 +278,7 @@ def limits(config: ModelConfig) -> list[str]:
 
 
 def gpt_oss_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
-    """Name the programs that are known to refuse a model of the class."""
+    """Name the programs that are known to reject a model of the class."""
     rule = (
         'it reads experts in MXFP4, which an export has unquantized, and ends with "parameters not in model"; use another '
         "program"

@@ -1,7 +1,7 @@
 """What `kimi_linear`, `deepseek_v3` and `deepseek_v32` share: latent attention, sigmoid routers, layers of two blocks.
 
 Read from transformers 5.24 (`modeling_kimi_linear.py`, `modeling_deepseek_v3.py`). Every layer is a mixer and a feed-forward,
-each after a norm. Both have sigmoid routers with a bias and groups, and a shared expert, which is zero where ours has none.
+each after a norm. Both have sigmoid routers with a bias and groups, and a shared expert, which is zero if ours has none.
 Norms of latents have an epsilon of 1e-6 whatever `rms_norm_eps` says. What differs by name is in `LatentClass`.
 """
 
@@ -195,7 +195,7 @@ def model_config_from_latent(
     """Build our configuration from config.json with the class's defaults filled in.
 
     types: of the layers' mixers. mixers: sections of those besides latent attention, and what that has besides sizes.
-    Raises ValueError where the class uses something that our model does not have.
+    Raises ValueError if the class uses something that our model does not have.
     """
     require_fields(fields, {"hidden_act": "silu", "attention_bias": False, "rope_interleave": True})
     if fields["num_key_value_heads"] != fields["num_attention_heads"]:

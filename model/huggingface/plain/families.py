@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 # How config.json says which layers are windows: not at all, one number for all layers, or a list.
 Windows = Literal["none", "all", "listed"]
-# How it says which layers are sparse: not at all (all are, where there are experts), or by the field of this name.
+# How it says which layers are sparse: not at all (all are, if there are experts), or by the field of this name.
 Sparse = Literal["all", "mlp_only_layers", "first_k_dense_replace", "mlp_layer_types"]
 
 Bias = bool | Literal["qkv"]
@@ -56,7 +56,7 @@ class Family:
     qk_norm: ours, or the field of config.json that says whether heads are normed. bias: ours, or its field and what of ours true is there.
     has_head_dim: config.json has the size of a head. partial: a part of a head may be rotated, by `partial_rotary_factor`; a number:
     this part always. mamba: further layers have Mamba2; its field names those that have attention.
-    window_switch: a field that is true where there are windows. experts: None: layers are dense. refused: fields that must have
+    window_switch: a field that is true if there are windows. experts: None: layers are dense. rejected: fields that must have
     this value. extra: further fields that config.json gets. depth_layers: layers behind the last one predict further ahead, and
     are not read. byte_level_alone: AutoTokenizer reads every folder of it as byte-level BPE. norms: those of both blocks of a layer, `norm_placement` where they are.
     rope_by_type: windows and attention have their own rotation. dense_place: the module of a dense feed-forward.

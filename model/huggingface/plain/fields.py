@@ -40,7 +40,7 @@ SECONDS = {"-": "dense", "E": "sparse"}
 def read_plain(family: Family, fields: Mapping[str, Any]) -> ModelConfig:
     """Build our configuration from config.json with the class's defaults filled in.
 
-    Raises ValueError where the class uses something that our model does not have.
+    Raises ValueError if the class uses something that our model does not have.
     """
     require_fields(fields, {"hidden_act": "silu", **family.refused})
     mixers, seconds = _read_mixers(family, fields), _read_seconds(family, fields)
@@ -156,7 +156,7 @@ def plain_fields(family: Family, config: ModelConfig) -> dict[str, Any]:
         fields["intermediate_size"] = config.feed_forward.hidden_size
     if family.experts is None or moe is None:
         return fields
-    # Readers ask for it where no layer has it, too.
+    # Readers ask for it if no layer has it, too.
     fields.setdefault("intermediate_size", moe.expert_hidden_size)
     return fields | _expert_fields(family.experts, moe, seconds)
 

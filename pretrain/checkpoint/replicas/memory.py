@@ -70,7 +70,7 @@ class Nodes:
 
 
 def find_holders(num_files: int, held: Mapping[int, Collection[int]]) -> dict[int, list[int]]:
-    """Find the nodes that hold each rank's file: an empty list where none does. `held`: ranks of the files by node."""
+    """Find the nodes that hold each rank's file: an empty list if none does. `held`: ranks of the files by node."""
     return {file: [node for node, files in held.items() if file in files] for file in range(num_files)}
 
 
@@ -169,7 +169,7 @@ class NodeMemory:
         return [remark for path in doomed for remark in try_to_delete(path, OWN_NAME)]
 
     def check_room(self, own_bytes: int, ranks: RankGroup) -> None:
-        """Refuse a node whose memory does not hold two replicas; all ranks must call it, before the first step.
+        """Reject a node whose memory does not hold two replicas; all ranks must call it, before the first step.
 
         own_bytes: what this rank writes into a checkpoint. Raises RuntimeError on all ranks, naming host, folder and bytes.
         """

@@ -26,7 +26,7 @@ from amfm.pretrain.ranks.group import RankGroup
 def recover(memory: NodeMemory, checkpoints_dir: Path, read_token: Callable[[], object], ranks: RankGroup) -> None:
     """Make the newest whole replica beyond the disk's checkpoints one of them; `memory.remarks` hear of it, or why not.
 
-    read_token: reads the token of the start before, None where there was none; then nothing happens. All ranks must call it.
+    read_token: reads the token of the start before, None if there was none; then nothing happens. All ranks must call it.
     Raises RuntimeError on all of them when the disk does not take it: the memory stays, and the next start tries again.
     """
     problem, token, newest = RankFailure(), None, -1
@@ -105,7 +105,7 @@ def fetch(
 
 
 def copy_files(files: list[int], source_dir: Path, temporary_dir: Path) -> dict[int, str]:
-    """Copy files of ranks; returns what is damaged, by rank of the file. Raises OSError where the disk does not take them."""
+    """Copy files of ranks; returns what is damaged, by rank of the file. Raises OSError if the disk does not take them."""
     manifest = read_manifest(source_dir) if files else {"files": {}}
     names, damages = file_names_by_rank(manifest), {}
     for file in files:

@@ -99,7 +99,7 @@ def write_replica(memory: NodeMemory, snapshot: Snapshot, ranks: RankGroup) -> S
 
 
 def first_problem(failure: RankFailure, ranks: RankGroup) -> str | None:
-    """What the first rank with a problem says, on all ranks; None where none has one. All ranks must call it."""
+    """What the first rank with a problem says, on all ranks; None if none has one. All ranks must call it."""
     told = ranks.collect(failure.text)
     return next((f"rank {rank}: {text}" for rank, text in told.items()), None)
 

@@ -1,4 +1,4 @@
-"""Who orthogonalises which matrix, and how the ranges that ZeRO left to data ranks travel to the owner and back.
+"""Who orthogonalises which matrix, and how the ranges that ZeRO left to data ranks are sent to the owner and back.
 
 Every matrix has one owner among the data ranks that hold its ranges. Owners are dealt by cost, the heaviest matrices first,
 each to the rank with the least so far: a function of names, shapes and the number of ranks, so that all ranks know it without

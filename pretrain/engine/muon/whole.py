@@ -1,6 +1,6 @@
 """One step of whole matrices by a rule: kinds of Muon and optimizers of packages.
 
-Weights and gradients travel to the owners of their matrices (exchange.py) in the dtype of the master weights, and new weights come back.
+Weights and gradients are sent to the owners of their matrices (exchange.py) in the dtype of the master weights, and new weights come back.
 Tensor ranks that hold slices gather the matrix, and each computes all of it, alike. The rule's state is with the owner, so ZeRO
 spreads it, and without ZeRO no rank keeps what another one owns.
 

@@ -25,7 +25,7 @@ def check_recorded(path: Path, config: RunConfig, *, has_moments: bool, changed:
 
     Compared are those of the model, and with moments those of training too; not layout, files and logs, which change no
     number. `changed`: arguments that are changed on purpose. Raises ValueError with both values of each difference, and for
-    a name of `changed` that does not differ; does nothing where no arguments are recorded.
+    a name of `changed` that does not differ; does nothing if no arguments are recorded.
     """
     given = read_folder(path)
     if given is None:
@@ -94,7 +94,7 @@ def wanted(found: Line) -> Any:
 
 
 def default_of(setting: str) -> Any:
-    """The default of a setting, None where it has none."""
+    """The default of a setting, None if it has none."""
     model: Any = RunConfig
     default: Any = None
     for part in setting.split("."):

@@ -68,7 +68,7 @@ class Arguments:
         return self.given.get(name)
 
     def number(self, name: str) -> int:
-        """An integer that must be there. Raises ValueError where it is not."""
+        """An integer that must be there. Raises ValueError if it is not."""
         value = self[name]
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{self.where}: {name}={value!r} is not a whole number of at least 1; give it")

@@ -23,7 +23,7 @@ MAX_ROUNDS = 20
 
 
 def find_flags(text: str) -> list[str]:
-    """The words after the program's name, or all that are assigned where no program is called."""
+    """The words after the program's name, or all that are assigned if no program is called."""
     values: dict[str, str] = {}
     commands = [split(expand(part, values)) for part in read_statements(text, values)]
     assigned = [split(expand(value, values)) for value in values.values()]

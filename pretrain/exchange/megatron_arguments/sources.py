@@ -40,7 +40,7 @@ DTYPES = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "f
 
 
 def read_arguments(path: Path) -> Arguments:
-    """Read a script, a text of flags, a log, YAML or a checkpoint's folder. Raises ValueError where no flag is found."""
+    """Read a script, a text of flags, a log, YAML or a checkpoint's folder. Raises ValueError if no flag is found."""
     if path.is_dir():
         found = read_folder(path)
         if found is None:
@@ -62,7 +62,7 @@ def read_arguments(path: Path) -> Arguments:
 
 
 def read_folder(path: Path) -> Arguments | None:
-    """The arguments that a checkpoint records, of Megatron-LM, Bridge or Megatron-DeepSpeed; None where it records none."""
+    """The arguments that a checkpoint records, of Megatron-LM, Bridge or Megatron-DeepSpeed; None if it records none."""
     from amfm.pretrain.exchange.common_file import read_common
     from amfm.pretrain.exchange.megatron import COMMON, find_iteration
     from amfm.pretrain.exchange.universal import UniversalFolder, is_universal
@@ -156,7 +156,7 @@ def of_bridge(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pair_flags(words: list[str]) -> dict[str, Any]:
-    """Flags with their values: one, several as a list, or true where none follows."""
+    """Flags with their values: one, several as a list, or true if none follows."""
     found: dict[str, Any] = {}
     name = ""
     for word in words:

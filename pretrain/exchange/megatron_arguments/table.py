@@ -70,7 +70,7 @@ class Table:
         return name, value
 
     def default(self, name: str) -> Any:
-        """The default there; None where it has none, or the argument is not known."""
+        """The default there; None if it has none, or the argument is not known."""
         row = self.by_name.get(name)
         return None if row is None else row.default_of(name)
 

@@ -44,7 +44,7 @@ def training_lines(given: Arguments, pattern: str) -> Iterator[Line]:
 
 
 def in_steps(given: Arguments, kind: str) -> float | None:
-    """Steps of `KIND_iters`, or of `KIND_samples` by the batch; None where neither was given. Whole where it is."""
+    """Steps of `KIND_iters`, or of `KIND_samples` by the batch; None if neither was given. Whole where it is."""
     iters, samples = given[f"{kind}_iters"], given[f"{kind}_samples"]
     if iters:
         return int(iters)
@@ -197,7 +197,7 @@ def layout_lines(given: Arguments, pattern: str) -> Iterator[Line]:
 
 
 def overlap_lines(given: Arguments) -> Iterator[Line]:
-    """What runs while rows travel to experts; halves of rows need two rows, and experts that are not computed again."""
+    """What runs while rows are sent to experts; halves of rows need two rows, and experts that are not computed again."""
     setting, name = "parallel.overlap_experts", "overlap_moe_expert_parallel_comm"
     if given[name] and (given["micro_batch_size"] or 1) % 2 == 0 and not given["recompute_granularity"]:
         yield line(setting, "rows", name)

@@ -51,7 +51,7 @@ class Translation:
 
 
 def translate(given: Arguments) -> Translation:
-    """Translate arguments. Raises ValueError where the model is not described."""
+    """Translate arguments. Raises ValueError if the model is not described."""
     lines = {found.setting: found for found in model_lines(given)}
     pattern = lines["model.pattern"].value
     plain = dict(equal_lines(given))

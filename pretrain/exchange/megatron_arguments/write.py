@@ -15,7 +15,7 @@ from amfm.pretrain.exchange.megatron_arguments.table import read_table, same
 from amfm.pretrain.exchange.megatron_arguments.translation import Missing, Translation
 
 SECTIONS = ("run", "model", "data", "train", "optimizer", "schedule", "parallel", "low_precision")
-# What a configuration must have, where nothing was given.
+# What a configuration must have, if nothing was given.
 REQUIRED: dict[str, Any] = {
     "run.dir": "runs/megatron",
     "data.store": "data/megatron",

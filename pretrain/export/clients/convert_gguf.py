@@ -3,7 +3,7 @@
 The converter looks for `tokenizer.model` in few classes, and where it finds one writes the vocabulary as SentencePiece's BPE
 whatever it is, so a unigram model would cut texts into other tokens. Here each class gets the vocabulary of its own kind,
 and the file says whether a space goes before a text. Draft heads are left out, those that the converter expects of every
-qwen3_next as well as the prediction depths that an export has. Of a nemotron_h without experts config.json is read as it is, because transformers adds the
+qwen3_next as well as the MTP layers that an export has. Of a nemotron_h without experts config.json is read as it is, because transformers adds the
 class's defaults, and those have experts.
 """
 
@@ -48,7 +48,7 @@ def convert(export: Path, out: Path) -> None:
 
 
 def without_drafts(model_class: Any) -> Any:
-    """The converter's class that takes no tensor of a prediction depth, which it has no name for in every class."""
+    """The converter's class that takes no tensor of an MTP layer, which it has no name for in every class."""
 
     def modify_tensors(self: Any, data: Any, name: str, block: int | None) -> Any:
         return () if name.startswith("mtp.") else model_class.modify_tensors(self, data, name, block)

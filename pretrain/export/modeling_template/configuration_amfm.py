@@ -13,7 +13,7 @@ MODELING_VERSION = 2
 
 
 class AmfmConfig(PretrainedConfig):
-    """Sizes and choices of each block kind, and constant factors; a section is None where the pattern lacks its letter.
+    """Sizes and choices of each block kind, and constant factors; a section is None if the pattern lacks its letter.
 
     `multipliers` scale the embedding, each block's output before it joins the stream (`residual`), and the logits.
 

@@ -1,6 +1,6 @@
 """Rows that hold several documents: where they begin, and the stretches of tokens that blocks mix.
 
-A packed row names its documents by `position_ids` that do not continue by one, by `seq_idx`, or by `cu_seq_lens_q`.
+A packed sequence names its documents by `position_ids` that do not continue by one, by `seq_idx`, or by `cu_seq_lens_q`.
 Blocks then compute each document on its own, so that it gets the numbers that it gets alone: bitwise, because every
 product has the shape that it has alone. Padding, which `attention_mask` leaves out, begins no document.
 """
@@ -22,7 +22,7 @@ Place = tuple[slice, slice]
 class Stretch:
     """Tokens that mix with each other and no others.
 
-    place: their index in [B, T]. positions_BT: for rotary embeddings. text_BS: True at text, of all tokens so far; None where
+    place: their index in [B, T]. positions_BT: for rotary embeddings. text_BS: True at text, of all tokens so far; None if
     all are text. attention_mask: the same with causality, as the attention backend takes it.
     """
 
@@ -38,7 +38,7 @@ class Stretch:
 
 
 def read_text_mask(attention_mask: Any, rows: int, seen: int, tokens: int) -> Tensor | None:
-    """Read `attention_mask` [B, seen + T], 0 at padding, as booleans; None where all is text.
+    """Read `attention_mask` [B, seen + T], 0 at padding, as booleans; None if all is text.
 
     Raises ValueError for other shapes: states cannot follow a mask of queries and keys.
     """
@@ -64,7 +64,7 @@ def find_documents(
     seq_idx: Tensor | None,
     cu_seq_lens: Tensor | None,
 ) -> list[Place] | None:
-    """Find the documents of packed rows, in order; None where each row is one.
+    """Find the documents of packed sequences, in order; None if each row is one.
 
     Raises ValueError for shapes that name no documents of these rows.
     """
@@ -107,7 +107,7 @@ def _read_lengths(rows: int, tokens: int, cu_seq_lens: Tensor) -> Tensor:
 
 
 def count_positions(place: Place, text_BS: Tensor | None, seen: int, tokens: int, device: torch.device) -> Tensor:
-    """Positions of a stretch where none are given: text counts from 0, so that padding before it shifts nothing."""
+    """Positions of a stretch if none are given: text counts from 0, so that padding before it shifts nothing."""
     if text_BS is None:
         length = len(range(*place[1].indices(tokens)))
         return torch.arange(seen, seen + length, device=device)[None]

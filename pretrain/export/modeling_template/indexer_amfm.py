@@ -37,7 +37,7 @@ class Indexer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Which keys each token reads, [B, T, S] bool, and the indexer's keys [B, S, C], those of a state before them.
 
-        x_BTD: what its keys are made of; query_BTX: its queries; rope: of attention, None where nothing is rotated.
+        x_BTD: what its keys are made of; query_BTX: its queries; rope: of attention, None if nothing is rotated.
         """
         q_BTIC = self.query(query_BTX).unflatten(-1, (self.heads, self.size))
         k_BTC = self.key_norm(self.key(x_BTD))

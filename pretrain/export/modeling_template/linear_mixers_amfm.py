@@ -128,7 +128,7 @@ class LinearMixer(nn.Module):
         return read(state, q), state
 
     def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
-        """Norm each head, and multiply by the gate's SiLU where there is a gate: [B, T, H, V] -> [B, T, H * V]."""
+        """Norm each head, and multiply by the gate's SiLU if there is a gate: [B, T, H, V] -> [B, T, H * V]."""
         normed = self.norm(o_BTHV).flatten(-2)
         gate = parts.get("gate")
         return normed if gate is None else (normed.float() * F.silu(gate.float())).to(normed.dtype)

@@ -1,7 +1,7 @@
 """An amfm hybrid model for transformers; load it with trust_remote_code=True.
 
 `AmfmModel` maps tokens to the normed stream, `AmfmForCausalLM` and `AmfmForSequenceClassification` stand on it. Generation
-carries an `AmfmCache`. Packed rows are computed document by document (`documents_amfm.py`). An argument that would be ignored is
+carries an `AmfmCache`. Packed sequences are computed document by document (`documents_amfm.py`). An argument that would be ignored is
 an error.
 """
 
@@ -144,7 +144,7 @@ class AmfmPreTrainedModel(PreTrainedModel):
         super().post_init()
 
     def _flash_attn_can_dispatch(self, *args: Any, **kwargs: Any) -> bool:
-        """Refuse flash attention where blocks could not use it: their masks, or widths of values, are their own."""
+        """Reject flash attention where blocks could not use it: their masks, or widths of values, are their own."""
         others = ("window", "window_linear", "mla")
         found = [letter for letter in self.config.mixer_symbols() if LETTERS.get(letter, letter.strip("{}")) in others]
         if found:
@@ -161,7 +161,7 @@ class AmfmPreTrainedModel(PreTrainedModel):
         return super()._flash_attn_can_dispatch(*args, **kwargs)
 
     def _sdpa_can_dispatch(self, *args: Any, **kwargs: Any) -> bool:
-        """Refuse PyTorch's attention where heads have sinks, which it does not take; transformers then takes `eager`."""
+        """Reject PyTorch's attention where heads have sinks, which it does not take; transformers then takes `eager`."""
         if self._has_sinks():
             raise ValueError("PyTorch's attention has no sinks; use attn_implementation='eager'")
         return super()._sdpa_can_dispatch(*args, **kwargs)
@@ -205,7 +205,7 @@ class AmfmModel(AmfmPreTrainedModel):
         """Token ids [B, T] or embeddings [B, T, D], after those of `cache`, to the normed stream [B, T, D].
 
         attention_mask [B, all tokens so far]: 0 is padding, on the left when generating. position_ids or seq_idx [B, T], or
-        cu_seq_lens_q [documents + 1] of one flat row: the documents of packed rows. hidden_states: the embeddings, the stream
+        cu_seq_lens_q [documents + 1] of one flat row: the documents of packed sequences. hidden_states: the embeddings, the stream
         after each block, the last one normed. Raises TypeError for an argument that the class does not take.
         """
         cache = take_cache(kwargs) if cache is None else cache
@@ -254,7 +254,7 @@ class AmfmModel(AmfmPreTrainedModel):
         seq_idx: Tensor | None,
         cu_seq_lens: Tensor | None,
     ) -> list[Stretch]:
-        """Divide the rows into stretches: one for all rows, or one per document of packed rows."""
+        """Divide the rows into stretches: one for all rows, or one per document of packed sequences."""
         rows, tokens, _ = x_BTD.shape
         seen = 0 if cache is None else cache.num_tokens
         text_BS = read_text_mask(attention_mask, rows, seen, tokens)
@@ -264,7 +264,7 @@ class AmfmModel(AmfmPreTrainedModel):
             raise ValueError("a document begins behind tokens of the cache; give each document its own call")
         if places is not None and is_deepspeed_zero3_enabled():
             raise ValueError(
-                "packed rows under DeepSpeed's ZeRO 3: ranks with other numbers of documents would wait for each other's "
+                "packed sequences under DeepSpeed's ZeRO 3: ranks with other numbers of documents would wait for each other's "
                 "weights; use ZeRO 2, or one document per row"
             )
         stretches = []
@@ -385,7 +385,7 @@ def take_cache(kwargs: dict[str, Any]) -> Any:
 
 
 def check_arguments(name: str, kwargs: dict[str, Any]) -> None:
-    """Refuse arguments that would be ignored: TypeError for unknown ones, ValueError for what the class does not return."""
+    """Reject arguments that would be ignored: TypeError for unknown ones, ValueError for what the class does not return."""
     for key, value in kwargs.items():
         if key in NOT_RETURNED:
             if value:

@@ -38,7 +38,7 @@ def test_cases_for_cards_compute_what_float32_does(op: str) -> None:
         assert set(row) >= ROW
         # bfloat16 keeps eight bits at each of some ten steps; e2m1 keeps two.
         assert row["relative_error"] < (0.25 if op.startswith("nvfp4") else 5e-2), row
-    if not INTERPRETED and not op.endswith("_linear"):  # which are emulated where no GPU multiplies by them
+    if not INTERPRETED and not op.endswith("_linear"):  # which are emulated if no GPU multiplies by them
         assert any(f"{op}: triton cannot run here" in remark for remark in found["remarks"])
         assert any(fault.startswith(f"{op} did not run: ") for fault in found["faults"])
 

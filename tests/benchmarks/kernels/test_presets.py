@@ -31,7 +31,7 @@ def check(launch: KernelLaunch, architecture: int) -> None:
         assert compiled.uses_block_scales == launch.multiplies, (launch.name, compiled)
 
 
-@pytest.mark.skipif(find_miscompile(triton_version(), 9) is not None, reason="this Triton is refused there")
+@pytest.mark.skipif(find_miscompile(triton_version(), 9) is not None, reason="this Triton is rejected there")
 def test_the_widest_states_and_routers_compile_for_hopper() -> None:
     """Next to a state of 256 the gradients have tiles of their own, and a router of 128 experts half of its rows."""
     wide, routed = (record_preset(CONFIGS / f"{name}.yaml") for name in ("falcon_h1_7b_like", "nemotron3_nano_30b"))
@@ -49,7 +49,7 @@ def test_the_widest_states_and_routers_compile_for_hopper() -> None:
 def test_what_presets_launch_compiles(forms: dict[str, KernelLaunch], architecture: int) -> None:
     refused = find_miscompile(triton_version(), architecture // 10)
     if refused is not None:
-        pytest.skip(f"this Triton is refused there: {refused}")
+        pytest.skip(f"this Triton is rejected there: {refused}")
     for launch in forms.values():
         if launch.first_architecture <= architecture:
             check(launch, architecture)

@@ -67,7 +67,7 @@ class Site:
         self.job = self.nodes.run(0, *launch_command(self.root, 2)).split()[-1]
 
     def show(self) -> dict[str, str] | None:
-        """What the controller says of the job; None where it does not answer."""
+        """What the controller says of the job; None if it does not answer."""
         done = self.nodes.try_to(0, "scontrol", "-o", "show", "job", self.job)
         return None if done.returncode else dict(word.partition("=")[::2] for word in done.stdout.split())
 

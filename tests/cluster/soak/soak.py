@@ -74,7 +74,7 @@ class Soak:
     struck: float = 0.0
 
     def run(self) -> None:
-        """Do runs until the time is up. Raises RuntimeError where one makes no progress."""
+        """Do runs until the time is up. Raises RuntimeError if one makes no progress."""
         straight = self.run_straight()
         mount_disk(self.folder / "disk")
         (self.folder / "clock").touch()

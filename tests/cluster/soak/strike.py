@@ -105,7 +105,7 @@ def set_clock(site: Site, seconds: int, source: random.Random) -> str:
 
 
 def submit_twice(site: Site) -> str:
-    """Submit the run again, which is refused, and then its script as it is, on the node that is free."""
+    """Submit the run again, which is rejected, and then its script as it is, on the node that is free."""
     refused = site.nodes.try_to(0, *launch_command(site.root, 2))
     if refused.returncode != 2 or f"job {site.job} (" not in refused.stderr:
         raise RuntimeError(f"the run could be submitted twice: {refused.returncode}, {refused.stderr[-500:]}")

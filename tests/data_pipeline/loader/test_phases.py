@@ -60,7 +60,7 @@ def test_a_new_row_length_begins_a_complete_epoch_and_says_what_it_repeats(confi
     assert loader.describe_repeats(24) == [], "the change is beyond the run"
     for name, remark in zip(loader.source_names, remarks, strict=True):
         share = drawn[name] / loader.reader.rows_per_epoch(name)
-        assert f"source {name!r}: rows of 80 tokens begin epoch 1 when {share:.1%}" in remark
+        assert f"source {name!r}: sequences of 80 tokens begin epoch 1 when {share:.1%}" in remark
     loader.seek(32)
     ledger = loader.ledger()
     assert sum(line.tokens for line in ledger) == 24 * 32 + 8 * 80
@@ -101,7 +101,7 @@ def test_rows_of_two_lengths_in_one_batch_are_refused(config):
     loader = load(config.model_copy(update={"phases": LONGER}))
     loader.seek(20)
     with pytest.raises(
-        ValueError, match=r"rows of 80 tokens start at sample 24, inside the .* 20 to 27; use start_sample 28"
+        ValueError, match=r"sequences of 80 tokens start at sample 24, inside the .* 20 to 27; use start_sample 28"
     ):
         loader.take(8)
     loader.take(4, micro_batch_size=4)

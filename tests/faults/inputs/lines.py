@@ -9,7 +9,7 @@ from amfm.launch.verbs import VERBS
 from tests.faults.inputs.folders import copy_run
 from tests.faults.inputs.trial import PRECIOUS, Case
 
-# Words after a verb. None of them is all that a verb needs, so each is refused, or prints help.
+# Words after a verb. None of them is all that a verb needs, so each is rejected, or prints help.
 WORDS: tuple[tuple[str, ...], ...] = (
     *(("--help",), ("-h", "--nonsense"), ("--nonsense",), ("--nonsense=1",), ("-z",), ("",), ("HERE/none",), ("/dev/null",)),
     *(("HERE/none", "--json"), ("--json", "--json", "HERE/none"), ("x" * 5000,), ("a\nb",), ("é漢",), ("HERE/loop",)),

@@ -1,4 +1,4 @@
-"""About 1,900 bad inputs and 280 raw requests: each is refused with a message and exit code 2, or does what was asked."""
+"""About 1,900 bad inputs and 280 raw requests: each is rejected with a message and exit code 2, or does what was asked."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_raw_requests_are_answered_or_refused(
                     connection.sendall(sent)
                     connection.shutdown(socket.SHUT_WR)
                     said = b"".join(iter(lambda: connection.recv(1 << 16), b"")).decode(errors="replace")
-                except (ConnectionResetError, BrokenPipeError):  # refused before all of it was there
+                except (ConnectionResetError, BrokenPipeError):  # rejected before all of it was there
                     said = "HTTP/1.1 ended"
             status = said.split(" ")[1] if said.startswith("HTTP/1.") else "nothing" if not said else "other"
             assert not status.startswith("5") or status in ("501", "505"), (name, said[:300])

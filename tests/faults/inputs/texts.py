@@ -250,7 +250,7 @@ def sources(place: Path) -> Iterator[Case]:
 
 
 def settings_of_sources(place: Path) -> Iterator[Case]:
-    """Sound text under settings that do not fit it, and paths that are none."""
+    """Sound text under settings that do not fit it, and paths that are not."""
 
     def make(here: Path) -> None:
         (here / "text").mkdir()

@@ -3,7 +3,7 @@
 Called as `python -m tests.faults.inputs.trial PLACE KIND...` with the sound files of sound_files.py; prints a JSON
 line a kind. What is promised: exit code 0 or 2 (3 where a
 checkpoint or store that amfm wrote is damaged), a message and no traceback, an end within seconds, no gigabytes, nothing left
-of an output that was refused, and no change of a file outside of the folder of the case.
+of an output that was rejected, and no change of a file outside of the folder of the case.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Case:
     name: str
     words: tuple[str, ...]
     make: Callable[[Path], Any] = lambda here: None
-    out: str | None = None  # what must not be there where the call was refused
+    out: str | None = None  # what must not be there where the call was rejected
     codes: tuple[int, ...] = (DONE, BAD_INPUT)
 
 
@@ -76,7 +76,7 @@ def wait(pid: int) -> tuple[int, float, int]:
 
 
 def judge(case: Case, here: Path, code: int, seconds: float, size: int) -> str:
-    """What is wrong with an end; nothing where all is as promised."""
+    """What is wrong with an end; nothing if all is as promised."""
     said = here.with_suffix(".said").read_text(errors="replace")
     allowed = (*case.codes, INTERRUPTED) if case.words[0] == "init" else case.codes
     if "Traceback" in said:

@@ -1,7 +1,7 @@
 """Verbs that write a folder, each in a fork of its own whose disk fails while a file exists.
 
 Called as `python -m tests.faults.writes.child PLACE`, which holds jobs.json (the verb of each number), config.json and what the
-verbs read; OUT of a number is PLACE/outN. Prints a JSON line a number: its error, None where it was done.
+verbs read; OUT of a number is PLACE/outN. Prints a JSON line a number: its error, None if it was done.
 """
 
 from __future__ import annotations

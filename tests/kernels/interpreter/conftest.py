@@ -58,7 +58,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def twice(request: pytest.FixtureRequest) -> Twice:
-    """Computes something, and in some cases once more to the same bits.
+    """Computes something, and in some cases once more, bitwise identical.
 
     The interpreter runs programs one after the other in one order, and what they leave unwritten is poisoned: a second
     time shows what a launcher remembers from the first, which a third of the cases shows. On a GPU, and with --twice,

@@ -137,7 +137,7 @@ def _to_ir(slowly: Callable[..., Any]) -> Callable[..., Any]:
         if type(self.element_ty) is not core.dtype:
             return slowly(self, builder)
         if self.element_ty.name not in known:
-            slowly(self, builder)  # which refuses what there is no type of numpy for
+            slowly(self, builder)  # which rejects what there is no type of numpy for
             known.add(self.element_ty.name)
         return self
 

@@ -1,4 +1,4 @@
-"""What kernels compute once more has the same bits: in each case on a GPU, in every third in Triton's interpreter."""
+"""What kernels compute once more is bitwise identical: in each case on a GPU, in every third in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Result = TypeVar("Result")
 
 
 class Twice(Protocol):
-    """Computes something, in some cases twice to the same bits."""
+    """Computes something, in some cases twice, bitwise identical."""
 
     def __call__(self, compute: Callable[[], Result]) -> Result:
         """What `compute` returns the first time."""
 
 
 def compute_twice(compute: Callable[[], Result]) -> Result:
-    """What `compute` returns; fails unless a second time has the same bits."""
+    """What `compute` returns; fails unless a second time is bitwise identical."""
     once, again = compute(), compute()
     leaves = [[leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)] for found in (once, again)]
     assert leaves[0], "nothing to compare"

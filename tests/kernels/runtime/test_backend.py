@@ -56,7 +56,7 @@ def test_versions_that_go_wrong_on_a_card_are_known() -> None:
     assert find_miscompile((3, 8, 0), 9) is not None
     assert find_miscompile((3, 8, 0), 8) is None
     assert find_miscompile((3, 6, 0), 9) is None
-    # Their compiler ends in an error there; a refusal must not lead to another release that is refused.
+    # Their compiler ends in an error there; a rejection must not lead to another release that is rejected.
     assert all(find_miscompile(version, 10) is not None for version in ((3, 6, 0), (3, 7, 0), (3, 7, 1)))
     assert all(find_miscompile(version, 10) is None for version in ((3, 5, 1), (3, 8, 0), (3, 9, 0)))
 
@@ -69,7 +69,7 @@ def test_the_triton_that_a_release_of_torch_pins_runs_on_hopper(version: tuple[i
 def test_a_refusal_names_what_pip_can_install_and_can_be_overruled(caplog: pytest.LogCaptureFixture) -> None:
     refusal = judge_miscompile("columns are zero", (3, 8, 0), allowed=False)
     assert refusal is not None and "Triton 3.8.0" in refusal and "pip install 'torch>=2.15'" in refusal
-    assert "2.13" not in refusal  # its Triton is refused on Blackwell
+    assert "2.13" not in refusal  # its Triton is rejected on Blackwell
     with caplog.at_level(logging.WARNING, logger="amfm.kernels.runtime.backend"):
         assert judge_miscompile("columns are zero", (3, 8, 0), allowed=True) is None
     assert "AMFM_ALLOW_TRITON=1, though columns are zero" in caplog.text

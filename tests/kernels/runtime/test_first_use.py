@@ -1,4 +1,4 @@
-"""The first use of a kernel on a GPU, with Triton's interpreter as the GPU: checked once, and rejected with an error where
+"""The first use of a kernel on a GPU, with Triton's interpreter as the GPU: checked once, and rejected with an error if
 wrong.
 """
 
@@ -100,7 +100,7 @@ def count_checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_gpu_for_one_process_is_checked_in_this_one_and_draws_nothing_from_its_generators(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The cases refuse every process but this one in CUDA's words, as a GPU in exclusive-process mode does."""
+    """The cases reject every process but this one in CUDA's words, as a GPU in exclusive-process mode does."""
     monkeypatch.setenv("AMFM_TEST_OWNER", str(os.getpid()))
     before = torch.get_rng_state()
     with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(refuse_to_keep, refuse_to_keep):

@@ -148,7 +148,7 @@ def test_a_rayjob_holds_to_kuberay_s_schema(path: Path, capsys: pytest.CaptureFi
 
 
 def strict(schema: Any) -> Any:
-    """The schema as Kubernetes applies it with strict field validation: what it does not name is refused."""
+    """The schema as Kubernetes applies it with strict field validation: what it does not name is rejected."""
     if isinstance(schema, list):
         return [strict(part) for part in schema]
     if not isinstance(schema, dict):

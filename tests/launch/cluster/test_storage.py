@@ -1,4 +1,4 @@
-"""Storage that refuses for a while is waited for, and no node is blamed for what several see."""
+"""Storage that rejects for a while is waited for, and no node is blamed for what several see."""
 
 from __future__ import annotations
 

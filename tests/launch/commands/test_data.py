@@ -1,4 +1,4 @@
-"""`amfm sample-data`, `prepare` and `inspect --sample`: what they refuse and what they print."""
+"""`amfm sample-data`, `prepare` and `inspect --sample`: what they reject and what they print."""
 
 import json
 import signal

@@ -37,7 +37,7 @@ PRESETS = {
     "30b": "nemotron3_nano_30b",
 }
 SAID = {"3m": 3e6, "20m": 20e6, "150m": 150e6, "1b": 1e9, "8b": 8e9, "30b": 30e9}
-# What each size needs at least; a combination with less is refused.
+# What each size needs at least; a combination with less is rejected.
 HARDWARE = {"3m": "cpu", "20m": "cpu", "150m": "1xh100", "1b": "1xh100", "8b": "8xh100", "30b": "64xh100"}
 
 
@@ -148,7 +148,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, text: Path, capsys: pytest.Ca
         assert message in capsys.readouterr().err
     assert call(tmp_path / "run", tmp_path / "none", "20m", "granite", "cpu") == 2
     assert "none" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists(), "nothing is written where something is refused"
+    assert not (tmp_path / "run").exists(), "nothing is written where something is rejected"
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.yaml").write_text("mine")
     assert call(tmp_path / "run", text, "20m", "granite", "cpu") == 2
@@ -183,7 +183,7 @@ def test_each_answer_is_judged_before_the_next_question(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("documents", "letters", "fraction"),
     [
-        (1, 40_000, 0.0),  # nothing to keep: a run that validated would be refused
+        (1, 40_000, 0.0),  # nothing to keep: a run that validated would be rejected
         (2, 40_000, 0.2),  # of two texts one is always kept
         (120, 29_000, 0.083),
         (1_200, 5_000, 0.01),

@@ -42,7 +42,7 @@ WITHOUT_CACHES = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
     "LRU_CACHE_CAPACITY": "1",
 }
-# The table of docs/benchmarks/planning.md: preset, ranks, settings. Rows of 512 tokens, 2 rows per micro-batch, 4 a
+# The table of docs/benchmarks/planning.md: preset, ranks, settings. Sequences of 512 tokens, 2 sequences per micro-batch, 4 a
 # rank.
 ROWS = ("train.sequence_length=512", "train.micro_batch_size=2", "train.num_threads=1", "kernels.backend=torch")
 FLOAT32 = "train.precision=float32"
@@ -71,7 +71,7 @@ CASES: tuple[tuple[str, int, tuple[str, ...]], ...] = (
 def bench_memory(config: RunConfig) -> dict[str, Any]:
     """Train two steps and return predicted bytes, measured bytes of the most loaded rank, and the error of the prediction.
 
-    Every rank must call this; all get the same. Raises RuntimeError where the system does not tell a process its peak.
+    Every rank must call this; all get the same. Raises RuntimeError if the system does not tell a process its peak.
     """
     parallel = begin_ranks(config)
     gauge = Gauge(parallel.device)
@@ -100,7 +100,7 @@ def bench_memory(config: RunConfig) -> dict[str, Any]:
 class Gauge:
     """Meter of this process's peak memory: resident on a CPU, PyTorch's allocator on a GPU.
 
-    Raises RuntimeError where the system does not let a process reset its peak.
+    Raises RuntimeError if the system does not let a process reset its peak.
     """
 
     def __init__(self, device: torch.device) -> None:

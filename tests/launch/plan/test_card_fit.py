@@ -1,4 +1,4 @@
-"""Runs that cannot fit on a GPU are refused with stage, parts and a layout that fits; near ones are not."""
+"""Runs that cannot fit on a GPU are rejected with stage, parts and a layout that fits; near ones are not."""
 
 import pytest
 

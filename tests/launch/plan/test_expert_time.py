@@ -23,7 +23,7 @@ def test_a_pass_waits_for_what_has_not_arrived_when_it_is_needed():
     assert waiting_seconds(4.0, 4.0, 1.0, 10.0, 1.0, 1) == 3.0 + 3.0
     assert waiting_seconds(4.0, 4.0, 0.0, 10.0, 0.0, 1) == 8.0
     assert waiting_seconds(4.0, 4.0, 5.0, 10.0, 9.0, 1) == 0.0
-    # The first half is there at 2; its sums travel in parallel with the second half's experts, whose own leave at 12.
+    # The first half is there at 2; its sums are sent in parallel with the second half's experts, whose own leave at 12.
     assert waiting_seconds(4.0, 4.0, 1.0, 10.0, 1.0, 2) == 1.0 + 1.0
     # Experts are quick: the second half is there at 4, the first one's sums leave then, and all are home at 8.
     assert waiting_seconds(4.0, 4.0, 0.0, 1.0, 0.0, 2) == pytest.approx(8.0 - 1.0)
@@ -98,7 +98,7 @@ def test_halves_in_turns_wait_at_the_ends_of_a_piece_alone_where_they_compute_lo
     assert seconds_in_turns([longer], after=0.0) == 4.0
     assert seconds_in_turns([longer] * 3, after=0.0) == 4.0
     assert seconds_in_turns([longer] * 3, after=4.0) == 0.0
-    # Where rows travel longer than anything is computed, the link is never idle, and computing waits for it.
+    # Where rows are sent longer than anything is computed, the link is never idle, and computing waits for it.
     slow = Stop(before=1.0, first=0.0, experts=1.0, last=0.0, out=4.0, home=4.0)
     assert seconds_in_turns([slow] * 3, after=0.0) == 1.0 + 3 * 16.0 - 3 * 4.0
 

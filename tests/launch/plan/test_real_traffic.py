@@ -23,7 +23,7 @@ FACTORED = (
     "model.feed_forward.linear_kind=lowrank model.feed_forward.linear_rank=16 "
     "model.moe.shared_expert_linear_kind=blockshuffle model.moe.shared_expert_linear_blocks=4"
 )
-# Where a token has a choice on each rank, or one choice in all, no router changes how many rows travel.
+# Where a token has a choice on each rank, or one choice in all, no router changes how many rows are sent.
 ONE_EACH = "model.moe.num_experts=4"
 # Rows go out as codes; emulated, as no one here multiplies these.
 NARROW = "low_precision.recipe=fp8_block low_precision.emulate=true low_precision.dispatch=fp8"
@@ -137,7 +137,7 @@ def test_tokens_travel_to_experts_at_the_latent_width() -> None:
         return config.model.moe.latent_size or config.model.hidden_size
 
     plain, latent = sent(), sent("model.moe.latent_size=24")
-    # Two rows of 128 tokens, 2 blocks, there and back, forward and backward, of all ranks; a rank has 4 of 8 experts, so that
+    # Two sequences of 128 tokens, 2 blocks, there and back, forward and backward, of all ranks; a rank has 4 of 8 experts, so that
     # neither of two choices falls on it with probability 4 / 8 * 3 / 7.
     assert plain == int(2 * 2 * 128 * 2 * (1 - 4 / 8 * 3 / 7) * 2 * 4 * 64 * 2)
     assert latent * 64 == pytest.approx(plain * 24, abs=64)

@@ -1,4 +1,4 @@
-"""Chat templates run in a sandbox, and say what they refuse."""
+"""Chat templates run in a sandbox, and say what they reject."""
 
 import json
 
@@ -39,7 +39,7 @@ def test_a_template_is_found_where_transformers_writes_it(tmp_path):
     ],
 )
 def test_what_a_template_refuses_or_may_not_do_is_one_message(source):
-    with pytest.raises(ValueError, match="the model's chat template refuses these messages"):
+    with pytest.raises(ValueError, match="the model's chat template rejects these messages"):
         ChatTemplate(source, {}).render(MESSAGES)
 
 

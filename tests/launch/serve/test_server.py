@@ -1,4 +1,4 @@
-"""The server speaks OpenAI's protocol, refuses what it cannot do, and lets no one in through a browser."""
+"""The server speaks OpenAI's protocol, rejects what it cannot do, and lets no one in through a browser."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def test_a_composed_layout_sends_the_bytes_of_the_formulas_and_waits_where_it_ma
     layout += (
         "model.moe.top_k=1",
         "model.moe.normalize_probabilities=false",
-    )  # so that how many rows travel to experts is no matter of draws
+    )  # so that how many rows are sent to experts is no matter of draws
     (entry,) = trace(small, 8, *layout)
     # The plan counts norms and routers, which every tensor rank holds, as cut.
     assert entry.traced["parameters"] == pytest.approx(entry.held_parameters(), rel=0.01)

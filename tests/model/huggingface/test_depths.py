@@ -1,4 +1,4 @@
-"""Depths of multi-token prediction in exports: their names, the same logits without them, and what has no place for them."""
+"""MTP layers in exports: their names, the same logits without them, and what has no place for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Programs that are known to refuse an export are named, with what helps, and only for what was tried."""
+"""Programs that are known to reject an export are named, with what helps, and only for what was tried."""
 
 from __future__ import annotations
 

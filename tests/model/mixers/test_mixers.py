@@ -60,7 +60,7 @@ def names_in_turn(turn: int) -> list[Any]:
 
 
 def run_model(model: HybridModel, documents: Any = DOCUMENTS, groups: Any = None) -> dict[str, Tensor]:
-    """Loss, logits and gradients of packed rows in training mode."""
+    """Loss, logits and gradients of packed sequences in training mode."""
     tokens_BT, labels_BT, meta = cut_batch(documents, groups or single_rank_groups())
     output = model(tokens_BT, meta, labels_BT)
     loss = loss_of(output)

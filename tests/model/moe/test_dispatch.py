@@ -174,7 +174,7 @@ def four_ranks(four_in_turn: list[list[Any]]) -> list[dict[tuple[str, str], Outc
 
 @pytest.fixture(scope="module")
 def two_in_turn() -> list[list[Any]]:
-    """Of each of two ranks: bytes that are sent, the order of events, and rows that travel."""
+    """Of each of two ranks: bytes that are sent, the order of events, and rows that are sent."""
     return run_ranks(call_each, [count_bytes, order_of_events, transfer_rows], num_ranks=2)
 
 

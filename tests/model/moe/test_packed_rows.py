@@ -1,4 +1,4 @@
-"""Rows that travel to experts as codes: the same results bitwise by fp8_block, three quarters of the bytes."""
+"""Rows that are sent to experts as codes: the same results bitwise by fp8_block, three quarters of the bytes."""
 
 import pytest
 import torch

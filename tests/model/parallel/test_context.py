@@ -185,7 +185,7 @@ def test_segments_know_which_go_on_and_what_a_convolution_may_see():
 def test_rows_that_cannot_be_cut_are_refused():
     meta = meta_of(packed_batch(((22,),))[2])
     with pytest.raises(
-        ValueError, match="rows of 22 tokens cannot be cut into 2 x 2 equal segments; use a multiple of 4"
+        ValueError, match="sequences of 22 tokens cannot be cut into 2 x 2 equal segments; use a multiple of 4"
     ):
         meta.cut(0, 2)
     model = HybridModel(small_config("M"), single_rank_groups())
@@ -203,7 +203,7 @@ LENGTHS = (24, 48, 240)
 
 
 def count_bytes(num_ranks):
-    """Bytes that this rank sends for a Mamba2 block and for an attention block, forward and backward, by row length."""
+    """Bytes that this rank sends for a Mamba2 block and for an attention block, forward and backward, by sequence length."""
     parallel = initialize_parallel(ParallelConfig(context=num_ranks), timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     groups, sent = parallel.groups, {}
     for pattern in "M*":

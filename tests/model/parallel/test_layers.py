@@ -84,7 +84,9 @@ def test_sizes_and_units_that_ranks_cannot_share_are_refused():
 def test_tokens_that_tensor_ranks_cannot_share_are_refused():
     groups = single_rank_groups()
     groups.tp = StandInGroup(3)
-    with pytest.raises(ValueError, match=r"rows of 7 tokens .* by parallel.tensor=3 ranks .*; use a multiple of 3"):
+    with pytest.raises(
+        ValueError, match=r"sequences of 7 tokens .* by parallel.tensor=3 ranks .*; use a multiple of 3"
+    ):
         scatter_tokens(torch.zeros(2, 7, 4), groups)
 
 

@@ -1,4 +1,4 @@
-"""Which settings a resume refuses, and the way on that it names."""
+"""Which settings a resume rejects, and the way on that it names."""
 
 from __future__ import annotations
 

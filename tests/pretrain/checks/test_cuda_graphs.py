@@ -1,4 +1,4 @@
-"""Graphs of blocks do not go with what a replay would leave out; each is refused with its reason and fix."""
+"""Graphs of blocks do not go with what a replay would leave out; each is rejected with its reason and fix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is refused before PyTorch is imported."""
+"""What is rejected before PyTorch is imported."""
 
 from __future__ import annotations
 

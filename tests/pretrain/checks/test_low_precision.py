@@ -1,4 +1,4 @@
-"""Recipes of low precision that cannot take effect, or that no one has shown to be right, are refused with a fix."""
+"""Recipes of low precision that cannot take effect, or that no one has shown to be right, are rejected with a fix."""
 
 from __future__ import annotations
 

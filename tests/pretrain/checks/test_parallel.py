@@ -1,4 +1,4 @@
-"""Rules of the parallel section: each refusal names value, rule and fix."""
+"""Rules of the parallel section: each rejection names value, rule and fix."""
 
 import pytest
 
@@ -19,7 +19,7 @@ MOE = "model.moe={num_experts: 6, top_k: 2, expert_hidden_size: 12, shared_exper
         ),
         (
             ["parallel.overlap_experts=true"],
-            "parallel.overlap_experts = true: lets rows between expert ranks travel while experts compute, and parallel.expert is 1; "
+            "parallel.overlap_experts = true: lets rows between expert ranks are sent while experts compute, and parallel.expert is 1; "
             "raise parallel.expert, or use false",
         ),
         (

@@ -1,4 +1,4 @@
-"""Rules of a pipeline: each refusal names value, rule and fix."""
+"""Rules of a pipeline: each rejection names value, rule and fix."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""An optimizer of a package in a configuration: what it does not go with is refused."""
+"""An optimizer of a package in a configuration: what it does not go with is rejected."""
 
 from __future__ import annotations
 

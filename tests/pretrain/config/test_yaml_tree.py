@@ -1,4 +1,4 @@
-"""YAML that is small on paper and endless in memory is refused at once."""
+"""YAML that is small on paper and endless in memory is rejected immediately."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_file_of_megabytes_is_refused_before_it_is_read(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("digits", ["9" * 5000, "9" * 5000 + "e9", "0." + "3" * 5000])
 def test_a_number_of_thousands_of_digits_is_no_number(digits: str) -> None:
-    """Python refuses to read one, in words about itself; as text it is refused with the place and rule of its setting."""
+    """Python refuses to read one, in words about itself; as text it is rejected with the place and rule of its setting."""
     assert TreeReader("run.yaml").read(f"a: {digits}").plain() == {"a": digits}
 
 

@@ -1,4 +1,4 @@
-"""A conversion end to end: what is trained and what is not, resumes, the result and its measurements, and refusals."""
+"""A conversion end to end: what is trained and what is not, resumes, the result and its measurements, and rejections."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def test_reductions_start_before_the_last_backward_pass_ends(two_ranks: list[lis
         assert len(inside) == once.num_buckets == len(set(inside)) > 3
         gradient = once.events.index("gradient of blocks.0", begun)
         before = [event for event in once.events[begun:gradient] if event.startswith("reduce ")]
-        assert len(before) >= 3, "later blocks' gradients travel while the first block is differentiated"
+        assert len(before) >= 3, "later blocks' gradients are sent while the first block is differentiated"
         reduced = [event for event in each_pass.events[: each_pass.events.index("step")] if event.startswith("reduce ")]
         assert len(reduced) == PASSES * each_pass.num_buckets
 
@@ -138,7 +138,7 @@ def train_with_kept_sums() -> list[Trained]:
 def test_sums_that_stay_are_those_that_each_step_makes_to_the_bit() -> None:
     for made, kept in run_ranks(train_with_kept_sums, num_ranks=2):
         assert kept.losses == made.losses
-        assert kept.events == made.events, "they travel at the same moments"
+        assert kept.events == made.events, "they are sent at the same moments"
         for name, weight in made.weights.items():
             assert torch.equal(kept.weights[name], weight), name
 

@@ -32,6 +32,6 @@ GROUPS: Any = SimpleNamespace(tp=group(4), embd=group(2), ep=group(4))
     ],
 )
 def test_an_element_is_counted_as_often_as_ranks_hold_it(shard: Shard, copies: int | list[int]) -> None:
-    """Four tensor ranks, which share key-value heads where there are fewer, and both ends of a pipeline."""
+    """Four tensor ranks, which share key-value heads if there are fewer, and both ends of a pipeline."""
     found = count_copies(shard, (6, 6), GROUPS)
     assert (found if isinstance(found, int) else torch.as_tensor(found).tolist()) == copies

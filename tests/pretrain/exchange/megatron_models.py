@@ -194,7 +194,7 @@ def adamw(model: torch.nn.Module, moments: Mapping[str, Mapping[str, torch.Tenso
 
 
 def save(model: torch.nn.Module, folder: Path, optimizer: torch.optim.AdamW | None = None, **metadata: Any) -> None:
-    """Write a distributed checkpoint of the model, and of the optimizer where there is one, into a new folder."""
+    """Write a distributed checkpoint of the model, and of the optimizer if there is one, into a new folder."""
     folder.mkdir()
     sharded = model.sharded_state_dict(metadata={**metadata, "dp_cp_group": dp_cp_group()})
     whole: dict[str, Any] = {"model": sharded, "iteration": STEPS}

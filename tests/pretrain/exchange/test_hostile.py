@@ -178,7 +178,7 @@ def test_a_tensor_without_a_dtype_is_refused(tmp_path: Path, properties: TensorP
     if properties is None:
         del tensor.properties
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({"x": tensor}, storage_data={})))
-    with pytest.raises(ValueError, match=r"\.metadata is not as its format asks|x has the dtype 32, which is none"):
+    with pytest.raises(ValueError, match=r"\.metadata is not as its format asks|x has the dtype 32, which is not one"):
         DcpFolder(tmp_path)
 
 

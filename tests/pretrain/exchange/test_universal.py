@@ -86,7 +86,7 @@ def batch() -> tuple[Tensor, PackMeta, Tensor]:
 def load_everywhere(config: RunConfig, out: str) -> dict[int, float]:
     """Load in each stage; in 1 and 2 step once, next to our own engine. Returns the largest difference of a weight."""
     parallel = initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1)
-    # Or DeepSpeed compiles half a minute for collectives through shared memory, which are none of this test's claims.
+    # Or DeepSpeed compiles half a minute for collectives through shared memory, which are not of this test's claims.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     folder = Path(config.run.dir, "checkpoints")
     reader = RangeReader(folder / "step-00000002", read_manifest(folder / "step-00000002"))

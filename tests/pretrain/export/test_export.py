@@ -1,4 +1,4 @@
-"""An export is what was trained, or it does not exist: loaded by transformers, compared, whole, refused when in use."""
+"""An export is what was trained, or it does not exist: loaded by transformers, compared, whole, rejected when in use."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_trained_run_exports_with_equal_logits_on_validation_text(
     card = (tmp_path / "out" / "README.md").read_text()
     assert (
         "| Training | 4 steps, " in card
-        and "| Optimizer | AdamW, peak rate 0.003, schedule wsd, 4 rows per step |" in card
+        and "| Optimizer | AdamW, peak rate 0.003, schedule wsd, 4 sequences per step |" in card
     )
     assert "| Validation loss | " in card
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())

@@ -35,10 +35,10 @@ TARGETS: dict[str, dict[str, Any]] = {
 }
 # Habits that the class of transformers does not have, and the words of the export's README on them.
 _NATIVE = {
-    "documents of a packed row are named by positions alone": "Documents packed into one row run into each other",
+    "documents of a packed sequence are named by positions alone": "Documents packed into one row run into each other",
     "a misspelt argument is an error": "check their spelling",
 }
-_CONVOLVED = {"documents of a packed row are named by positions alone": "leave packing off"}
+_CONVOLVED = {"documents of a packed sequence are named by positions alone": "leave packing off"}
 _UNCLASSIFIED = {"a classifier reads the last token of padded rows": "no class for sequence classification"}
 MISSING: dict[str, dict[str, str]] = {
     "own": {},
@@ -46,7 +46,7 @@ MISSING: dict[str, dict[str, str]] = {
         **_NATIVE,
         **_UNCLASSIFIED,
         "generation begins with embeddings": "does not begin with `inputs_embeds`",
-        "adapters on every linear layer learn and merge": "peft refuses adapters on `out_proj`",
+        "adapters on every linear layer learn and merge": "peft rejects adapters on `out_proj`",
     },
     "granitemoehybrid": _NATIVE | _UNCLASSIFIED,
     "qwen3_next": _NATIVE,

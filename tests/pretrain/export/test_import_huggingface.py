@@ -1,4 +1,4 @@
-"""What was exported comes back bitwise, what transformers changed comes back as it is, and the rest is refused."""
+"""What was exported comes back bitwise, what transformers changed comes back as it is, and the rest is rejected."""
 
 from __future__ import annotations
 

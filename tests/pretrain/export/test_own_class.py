@@ -1,4 +1,4 @@
-"""Our own modelling file refuses what it cannot do by name: files of another version, backends, caches, shapes."""
+"""Our own modelling file rejects what it cannot do by name: files of another version, backends, caches, shapes."""
 
 from __future__ import annotations
 

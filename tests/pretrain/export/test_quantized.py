@@ -1,4 +1,4 @@
-"""Released weights of 4 and 8 bits: every number by the definition of its format, whole models, and what is refused."""
+"""Released weights of 4 and 8 bits: every number by the definition of its format, whole models, and what is rejected."""
 
 from __future__ import annotations
 

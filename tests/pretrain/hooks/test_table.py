@@ -1,4 +1,4 @@
-"""Hooks of packages: an error names hook, moment and package, and another interface is refused with what changed."""
+"""Hooks of packages: an error names hook, moment and package, and another interface is rejected with what changed."""
 
 from __future__ import annotations
 

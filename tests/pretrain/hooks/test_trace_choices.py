@@ -57,7 +57,7 @@ def test_what_was_traced_is_replayed(data: DataConfig, tmp_path: Path) -> None:
 
 
 def test_files_keep_to_their_size_the_newest_and_first_rows_first(data: DataConfig, tmp_path: Path) -> None:
-    # A row of 48 tokens takes 48 * (4 + 2 * 2) = 384 bytes; 0.004 MiB are 4,194.
+    # A sequence of 48 tokens takes 48 * (4 + 2 * 2) = 384 bytes; 0.004 MiB are 4,194.
     assert train(traced(data, tmp_path / "run", {"max_mebibytes": 0.004})) == 0
     assert [name[:13] for name in files(tmp_path / "run")] == ["step-00000003", "step-00000004"]
     sizes = [path.stat().st_size for path in (tmp_path / "run/choices").rglob("*.safetensors")]

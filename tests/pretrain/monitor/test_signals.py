@@ -13,7 +13,7 @@ import pytest
 from tests.terminal import CTRL_C, Terminal
 
 ROOT = Path(__file__).parents[3]
-# Waits as a rank does in a collective whose other side is gone: in C, where no Python handler runs.
+# Waits as a rank does in a collective whose other side is gone: in C, if no Python handler runs.
 STUCK = (
     "import pathlib, sys, time\n"
     "from amfm.pretrain.monitor.signals import SignalWatch\n"

@@ -88,7 +88,7 @@ def search_problems(config: MixtureStudyConfig, run: RunConfig) -> Iterator[Prob
 
 
 def draw_mixtures(search: Search, count: int, seed: int) -> Array:
-    """Mixtures [count, S] within the bounds; rows sum to 1. Raises ConfigError where the bounds hardly leave any."""
+    """Mixtures [count, S] within the bounds; rows sum to 1. Raises ConfigError if the bounds hardly leave any."""
     generator = np.random.default_rng(seed)
     found: list[Array] = []
     for _ in range(DRAWS_PER_MIXTURE):

@@ -124,7 +124,7 @@ def mixture_markdown(found: Found) -> str:
 
 
 def describe(values: Array) -> str:
-    """Mean, and lowest to highest where there are several."""
+    """Mean, and lowest to highest if there are several."""
     spread = f" ({values.min():.4f} to {values.max():.4f})" if len(values) > 1 else ""
     return f"{values.mean():.4f}{spread}"
 

@@ -1,4 +1,4 @@
-"""Rows that travel to experts, against every choice that a small router can make."""
+"""Rows that are sent to experts, against every choice that a small router can make."""
 
 from itertools import combinations
 

@@ -1,4 +1,4 @@
-"""A checkpoint that records other arguments than the configuration has is refused, each by name with both values."""
+"""A checkpoint that records other arguments than the configuration has is rejected, each by name with both values."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ REPLACED = {"muon_momentum"}
 
 
 def core_fields() -> dict[str, Any]:
-    """Fields of megatron-core's configurations and their defaults, read and not imported; ... where none is written."""
+    """Fields of megatron-core's configurations and their defaults, read and not imported; ... if none is written."""
     spec = find_spec("megatron.core") if find_spec("megatron") else None
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("needs megatron-core")

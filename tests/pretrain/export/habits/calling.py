@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.pretrain.export.habits.exported import Exported, assert_near, habit, tokens
 
-# Documents of a packed row, and where they begin and end.
+# Documents of a packed sequence, and where they begin and end.
 EDGES = (0, 5, 6, 12)
 POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 0, 0, 1, 2, 3, 4, 5]])
 DOCUMENTS = torch.tensor([[0, 0, 0, 0, 0, 1, 2, 2, 2, 2, 2, 2]], dtype=torch.int32)
@@ -31,7 +31,7 @@ def assert_documents_alone(export: Exported, packed: Tensor, ids: Tensor, *, bit
 
 @contextmanager
 def refused_by_name() -> Iterator[None]:
-    """A class that needs kernels for packed rows says so; numbers of one row for another are not answer."""
+    """A class that needs kernels for packed sequences says so; numbers of one row for another are not answer."""
     try:
         yield
     except ValueError as error:
