@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from amfm.pretrain.config.errors import Problem
-from amfm.pretrain.config.schema import EvaluateConfig, RunConfig
+from amfm.pretrain.config.schema import EvaluateConfig, ParallelConfig, RunConfig
 
 SETTING = "evaluate.tasks"
 
@@ -15,7 +15,10 @@ def task_problems(config: RunConfig) -> Iterator[Problem]:
     section = config.evaluate
     if not section.tasks:
         for name in EvaluateConfig.model_fields:
-            if name != "merge_last" and getattr(section, name) != EvaluateConfig.model_fields[name].default:
+            if (
+                name not in ("merge_last", "prompts")
+                and getattr(section, name) != EvaluateConfig.model_fields[name].default
+            ):
                 yield Problem(f"evaluate.{name}", "has no effect without evaluate.tasks", "name tasks, or remove it")
         return
     if config.data.synthetic is not None:
@@ -23,6 +26,30 @@ def task_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             SETTING, rule, "remove it; train.validate_every_steps measures the accuracy on the synthetic task"
         )
+
+
+def generation_rule(parallel: ParallelConfig) -> str | None:
+    """Which rule keeps a run from generating text where ranks share the tokens or the blocks of a row; None: it can."""
+    reasons = [f"{axis}={ranks}" for axis in ("pipeline", "context") if (ranks := getattr(parallel, axis)) > 1]
+    if parallel.tensor > 1 and (parallel.sequence_parallel or parallel.expert > 1):
+        reason = "sequence_parallel=true" if parallel.sequence_parallel else f"expert={parallel.expert}"
+        reasons.append(f"tensor={parallel.tensor} with parallel.{reason}")
+    shared = " and parallel.".join(reasons)
+    return f"generates text, a token at a time, and parallel.{shared} shares rows between ranks" if reasons else None
+
+
+def sample_problems(config: RunConfig) -> Iterator[Problem]:
+    """Refuse samples of a model that has no text, an empty prompt, and a layout that shares rows."""
+    prompts, key = config.evaluate.prompts, "evaluate.prompts"
+    if not prompts:
+        return
+    rule, task = generation_rule(config.parallel), config.data.synthetic
+    if rule is not None:
+        yield Problem(key, rule, "remove it, and run `amfm generate RUN` on the checkpoints")
+    if task is not None:
+        yield Problem(key, f"ask for text, and data.synthetic.task={task.task} has no tokenizer", "remove it")
+    if not all(prompts) or len(set(prompts)) < len(prompts):
+        yield Problem(key, "must be different texts, none of them empty", "remove what is empty or there twice")
 
 
 def merge_problems(config: RunConfig) -> Iterator[Problem]:
@@ -52,4 +79,5 @@ def merge_problems(config: RunConfig) -> Iterator[Problem]:
 def evaluate_problems(config: RunConfig) -> Iterator[Problem]:
     """Check the section `evaluate`."""
     yield from task_problems(config)
+    yield from sample_problems(config)
     yield from merge_problems(config)

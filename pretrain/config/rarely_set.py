@@ -39,7 +39,7 @@ RARELY_SET: dict[str, dict[str, str]] = {
         "train": "compile",
     },
     "docs/evaluation.md": {
-        "evaluate": "tasks include_path every_steps limit num_fewshot micro_batch_size merge_last",
+        "evaluate": "tasks include_path every_steps limit num_fewshot micro_batch_size merge_last prompts",
         "validation.*": "name source paths batches tokens",
         "data.sources.*": "validation_fraction",
     },

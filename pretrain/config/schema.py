@@ -406,7 +406,7 @@ class ExportConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """What is measured while a model trains, besides its validation: tasks of lm-eval, and a merge of checkpoints."""
+    """What is measured while a model trains, besides its validation: tasks of lm-eval, a merge of checkpoints, samples."""
 
     tasks: tuple[str, ...] = Field((), description="Tasks, groups or tags of lm-eval, by name; empty: none.")
     include_path: str | None = Field(None, description="Folder with YAML files of further tasks; null: lm-eval's own.")
@@ -420,6 +420,9 @@ class EvaluateConfig(Section):
     )
     merge_last: int | None = Field(
         None, gt=1, description="Validate the mean of this many last checkpoints next to the run; null: of none."
+    )
+    prompts: tuple[str, ...] = Field(
+        (), description="Texts that the model continues after each validation, by 60 tokens each; empty: none."
     )
 
 

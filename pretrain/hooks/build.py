@@ -109,6 +109,10 @@ def build_hooks(run: Run, suite: TaskSuite | None) -> tuple[Hook, ...]:
         from amfm.pretrain.hooks.merge import MergedValidation
 
         sets.append(MergedValidation(run, validations, run.config.evaluate.merge_last))
+    if run.config.evaluate.prompts:
+        from amfm.pretrain.hooks.samples import Samples
+
+        sets.append(Samples(run))
     if run.config.health.spike_sigma is not None:
         from amfm.pretrain.hooks.spikes import Spikes
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
 from amfm.model.hybrid import ModelOutput
-from amfm.pretrain.checks.evaluate import SETTING
+from amfm.pretrain.checks.evaluate import SETTING, generation_rule
 from amfm.pretrain.config.schema import EvaluateConfig, ParallelConfig, RunConfig
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.inference.passes import RowPasses
@@ -131,14 +131,10 @@ def generation_problem(names: Sequence[str], kinds: set[str], parallel: Parallel
     """Report why tasks that generate cannot run where ranks share the tokens or the blocks of a row: there is one token at
     a time.
     """
-    reasons = [f"{axis}={ranks}" for axis in ("pipeline", "context") if (ranks := getattr(parallel, axis)) > 1]
-    if parallel.tensor > 1 and (parallel.sequence_parallel or parallel.expert > 1):
-        reason = "sequence_parallel=true" if parallel.sequence_parallel else f"expert={parallel.expert}"
-        reasons.append(f"tensor={parallel.tensor} with parallel.{reason}")
-    if not reasons or "generate_until" not in kinds:
+    rule = generation_rule(parallel)
+    if rule is None or "generate_until" not in kinds:
         return None
     return (
-        f"{SETTING}: a task of {', '.join(names)} generates text, a token at a time, and parallel."
-        f"{' and parallel.'.join(reasons)} shares rows between ranks; leave the task out, and run "
+        f"{SETTING}: a task of {', '.join(names)} {rule}; leave the task out, and run "
         "`amfm evaluate RUN --tasks NAMES` on the checkpoints"
     )

@@ -152,7 +152,7 @@ kernels.backend kernels.experts
 low_precision.recipe low_precision.block_types low_precision.bf16_first_layers low_precision.bf16_last_layers low_precision.out_proj_recipe
 low_precision.weight_gradient low_precision.activation_storage low_precision.dispatch low_precision.quantize_weights low_precision.emulate low_precision.measure_every_steps
 export.target export.every_steps export.max_position_embeddings
-evaluate.tasks evaluate.include_path evaluate.every_steps evaluate.limit evaluate.num_fewshot evaluate.micro_batch_size evaluate.merge_last
+evaluate.tasks evaluate.include_path evaluate.every_steps evaluate.limit evaluate.num_fewshot evaluate.micro_batch_size evaluate.merge_last evaluate.prompts
 validation.*.name validation.*.source validation.*.paths validation.*.batches validation.*.tokens
 prune.groups prune.keep prune.method prune.start_step prune.every_steps prune.end_step
 forget.every_steps forget.until_step qk_clip.limit ema.decay ema.every_steps ema.start trace_choices.every_steps trace_choices.max_mebibytes
