@@ -27,7 +27,7 @@ def conclude(run_dir: Path, code: int) -> list[str]:
     place = shlex.quote(str(run_dir))
     if saved >= 0:
         lines.append(f"checkpoint: {run_dir / 'checkpoints' / checkpoint_name(saved)}")
-        lines.append(f"next: amfm report {place}   or   amfm export {place} {shlex.quote(f'{run_dir}-export')}")
+        lines += [f"next: amfm report {place}", f"next: amfm export {place} {shlex.quote(f'{run_dir}-export')}"]
     return [printable(line) for line in lines]
 
 

@@ -14,6 +14,8 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
+from rich.padding import Padding
 from rich.table import Column, Table
 
 from amfm.data_pipeline.progress import format_seconds
@@ -55,15 +57,23 @@ def print_pairs(title: str, pairs: Iterable[tuple[str, object]]) -> None:
 
 
 def print_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table with a header on standard output."""
+    """Print a table with a header on standard output; where a terminal is too narrow for its words, a paragraph per row."""
     table = Table(header_style="bold")
     for column in columns:
         table.add_column(plain(column), overflow="fold")
-    for row in rows:
-        table.add_row(*(plain(cell) for cell in row))
+    cells = [[plain(cell) for cell in row] for row in rows]
+    for row in cells:
+        table.add_row(*row)
     console = output()
     console.print(f"[bold]{plain(title)}[/bold]", soft_wrap=not console.is_terminal)  # a terminal cuts words
-    console.print(table)
+    unlimited = console.options.update(width=10**6)
+    if Measurement.get(console, unlimited, table).minimum <= console.width:
+        console.print(table)
+        return
+    for first, *rest in cells:
+        console.print(f"[cyan]{first}[/cyan]")
+        words = "; ".join(f"{column} {cell}" for column, cell in zip(columns[1:], rest) if cell)
+        console.print(Padding(words, (0, 0, 0, 2)))
 
 
 def output() -> Console:
@@ -106,12 +116,13 @@ def show_progress(name: str, *, every_seconds: float = 1.0, console: Console | N
 
         yield show_line
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(BAR_WIDTH, table_column=Column(min_width=BAR_WIDTH)),
         MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TimeElapsedColumn(table_column=Column(no_wrap=True)),  # of work that is not counted, the only sign of life
         TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[remark]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -243,9 +243,7 @@ def inspect(
         print_json(found.as_json())
     else:
         verdict = "no problem found" if found.is_ok() else f"{len(found.problems)} problem(s)"
-        print_pairs(
-            f"{path}: {found.kind}, {verdict}", [(name, show_fact(value)) for name, value in found.facts.items()]
-        )
+        print_pairs(f"{path}: {found.kind}, {verdict}", show_facts(found.facts))
     for problem in problems:
         say(f"amfm: {problem}")
     if problems:
@@ -353,8 +351,26 @@ def show_spike(run_dir: Path, step: int, *, as_json: bool) -> None:
         print(f"--- loss {each.loss:.3f} over {each.tokens:,} tokens: {place}\n{printable(each.text)}")
 
 
+ONE_LINE = 3  # facts of a mapping that has no further ones inside
+
+
+def show_facts(facts: Mapping[str, Any], indent: str = "") -> Iterator[tuple[str, str]]:
+    """Rows of facts: what a mapping holds is below its name, further in."""
+    for name, value in facts.items():
+        inside = value.values() if isinstance(value, dict) else ()
+        if len(inside) <= ONE_LINE and not any(isinstance(item, dict) for item in inside):
+            yield f"{indent}{name}", show_fact(value)
+        else:
+            yield f"{indent}{name}", ""
+            yield from show_facts(value, f"{indent}  ")
+
+
 def show_fact(value: Any) -> str:
-    """A fact on one line: 1234567 as 1,234,567, nested mappings as a=b."""
+    """A fact on one line: 1234567 as 1,234,567, other numbers in four digits, nested mappings as `a: b`."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
     if isinstance(value, dict):
         return ", ".join(f"{key}: {show_fact(item)}" for key, item in value.items())
     if isinstance(value, list):

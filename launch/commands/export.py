@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from amfm.launch.commands.client import (
     require_equal,
     show_check,
 )
-from amfm.launch.console import print_json, print_pairs
+from amfm.launch.console import print_json, print_pairs, say
 from amfm.launch.heavy_imports import loading
 from amfm.launch.push import Hub, require_export
 from amfm.model.huggingface.hf_class import Target
@@ -88,6 +89,9 @@ def export(
     check: CheckOption = None,
     client_python: ClientPythonOption = None,
     push: PushOption = None,
+    notes: Annotated[
+        bool, typer.Option("--notes", help="List other programs that are known not to read the export, and why.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """The verb `export`.
@@ -155,20 +159,28 @@ def export(
             f"largest logit difference {report.max_logit_difference:.1e} over {report.tokens_compared:,} tokens, {same}"
         )
     pairs = [
-        ("folder", report.path),
-        ("class", report.class_name),
         ("verification", verification),
         ("compared on", report.compared),
+        ("folder", report.path),
+        ("class", report.class_name),
     ]
     pairs += [("why no native class", reason) for reason in report.reasons]
     pairs += [("left out", report.left_out)] if report.left_out else []
     pairs += [("kept", text) for text in report.kept]
-    pairs += [("known incompatibilities", refusal) for refusal in report.refusals]
     pairs += [("pushed to", pushed)] if pushed is not None else []
+    pairs += known_incompatibilities(report.refusals, whole=notes)
     print_pairs("Export", pairs)
     if checked is not None:
         print_check(out, checked)
     require_equal(checked)
+    say(f"next: in Python, transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})")
+
+
+def known_incompatibilities(refusals: Sequence[str], *, whole: bool) -> list[tuple[str, str]]:
+    """Rows on other programs that are known to refuse an export: each in its words, or how many there are."""
+    if whole or not refusals:
+        return [("known incompatibilities", refusal) for refusal in refusals]
+    return [("known incompatibilities", f"{len(refusals)}; --notes lists them")]
 
 
 def push_export(folder: Path, hub: Hub, *, as_json: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +29,16 @@ QUESTIONS = {
 CHOICES: dict[str, tuple[str, ...]] = {"size": tuple(SIZES), "style": tuple(STYLES)}
 DEFAULTS = {"size": "3m", "style": "nemotron", "hardware": "cpu"}
 SIZE_FOR_GPUS = "20m"
+# What the preset of a size is planned for.
+PLANNED_FOR = {
+    "3m": "two CPU cores",
+    "20m": "8 H100",
+    "150m": "8 H100",
+    "1b": "8 H100",
+    "8b": "64 H100",
+    "30b": "64 H100",
+}
+WORDS = {"active_parameters": "active per token", "memory_gib": "memory of the most loaded rank"}  # of facts
 
 
 def init(
@@ -66,7 +76,8 @@ def init(
         return
     millions = {key: f"{facts[key] / 1e6:,.1f}M" for key in ("parameters", "active_parameters")}
     millions["parameters"] += f", with a vocabulary of {written.choice.config.model.vocab_size:,}"
-    print_pairs("Configuration", (facts | millions).items())
+    shown = facts | millions | {"memory_gib": f"{facts['memory_gib']} GiB"}
+    print_pairs("Configuration", ((WORDS.get(key, key), value) for key, value in shown.items()))
     say("next:\n" + "\n".join(f"  {command}" for command in commands))
 
 
@@ -77,13 +88,25 @@ def ask(name: str, defaults: Mapping[str, str]) -> str:
             f"--{name} is not given, and there is no terminal to ask at; add --{name} {defaults.get(name, 'PATH')}"
         )
     text = QUESTIONS[name].format(", ".join(CHOICES.get(name, ())))
+    if name == "size":
+        say("\n".join(describe_sizes()))
+    default = defaults.get(name, "")
     while True:
         try:
-            return check(name, str(typer.prompt(text, default=defaults.get(name), err=True)))
+            return check(name, str(typer.prompt(text, default=default, show_default=bool(default), err=True)))
         except ValueError as error:
             say(str(error).removeprefix(f"--{name} "))
         except typer.Abort:  # Ctrl-C, which typer would end with 1
             raise typer.Exit(INTERRUPTED) from None
+
+
+def describe_sizes() -> Iterator[str]:
+    """One line for each size: how much it trains on by default, and for which hardware its preset is planned."""
+    from amfm.pretrain.report.numbers import count
+
+    for name, size in SIZES.items():
+        tokens = size.steps * size.global_batch_size * size.sequence_length
+        yield f"  {name:>5}  {count(tokens):>5} tokens in {size.steps:,} steps of {size.global_batch_size:,} x {size.sequence_length:,}; planned for {PLANNED_FOR[name]}"
 
 
 def check(name: str, value: str) -> str:
@@ -92,6 +115,8 @@ def check(name: str, value: str) -> str:
         if value.lower() not in CHOICES[name]:
             raise ValueError(f"--{name} {value} must be one of {', '.join(CHOICES[name])}")
         return value.lower()
+    if not value:
+        raise ValueError(f"--{name} needs an answer: name a file or a folder of text, such as data/corpus/shakespeare")
     if name == "data":
         from amfm.launch.init.text import look_at
 

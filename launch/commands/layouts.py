@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from amfm.launch.console import print_pairs, print_rows
+from amfm.launch.console import print_pairs, print_rows, say
 
 if TYPE_CHECKING:
     from amfm.launch.plan.estimate import Estimate
@@ -109,12 +109,17 @@ def print_layouts(made: Plan) -> None:
     print_rows(what, ("layout", "GiB", "a step", "MFU", "most of the step, or why it does not fit"), rows)
 
 
-def print_left_out(made: Plan) -> None:
-    """Print why a search has no other layouts, counted, and what it does not try."""
+def print_left_out(made: Plan, *, whole: bool) -> None:
+    """Print why a search has no other layouts, counted, and what it does not try; in one line unless the whole is asked for."""
+    if not made.left_out:
+        return
+    if not whole:
+        number = sum(entry.count or 0 for entry in made.left_out)
+        say(f"amfm: {number:,} layouts were left out; --why lists the reasons")
+        return
     rows = [("" if entry.count is None else f"{entry.count:,}", entry.what, entry.example) for entry in made.left_out]
-    if rows:
-        columns = ("layouts", "why not", "one of them; for what was not tried, the reason")
-        print_rows("Left out of the search", columns, rows)
+    columns = ("layouts", "why not", "one of them; for what was not tried, the reason")
+    print_rows("Left out of the search", columns, rows)
 
 
 def describe_longest(item: Estimate) -> str:

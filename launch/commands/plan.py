@@ -59,6 +59,10 @@ StorageOption = Annotated[
 SearchOption = Annotated[
     bool, typer.Option("--search", help="Search layouts over all axes, not only ZeRO stages and micro-batch sizes.")
 ]
+WhyOption = Annotated[
+    bool,
+    typer.Option("--why", help="With --search: also list why other layouts were left out, and what was not tried."),
+]
 WriteOption = Annotated[
     bool, typer.Option("--write-layout", help="With --search: write the fastest layout that fits into CONFIG.yaml.")
 ]
@@ -98,6 +102,7 @@ def plan(
     failures_per_day: FailuresOption = None,
     storage_gb_per_second: StorageOption = None,
     search: SearchOption = False,
+    why: WhyOption = False,
     write: WriteOption = False,
     picture: PictureOption = None,
     trace: TraceOption = False,
@@ -113,6 +118,8 @@ def plan(
     hardware = load_hardware(gpu)
     check_trace_options(trace, search, rank, stage, timeline)
     check_write_options(write, search, overrides, preset)
+    if why and not search:
+        raise ValueError("--why has no effect without --search; add it, or leave it out")
     check_failure_options(failures_per_day, storage_gb_per_second)
     if picture is not None:
         check_picture(picture)
@@ -150,6 +157,8 @@ def plan(
         return
     print_verdict(made, is_written=write)
     print_plan(made, str(path))
+    print_left_out(made, whole=why)
+    print_advice(made)
     for entry in traced:
         print_trace(entry)
     for line, planned in steps:
@@ -259,9 +268,9 @@ def trace_ranks(
 
 
 def print_plan(made: Plan, title: str) -> None:
-    """Print the plan as tables: model, memory, step, stages, layouts; advice goes to standard error."""
+    """Print the plan as tables: model, memory, step, stages, layouts."""
     from amfm.launch.plan.hardware import GIB
-    from amfm.launch.plan.plan import SECONDS_A_DAY, advise
+    from amfm.launch.plan.plan import SECONDS_A_DAY
     from amfm.pretrain.report.numbers import count, short
 
     counts, own = made.counts, made.own
@@ -291,7 +300,13 @@ def print_plan(made: Plan, title: str) -> None:
     if made.is_search and made.layouts and made.layouts[0].layout != own.layout:
         best = made.layouts[0]
         print_pairs(f"Step time of the fastest layout: {best.layout.describe()}", describe_step(best))
-    print_left_out(made)
+
+
+def print_advice(made: Plan) -> None:
+    """Print which layout was shown where the configuration's own does not suit, and what would fit, on standard error."""
+    from amfm.launch.plan.plan import advise
+
+    own = made.own
     if not made.is_own:
         say(
             f"amfm: the configuration's own layout does not suit {own.layout.ranks} ranks; shown is {own.layout.describe()}"

@@ -103,9 +103,17 @@ def merge_checkpoints(
     for merge in merges:
         loss = None
         if evaluate:
-            report(f"measuring the merge of {len(merge.steps)}")
+            what = f"measuring the merge of {len(merge.steps)}"
+            report(what)
             weights = read_merge(run_dir, merge, report)
-            loss = evaluate_checkpoint(weights, max_tokens=max_tokens, device=device, report=report).loss
+            found = evaluate_checkpoint(
+                weights,
+                max_tokens=max_tokens,
+                device=device,
+                report=report,
+                progress=lambda *_, what=what: report(what),
+            )  # once the weights are there, which are read on the way
+            loss = found.loss
         measured.append(replace(merge, loss=loss))
     if out is not None:
         weights = read_merge(run_dir, best_of(measured), report)

@@ -77,7 +77,9 @@ class FollowedRun:
 
     def __init__(self, directory: Path) -> None:
         if not any((directory / mark).exists() for mark in MARKS):
-            raise FileNotFoundError(f"{directory} is not a run directory; give run.dir of a run that was started")
+            raise FileNotFoundError(
+                f"{directory} is not a run directory; give run.dir of a run that was started (amfm runs lists those below a folder)"
+            )
         self.directory = directory
         self.config: RunConfig | None = None
         self.panel = RunState(f"amfm watch {directory.resolve().name}", first_step=0, last_step=0, began=None)
@@ -222,8 +224,11 @@ class FollowedRun:
         elif is_alive:
             self.state = "running"
         elif self.state == "running" and now - self._written > FRESH_SECONDS:
-            # A start is written down before its ranks give signs of life, so lines count as such as well.
-            self.state = "lost"
+            # A start is written down before its ranks give signs of life, so lines count as such as well. One whose last
+            # step is saved did all that it was asked for: what is lost is the line that says so.
+            done = 0 if self.panel.metrics is None else self.panel.metrics["step"]
+            is_whole = done >= self.panel.num_steps and self.panel.checkpoint_step == done
+            self.state = "finished" if is_whole else "lost"
 
     def silent(self, beats: list[Beat]) -> list[Beat]:
         """Ranks whose beat has not changed for FRESH_SECONDS."""

@@ -19,6 +19,7 @@ Line = Mapping[str, Any]
 Lines = Sequence[Line]
 
 MIN_LINES = 10  # fewer say nothing about what is usual
+MOST_SKIPPED = 0.001  # of all steps
 LOSS_ABOVE_BEST = 1.05
 GRAD_NORM_ABOVE_USUAL = 5.0
 STEP_ABOVE_USUAL = 1.5
@@ -61,7 +62,7 @@ def judge(metrics: Lines, events: Lines) -> Verdict:
     size = max(MIN_LINES, len(metrics) // 100)
     newest = metrics[-size:]
     rules = (
-        *judge_skips(newest),
+        *judge_skips(metrics, events, newest),
         *judge_loss(metrics, size),
         *compare(metrics, newest, "grad_norm", GRAD_NORM_ABOVE_USUAL),
         *compare(metrics, newest, "seconds", STEP_ABOVE_USUAL),
@@ -70,12 +71,19 @@ def judge(metrics: Lines, events: Lines) -> Verdict:
     return Verdict(rules)
 
 
-def judge_skips(newest: Lines) -> Iterator[Finding]:
-    """Steps that no rank applied, and losses that are not finite."""
-    skipped = sum(line.get("skipped") is True for line in newest)
-    if skipped:
-        text = f"{skipped} of the newest {len(newest)} steps were skipped"
-        yield Finding("skips", text, "look at the events skipped_step: they name samples and parameters")
+def judge_skips(metrics: Lines, events: Lines, newest: Lines) -> Iterator[Finding]:
+    """Steps that no rank applied, by their lines or else their events; spikes; and a loss that is not finite."""
+    by_event = {number(event, "step") for event in events if event.get("event") == "skipped_step"}
+    skipped = [line["step"] for line in metrics if line.get("skipped", line["step"] in by_event) is True]
+    recent = sum(step >= newest[0]["step"] for step in skipped)
+    if recent or len(skipped) > MOST_SKIPPED * len(metrics):
+        text = f"{recent} of the newest {len(newest)}" if recent else f"{len(skipped):,} of {len(metrics):,}"
+        remedy = "look at the events skipped_step: they name samples and parameters"
+        yield Finding("skips", f"{text} steps were skipped", remedy)
+    spikes = sum("spike" in line for line in newest)
+    if spikes:
+        remedy = "amfm inspect --spike names the documents of a step"
+        yield Finding("spikes", f"{spikes} of the newest {len(newest)} steps are far above those before", remedy)
     if newest and newest[-1].get("loss", 0.0) is None:
         yield Finding("loss", "the newest loss is not finite", "go back with amfm rollback, or lower the learning rate")
 

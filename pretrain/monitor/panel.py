@@ -174,18 +174,18 @@ class RunState:
         if self.metrics is not None:
             rows += self.draw_measures(self.metrics)
         rows.append(Text(self.elapsed() + self.describe_checkpoint()))
-        if self.status:
-            rows.append(Text(printable(self.status), style="bold", no_wrap=False, overflow="fold"))
-        if self.verdict:
-            colour = "green" if self.verdict == "well" else "yellow"
-            rows.append(Text(printable(self.verdict), style=f"bold {colour}", no_wrap=False, overflow="fold"))
-        shown: Any = Group(*rows)
+        shown: list[Any] = rows
         if width >= WIDE and self.metrics is not None:
-            shown = Table.grid(padding=(0, 2))
-            shown.add_column()
-            shown.add_column(min_width=HISTORY_WIDTH)
-            shown.add_row(Group(*rows), Group(*self.draw_history()))
-        return Panel(shown, title=escape(printable(self.name)), title_align="left", expand=False)
+            columns = Table.grid(padding=(0, 2))
+            columns.add_column()
+            columns.add_column(min_width=HISTORY_WIDTH)
+            columns.add_row(Group(*rows), Group(*self.draw_history()))
+            shown = [columns]
+        colour = "green" if self.verdict == "well" else "yellow"
+        for text, style in ((self.status, "bold"), (self.verdict, f"bold {colour}")):  # below, in the whole width
+            if text:
+                shown.append(Text(printable(text), style=style, no_wrap=False, overflow="fold"))
+        return Panel(Group(*shown), title=escape(printable(self.name)), title_align="left", expand=False)
 
     def draw_history(self) -> list[Any]:
         """Draw the curves of the last steps with their lowest and highest values, and name the newest events."""

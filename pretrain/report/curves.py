@@ -61,6 +61,7 @@ class Plot:
 
     `lowest` and `highest` fix an end of the vertical axis; `limit` is a dashed line across. `usual`: where the axis ends until a
     reader asks for all values. `marks`: what happened that a curve may show. `stages`: of a run that has several.
+    `is_folded`: shown to those who ask for it.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Plot:
     usual: tuple[float, float] | None = None
     marks: tuple[Mark, ...] = ()
     stages: tuple[Stage, ...] = ()
+    is_folded: bool = False
 
 
 def usual_range(curves: Sequence[Curve]) -> tuple[float, float] | None:

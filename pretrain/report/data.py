@@ -85,13 +85,15 @@ class RunRecord:
     def named_series(self, key: str) -> dict[str, tuple[list[int], list[float]]]:
         """Collect name -> (steps, values) of a metric that holds one number a name (auxiliary losses, expert load).
 
-        `key`: dotted for one inside of another.
+        `key`: dotted for one inside of another. Of a list the names are places, from 1.
         """
         found: dict[str, tuple[list[int], list[float]]] = {}
         for line in self.metrics:
             held: Any = line
             for part in key.split("."):
-                held = held.get(part) or {}
+                held = held.get(part) or {} if isinstance(held, dict) else {}
+            if isinstance(held, list):
+                held = dict(enumerate(held, 1))
             for name, value in held.items() if isinstance(held, dict) else ():
                 if is_number(value):
                     steps, values = found.setdefault(str(name), ([], []))
@@ -141,7 +143,8 @@ def read_run(directory: str | Path) -> RunRecord:
     for path in (config_path, metrics_path):
         if not path.is_file():
             raise FileNotFoundError(
-                f"{folder} holds no {path.name}, so it is not a run directory; give run.dir of a started run"
+                f"{folder} holds no {path.name}, so it is not a run directory; give run.dir of a started run (amfm runs lists those "
+                "below a folder)"
             )
     lines, notes = read_json_lines(metrics_path)
     by_step = {int(line["step"]): line for line in lines if is_number(line.get("step"))}

@@ -189,6 +189,11 @@ def count_discarded(events: Sequence[Mapping[str, Any]]) -> float:
     return total
 
 
+def discarded_between(events: Sequence[Mapping[str, Any]], begin: float, end: float) -> float:
+    """Seconds that events after one moment, and up to another, took away."""
+    return count_discarded([event for event in events if begin < moment(event.get("time"), begin) <= end])
+
+
 def measure_pauses(record: RunRecord, spans: Sequence[Span]) -> tuple[float, float, float]:
     """Seconds that saving took between steps and at the ends, those before the first step of each start, and those in it.
 
@@ -204,7 +209,9 @@ def measure_pauses(record: RunRecord, spans: Sequence[Span]) -> tuple[float, flo
         warm_up += max(0.0, begin_of(own[0]) - span.start)
         in_first += max(0.0, own[0]["seconds"] - median(line["seconds"] for line in own))
         for line, following in pairwise(own):
-            saving += max(0.0, begin_of(following) - line["time"]) * (line.get("step") in saved)
+            begin, end = line["time"], begin_of(following)
+            again = discarded_between(span.events[1:], begin, end)  # which has its own place
+            saving += max(0.0, end - begin - again) * (line.get("step") in saved)
         if own[-1].get("step") in saved and span.ended_in_order():
             saving += max(0.0, span.end - own[-1]["time"])
     return saving, warm_up, in_first

@@ -6,8 +6,9 @@ count. The page gathers further, as far as its pixels go.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from amfm.pretrain.report.data import RunRecord
 
@@ -46,15 +47,22 @@ class Stage:
     last: int
 
 
+def kind_of(event: Mapping[str, Any]) -> Kind | None:
+    """Which kind of mark an event is; None for one of every run."""
+    name = str(event.get("event"))
+    if name in QUIET:
+        return None
+    return "failure" if name in FAILURES else "trouble" if name in TROUBLE else "other"
+
+
 def make_marks(record: RunRecord) -> tuple[Mark, ...]:
     """Collect what happened to a run while it did the steps that are logged: all events but those of a quiet run."""
     first, last = int(record.metrics[0]["step"]), record.last_step()
     gathered: dict[tuple[Kind, int], list[tuple[int, str]]] = {}
     for event in record.events:
-        name, step = str(event.get("event")), event.get("step")
-        if not isinstance(step, int) or not first <= step <= last or name in QUIET:
+        name, step, kind = str(event.get("event")), event.get("step"), kind_of(event)
+        if not isinstance(step, int) or not first <= step <= last or kind is None:
             continue
-        kind: Kind = "failure" if name in FAILURES else "trouble" if name in TROUBLE else "other"
         span = (step - first) * SPANS // max(SPANS, last - first + 1)
         gathered.setdefault((kind, span), []).append((step, name.replace("_", " ")))
     return tuple(

@@ -14,10 +14,12 @@ from html import escape
 import numpy as np
 
 from amfm.pretrain.config.file import diff_configs
+from amfm.pretrain.monitor.follow import FollowedRun
 from amfm.pretrain.report.curves import NUM_COLOURS, NUM_DASHES, Curve, Plot, cap_outliers, curve_style, usual_range
 from amfm.pretrain.report.data import RunRecord
 from amfm.pretrain.report.numbers import count, plain, smooth
 from amfm.pretrain.report.page import Table
+from amfm.pretrain.report.verdict import describe_state, judge_run
 
 MAX_RUNS = NUM_COLOURS * NUM_DASHES
 Series = tuple[Sequence[int], Sequence[float]]
@@ -115,14 +117,17 @@ def name_runs(records: Sequence[RunRecord]) -> list[str]:
 
 def render_runs(records: Sequence[RunRecord]) -> str:
     """Render the table of the runs, which is the legend: a click on a name hides its curves."""
-    head = ("run", "steps", "parameters", "tokens", "loss", "validation", "tokens/s")
+    head = ("run", "state", "steps", "parameters", "tokens", "loss", "validation", "tokens/s")
     rows = []
     for number, (record, name) in enumerate(zip(records, name_runs(records))):
         series, dash = curve_style(number)
         button = f'<button type="button" data-run="{number}" data-series="{series}" data-dash="{dash}">{escape(name)}</button>'
         tokens, speed = record.last("tokens"), record.typical("tokens_per_second")
         losses = [record.last("loss"), record.last("validation_loss")]
+        followed = FollowedRun(record.directory)
+        seen = followed.look()
         cells = [
+            f"{describe_state(record, seen)[0].partition(':')[0]}, {judge_run(followed, seen, record).level}",
             f"{record.last_step():,} of {record.num_steps:,}",
             count(record.counts.total),
             "-" if tokens is None else count(tokens),

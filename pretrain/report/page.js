@@ -8,7 +8,7 @@
 (() => {
   const page = JSON.parse(document.getElementById("plots-data").textContent);
   const SVG = "http://www.w3.org/2000/svg";
-  const SCREEN = 252, PRINT = 176, TOP = 20, BOTTOM = 36, RIGHT = 12, GATHERED = 8;
+  const SCREEN = 252, PRINT = 176, TOP = 20, BOTTOM = 36, RIGHT = 12, GATHERED = 8, MOST_ENDS = 8;
   let HEIGHT = SCREEN;
   const DASHES = ["", "7 3", "2 2.5"];
   const AXES = { steps: "step", tokens: "tokens", hours: "hours inside steps" };
@@ -147,26 +147,29 @@
 
   function draw(figure) {
     const { host, plot } = figure, width = host.clientWidth, window = view.window ?? spread();
+    if (!width) return; // folded, until it is opened
     const [low, high] = plot.heat ? [0, plot.heat.names.length] : heights(figure, window);
     const marks = plot.heat ? [] : isLog(figure) ? logTicks(low, high) : ticks(low, high, 4);
     const labels = plot.heat ? plot.heat.names : distinct(marks);
     const left = 10 + 6.1 * Math.max(...labels.map((label) => label.length), 2);
+    const ends = shown(figure).filter((curve) => curve.name), hasEnds = ends.length > 1 && ends.length <= MOST_ENDS && width >= 400;
+    const right = width - (hasEnds ? 24 + 5.6 * Math.max(...ends.map((curve) => cut(curve.name).length)) : RIGHT);
     const scale = isLog(figure) ? Math.log : (value) => value;
     const across = view.logX ? (value) => Math.log(Math.max(value, window[0])) : (value) => value;
     const [begin, length] = [across(window[0]), across(window[1]) - across(window[0])];
-    figure.x = (value) => left + ((across(value) - begin) / length) * (width - left - RIGHT);
+    figure.x = (value) => left + ((across(value) - begin) / length) * (right - left);
     figure.back = (pixel) => {
-      const there = begin + ((pixel - left) / (width - left - RIGHT)) * length;
+      const there = begin + ((pixel - left) / (right - left)) * length;
       return view.logX ? Math.exp(there) : there;
     };
     figure.y = (value) => HEIGHT - BOTTOM - ((scale(value) - scale(low)) / (scale(high) - scale(low))) * (HEIGHT - BOTTOM - TOP);
     figure.left = left;
-    figure.right = width - RIGHT;
+    figure.right = right;
     figure.svg?.remove();
     const svg = (figure.svg = add(host, "svg", { viewBox: `0 0 ${width} ${HEIGHT}`, height: HEIGHT, "aria-hidden": "true" }));
     add(svg, "text", { x: left, y: 11, class: "unit" }, plot.unit);
     marks.forEach((value, index) => {
-      add(svg, "line", { x1: left, x2: width - RIGHT, y1: figure.y(value), y2: figure.y(value), class: "grid" });
+      add(svg, "line", { x1: left, x2: right, y1: figure.y(value), y2: figure.y(value), class: "grid" });
       add(svg, "text", { x: left - 6, y: figure.y(value) + 3.5, "text-anchor": "end" }, labels[index]);
     });
     stages(svg, figure);
@@ -176,18 +179,32 @@
       const anchor = figure.x(value) > width - 30 ? "end" : "middle";
       add(svg, "text", { x: figure.x(value), y: HEIGHT - 21, "text-anchor": anchor, class: "tick" }, named[index]);
     });
-    add(svg, "text", { x: (left + width - RIGHT) / 2, y: HEIGHT - 5, "text-anchor": "middle", class: "unit" }, AXES[view.axis]);
-    const clip = add(add(svg, "clipPath", { id: `clip-${plot.name}` }), "rect", { x: left, y: TOP - 4, width: Math.max(0, width - left - RIGHT + 4), height: HEIGHT - BOTTOM - TOP + 8 });
+    add(svg, "text", { x: (left + right) / 2, y: HEIGHT - 5, "text-anchor": "middle", class: "unit" }, AXES[view.axis]);
+    const clip = add(add(svg, "clipPath", { id: `clip-${plot.name}` }), "rect", { x: left, y: TOP - 4, width: Math.max(0, right - left + 4), height: HEIGHT - BOTTOM - TOP + 8 });
     const inside = add(svg, "g", { "clip-path": `url(#${clip.parentNode.id})` });
     if (plot.usual && !view.all && view.window === null && !isLog(figure))
-      add(svg, "text", { x: width - RIGHT, y: 11, "text-anchor": "end", class: "cut" }, "begin and spikes are outside");
+      add(svg, "text", { x: right, y: 11, "text-anchor": "end", class: "cut" }, "begin and spikes are outside");
     if (plot.heat) drawHeat(figure, inside, svg);
     else for (const curve of shown(figure)) drawCurve(figure, inside, curve, window);
     if (plot.limit !== null && plot.limit >= low && plot.limit <= high)
-      add(inside, "line", { x1: left, x2: width - RIGHT, y1: figure.y(plot.limit), y2: figure.y(plot.limit), class: "limit" });
+      add(inside, "line", { x1: left, x2: right, y1: figure.y(plot.limit), y2: figure.y(plot.limit), class: "limit" });
     happened(svg, figure);
+    if (hasEnds) nameEnds(svg, figure, ends, window);
     figure.pointer = add(svg, "g", {});
     point(figure);
+  }
+  const cut = (name) => (name.length > 14 ? name.slice(0, 13) + "\u2026" : name);
+  // The name of each curve where it ends, apart from each other.
+  function nameEnds(parent, figure, curves, window) {
+    const height = (curve) => figure.y(curve.smooth[Math.max(0, part(curve, window)[1] - 1)]);
+    const found = curves.map((curve) => ({ curve, y: Math.min(Math.max(height(curve), TOP + 4), HEIGHT - BOTTOM) }));
+    found.sort((a, b) => a.y - b.y);
+    found.forEach((end, number) => (end.y = Math.max(end.y, number ? found[number - 1].y + 12 : 0)));
+    const over = Math.max(0, found.at(-1).y - (HEIGHT - BOTTOM));
+    for (const { curve, y } of found) {
+      add(parent, "line", { x1: figure.right + 3, x2: figure.right + 15, y1: y - over, y2: y - over, stroke: colour(curve), "stroke-width": 2, "stroke-dasharray": DASHES[curve.dash] });
+      add(parent, "text", { x: figure.right + 18, y: y - over + 3.5, class: "end" }, cut(curve.name));
+    }
   }
   function stages(parent, figure) {
     if (page.runs.length > 1) return;
@@ -305,6 +322,7 @@
   // ---- pointing
 
   function point(figure) {
+    if (!figure.pointer) return;
     figure.pointer.replaceChildren();
     const isPointed = view.cursor !== null && view.cursor.figure === figure;
     figure.tip.hidden = !isPointed;
@@ -554,6 +572,7 @@
     button.prepend(button.lastChild);
     toggle(button, "run " + button.dataset.run);
   }
+  document.querySelector("details.others")?.addEventListener("toggle", () => figures.forEach(draw));
   if (figures.length) toolbar();
   zoomTo(null);
   new ResizeObserver(() => figures.forEach(draw)).observe(document.querySelector("main"));

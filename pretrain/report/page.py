@@ -20,12 +20,15 @@ from typing import Any
 from amfm.pretrain.monitor.health import Verdict
 from amfm.pretrain.report.curves import Plot
 from amfm.pretrain.report.draw import draw_svg
+from amfm.pretrain.report.goodput import USES
+from amfm.pretrain.report.marks import kind_of
 from amfm.pretrain.report.numbers import DARK, LIGHT, plain
+from amfm.pretrain.report.timeline import COLUMNS, Timeline
 
 # A long run logs thousands of checkpoints; older events stay in events.jsonl.
 MAX_EVENTS = 200
-# Of events: what has its own column, and what the table of starts has.
-COLUMNS = {"time", "event", "step", "hosts", "job", "code", "versions", "config_sha256", "config"}
+# Of events: what has its own column, and what the table of starts and the time over the clock have.
+OWN_COLUMNS = {"time", "event", "step", "hosts", "job", "code", "versions", "config_sha256", "config", "world_size", "began_at", "last_line_at"}  # fmt: skip
 
 VARIABLES = f"""
 :root {{ color-scheme: light dark; {LIGHT.css()}
@@ -35,6 +38,13 @@ VARIABLES = f"""
   --page: #0f1216; --card: #181c22; --ink: #e8eaed; --accent: #7aa7ff;
   --good: #5ed39a; --wait: #e6b455; --bad: #ff8a80; }} }}
 """
+# The hatches that the style sheet gives two classes, for shapes of an SVG.
+HATCHED = {"lost-2": "M0 8L8 0", "lost-3": "M4 0V8"}
+HATCHES = "".join(
+    f'<pattern id="hatch-{name}" width="8" height="8" patternUnits="userSpaceOnUse"><rect width="8" height="8" fill="var(--bad)"/>'
+    f'<path d="{path}" stroke="var(--card)" stroke-width="2"/></pattern>'
+    for name, path in HATCHED.items()
+)
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
@@ -133,14 +143,46 @@ def render_shares(shares: Sequence[Share], text: str) -> str:
     )
 
 
+def render_timeline(timeline: Timeline, kinds: Mapping[str, str]) -> str:
+    """Render the uses of the time over the clock, in the classes of `kinds`, with marks above and times below."""
+    width = 1000 / COLUMNS
+    floors, paths = [100.0] * COLUMNS, []
+    for use, shares in timeline.columns.items():
+        path = ""
+        for number, share in enumerate(shares):
+            if share > 0.002:
+                floors[number] -= 100 * share
+                path += f"M{number * width:.1f} {floors[number]:.1f}h{width:.1f}v{100 * share:.1f}h-{width:.1f}z"
+        fill = f' fill="url(#hatch-{kinds[use]})"' if kinds[use] in HATCHED else ""
+        paths.append(f'<path class="{kinds[use]}"{fill} d="{path}"><title>{escape(USES[use])}</title></path>')
+    signs = {"failure": "&#9650;", "trouble": "&#9670;", "other": "|"}
+    marks = [
+        f'<i class="{kind}" style="left:{100 * place:.1f}%" title="{escape(text)}">{signs[kind]}</i>'
+        for place, kind, text in timeline.marks
+    ]
+    quarters = (timeline.begin + quarter * (timeline.end - timeline.begin) / 4 for quarter in range(5))
+    times = "".join(f"<span>{show_time(time)[:16]}</span>" for time in quarters)
+    return (
+        f'<div class="panel clock" role="img" aria-label="use of the time over the clock"><div class="when">{"".join(marks)}</div>'
+        f'<svg viewBox="0 0 1000 100" preserveAspectRatio="none">{HATCHES}{"".join(paths)}</svg><div class="times">{times}</div></div>'
+    )
+
+
 def render_plots(plots: Sequence[Plot]) -> str:
-    """Render the section of plots: a place for each that the script fills, and its SVG if no script runs."""
-    figures = []
+    """Render the section of plots: a place for each that the script fills, and its SVG if no script runs.
+
+    Folded ones come after, closed; without a script they are only named.
+    """
+    figures = {False: "", True: ""}
     for plot in plots:
         caption = f"<figcaption><b>{escape(plot.title)}</b>{escape(plot.caption)}</figcaption>"
         place = f'<div class="plot" id="plot-{plot.name}" aria-label="{escape(plot.title)}" hidden></div>'
-        figures.append(f"<figure>{caption}{place}<noscript>{draw_svg(plot)}</noscript></figure>")
-    return f'<div id="plots-bar" hidden></div><section class="plots">{"".join(figures)}</section>'
+        still = "drawn where scripts run" if plot.is_folded else draw_svg(plot)
+        figures[plot.is_folded] += f"<figure>{caption}{place}<noscript>{still}</noscript></figure>"
+    others = f'<section class="plots">{figures[True]}</section>'
+    return f'<div id="plots-bar" hidden></div><section class="plots">{figures[False]}</section>' + (
+        render_details("Other numbers", others, "others") if figures[True] else ""
+    )
 
 
 def render_table(table: Table) -> str:
@@ -152,21 +194,42 @@ def render_table(table: Table) -> str:
     return f'<div class="panel {kind}">{title}<table><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 
+def render_samples(samples: Mapping[str, Sequence[tuple[int, str]]]) -> str:
+    """Render how the continuations of each prompt changed: a row for each step of them."""
+    parts = []
+    for prompt, texts in samples.items():
+        rows = "".join(f"<tr><th>step {step:,}</th><td>{escape(text)}</td></tr>" for step, text in texts)
+        parts.append(f'<div class="panel samples"><p>{escape(prompt)} &hellip;</p><table>{rows}</table></div>')
+    return "".join(parts)
+
+
 def render_events(events: Sequence[Mapping[str, object]]) -> str:
-    """Render the events (starts, checkpoints, signals, skipped steps, ...), newest first, MAX_EVENTS at most."""
+    """Render what happened, newest first, and folded what every run does: checkpoints, validation; MAX_EVENTS of each."""
     if not events:
         return '<div class="panel"><p class="none">No events were logged.</p></div>'
+    of_any = [event for event in events if kind_of(event) is None]
+    names = ", ".join(sorted({str(event.get("event")).replace("_", " ") for event in of_any}))
+    others = [event for event in events if kind_of(event) is not None]
+    shown = render_rows(others) if others else '<p class="none">Nothing but what every run does.</p>'
+    folded = render_details(f"{len(of_any):,} of every run: {names}", render_rows(of_any), "") if of_any else ""
+    return f'<div class="panel events">{shown}{folded}</div>'
+
+
+def render_rows(events: Sequence[Mapping[str, object]]) -> str:
+    """Render events as a table, newest first."""
     rows = []
     for event in list(reversed(events))[:MAX_EVENTS]:
-        rest = {key: value for key, value in event.items() if key not in COLUMNS}
-        step = event.get("step")
-        texts = ("" if step is None else plain(step), str(event.get("event", "")), plain(rest) if rest else "")
+        rest = {key: value for key, value in event.items() if key not in OWN_COLUMNS and value is not None}
+        words = ", ".join(f"{key.replace('_', ' ')} {plain(value)}" for key, value in rest.items())
+        step, kind = event.get("step"), kind_of(event) or ""
+        name = str(event.get("event", "")).replace("_", " ")
+        texts = ("" if step is None else plain(step), name, words)
         cells = [render_time(event.get("time")), *map(escape, texts)]
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        rows.append(f'<tr class="{kind}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     hidden = len(events) - len(rows)
     more = f'<p class="none">{hidden:,} older events are in events.jsonl.</p>' if hidden > 0 else ""
     head = "<thead><tr><th>time (UTC)</th><th>step</th><th>event</th><th>details</th></tr></thead>"
-    return f'<div class="panel events"><table>{head}<tbody>{"".join(rows)}</tbody></table>{more}</div>'
+    return f"<table>{head}<tbody>{''.join(rows)}</tbody></table>{more}"
 
 
 def render_time(value: object) -> str:
@@ -213,6 +276,6 @@ def render_text(text: str) -> str:
     return f"<pre>{escape(text)}</pre>"
 
 
-def render_details(title: str, body: str) -> str:
+def render_details(title: str, body: str, kind: str = "panel") -> str:
     """Render a part that is folded until a click opens it, by the browser alone."""
-    return f'<details class="panel"><summary>{escape(title)}</summary>{body}</details>'
+    return f'<details class="{kind}"><summary>{escape(title)}</summary>{body}</details>'

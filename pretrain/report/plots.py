@@ -5,7 +5,8 @@ Each function returns None when the run has no such measurement, and no empty fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from amfm.pretrain.report.curves import (
     MIN_SMOOTHED,
+    MIN_USUAL,
     Curve,
     HeatMap,
     Plot,
@@ -26,45 +28,36 @@ from amfm.pretrain.report.data import RunRecord
 from amfm.pretrain.report.marks import make_marks, make_stages
 from amfm.pretrain.report.numbers import mean_of_spans
 
-# Keys of metrics.jsonl that amfm writes; others are of packages' hooks.
-OURS = {
-    *("step", "time", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "tokens_per_second_per_gpu", "mfu"),
-    *("tflops_per_gpu", "seconds", "auxiliary", "expert_load", "memory_bytes", "data", "skipped", "mtp_loss"),
-    *("damaged_samples", "allocator", "stage", "qk_clip", "validation_seconds", "validation_loss", "mtp_accepted"),
-    *("validation_accuracy", "validation_row_accuracy", "validation_bits_per_byte", "validation_by_source"),
-    *(
-        "inspect",
-        "low_precision",
-        "validation_sets_at_start",
-        "validation_sets",
-        "spike",
-        "energy",
-        "tasks",
-        "tasks_seconds",
-    ),
-}
-
 
 def make_plots(record: RunRecord) -> list[Plot]:
-    """Make every plot for which the run has measurements, in the order of the page, with the run's events on each."""
-    makers: list[Callable[[RunRecord], Plot | None]] = [
-        loss_plot,
-        validation_sets_plot,
-        sources_plot,
-        accuracy_plot,
-        learning_rate_plot,
-        gradient_norm_plot,
-        throughput_plot,
-        mfu_plot,
-        memory_plot,
-        mixture_plot,
-        expert_load_plot,
-        auxiliary_plot,
-        quantization_plot,
-    ]
+    """Make every plot for which the run has measurements, in the order of the page, with the run's events on each.
+
+    What no plot draws, of amfm or of a package's hook, comes last, folded.
+    """
+    # With the keys of metrics.jsonl that each draws.
+    makers: dict[Callable[[RunRecord], Plot | None], tuple[str, ...]] = {
+        loss_plot: ("loss", "validation_loss"),
+        validation_sets_plot: ("validation_sets", "validation_sets_at_start"),
+        sources_plot: ("validation_by_source",),
+        accuracy_plot: ("validation_accuracy", "validation_row_accuracy"),
+        learning_rate_plot: ("lr",),
+        gradient_norm_plot: ("grad_norm",),
+        throughput_plot: ("tokens_per_second",),
+        mfu_plot: ("mfu",),
+        memory_plot: ("memory_bytes",),
+        mixture_plot: ("data",),
+        expert_load_plot: ("expert_load",),
+        auxiliary_plot: ("auxiliary",),
+        quantization_plot: ("low_precision",),
+    }
+    drawn = {*NOT_DRAWN, *(key for keys in makers.values() for key in keys)}
     marks, stages = make_marks(record), make_stages(record)
-    found = [*(make(record) for make in makers), *inspection_plots(record), *other_plots(record)]
+    found = [*(make(record) for make in makers), *inspection_plots(record), *other_plots(record, drawn)]
     return [replace(plot, marks=marks, stages=stages) for plot in found if plot is not None]
+
+
+# Of the keys of metrics.jsonl: axes, and what inspection_plots and page_data.py draw.
+NOT_DRAWN = ("step", "time", "tokens", "inspect", "tasks")
 
 
 def loss_plot(record: RunRecord) -> Plot | None:
@@ -198,7 +191,7 @@ def expert_load_plot(record: RunRecord) -> Plot | None:
     rows = tuple(tuple(mean_of_spans(*loads[block], edges)) for block in blocks)
     moe = record.config.model.moe
     most = "" if moe is None else f"; {moe.num_experts / moe.top_k:g}, the most possible, is collapse"
-    caption = f"Tokens of the most loaded expert over the mean, by MoE block: 1 is even{most}."
+    caption = f"By MoE block: 1 is even{most}."
     # A fixed scale, so that a colour means the same in every run; by ratios, or all that is usual would be the darkest.
     most_possible = 0.0 if moe is None else moe.num_experts / moe.top_k
     highest = max(1.2, most_possible or max(value for row in rows for value in row if value is not None))
@@ -221,7 +214,8 @@ def auxiliary_plot(record: RunRecord) -> Plot | None:
         )
         for number, (name, pair) in enumerate(found.items())
     )
-    return Plot("auxiliary", "Auxiliary losses", "Weighted, as they are added to the loss.", "", curves)
+    alone = f" {curves[0].name.capitalize()} alone is not zero." if len(curves) == 1 else ""
+    return Plot("auxiliary", "Auxiliary losses", f"Weighted, as they are added to the loss.{alone}", "", curves)
 
 
 def quantization_plot(record: RunRecord) -> Plot | None:
@@ -284,14 +278,20 @@ def inspection_plots(record: RunRecord) -> Iterator[Plot]:
         )
 
 
-def other_plots(record: RunRecord) -> Iterator[Plot]:
-    """Plot each number, and each section of numbers by name, that a hook which is not ours adds to the lines."""
-    for key in dict.fromkeys(key for line in record.metrics for key in line if key not in OURS):
+def other_plots(record: RunRecord, drawn: Collection[str]) -> Iterator[Plot]:
+    """Plot each number, and each section of numbers by name, that no other plot draws, folded."""
+    for key in dict.fromkeys(key for line in record.metrics for key in line if key not in drawn):
         alone = record.series(key)
         series = record.named_series(key) | ({"": alone} if alone[0] else {})
-        curves = tuple(Curve(name, *pair, *curve_style(number)) for number, (name, pair) in enumerate(series.items()))
+        curves = tuple(
+            Curve(name, *pair, *curve_style(number), noisy=len(pair[0]) >= MIN_USUAL, has_envelope=len(series) == 1)
+            for number, (name, pair) in enumerate(series.items())
+        )
         if curves:
-            yield Plot(f"hook-{key}", key.replace("_", " "), "Logged by a hook.", "", curves)
+            title = key.replace("_", " ").capitalize()
+            yield Plot(
+                re.sub(r"\W", "-", f"other-{key}"), title, f"{key} in metrics.jsonl.", "", curves, is_folded=True
+            )
 
 
 def inspected_blocks(line: Mapping[str, Any]) -> dict[str, list[float | None]]:

@@ -34,19 +34,24 @@ from amfm.pretrain.report.page import (
     render_note,
     render_pairs,
     render_plots,
+    render_samples,
     render_shares,
     render_table,
     render_text,
+    render_timeline,
     render_verdict,
     show_time,
 )
 from amfm.pretrain.report.page_data import describe_page, describe_tasks, tasks_plot
 from amfm.pretrain.report.plots import make_plots
+from amfm.pretrain.report.timeline import make_timeline
 from amfm.pretrain.report.verdict import describe_state, judge_run
 
 MAX_STARTS = 100
+MAX_SAMPLES = 8  # of each prompt
 ABOVE_PEAK = "not known: the peak was measured too low, while other programs ran"
-KINDS = ("useful", "useful-2", "saved", "lost", "lost-2", "lost-3", "lost-4")  # of USES: classes of the style sheet
+# Classes of the style sheet.
+KINDS = dict(zip(USES, ("useful", "useful-2", "saved", "lost", "lost-2", "lost-3", "lost-4"), strict=True))
 
 
 def write_report(run_dirs: Sequence[str | Path], out: Path | None = None) -> Path:
@@ -86,16 +91,19 @@ def render_run(record: RunRecord) -> str:
     seen = followed.look()
     progress = min(100.0, 100 * record.last_step() / record.num_steps)
     curves, tasks, time = tasks_plot(record), describe_tasks(record), describe_time(record)
+    timeline, samples = make_timeline(record), choose_samples(record)
     plots = [*make_plots(record), *([] if curves is None else [curves])]
     parts = [
-        render_heading(record.name(), *describe_state(record, seen), str(record.directory)),
+        render_heading(record.name(), *describe_state(record, seen), f"{describe_size(record)}; {record.directory}"),
         f'<div class="bar"><div style="width:{progress:.2f}%"></div></div>',
         render_verdict(judge_run(followed, seen, record)),
         render_cards(make_cards(record)),
         *map(render_note, record.notes),
         *([] if time is None else [f"<h2>Time</h2>{render_shares(*time)}"]),
+        *([] if timeline is None else [render_timeline(timeline, KINDS)]),
         f"<h2>Curves</h2>{render_plots(plots)}",
         '<div class="screen">',
+        *([f"<h2>Samples</h2>{render_samples(samples)}"] if samples else []),
         f"<h2>Model</h2>{render_table(describe_model(record))}",
         f"<h2>Data</h2>{render_table(describe_data(record))}",
         *([] if tasks is None else [f"<h2>Tasks</h2>{render_table(tasks)}"]),
@@ -127,16 +135,19 @@ def render_overlay(records: Sequence[RunRecord]) -> str:
     return render_document(title, parts, describe_page(records, plots))
 
 
+def describe_size(record: RunRecord) -> str:
+    """What never changes of a run: its parameters and blocks, in words."""
+    counts, pattern = record.counts, record.config.model.parsed_pattern
+    blocks = ", ".join(f"{number} {describe_symbol(letter)}" for letter, number in pattern.counts().items())
+    return f"{count(counts.total)} parameters, {count(counts.active)} active per token; {len(pattern.letters)} blocks: {blocks}"
+
+
 def make_cards(record: RunRecord) -> list[Card]:
-    """Make the boxes of the summary: what the model is, how far it came, how good and how fast it is.
+    """Make the boxes of the summary: how far a run came, how good and how fast it is.
 
     Losses are in nats per token, speed and MFU medians of the newer half of the steps since the newest start. Boxes without a measurement are left
     out, or show a dash.
     """
-    config = record.config
-    counts = record.counts
-    pattern = config.model.parsed_pattern
-    blocks = ", ".join(f"{number} {describe_symbol(letter)}" for letter, number in pattern.counts().items())
     loss, validation = record.last("loss"), record.last("validation_loss")
     speed, mfu = record.typical("tokens_per_second"), record.typical("mfu")
     tokens = record.last("tokens")
@@ -145,8 +156,6 @@ def make_cards(record: RunRecord) -> list[Card]:
     lengths = ", ".join(dict.fromkeys(f"{stage.train.sequence_length:,}" for stage in record.stages))
     cards = [
         Card("Steps", f"{record.last_step():,}", f"of {record.num_steps:,}"),
-        Card("Parameters", count(counts.total), f"{count(counts.active)} active per token"),
-        Card("Model", f"{len(pattern.letters)} blocks", blocks),
         Card("Tokens", count(tokens) if tokens is not None else "-", f"rows of {lengths}"),
         Card("Training loss", f"{loss:.4f}" if loss is not None else "-", "newest step, nats per token"),
     ]
@@ -189,13 +198,27 @@ def describe_time(record: RunRecord) -> tuple[list[Share], str] | None:
     if use is None:
         return None
     shares = [
-        Share(kind, USES[name], seconds / use.held(), f"{duration(seconds)}, {100 * seconds / use.held():.1f} %")
-        for kind, (name, seconds) in zip(KINDS, use.parts().items(), strict=True)
+        Share(KINDS[name], USES[name], seconds / use.held(), f"{duration(seconds)}, {100 * seconds / use.held():.1f} %")
+        for name, seconds in use.parts().items()
     ]
     lost = use.held() - use.steps - use.measuring - use.saving
     away = f"; {duration(use.away)} between commands, when it did not run, is not counted" if use.away >= 1 else ""
     text = f"{duration(use.held())} on its machines, of which {duration(lost)} ({100 * lost / use.held():.1f} %) were lost{away}"
     return shares, text
+
+
+def choose_samples(record: RunRecord) -> dict[str, list[tuple[int, str]]]:
+    """What each prompt of `evaluate.prompts` was continued with, by step: the first, the newest, and MAX_SAMPLES in all."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    for line in record.metrics:
+        texts = line.get("samples")
+        for prompt, text in texts.items() if isinstance(texts, dict) else ():
+            found.setdefault(prompt, []).append((int(line["step"]), str(text)))
+    chosen = {}
+    for prompt, own in found.items():
+        places = {(len(own) - 1) * part // (MAX_SAMPLES - 1) for part in range(MAX_SAMPLES)}
+        chosen[prompt] = [own[place] for place in sorted(places)]
+    return chosen
 
 
 def describe_model(record: RunRecord) -> Table:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from amfm.pretrain.checkpoint.names import checkpoint_name
-from amfm.pretrain.monitor.beats import describe_lost
+from amfm.pretrain.monitor.beats import Beat, describe_lost
 from amfm.pretrain.monitor.follow import FollowedRun, Seen
 from amfm.pretrain.monitor.health import Finding, Verdict, judge, number
 from amfm.pretrain.monitor.panel import plural
@@ -63,9 +63,11 @@ def judge_run(followed: FollowedRun, seen: Seen, record: RunRecord) -> Verdict:
 def describe_state(record: RunRecord, seen: Seen) -> tuple[str, str]:
     """State, step and cause in words, and which of done, going and bad that is."""
     place = f"step {record.last_step():,} of {record.num_steps:,}"
-    if record.is_finished() and seen.state != "failed":
+    if record.is_finished() and seen.state not in ("failed", "lost", "running"):
         return "finished", "done"
-    word = "unfinished" if seen.state == "waiting" and not seen.cause else seen.state
+    word: str = "unfinished" if seen.state == "waiting" and not seen.cause else seen.state
+    if word == "running" and seen.beats and max(seen.beats, key=Beat.place).phase == "save":
+        word = "saving"
     return f"{word}: {place}{', ' if seen.cause else ''}{seen.cause}", "bad" if word in ("failed", "lost") else "going"
 
 

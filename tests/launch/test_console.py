@@ -49,3 +49,13 @@ def test_a_long_title_is_cut_between_words_on_a_terminal_and_nowhere_else(capsys
     lines = [Text.from_ansi(line).plain for line in capsys.readouterr().out.strip().splitlines()]
     assert [word for line in lines for word in line.split()] == words
     assert len(lines) == (2 if is_terminal else 1)
+
+
+@pytest.mark.parametrize("number", [5, 20])
+def test_a_table_that_is_too_wide_for_its_words_is_a_paragraph_per_row_and_cuts_none(capsys, number):
+    cells = [f"{place}_a_long_word" for place in range(number)]
+    print_rows("Runs", [f"measure {place}" for place in range(number)], [cells])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 160
+    assert set(cells) <= set(" ".join(lines).replace(";", " ").split())
+    assert ("\u2502" in "".join(lines)) == (number == 5)

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from amfm.launch.cli import run
+from amfm.launch.commands.data import show_facts
 from tests.helpers.json_output import one_object
 from tests.helpers.tiny_store import make_tiny_store
 from tests.pretrain.report.test_report import line, make_run
@@ -83,3 +84,16 @@ def test_a_manifest_beyond_any_size_is_refused_and_not_read(tmp_path, capsys):
     os.truncate(tmp_path / "manifest.json", 1 << 40)
     assert run(["inspect", str(tmp_path)]) == 2
     assert "more than the" in capsys.readouterr().err
+
+
+def test_facts_of_facts_have_rows_of_their_own_and_losses_four_digits():
+    facts = {"state": {"progress": {"step": 1234, "loss": 2.123456789, "rank": None, "ok": True}}, "sizes": {"a": 1000}}
+    assert list(show_facts(facts)) == [
+        ("state", ""),
+        ("  progress", ""),
+        ("    step", "1,234"),
+        ("    loss", "2.123"),
+        ("    rank", "-"),
+        ("    ok", "True"),
+        ("sizes", "a: 1,000"),
+    ]

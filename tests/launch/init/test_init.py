@@ -168,15 +168,17 @@ def test_each_answer_is_judged_before_the_next_question(tmp_path: Path) -> None:
         "7b must be one of": "20M",
         "Style": "granit",
         "granit must": "",
-        "Text": tmp_path / "nowhere",
+        "Text": "",
+        "needs an answer: name a file": tmp_path / "nowhere",
     }
     for question, answer in answers.items():
         terminal.expect(question)
         terminal.type(f"{answer}\n")
-    terminal.expect("Text: a file", times=2)
+    terminal.expect("Text: a file", times=3)
     said = terminal.screen
     assert terminal.end(CTRL_C) == 130
     assert "7b must be one of 3m" in said and "granit must be one of nemotron" in said and "nowhere" in said
+    assert "65.5M tokens in 2,000 steps of 64 x 512; planned for two CPU cores" in said
     assert said.count("Size of the model") == 2 and said.count("Style") == 2 and "--size" not in said
 
 

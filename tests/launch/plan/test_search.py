@@ -74,6 +74,8 @@ stages:
     assert short["chosen"]["train"]["recompute"] == "none"
     assert all(stage["chosen"]["fits"] and len(stage["layouts"]) > 1 for stage in (short, again, long))
     assert run(["plan", str(path), "--gpus", "16", "--search", "--write-layout"]) == 0
+    printed = capsys.readouterr()
+    assert "layouts were left out; --why lists the reasons" in printed.err and "Left out" not in printed.out
     stages = resolve_stages(load_config(path, ()))
     assert stages[0].config.parallel == stages[1].config.parallel != stages[2].config.parallel
     assert stages[2].config.parallel == ParallelConfig.model_validate(long["chosen"]["parallel"])

@@ -25,6 +25,12 @@ def lines(number: int = 400, **newest: object) -> Lines:
 
 SICK: dict[str, tuple[Lines, Lines, str]] = {
     "skips": (lines(skipped=True), [], "10 of the newest 10 steps were skipped"),
+    "skips before": (
+        [line(step, loss=4.0, grad_norm=1.0) for step in range(1, 401)],
+        [{"event": "skipped_step", "step": step} for step in (7, 7, 9)],
+        "2 of 400 steps were skipped",
+    ),
+    "spikes": (lines(spike={"loss": 7.0}), [], "10 of the newest 10 steps are far above those before"),
     "not finite": (lines(loss=None), [], "the newest loss is not finite"),
     "loss": (lines(loss=4.6), [], "the loss is 15% above its lowest (4.003 at step 390)"),
     "gradients": (lines(grad_norm=6.0), [], "the gradient norm is 6.0 times its median over the run"),

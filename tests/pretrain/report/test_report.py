@@ -108,7 +108,7 @@ def test_a_finished_run_shows_its_numbers_and_all_its_plots(tmp_path):
     assert ">finished<" in page
     assert "perplexity 20.1" in page
     assert "25.0 %" in page
-    assert "<td>checkpoint</td><td>seconds: 1.5</td>" in page
+    assert "<td>checkpoint</td><td>seconds 1.5</td>" in page
     assert "<th>host.cores</th><td>2</td>" in page
     assert "pattern: M*-" in page
     assert "<code>Pattern M*-</code>" in page
@@ -222,7 +222,7 @@ def test_numbers_of_events_are_rounded_and_long_lists_cut(tmp_path):
     event = {"event": "validation", "step": 1200, "loss": 2.591929838429384, "ids": list(range(20)), "from": None}
     run = make_run(tmp_path, [line(1)])
     (run / "events.jsonl").write_text(json.dumps(event) + "\n")
-    details = "loss: 2.592, ids: 0, 1, 2, 3, 4, 5, 6, 7 and 12 more, from: -"
+    details = "loss 2.592, ids 0, 1, 2, 3, 4, 5, 6, 7 and 12 more"
     assert f"<td>1,200</td><td>validation</td><td>{details}</td>" in write_report([run]).read_text()
     assert plain([{"rank": 0, "slow": True}]) == "(rank: 0, slow: yes)"
 

@@ -88,6 +88,19 @@ def test_a_run_that_ended_badly_is_red_and_its_cause_comes_first(run_dir: Path, 
     assert f'<span class="state bad">{state}: step 40 of 100{cause}</span>' in page
 
 
+@pytest.mark.parametrize("is_saved", [True, False])
+def test_a_run_whose_last_step_is_saved_is_finished_also_where_no_event_says_so(run_dir: Path, is_saved: bool) -> None:
+    steps = [line(step, expert_load={}, skipped=False, time=time.time()) for step in range(41, 101)]
+    append(run_dir / "metrics.jsonl", *steps)
+    append(run_dir / "events.jsonl", {"event": "checkpoint", "step": 100 if is_saved else 80, "time": at(time.time())})
+    for rank in (0, 1):
+        (run_dir / "heartbeats" / f"rank-{rank}.json").unlink()
+    age(run_dir)
+    assert ("state" in findings(run_dir)) != is_saved
+    page = write_report([run_dir]).read_text()
+    assert ("lost: step 100 of 100" in page) != is_saved and ('"state done">finished<' in page) == is_saved
+
+
 def test_a_verdict_is_kept_until_the_state_changes_or_its_time_is_over(run_dir: Path) -> None:
     followed = FollowedRun(run_dir)
     verdicts = Verdicts(followed)
