@@ -32,6 +32,7 @@ from amfm.pretrain.engine.moments import FROZEN, MATRICES, MUON
 from amfm.pretrain.exchange.common_file import BUFFER, Fitted, fit_tensors, one_step, shapes_of
 from amfm.pretrain.exchange.dcp_folder import DcpFolder, read_json
 from amfm.pretrain.exchange.state import ExportedState, TrainingState, check_record, export_state, with_tuples
+from amfm.pretrain.exchange.torch_file import system_errors
 
 OURS = "amfm."
 RECORD = f"{OURS}record"
@@ -89,7 +90,7 @@ def export_dcp(checkpoint: str | Path, out_dir: str | Path, report: Report = sil
     def write(folder: Path, state: TrainingState) -> None:
         # No copies ahead: the planner gives back the memory of each block when the next is asked for.
         writer = FileSystemWriter(folder, thread_count=1, per_thread_copy_ahead=0, sync_files=True)
-        with warnings.catch_warnings():
+        with system_errors(folder), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             save(state_dict(state), storage_writer=writer, planner=StreamedPlanner(report), no_dist=True)
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 import pickle
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint.api import CheckpointException
 
 from amfm.data_pipeline.durable.files import named
 from amfm.model.on_demand import BLOCK_NUMEL, Shape, Source, cut_rows
@@ -31,15 +33,36 @@ UNREADABLE = (
 READ_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+@contextmanager
+def system_errors(path: Path) -> Iterator[None]:
+    """Inside, what torch's writers make of an error of the system is that error again, with this path where it has none."""
+    try:
+        with named(path):
+            yield
+    except (RuntimeError, CheckpointException) as error:
+        first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        reason: BaseException | None = first
+        while reason is not None and not isinstance(reason, OSError):
+            reason = reason.__cause__ or reason.__context__
+        with named(path):
+            raise reason or first from None
+
+
+def save_file(value: Any, path: Path) -> None:
+    """`torch.save` through a file of Python's: torch's own loses which error the system had."""
+    with system_errors(path), path.open("wb") as file:
+        torch.save(value, file)
+
+
 def write_param(path: Path, source: Source, extras: Mapping[str, Any]) -> None:
     """Write `{"param": tensor}` and what else is to say; one larger than a block goes out by blocks of rows, without a checksum in the archive."""
     if math.prod(source.shape) <= BLOCK_NUMEL:
-        torch.save({PARAM: source.read(0, source.num_rows).clone(), **extras}, path)
+        save_file({PARAM: source.read(0, source.num_rows).clone(), **extras}, path)
         return
     with FakeTensorMode():
         empty = torch.empty(source.shape, dtype=source.dtype)
     with torch.serialization.skip_data(materialize_fake_tensors=True):
-        torch.save({PARAM: empty, **extras}, path)
+        save_file({PARAM: empty, **extras}, path)
     _, start = find_numbers(path, path)
     with named(path), path.open("r+b") as file:
         file.seek(start)

@@ -41,7 +41,7 @@ from amfm.pretrain.exchange.megatron_deepspeed import (
 )
 from amfm.pretrain.exchange.rows import OwnNames
 from amfm.pretrain.exchange.state import ExportedState, TrainingState, check_record, export_state, with_tuples
-from amfm.pretrain.exchange.torch_file import read_integer, read_param, write_param
+from amfm.pretrain.exchange.torch_file import read_integer, read_param, save_file, write_param
 from amfm.pretrain.stages import last_stage, resolve_stages
 from amfm.pretrain.tensor_files import TensorFile, write_tensors
 
@@ -75,9 +75,9 @@ def export_universal(
         folder = out / tag
         write_parameters(folder / "zero", state, names, report)
         write_own(folder / OWN, state)
-        torch.save(describe_optimizer(record), folder / "zero" / "optimizer_state.pt")
+        save_file(describe_optimizer(record), folder / "zero" / "optimizer_state.pt")
         for name in MODEL_STATES:
-            torch.save(describe_model(state) | client, folder / name)
+            save_file(describe_model(state) | client, folder / name)
         (out / LATEST).write_text(tag, encoding="utf-8")
         return tag
 
@@ -116,7 +116,7 @@ def write_parameters(folder: Path, state: TrainingState, names: OwnNames, report
         place.mkdir(parents=True)
         for file_name, sources in tensors.items():
             write_param(place / f"{file_name}.pt", sources[name], names.extras(name))
-        torch.save(torch.tensor(float(step)), place / "step.pt")
+        save_file(torch.tensor(float(step)), place / "step.pt")
 
 
 def write_own(folder: Path, state: TrainingState) -> None:

@@ -1,4 +1,4 @@
-"""A clock that is set back, other locales, a limit of files' sizes: the same losses, or code 3 in words and then the same."""
+"""A clock that is set back, locales, Python's options, a limit of files' sizes: the same losses, or code 3 in words and then the same."""
 
 from __future__ import annotations
 
@@ -27,11 +27,17 @@ from tests.pretrain.tiny_run import read_events, read_metrics
 __all__ = ["data"]
 
 
-def start(place: Path, name: str, what: str, variables: Mapping[str, str] | None = None) -> tuple[int, str]:
-    """Code and words of one start in a fresh interpreter."""
+def start(
+    place: Path,
+    name: str,
+    what: str,
+    variables: Mapping[str, str] | None = None,
+    options: tuple[str, ...] = ("-W", "ignore"),
+) -> tuple[int, str]:
+    """Code and words of one start in a fresh interpreter with options of Python."""
     words = [str(place / "data.json"), str(place / name), what]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.faults.circumstances.child", *words],
+        [sys.executable, *options, "-m", "tests.faults.circumstances.child", *words],
         env={**os.environ, "PYTHONPATH": str(ROOT), **(variables or {})}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     return done.returncode, done.stdout + done.stderr
@@ -89,6 +95,14 @@ def test_a_locale_changes_nothing(place: Path, tmp_path: Path, name: str) -> Non
     assert code == DONE, said
     assert name == "C" or "1,5" in said, "the locale was not there"
     assert losses(place / name) == losses(place / "straight")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [("-OO",), ("-W", "error"), ("-X", "dev")], ids=" ".join)
+def test_options_of_python_change_nothing(place: Path, options: tuple[str, ...]) -> None:
+    code, said = start(place, "".join(options), "nothing", options=options)
+    assert code == DONE, said
+    assert losses(place / "".join(options)) == losses(place / "straight")
 
 
 @pytest.mark.slow

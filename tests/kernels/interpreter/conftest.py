@@ -16,7 +16,7 @@ import torch
 from amfm.kernels.runtime.backend import INTERPRETED
 from tests.helpers.made_on import MadeOn
 from tests.kernels.interpreter.quick_interpreter import quick_interpreter
-from tests.kernels.interpreter.twice import Twice, compute_once, compute_twice
+from tests.kernels.twice import Twice, compute_once, compute_twice
 
 ON_CARD = not INTERPRETED and torch.cuda.is_available()
 # What is about the interpreter itself: its counts, its races, its rounding, its speed, tiles timed by a given clock.

@@ -10,7 +10,7 @@ from amfm.kernels.causal_conv1d import triton_impl
 from amfm.kernels.causal_conv1d.op import causal_conv1d
 from tests.helpers.numbers import assert_all_near, assert_bitwise, assert_near
 from tests.helpers.registration import assert_registered
-from tests.kernels.interpreter.twice import Twice
+from tests.kernels.twice import Twice
 
 FLOAT32 = 1e-5  # rounding of a handful of additions; the weights' gradients sum a few hundred
 

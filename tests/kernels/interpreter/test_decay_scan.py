@@ -15,7 +15,7 @@ from amfm.kernels.decay_scan.vector.triton_impl import scan_vector_triton
 from tests.helpers.numbers import assert_bitwise, assert_near
 from tests.helpers.registration import assert_registered
 from tests.helpers.scans import ScanCase, make_inputs, run_scan, tolerance_of
-from tests.kernels.interpreter.twice import Twice
+from tests.kernels.twice import Twice
 
 # float32 against a float64 reference: rounding of some hundred additions.
 FLOAT32 = 1e-5

@@ -15,7 +15,7 @@ from amfm.kernels.runtime.tuning import Environment, Table, tune
 from tests.helpers.deltas import DeltaCase, call_delta, make_delta_inputs, run_delta
 from tests.helpers.numbers import assert_bitwise, assert_near
 from tests.helpers.registration import assert_registered
-from tests.kernels.interpreter.twice import Twice
+from tests.kernels.twice import Twice
 
 # float32 against a float64 reference: rounding of some hundred additions.
 FLOAT32 = 1e-5

@@ -9,7 +9,7 @@ from amfm.kernels.diag_scan import triton_impl
 from tests.helpers.diags import DiagCase, call, make, run
 from tests.helpers.numbers import assert_bitwise, assert_near
 from tests.helpers.registration import assert_registered
-from tests.kernels.interpreter.twice import Twice
+from tests.kernels.twice import Twice
 
 # float32 against a float64 reference: rounding of some hundred additions.
 FLOAT32 = 1e-5

@@ -15,7 +15,7 @@ from tests.helpers.gradient_place import Place
 from tests.helpers.mixers import NAMES, MixerCase, make_leaves, run_mixer
 from tests.helpers.numbers import assert_bitwise, assert_near
 from tests.helpers.registration import assert_registered
-from tests.kernels.interpreter.twice import Twice
+from tests.kernels.twice import Twice
 
 FLOAT32 = 1e-5
 # One number a head, a sum over all tokens that cancels: float32 keeps fewer digits of it (docs/kernels.md).

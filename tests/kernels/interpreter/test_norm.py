@@ -10,7 +10,7 @@ from amfm.kernels.norm import triton_impl
 from amfm.kernels.norm.op import gated_rms_norm, rms_norm
 from tests.helpers.numbers import assert_all_near, assert_near
 from tests.helpers.registration import assert_registered
-from tests.kernels.interpreter.twice import Twice
+from tests.kernels.twice import Twice
 
 FLOAT32 = 1e-5  # means over some hundred values
 

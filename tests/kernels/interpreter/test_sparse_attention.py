@@ -10,8 +10,8 @@ from amfm.kernels.sparse_attention import triton_impl
 from amfm.kernels.sparse_attention.op import choose_keys, sparse_attention
 from tests.helpers.numbers import assert_all_near
 from tests.helpers.registration import assert_registered
-from tests.kernels.interpreter.twice import Twice
 from tests.kernels.test_sparse_attention import make_heads, make_ids, make_rows
+from tests.kernels.twice import Twice
 
 FLOAT32 = 1e-5  # softmax-weighted sums of at most a hundred values
 

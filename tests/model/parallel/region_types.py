@@ -3,7 +3,7 @@
 Types of that package over an axis: invariant (alike on all ranks, and so is its gradient), replicated (alike, and each rank
 has a part of the gradient), varying (each rank has its own part). Parameters get theirs from `Shard`: a cut varies, what is
 named in `partial` is replicated, the rest is invariant. The collectives of regions.py are the only ways from one type to
-another, and what mixes an invariant with another tensor is refused: there a reduction, forward or backward, is missing.
+another, and what mixes an invariant with another tensor is an error: there a reduction, forward or backward, is missing.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def annotate(module: nn.Module, groups: ProcessGroupCollection) -> None:
 
 
 def check_block(block: Block, config: ModelConfig, groups: ProcessGroupCollection) -> Any:
-    """Types of what a block gives the stream, checked on the way; raises SpmdTypeError where two do not go together."""
+    """Types of what a block gives the stream, checked on the way; raises SpmdTypeError if two do not go together."""
     stream = spmd.V if groups.sequence_parallel else spmd.I
     length = TOKENS // groups.tp.size() if groups.sequence_parallel else TOKENS
     x_BTD = torch.randn(1, length, config.hidden_size, requires_grad=True)

@@ -4,9 +4,11 @@ never left.
 
 from __future__ import annotations
 
+import errno
 import pickle
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,9 @@ from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.exchange.adopt import import_state
 from amfm.pretrain.exchange.dcp import export_dcp
 from amfm.pretrain.exchange.dcp_folder import DcpFolder
+from amfm.pretrain.exchange.universal import export_universal
 from amfm.pretrain.inference.weights import read_weights
+from tests.helpers.full_disk import largest_file
 from tests.helpers.processes.zygote import BARE, run_program
 from tests.pretrain.exchange.conftest import Unbroken
 
@@ -57,6 +61,16 @@ def test_a_run_goes_on_from_what_plain_torch_saved(unbroken: Unbroken, from_torc
     found = diff_checkpoints(unbroken.checkpoint, back / "checkpoints" / "step-00000002")
     assert not found["tensors"] and not found["optimizer_steps"] and not found["only_in_second"]
     unbroken.goes_on_in(back)
+
+
+@pytest.mark.parametrize("export", [export_dcp, export_universal])
+def test_a_disk_that_fills_up_is_an_error_of_the_system_and_nothing_is_left(
+    unbroken: Unbroken, tmp_path: Path, export: Callable[..., object]
+) -> None:
+    with largest_file(20_000), pytest.raises(OSError) as caught:
+        export(unbroken.checkpoint, tmp_path / "out")
+    assert caught.value.errno == errno.EFBIG and str(tmp_path) in str(caught.value.filename)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_weights_alone_become_a_weights_folder(unbroken: Unbroken, exported: Path, tmp_path: Path) -> None:
