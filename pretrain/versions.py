@@ -16,13 +16,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def collect_versions() -> dict[str, str]:
     """Collect the versions of Python and of libraries that can change numbers, and a digest of our code."""
-    versions = {"python": platform.python_version()}
-    for library in LIBRARIES:
-        try:
-            versions[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            versions[library] = "not installed as a distribution"
-    return versions | {OWN_CODE: digest_code(ROOT)}
+    versions = {library: _version(library) for library in LIBRARIES}
+    return {"python": platform.python_version()} | versions | {OWN_CODE: digest_code(ROOT)}
+
+
+@cache
+def _version(library: str) -> str:
+    """Look up a library's version, once a process: what it has imported stays."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed as a distribution"
 
 
 @cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,12 @@ class _Untagged(yaml.SafeLoader):
         return node
 
 
+@lru_cache(maxsize=16)
+def _compose(text: str) -> yaml.Node | None:
+    """Parse a text, most of the time of loading a configuration, once: a study loads the same file for each of its cells."""
+    return yaml.compose(text, Loader=_Untagged)
+
+
 class TreeReader:
     """Turns PyYAML's node tree of one source into entries, collecting problems instead of stopping at the first."""
 
@@ -116,7 +123,7 @@ class TreeReader:
     def read(self, text: str) -> Entry:
         """Parse `text`; raises ConfigError for text that is not YAML."""
         try:
-            node = yaml.compose(text, Loader=_Untagged)
+            node = _compose(text)
         except RecursionError as error:
             raise self.refuse("nested too deeply", None) from error
         except yaml.YAMLError as error:

@@ -65,12 +65,12 @@ def in_ranges(numbers: Sequence[int]) -> str:
     return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
-def describe_origin(run: Run) -> dict[str, Any]:
-    """Keep the configuration of this start, and give what its event records of it, besides the hosts. Main rank only."""
+def describe_origin(run: Run, text: str) -> dict[str, Any]:
+    """Keep the configuration of this start, `text`, and give what its event records of it, besides the hosts. Main rank only."""
     digest = digest_config(run.config)
     kept = run.directory / FOLDER / f"config-{digest[:12]}.yaml"
     make_folders(kept.parent)
-    write_file_atomically(kept, resolved_yaml(run.config).encode())
+    write_file_atomically(kept, text.encode())
     versions = collect_versions()
     return {
         "job": describe_environment(JOB),
@@ -98,7 +98,8 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None, origin: dict[str, Any]) 
     } | describe_products(run.config)
     environment = record_environment(run.parallel, run.peak, facts, keeps_freed_memory=run.keeps_freed_memory)
     # Whole or as they were: a full disk or a kill must not take from a run what it is.
-    write_file_atomically(run.directory / "config.yaml", resolved_yaml(run.config).encode())
+    text = resolved_yaml(run.config)
+    write_file_atomically(run.directory / "config.yaml", text.encode())
     write_file_atomically(run.directory / "environment.json", json.dumps(environment, indent=2).encode() + b"\n")
     keep_released(run)
     check_tokenizer(run.config, keeps=True)
@@ -124,7 +125,7 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None, origin: dict[str, Any]) 
         device=device,
         resumed_from=loaded and loaded.path.name,
         **log.cut.facts(),
-        **describe_origin(run),
+        **describe_origin(run, text),
         **origin,
     )
     for event, text in run.remarks:

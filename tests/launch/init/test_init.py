@@ -141,7 +141,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, text: Path, capsys: pytest.Ca
         (("2b", "granite", "cpu"), "--size 2b must be one of 3m, 20m, 150m, 1b, 8b, 30b"),
         (("20m", "granite", "h100"), "--hardware h100 must be cpu, or a number and an accelerator"),
         (("20m", "granite", "8xh1000"), "use h100"),
-        (("30b", "granite", "1xh100"), "--size 30b does not fit --hardware 1xh100 (79.1 GiB per rank)"),
+        (("8b", "granite", "1xh100"), "--size 8b does not fit --hardware 1xh100 (79.1 GiB per rank)"),
     ]
     for answers, message in cases:
         assert call(tmp_path / "run", text, *answers) == 2

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from amfm.pretrain.config.errors import ConfigError
-from amfm.pretrain.config.yaml_tree import TreeReader, read_tree
+from amfm.pretrain.config.yaml_tree import TreeReader, _compose, read_tree
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{number}: &a{number} [{', '.join([f'*a{number - 1}'] * 9)}]\n" for number in range(1, 12)
@@ -61,3 +61,13 @@ def test_an_extended_name_with_nul_is_refused_with_its_place(tmp_path: Path) -> 
     (tmp_path / "a.yaml").write_text('extends: "a\\0b"\n')
     with pytest.raises(ConfigError, match=r"a.yaml:1: extends = .*must be the path of one YAML file"):
         read_tree(tmp_path / "a.yaml", [])
+
+
+def test_a_text_is_parsed_once_whoever_reads_it():
+    text = "a: {b: 1}  # of this test alone"
+    before = _compose.cache_info()
+    one, other = (TreeReader(source).read(text) for source in ("one.yaml", "other.yaml"))
+    after = _compose.cache_info()
+    assert (after.misses - before.misses, after.hits - before.hits) == (1, 1)
+    assert one.plain() == other.plain() and one.value is not other.value
+    assert [tree.value["a"].origin.source for tree in (one, other)] == ["one.yaml", "other.yaml"]
