@@ -54,10 +54,15 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def check(place: Path, cases: list[Case]) -> int:
-    """Let each verb meet its fault, after an undisturbed call of each; returns how many met one that is an error."""
+def clear(place: Path) -> None:
+    """Delete what verbs wrote, in a test that failed too."""
     for path in place.glob("*out[0-9]*"):
         shutil.rmtree(path)
+
+
+def check(place: Path, cases: list[Case]) -> int:
+    """Let each verb meet its fault, after an undisturbed call of each; returns how many met one that is an error."""
+    clear(place)
     verbs = sorted({case[0] for case in cases})
     jobs = [*verbs, *(case[0] for case in cases)]
     rules = []
@@ -109,12 +114,11 @@ def test_every_verb_writes_the_same_under_options_of_python(place: Path, options
     (place / "jobs.json").write_text(json.dumps(VERBS))
     written = []
     for given in (("-W", "ignore"), options):
+        clear(place)
         command = [sys.executable, *given, "-m", "tests.faults.writes.child", str(place)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
         written.append([digests(place / f"out{number}") for number in range(len(VERBS))])
-        for path in place.glob("out*"):
-            shutil.rmtree(path)
         assert [result["first"]["code"] for result in results] == [0] * len(VERBS), results
     assert written[0] == written[1]
 
@@ -150,6 +154,7 @@ def find_unsynced(operations: list[Operation], root: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("fails", [False, True], ids=["at once", "after one that failed"])
 def test_what_a_rename_publishes_is_on_the_disk_before_and_its_name_after(place: Path, fails: bool) -> None:
+    clear(place)
     (place / "jobs.json").write_text(json.dumps(VERBS))
     rules = [
         fault("fsync", f"{place}/*out{number}[!0-9]*", "EIO", after=2, when=place / f"{number}.on")
@@ -167,5 +172,3 @@ def test_what_a_rename_publishes_is_on_the_disk_before_and_its_name_after(place:
         of_verb = [item for item in operations if f"out{number}" in item.path or (item.kind == "s" and not item.path)]
         assert sum(item.kind == "r" for item in of_verb) >= 1, verb
         assert find_unsynced(of_verb, place) == [], verb
-    for path in place.glob("out*"):
-        shutil.rmtree(path)
