@@ -18,6 +18,7 @@ from amfm.launch.plan.search import ZERO_STAGES, is_allowed, with_layout
 from amfm.launch.plan.timetable import Kind, make_timetable
 
 FASTEST_SHOWN = 3
+HEIGHT = 0.56  # of a bar, of the room of a layout
 MICRO_BATCHES_A_RANK = 3  # of a long step the timetable shows the beginning alone
 MEMORY_COLOURS = {
     "weights": "#08306b",
@@ -118,7 +119,7 @@ def draw_memory(axes: Any, plan: Plan, shown: list[tuple[str, Estimate]]) -> Non
             sum(size for part, size in item.memory.parts.items() if _spelt(part) == name) / GIB for _, item in shown
         ]
         colour = MEMORY_COLOURS.get(name) or next(more)
-        axes.barh(places, sizes, left=bases, color=colour, label=name, height=0.66)
+        axes.barh(places, sizes, left=bases, color=colour, label=name, height=HEIGHT)
         bases = [base + size for base, size in zip(bases, sizes)]
     limit = plan.hardware.memory_gib
     axes.axvline(limit, color="black", linestyle="--", label=f"{limit:,.0f} GiB of the device")
@@ -144,7 +145,7 @@ def draw_steps(axes: Any, shown: list[tuple[str, Estimate]]) -> None:
     for name in [*computing, *exchanging, *(name for name in WAIT_COLOURS if name in names)]:
         seconds = [dict(step).get(name, 0.0) for step in steps]
         hatch = {"pipeline bubble": "///"}.get(name, "")
-        axes.barh(range(len(shown)), seconds, left=bases, color=colours[name], label=name, height=0.66, hatch=hatch, edgecolor="#999999" if hatch else "none", linewidth=0)  # fmt: skip
+        axes.barh(range(len(shown)), seconds, left=bases, color=colours[name], label=name, height=HEIGHT, hatch=hatch, edgecolor="#999999" if hatch else "none", linewidth=0)  # fmt: skip
         bases = [base + part for base, part in zip(bases, seconds)]
     for place, (total, (_, item)) in enumerate(zip(bases, shown)):
         axes.text(
@@ -199,8 +200,10 @@ def draw_pipeline(axes: Any, plan: Plan, name: str, item: Estimate) -> None:
 
 def _finish(axes: Any, shown: list[tuple[str, Estimate]], title: str) -> None:
     """Name the bars, first on top, and put the legend next to the panel."""
-    axes.set_yticks(range(len(shown)), [name for name, _ in shown], fontsize=7.5)
-    axes.invert_yaxis()
+    axes.set_yticks([])
+    for place, (name, _) in enumerate(shown):  # above its bar: next to it a long one would take a third of the width
+        axes.text(0, place - HEIGHT / 2 - 0.03, " ".join(name.split()), fontsize=7.5, va="bottom")
+    axes.set_ylim(len(shown) - 0.6, -0.75)
     axes.set_title(title, loc="left", fontsize=10)
     axes.legend(bbox_to_anchor=(1.0, 1.0), loc="upper left", fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
