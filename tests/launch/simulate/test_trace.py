@@ -23,9 +23,9 @@ H100 = HARDWARE["h100"]
 
 @pytest.fixture
 def small(tmp_path):
-    """A path of a run with every core kind of block."""
+    """A path of a run with every core kind of block, once."""
     path = tmp_path / "small.yaml"
-    settings = DEFAULTS | {"kernels": {"backend": "triton"}}
+    settings = DEFAULTS | {"kernels": {"backend": "triton"}, "model": DEFAULTS["model"] | {"pattern": "*-ME"}}
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
     return path
 
@@ -96,7 +96,8 @@ def test_trace_gives_json_a_picture_and_a_timeline(small, tmp_path, capsys):
     arguments = ["plan", str(small), "--gpus", "4", "--trace", "--rank", "3", "--json", "--picture", str(picture)]
     arguments += ["--timeline", str(timeline)]
     # Kernels run in bfloat16, and so few rows and heads would be cut into segments, were there several chunks.
-    assert run([*arguments, "parallel.pipeline=2", "train.precision=bf16", "model.mamba.chunk_size=128"]) == 0
+    layout = ["parallel.pipeline=2", "model.pattern=ME*-ME"]  # each stage with Mamba2 and experts
+    assert run([*arguments, *layout, "train.precision=bf16", "model.mamba.chunk_size=128"]) == 0
     (found,) = json.loads(capsys.readouterr().out)["trace"]
     assert (found["rank"], found["stage"], found["pipeline_stage"]) == (3, "training", 1)
     assert found["micro_batches"] == 3
