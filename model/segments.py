@@ -42,7 +42,7 @@ class Segments:
         num_tokens, count = document_ids_BT.shape[1], 2 * num_ranks
         if num_tokens % count:
             raise ValueError(
-                f"rows of {num_tokens} tokens cannot be cut into 2 x {num_ranks} equal segments; use a multiple of {count}"
+                f"sequences of {num_tokens} tokens cannot be cut into 2 x {num_ranks} equal segments; use a multiple of {count}"
             )
         length = num_tokens // count
         # A row's first segment continues nothing; each other one compares its first token with the one before.

@@ -28,7 +28,7 @@ LESS_MEMORY = "lower train.micro_batch_size, or see docs/debugging.md#out-of-mem
 NO_MEMORY = ("failed to map segment", "cannot allocate memory")
 
 # What Python and native libraries say where the system rejects a thread or a process.
-NO_THREADS = ("cannot start new thread", "Resource temporarily unavailable")
+NO_THREADS = ("can't start new thread", "Resource temporarily unavailable")
 
 
 class OwnCodeError(RuntimeError):

@@ -18,6 +18,7 @@ import pytest
 import typer
 
 from amfm.launch.cli import app
+from amfm.launch.old_words import OLD_OPTIONS
 from amfm.launch.verbs import PACKAGED, VERBS, load_verb
 from amfm.pretrain.config.fields import describe_fields, describe_sections
 
@@ -55,6 +56,7 @@ FOREIGN_FLAGS = {
     ),  # Megatron-DeepSpeed
     *("--global-batch-size", "--micro-batch-size"),  # Megatron-LM
     "--seed-offset",  # of our tests
+    *(option for options in OLD_OPTIONS.values() for option in options),
 }
 
 # That CONTRIBUTING says there is none of, and that a stranger may leave in a shared folder.

@@ -16,7 +16,7 @@ RULES = read_rules((Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(enc
         "It sends 12 bytes a parameter.",
         "| rate | tokens a second |",
         "Our step beside theirs.",
-        "A path that is no file is refused.",
+        "A path that is no file is rejected.",
         "Run it on your Card.",
         "The run goes\non from there.",
         "word " * (LONGEST // 5 + 1),

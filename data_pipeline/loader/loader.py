@@ -219,7 +219,7 @@ class PretrainLoader:
             if passes > 1
         ]
         return repeated + [
-            f"source {source!r}: rows of {stretch.sequence_length} tokens begin epoch {stretch.first_epoch} when "
+            f"source {source!r}: sequences of {stretch.sequence_length} tokens begin epoch {stretch.first_epoch} when "
             f"{stretch.repeats:.1%} of the epoch before was given; that much is seen again"
             for source in self.source_names
             for stretch in self.reader.stretches(source)
@@ -255,7 +255,7 @@ class PretrainLoader:
         for phase in self.settings.phases:
             if first < phase.start_sample < stop and phase.sequence_length != self.sequence_length:
                 raise ValueError(
-                    f"data.phases: rows of {phase.sequence_length} tokens start at sample {phase.start_sample}, inside "
+                    f"data.phases: sequences of {phase.sequence_length} tokens start at sample {phase.start_sample}, inside "
                     f"the global batch of samples {first} to {stop - 1}; use start_sample {stop}"
                 )
 

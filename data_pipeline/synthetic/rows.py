@@ -122,7 +122,7 @@ class SyntheticReader:
             if split_of(row) == settings.split:
                 return row
         raise ValueError(
-            f"no {settings.split} row of {length} tokens was found for the synthetic task {settings.name}: there are too few "
+            f"no {settings.split} sequence of {length} tokens was found for the synthetic task {settings.name}: there are too few "
             "different rows; use longer rows"
         )
 
@@ -136,7 +136,7 @@ class SyntheticReader:
         shortest = self.settings.task.shortest
         if length < shortest:
             raise ValueError(
-                f"rows of {length} tokens are too short for the synthetic task {self.settings.name} with these settings; use "
+                f"sequences of {length} tokens are too short for the synthetic task {self.settings.name} with these settings; use "
                 f"{shortest} at least"
             )
         self.make_synthetic_row(0, length)

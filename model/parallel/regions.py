@@ -136,7 +136,7 @@ def scatter_tokens(x_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
     num_tokens, num_ranks = x_BTD.shape[1], groups.tp.size()
     if num_tokens % num_ranks:
         raise ValueError(
-            f"rows of {num_tokens} tokens cannot be shared by parallel.tensor={num_ranks} ranks that hold different "
+            f"sequences of {num_tokens} tokens cannot be shared by parallel.tensor={num_ranks} ranks that hold different "
             f"experts; use a multiple of {num_ranks}"
         )
     own_TBD: Tensor = mappings.scatter_to_sequence_parallel_region(x_BTD.transpose(0, 1), group=groups.tp)

@@ -44,7 +44,7 @@ def ineffective_problems(config: RunConfig) -> Iterator[Problem]:
         rule = "spreads routed experts, and model.pattern has no E block"
         yield Problem("parallel.expert", rule, "use 1", str(section.expert))
     if section.overlap_experts and section.expert == 1:
-        rule = "lets rows between expert ranks are sent while experts compute, and parallel.expert is 1"
+        rule = "sends rows between expert ranks while experts compute, and parallel.expert is 1"
         yield Problem("parallel.overlap_experts", rule, "raise parallel.expert, or use false", "true")
     if section.expert_buffer_factor is not None and section.expert == 1:
         rule = "is room for rows between expert ranks, and parallel.expert is 1"

@@ -41,7 +41,7 @@ ENDED = {
     # Which library meets its closed file first is not ours to say: Python raises, gloo's thread aborts.
     "close_descriptors": (FAILED + ABORTED, "Bad file descriptor"),
     "lower_descriptors": (FAILED, ""),  # no file to write its words to
-    "lower_memory": (FAILED, "cannot allocate memory"),
+    "lower_memory": (FAILED, "can't allocate memory"),
     "move_away": (FAILED, "is not the folder any more that this run writes to"),
     "remove_gradients": (FAILED, "does not require grad"),
 }

@@ -19,7 +19,7 @@ def test_the_machines_state_can_be_resumed_in_every_phase(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["ENOENT", "EACCES", "EROFS", "ENOTDIR", "ELOOP"])
 def test_a_path_is_the_users_to_correct_until_the_run_is_under_way(name: str) -> None:
-    refusal = OSError(getattr(errno, name), "refused", "runs/x/metrics.jsonl")
+    refusal = OSError(getattr(errno, name), "rejected", "runs/x/metrics.jsonl")
     assert exit_code(refusal) == 2
     with pytest.raises(RuntimeError, match=r"runs/x/metrics\.jsonl: rejected; ") as raised, while_running():
         raise refusal
@@ -46,9 +46,7 @@ def test_memory_that_is_used_up_can_be_resumed() -> None:
     assert exit_code(raised.value) == 3
 
 
-@pytest.mark.parametrize(
-    "refusal", [RuntimeError("cannot start new thread"), BlockingIOError(errno.EAGAIN, "Resource")]
-)
+@pytest.mark.parametrize("refusal", [RuntimeError("can't start new thread"), BlockingIOError(errno.EAGAIN, "Resource")])
 def test_a_thread_or_process_that_the_system_refuses_is_said_with_the_limits_to_raise(refusal: Exception) -> None:
     assert "allows no further process or thread here" in describe(refusal) and "`ulimit -u`" in describe(refusal)
 

@@ -39,7 +39,7 @@ class RelativeAttentionMixer(SequenceMixer):
             following = {"k": k_BSHK, "v": v_BSHK}
         if k_BSHK.shape[1] > MAX_TOKENS:
             raise ValueError(
-                f"relative_attention got rows of {k_BSHK.shape[1]} tokens and takes {MAX_TOKENS}: it keeps the scores of all "
+                f"relative_attention got sequences of {k_BSHK.shape[1]} tokens and takes {MAX_TOKENS}: it keeps the scores of all "
                 "pairs; shorten train.sequence_length, or use attention with positions: rope"
             )
         o_BTHK = self._attend(q_BTHK, k_BSHK, v_BSHK, meta.boundaries_BT())

@@ -28,7 +28,7 @@ def test_the_range_holds_what_is_expected_and_its_ends_say_what_they_assume():
     assert (expected.mfu, expected.seconds) == (own.mfu, own.step.total())
     assert low.mfu < expected.mfu < high.mfu and low.seconds > expected.seconds > high.seconds
     for end, factor, imbalance in ((low, 1 / SPREAD, 1.3 * WORST_IMBALANCE), (expected, 1, 1.3), (high, SPREAD, 1)):
-        products = f"products at {ASSUMED['product_efficiency'] * factor:.0%}"
+        products = f"GEMMs at {ASSUMED['product_efficiency'] * factor:.0%}"
         assert products in end.assumes and f"the most loaded rank at {imbalance:.2f}" in end.assumes
 
 

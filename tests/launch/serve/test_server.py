@@ -112,7 +112,7 @@ def test_a_model_without_a_template_refuses_to_chat(server):
         ({"max_tokens": 600}, 400, "more than the 512 that this server takes"),
         ({"prompt": ""}, 400, "prompt must be one text"),
         ({"prompt": "a" * 10**6}, 400, "1000000 characters of prompt are more than the"),
-        ({"prompt": "cut \ud83d"}, 400, "is not valid JSON: 'utf-8' codec cannot encode character '\\ud83d'"),
+        ({"prompt": "cut \ud83d"}, 400, "is not valid JSON: 'utf-8' codec can't encode character '\\ud83d'"),
         ({"prompt": [1, 10**9]}, 400, "with ids of at least 0 and below"),
         ({"stop": ["a"] * 5}, 400, "stop must be a text or up to four"),
     ],

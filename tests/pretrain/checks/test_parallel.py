@@ -19,7 +19,7 @@ MOE = "model.moe={num_experts: 6, top_k: 2, expert_hidden_size: 12, shared_exper
         ),
         (
             ["parallel.overlap_experts=true"],
-            "parallel.overlap_experts = true: lets rows between expert ranks are sent while experts compute, and parallel.expert is 1; "
+            "parallel.overlap_experts = true: sends rows between expert ranks while experts compute, and parallel.expert is 1; "
             "raise parallel.expert, or use false",
         ),
         (
