@@ -177,7 +177,7 @@ def export(
 
 
 def known_incompatibilities(refusals: Sequence[str], *, whole: bool) -> list[tuple[str, str]]:
-    """Rows on other programs that are known to refuse an export: each in its words, or how many there are."""
+    """Rows on other programs that are known to reject an export: each in its words, or how many there are."""
     if whole or not refusals:
         return [("known incompatibilities", refusal) for refusal in refusals]
     return [("known incompatibilities", f"{len(refusals)}; --notes lists them")]

@@ -39,7 +39,7 @@ def generation_rule(parallel: ParallelConfig) -> str | None:
 
 
 def sample_problems(config: RunConfig) -> Iterator[Problem]:
-    """Refuse samples of a model that has no text, an empty prompt, and a layout that shares rows."""
+    """Reject samples of a model that has no text, an empty prompt, and a layout that shares rows."""
     prompts, key = config.evaluate.prompts, "evaluate.prompts"
     if not prompts:
         return

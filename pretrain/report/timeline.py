@@ -34,7 +34,7 @@ class Timeline:
 
 
 def make_timeline(record: RunRecord) -> Timeline | None:
-    """Place the uses of a run's time on the clock; None where no start with its time was recorded."""
+    """Place the uses of a run's time on the clock; None if no start with its time was recorded."""
     stretches = list(find_stretches(record))
     if not stretches:
         return None
@@ -83,7 +83,7 @@ def find_stretches(record: RunRecord) -> Iterator[Stretch]:
 def stretches_of(
     span: Span, lines: Sequence[Mapping[str, Any]], saved: set[Any], following: Mapping[str, Any]
 ) -> Iterator[Stretch]:
-    """Cut one start, from its log on: steps, measuring, and what lies between. following: the event of the next start."""
+    """Cut one start, from its log on: steps, measuring, and what is between. following: the event of the next start."""
     usual = median(line["seconds"] for line in lines) if lines else 0.0
     place = span.start
     for number, line in enumerate(lines):

@@ -72,7 +72,7 @@ def test_ids_are_those_of_tiktoken(file, ranks, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"IQ== 0\nbroken\n", "line 2 isn't `base64 rank`"),
+        (b"IQ== 0\nbroken\n", "line 2 is not `base64 rank`"),
         (b"", "has 0 tokens of 0 ranks"),
         (b"IQ== 0\nIg== 0\n", "has 2 tokens of 1 ranks"),
         (b"IQ== 0\n", "has no token for byte 0"),

@@ -162,7 +162,7 @@ def check_block(block: Block, config: ModelConfig, groups: ProcessGroupCollectio
     with typed(groups):
         _, output = block(x_BTD, None, meta)
     found = spmd.maybe_get_axis_local_type(output.y_BTD, groups.tp)
-    assert found == stream, f"the stream is {found} behind the block, {stream} before it"
+    assert found == stream, f"the stream is {found} after the block, {stream} before it"
     return found
 
 
@@ -175,7 +175,7 @@ def core_config(**changes: Any) -> ModelConfig:
 
 
 def check_all(sequence_parallel: bool, some: bool = False) -> dict[str, str]:
-    """What is wrong with blocks of all kinds, by name; empty where every type is right. some: one form of each kind."""
+    """What is wrong with blocks of all kinds, by name; empty if every type is right. some: one form of each kind."""
     groups = join_fake_ranks(2, sequence_parallel)
     samples = {name: mixer_config(name) for name in sample_names() if not some or registered_name(name) == name}
     samples |= {"core": core_config(), "experts with latents and biases": core_config(latent_size=6, bias=True)}
