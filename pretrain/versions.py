@@ -16,17 +16,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def collect_versions() -> dict[str, str]:
     """Collect the versions of Python and of libraries that can change numbers, and a digest of our code."""
-    versions = {library: _version(library) for library in LIBRARIES}
+    versions = {library: read_version(library) or "not installed as a distribution" for library in LIBRARIES}
     return {"python": platform.python_version()} | versions | {OWN_CODE: digest_code(ROOT)}
 
 
 @cache
-def _version(library: str) -> str:
-    """Look up a library's version, once a process: what it has imported stays."""
+def read_version(library: str) -> str | None:
+    """Look up the installed version of a distribution, None where it is missing. Read once a process."""
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed as a distribution"
+        return None
 
 
 @cache

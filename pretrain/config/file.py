@@ -35,6 +35,7 @@ S = TypeVar("S", bound=BaseModel)
 Schema = type[BaseModel]
 Parts = tuple[str | int, ...]
 
+_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # PyYAML without libyaml has the slow one alone
 _OVERRIDE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*\Z")
 _KINDS = {
     "int_type": ("must be an integer", "write it without quotes, fraction or unit"),
@@ -364,7 +365,8 @@ def plain_number(value: object) -> str:
 
 def resolved_yaml(config: RunConfig) -> str:
     """Write the whole configuration, defaults included, as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    tree = config.model_dump(mode="json")
+    return str(yaml.dump(tree, Dumper=_DUMPER, sort_keys=False, allow_unicode=True, width=120))
 
 
 def without_secrets(config: RunConfig) -> RunConfig:

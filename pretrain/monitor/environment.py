@@ -9,7 +9,6 @@ moment, at the start; MFU is then relative to the best of all starts on the mach
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import os
 import platform
 import re
@@ -23,6 +22,7 @@ import torch
 
 from amfm.pretrain.monitor.panel import plural
 from amfm.pretrain.parallel import Parallel, describe_environment
+from amfm.pretrain.versions import read_version
 
 LIBRARIES = (
     "torch",
@@ -165,14 +165,6 @@ def record_environment(
 def hide_secrets(word: str) -> str:
     """Copy a word of the command line without the value of `launch.setup`, which may hold tokens."""
     return "launch.setup=(not recorded)" if word.startswith("launch.setup=") else word
-
-
-def read_version(library: str) -> str | None:
-    """Look up the installed version of a distribution, None where it is missing."""
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def read_processor_name() -> str:

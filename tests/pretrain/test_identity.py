@@ -12,7 +12,7 @@ import pytest
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.pretrain.start import describe_difference
-from amfm.pretrain.versions import OWN_PACKAGES, ROOT, collect_versions, digest_code
+from amfm.pretrain.versions import OWN_PACKAGES, ROOT, collect_versions, digest_code, read_version
 from tests.faults.attempt import Attempt
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import tiny_data
@@ -80,3 +80,7 @@ def test_one_changed_byte_of_our_code_is_another_version(tmp_path: Path) -> None
     digest_code.cache_clear()
     assert digest_code(tmp_path) != before
     assert collect_versions()["amfm's source files"] == digest_code(ROOT)
+    misses = read_version.cache_info().misses
+    assert collect_versions() == collect_versions() and read_version.cache_info().misses == misses, (
+        "read once a process"
+    )

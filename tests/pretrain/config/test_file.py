@@ -59,7 +59,8 @@ def test_null_removes_an_optional_section(base, tmp_path):
 
 
 def test_resolved_yaml_reads_back_equal(base, tmp_path):
-    config = load_config(base, ["run.name=no", "optimizer.epsilon=1e-8", "model.norm_epsilon=1e-6"])
+    given = ["run.name=no", "run.dir=/l\u00e4ufe/\U0001f600", "optimizer.epsilon=1e-8", "model.norm_epsilon=1e-6"]
+    config = load_config(base, given)
     assert load_config(written(tmp_path, resolved_yaml(config))) == config
 
 
