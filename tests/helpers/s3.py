@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import obstore
-from moto.server import ThreadedMotoServer
 from obstore.store import from_url
 
 BUCKET = "texts"
@@ -36,6 +35,8 @@ class Requests(logging.Handler):
 @contextmanager
 def s3_server() -> Iterator[tuple[dict[str, str], Requests]]:
     """(environment variables for its clients, record of requests) of a server with one empty bucket."""
+    from moto.server import ThreadedMotoServer  # a second of imports, which the collection of tests needs not
+
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

@@ -55,6 +55,17 @@ def test_an_error_a_signal_and_variables_that_come_too_late_are_reported() -> No
         run_program([sys.executable, "-c", ""], env={**os.environ, "OMP_NUM_THREADS": "7"})
 
 
+def test_variables_that_a_run_sets_need_no_other_processes_to_fork_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = call(time.sleep, 0)
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "1")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/nowhere")
+    after = call(time.sleep, 0)
+    assert after.folder == before.folder
+    assert before.wait() == after.wait() == 0
+    shown = run_program([sys.executable, "-c", "import os; print(os.environ['TORCH_FR_BUFFER_SIZE'])"])
+    assert shown.stdout == "1\n"
+
+
 def waits(folder: str) -> None:
     Path(folder, "begun").touch()
     time.sleep(PATIENCE_SECONDS)

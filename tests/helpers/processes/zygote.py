@@ -45,6 +45,9 @@ READ_EARLY = (
     "TORCH",
     "TRITON_",
 )
+# But these when a process group is made or something is compiled. A run in the process of the tests sets them, and the next
+# fork must not need another pair of processes, which would begin with ten seconds of imports.
+READ_LATE = ("TORCH_FR_", "TORCH_GLOO_", "TORCH_NCCL_", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "PYTHONPATH")
 NUMBER = struct.Struct("<q")
 END = struct.Struct("<qd")  # exit code, and processor seconds with those of children
 _SECONDS = [0.0]
@@ -127,7 +130,11 @@ def run_program(
 
 
 def _read_early(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name.startswith(READ_EARLY) and name != "PYTHONPATH"}
+    return {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(READ_EARLY) and not name.startswith(READ_LATE)
+    }
 
 
 def _ask(zygote: str, request: dict[str, Any], streams: Sequence[int]) -> Forked:
