@@ -52,6 +52,13 @@ def train_all_cases(
     ]
 
 
+def train_and_stop(cases: Cases, data: DataConfig, folder: str, model: dict[str, Any]) -> list[Trained]:
+    """To the end, and apart from that to the middle, where other processes continue."""
+    straight = train_all_cases(cases, data, f"{folder}/straight", None, model)
+    train_all_cases(cases, data, f"{folder}/resumed", STOP, model)
+    return straight
+
+
 @pytest.mark.parametrize(
     ("num_ranks", "cases", "model"),
     [
@@ -67,8 +74,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     tmp_path: Path, num_ranks: int, cases: Cases, model: dict[str, Any]
 ) -> None:
     data = tiny_data(tmp_path / "data")
-    straight = run_ranks(train_all_cases, cases, data, str(tmp_path / "straight"), None, model, num_ranks=num_ranks)
-    run_ranks(train_all_cases, cases, data, str(tmp_path / "resumed"), STOP, model, num_ranks=num_ranks)
+    straight = run_ranks(train_and_stop, cases, data, str(tmp_path), model, num_ranks=num_ranks)
     resumed = run_ranks(train_all_cases, cases, data, str(tmp_path / "resumed"), None, model, num_ranks=num_ranks)
     for case, expected, actual in zip(cases, straight[0], resumed[0]):
         for key in ("step", "loss", "grad_norm", "lr", "tokens", "auxiliary", "expert_load"):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -28,10 +29,50 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 }
 
 
-def train_schedules(data: DataConfig, folder: str, settings: dict[str, Any]) -> dict[str, Trained]:
+class Stage(NamedTuple):
+    """What one of two stages, which do all of this in one process each, ended with."""
+
+    schedules: dict[str, Trained]
+    in_bf16: dict[str, Trained]
+    starts: list[Trained]
+    poisoned: tuple[list[StepResult], bool, bool, int]
+    two_lengths: Trained
+
+
+def train_as_stage(data: DataConfig, folder: str) -> Stage:
+    two = {"parallel__pipeline": 2}
+    short = two | {"train__precision": "bf16", "train__steps": 2, "schedule__warmup_steps": 1}
+    return Stage(
+        train_schedules(data, f"{folder}/float32", two, list(SCHEDULES)),
+        train_schedules(data, f"{folder}/bf16", short, ["1f1b", "zero_bubble"]),
+        train_in_two_starts(data, f"{folder}/starts"),
+        poison_first_stage(data, f"{folder}/poisoned"),
+        train_two_lengths(data, f"{folder}/lengths", two | SCHEDULES["zero_bubble"]),
+    )
+
+
+def train_alone(data: DataConfig, folder: str) -> tuple[Trained, Trained]:
+    one = train_and_collect(tiny_config(data, Path(folder, "one"), **ONE_ROW))
+    return one, train_two_lengths(data, f"{folder}/lengths", {})
+
+
+@pytest.fixture(scope="module")
+def stages(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> list[Stage]:
+    return run_ranks(train_as_stage, data, str(tmp_path_factory.mktemp("stages")), num_ranks=2)
+
+
+@pytest.fixture(scope="module")
+def alone(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trained, Trained]:
+    """The run, and the one with two lengths of rows, on one rank."""
+    return run_ranks(train_alone, data, str(tmp_path_factory.mktemp("alone")), num_ranks=1)[0]
+
+
+def train_schedules(
+    data: DataConfig, folder: str, settings: dict[str, Any], names: Sequence[str]
+) -> dict[str, Trained]:
     return {
-        name: train_and_collect(tiny_config(data, Path(folder, name), **ONE_ROW, **settings, **own))
-        for name, own in SCHEDULES.items()
+        name: train_and_collect(tiny_config(data, Path(folder, name), **ONE_ROW, **settings, **SCHEDULES[name]))
+        for name in names
     }
 
 
@@ -60,19 +101,12 @@ def assert_same_run(actual: Trained, expected: Trained) -> None:
         torch.testing.assert_close(actual.weights[name], weight, rtol=0, atol=2 * TOLERANCE, msg=name)
 
 
-@pytest.fixture(scope="module")
-def one_rank(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    folder = str(tmp_path_factory.mktemp("one"))
-    return run_ranks(train_and_collect, tiny_config(data, Path(folder), **ONE_ROW), num_ranks=1)[0]
-
-
-def test_a_run_of_two_stages_is_the_run_of_one_rank(data: DataConfig, one_rank: Trained, tmp_path: Path) -> None:
-    ranks = run_ranks(train_schedules, data, str(tmp_path), {"parallel__pipeline": 2}, num_ranks=2)
+def test_a_run_of_two_stages_is_the_run_of_one_rank(stages: list[Stage], alone: tuple[Trained, Trained]) -> None:
     for name in SCHEDULES:
-        stages = [rank[name] for rank in ranks]
-        assert_same_run(join(stages), one_rank)
-        assert not set(stages[0].weights) & set(stages[1].weights), "a weight is on both stages"
-        assert stages[1].metrics == [], "only the main rank, where no loss is computed, writes"
+        both = [stage.schedules[name] for stage in stages]
+        assert_same_run(join(both), alone[0])
+        assert not set(both[0].weights) & set(both[1].weights), "a weight is on both stages"
+        assert both[1].metrics == [], "only the main rank, where no loss is computed, writes"
 
 
 def train_in_two_starts(data: DataConfig, folder: str) -> list[Trained]:
@@ -82,21 +116,19 @@ def train_in_two_starts(data: DataConfig, folder: str) -> list[Trained]:
     return [whole, train_and_collect(tiny_config(data, Path(folder, "parts"), **settings))]
 
 
-def test_a_resumed_pipeline_goes_on_to_the_bit(data: DataConfig, tmp_path: Path) -> None:
-    ranks = run_ranks(train_in_two_starts, data, str(tmp_path), num_ranks=2)
-    for whole, parts in ranks:
+def test_a_resumed_pipeline_goes_on_to_the_bit(stages: list[Stage]) -> None:
+    for whole, parts in (stage.starts for stage in stages):
         for name, weight in whole.weights.items():
             assert torch.equal(weight, parts.weights[name]), name
-    tied = [rank[0].weights["embedding.weight"] for rank in ranks]
+    tied = [stage.starts[0].weights["embedding.weight"] for stage in stages]
     assert torch.equal(*tied), "the two ends of the pipeline hold different embeddings"
 
 
-def test_bf16_gradients_of_split_backward_passes_are_summed_in_float32(data: DataConfig, tmp_path: Path) -> None:
+def test_bf16_gradients_of_split_backward_passes_are_summed_in_float32(stages: list[Stage]) -> None:
     # 1f1b sums through autograd's hooks; zero_bubble computes gradients of weights past them, in the same order.
-    settings = {"parallel__pipeline": 2, "train__precision": "bf16", "train__steps": 2, "schedule__warmup_steps": 1}
-    for rank in run_ranks(train_schedules, data, str(tmp_path), settings, num_ranks=2):
-        for name, weight in rank["1f1b"].weights.items():
-            assert torch.equal(weight, rank["zero_bubble"].weights[name]), name
+    for stage in stages:
+        for name, weight in stage.in_bf16["1f1b"].weights.items():
+            assert torch.equal(weight, stage.in_bf16["zero_bubble"].weights[name]), name
 
 
 def count_received(run: Any) -> int:
@@ -125,8 +157,8 @@ def poison_first_stage(data: DataConfig, folder: str) -> tuple[list[StepResult],
     return results, unchanged, any(not torch.equal(skipped[name], after[name]) for name in before), received
 
 
-def test_a_bad_gradient_on_one_stage_skips_the_step_on_all(data: DataConfig, tmp_path: Path) -> None:
-    for results, unchanged, changed, received in run_ranks(poison_first_stage, data, str(tmp_path), num_ranks=2):
+def test_a_bad_gradient_on_one_stage_skips_the_step_on_all(stages: list[Stage]) -> None:
+    for results, unchanged, changed, received in (stage.poisoned for stage in stages):
         assert received == 0, "a stage holds buffers of micro-batches that are over"
         assert [result.applied for result in results] == [False, True]
         assert unchanged and changed
@@ -147,8 +179,6 @@ def train_two_lengths(data: DataConfig, folder: str, settings: dict[str, Any]) -
     return train_and_collect(two_lengths(tiny_config(data, Path(folder), **ONE_ROW, **settings)))
 
 
-def test_a_pipeline_follows_rows_that_change_their_length(data: DataConfig, tmp_path: Path) -> None:
-    settings = {"parallel__pipeline": 2, "parallel__schedule": "zero_bubble"}
-    expected = run_ranks(train_two_lengths, data, str(tmp_path / "one"), {}, num_ranks=1)[0]
-    assert expected.metrics[-1]["tokens"] == 2 * 8 * (48 + 24)
-    assert_same_run(join(run_ranks(train_two_lengths, data, str(tmp_path / "two"), settings, num_ranks=2)), expected)
+def test_a_pipeline_follows_rows_that_change_their_length(stages: list[Stage], alone: tuple[Trained, Trained]) -> None:
+    assert alone[1].metrics[-1]["tokens"] == 2 * 8 * (48 + 24)
+    assert_same_run(join([stage.two_lengths for stage in stages]), alone[1])

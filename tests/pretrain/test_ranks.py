@@ -45,14 +45,38 @@ def train_all_stages(data: DataConfig, folder: str, micro_batch_size: int) -> li
     ]
 
 
-@pytest.fixture(scope="module")
-def one_rank(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> list[Trained]:
-    return run_ranks(train_all_stages, data, str(tmp_path_factory.mktemp("one")), 2, num_ranks=1)[0]
+def train_alone(data: DataConfig, folder: str) -> tuple[list[Trained], list[Trained], Trained]:
+    return (
+        train_all_stages(data, folder, 2),
+        accumulate_both_ways(data, folder),
+        train_in_bf16(data, f"{folder}/bf16", 1),
+    )
+
+
+def train_as_two(data: DataConfig, folder: str) -> tuple[list[Trained], Trained]:
+    return train_all_stages(data, folder, 2), train_in_bf16(data, f"{folder}/bf16", 2)
 
 
 @pytest.fixture(scope="module")
-def two_ranks(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> list[list[Trained]]:
-    return run_ranks(train_all_stages, data, str(tmp_path_factory.mktemp("two")), 2, num_ranks=2)
+def alone(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Trained], list[Trained], Trained]:
+    """All runs of one rank, in one process."""
+    return run_ranks(train_alone, data, str(tmp_path_factory.mktemp("one")), num_ranks=1)[0]
+
+
+@pytest.fixture(scope="module")
+def one_rank(alone: tuple[list[Trained], list[Trained], Trained]) -> list[Trained]:
+    return alone[0]
+
+
+@pytest.fixture(scope="module")
+def pair(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[list[Trained], Trained]]:
+    """All runs of two ranks that train to the end, in two processes."""
+    return run_ranks(train_as_two, data, str(tmp_path_factory.mktemp("two")), num_ranks=2)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(pair: list[tuple[list[Trained], Trained]]) -> list[list[Trained]]:
+    return [stages for stages, _ in pair]
 
 
 def assert_same_run(actual: Trained, expected: Trained) -> None:
@@ -92,9 +116,10 @@ def train_in_bf16(data: DataConfig, folder: str, tensor: int) -> Trained:
     return train_and_collect(tiny_config(data, Path(folder), **changes))
 
 
-def test_the_norm_in_bf16_without_zero_is_that_of_all_tensor_ranks(data: DataConfig, tmp_path: Path) -> None:
-    runs = [run_ranks(train_in_bf16, data, str(tmp_path / str(n)), n, num_ranks=n)[0] for n in (1, 2)]
-    one, two = (run.metrics[0]["grad_norm"] for run in runs)
+def test_the_norm_in_bf16_without_zero_is_that_of_all_tensor_ranks(
+    alone: tuple[list[Trained], list[Trained], Trained], pair: list[tuple[list[Trained], Trained]]
+) -> None:
+    one, two = (run.metrics[0]["grad_norm"] for run in (alone[2], pair[0][1]))
     # Eight bits of each gradient; a rank's own share would be about seven tenths.
     assert two == pytest.approx(one, rel=0.02)
 
@@ -120,8 +145,10 @@ def accumulate_both_ways(data: DataConfig, folder: str) -> list[Trained]:
     return runs
 
 
-def test_four_micro_batches_of_one_row_are_one_of_four(data: DataConfig, tmp_path: Path) -> None:
-    apart, together, bf16_apart, bf16_together = run_ranks(accumulate_both_ways, data, str(tmp_path), num_ranks=1)[0]
+def test_four_micro_batches_of_one_row_are_one_of_four(
+    alone: tuple[list[Trained], list[Trained], Trained],
+) -> None:
+    apart, together, bf16_apart, bf16_together = alone[1]
     assert_same_run(apart, together)
     # bf16 rounds activations the same way for one row as for four, but sums of gradients in another order: half a per cent
     # of the norm is an eighth of what summing four micro-batches in bf16 would cost at worst (4 x 2^-8).
@@ -157,12 +184,16 @@ def poison_gradient(run: Run) -> StepResult:
     return result
 
 
-def poison_all(data: DataConfig, folder: str) -> list[Any]:
-    return [poison_last_rank(data, folder, stage, precision) for stage in STAGES for precision in ("float32", "bf16")]
+def poison_all(data: DataConfig, folder: str, cases: list[tuple[int, str]]) -> list[Any]:
+    return [poison_last_rank(data, folder, stage, precision) for stage, precision in cases]
 
 
-def test_nan_on_one_rank_skips_the_step_on_both(data: DataConfig, tmp_path: Path) -> None:
-    ranks = run_ranks(poison_all, data, str(tmp_path), num_ranks=2)
+@pytest.mark.parametrize(
+    "precisions", [("bf16", "float32"), pytest.param(("float32", "bf16"), marks=pytest.mark.slow)], ids="-".join
+)
+def test_nan_on_one_rank_skips_the_step_on_both(data: DataConfig, tmp_path: Path, precisions: tuple[str, str]) -> None:
+    # Each stage and each precision; the other halves of the product are slow.
+    ranks = run_ranks(poison_all, data, str(tmp_path), list(zip(STAGES, precisions * 2)), num_ranks=2)
     for results, (unchanged, changed, counters) in [case for rank in ranks for case in rank]:
         assert [result.applied for result in results] == [False, True]
         assert unchanged, "a skipped step moved weights or the router's bias"

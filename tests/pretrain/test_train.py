@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ import yaml
 from amfm.data_pipeline.config import DataConfig, PhaseConfig, TokenizerConfig
 from amfm.data_pipeline.prepare.prepare import prepare
 from amfm.pretrain.checkpoint.manifest_file import read_manifest
+from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.hooks.validate import Validation
 from amfm.pretrain.monitor.ownership import lock_directory
 from amfm.pretrain.monitor.signals import SignalWatch
@@ -29,6 +29,7 @@ from amfm.pretrain.train import run_steps, train
 from amfm.pretrain.versions import OWN_CODE, collect_versions
 from tests.helpers.full_disk import largest_file
 from tests.helpers.patience import PATIENCE_SECONDS
+from tests.helpers.processes.zygote import call
 from tests.helpers.spawn import run_ranks
 from tests.helpers.tiny_store import make_tiny_store, run_in_process
 from tests.pretrain.tiny_run import collect_weights, read_events, read_metrics, tiny_config, validate_now
@@ -255,22 +256,24 @@ def wait_for_lines(path: Path, count: int) -> None:
     raise AssertionError(f"{path} has not reached {count} lines")
 
 
+def train_and_exit(config: RunConfig) -> None:
+    """What `amfm train` does, in a fork."""
+    sys.exit(train(config))
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 )
 def test_a_signal_saves_at_the_next_boundary_and_the_run_goes_on(
     data: DataConfig, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    config = tiny_config(data, tmp_path / "run", train__steps=100_000)
-    (tmp_path / "config.json").write_text(config.model_dump_json())
-    program = (
-        "import sys; from amfm.pretrain.config.schema import RunConfig; from amfm.pretrain.train import train\n"
-        "sys.exit(train(RunConfig.model_validate_json(open(sys.argv[1]).read())))"
-    )
-    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", program, str(tmp_path / "config.json")])
-    wait_for_lines(tmp_path / "run" / "metrics.jsonl", 2)
-    process.send_signal(number)
-    assert process.wait(timeout=PATIENCE_SECONDS) == code
+    process = call(train_and_exit, tiny_config(data, tmp_path / "run", train__steps=100_000))
+    try:
+        wait_for_lines(tmp_path / "run" / "metrics.jsonl", 2)
+        os.kill(process.pid, number)
+        assert process.wait() == code
+    finally:
+        process.kill()
     step = read_metrics(tmp_path / "run")[-1]["step"]
     assert read_events(tmp_path / "run")[-1] | {"time": ""} == {
         "time": "",

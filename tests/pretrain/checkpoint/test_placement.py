@@ -136,13 +136,23 @@ def check_every_range(reader: RangeReader, layout: Layout) -> None:
             assert torch.equal(flat, expected.reshape(-1)[low:high]), (name, kind)
 
 
-@pytest.mark.parametrize("rows_numel", [1, 20, 1 << 24])
-def test_every_layout_reads_what_every_other_wrote(tmp_path: Path, rows_numel: int) -> None:
+# How much is read at once, and how many layouts read what each wrote: itself first, then those that follow it.
+@pytest.mark.parametrize(
+    ("rows_numel", "num_readers"),
+    [
+        (20, len(LAYOUTS)),
+        (1, 2),
+        (1 << 24, 2),
+        pytest.param(1, len(LAYOUTS), marks=pytest.mark.slow),
+        pytest.param(1 << 24, len(LAYOUTS), marks=pytest.mark.slow),
+    ],
+)
+def test_every_layout_reads_what_every_other_wrote(tmp_path: Path, rows_numel: int, num_readers: int) -> None:
     for number, saved in enumerate(LAYOUTS):
         folder = tmp_path / str(number)
         reader = RangeReader(folder, write_checkpoint(folder, saved), rows_numel=rows_numel)
-        for wanted in LAYOUTS:
-            check_every_range(reader, wanted)
+        for following in range(num_readers):
+            check_every_range(reader, LAYOUTS[(number + following) % len(LAYOUTS)])
         for name, kind in itertools.product(SHAPES, KINDS):
             assert torch.equal(reader.whole(kind, name), whole_tensor(name, kind))
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,6 +36,7 @@ from amfm.pretrain.exchange.universal import export_universal
 from amfm.pretrain.parallel import initialize_parallel
 from amfm.pretrain.train import train
 from tests.helpers.patience import PATIENCE_SECONDS
+from tests.helpers.processes.zygote import BARE, run_program
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.exchange.conftest import Unbroken
 from tests.pretrain.tiny_run import tiny_config
@@ -153,8 +152,7 @@ def converted(unbroken: Unbroken, tmp_path_factory: pytest.TempPathFactory, requ
     convert = ["-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state", "--num_extract_workers", "1"]
     convert += ["--num_merge_workers", "1", "--input_folder", str(place / "saved" / "global_step2")]
     for command in (load, [*convert, "--output_folder", str(place / "converted")]):
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, env=environment)
+        done = run_program([sys.executable, *command], zygote=BARE)  # which has DeepSpeed, and nothing of ours
         assert done.returncode == 0, done.stderr[-3000:]
     return place / "converted"
 

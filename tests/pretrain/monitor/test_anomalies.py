@@ -80,19 +80,29 @@ def test_a_spike_that_stops_leaves_the_checkpoint_before_it(data: DataConfig, tm
     assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000009"]
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 3])
-def test_skipped_spikes_move_no_weight_on_any_rank(data: DataConfig, tmp_path: Path, zero_stage: int) -> None:
-    settings = {"health__on_spike": "skip", "train__max_skipped_steps": 2, "parallel__zero_stage": zero_stage}
-    short, long = [
-        run_ranks(train_with_a_blow, data, str(tmp_path / str(limit)), settings | {"train__max_skipped_steps": limit})
-        for limit in (1, 3)
+def train_with_blows(data: DataConfig, folder: str, cases: list[tuple[int, int]]) -> list[Trained]:
+    """A run for each ZeRO stage and number of skipped steps after which it gives up."""
+    return [
+        train_with_a_blow(
+            data,
+            str(Path(folder, f"{stage}-{limit}")),
+            {"health__on_spike": "skip", "train__max_skipped_steps": limit, "parallel__zero_stage": stage},
+        )
+        for stage, limit in cases
     ]
-    assert [trained.code for trained in (*short, *long)] == [3] * 4
-    first = spike_step(long[0].metrics)
-    assert [line["step"] for line in long[0].metrics if line["skipped"]] == [first, first + 1, first + 2]
-    for after_one, after_three in zip(short, long):
-        for name, weight in after_one.weights.items():
-            assert torch.equal(after_three.weights[name], weight), name
+
+
+def test_skipped_spikes_move_no_weight_on_any_rank(data: DataConfig, tmp_path: Path) -> None:
+    cases = [(stage, limit) for stage in (0, 1, 3) for limit in (1, 3)]
+    ranks = run_ranks(train_with_blows, data, str(tmp_path), cases)
+    assert [trained.code for rank in ranks for trained in rank] == [3] * 2 * len(cases)
+    for long in ranks[0][1::2]:
+        first = spike_step(long.metrics)
+        assert [line["step"] for line in long.metrics if line["skipped"]] == [first, first + 1, first + 2]
+    for rank in ranks:
+        for (stage, _), after_one, after_three in zip(cases[::2], rank[::2], rank[1::2]):
+            for name, weight in after_one.weights.items():
+                assert torch.equal(after_three.weights[name], weight), (stage, name)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 2])
