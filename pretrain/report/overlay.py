@@ -13,7 +13,7 @@ from html import escape
 
 import numpy as np
 
-from amfm.pretrain.config.file import diff_configs
+from amfm.pretrain.config.file import Difference, diff_configs
 from amfm.pretrain.monitor.follow import FollowedRun
 from amfm.pretrain.report.curves import NUM_COLOURS, NUM_DASHES, Curve, Plot, cap_outliers, curve_style, usual_range
 from amfm.pretrain.report.data import RunRecord
@@ -152,6 +152,8 @@ def compare_configs(records: Sequence[RunRecord]) -> Table:
             if not item.key.startswith("run."):
                 cells = rows.setdefault(item.key, [plain(item.first)] * len(records))
                 cells[number] = plain(item.second)
+    unset = {plain(None), Difference.absent}  # of a section that one of them lacks
+    rows = {key: cells for key, cells in rows.items() if not unset.issuperset(cells)}
     title = "" if rows else "All settings are the same."
     return Table(title, ("setting", *name_runs(records)), tuple((key, *cells) for key, cells in rows.items()), False)
 

@@ -8,7 +8,7 @@
 (() => {
   const page = JSON.parse(document.getElementById("plots-data").textContent);
   const SVG = "http://www.w3.org/2000/svg";
-  const SCREEN = 252, PRINT = 176, TOP = 20, BOTTOM = 36, RIGHT = 12, GATHERED = 8, MOST_ENDS = 8;
+  const SCREEN = 252, PRINT = 148, TOP = 20, BOTTOM = 36, RIGHT = 12, GATHERED = 8, MOST_ENDS = 8;
   let HEIGHT = SCREEN;
   const DASHES = ["", "7 3", "2 2.5"];
   const AXES = { steps: "step", tokens: "tokens", hours: "hours inside steps" };

@@ -145,14 +145,14 @@ def render_shares(shares: Sequence[Share], text: str) -> str:
 
 def render_timeline(timeline: Timeline, kinds: Mapping[str, str]) -> str:
     """Render the uses of the time over the clock, in the classes of `kinds`, with marks above and times below."""
-    width = 1000 / COLUMNS
+    width, reach = 1000 / COLUMNS, 1000 / COLUMNS + 0.4  # a little over the next one: no gap shows between them
     floors, paths = [100.0] * COLUMNS, []
     for use, shares in timeline.columns.items():
         path = ""
         for number, share in enumerate(shares):
             if share > 0.002:
                 floors[number] -= 100 * share
-                path += f"M{number * width:.1f} {floors[number]:.1f}h{width:.1f}v{100 * share:.1f}h-{width:.1f}z"
+                path += f"M{number * width:.1f} {floors[number]:.1f}h{reach:.1f}v{100 * share:.1f}h-{reach:.1f}z"
         fill = f' fill="url(#hatch-{kinds[use]})"' if kinds[use] in HATCHED else ""
         paths.append(f'<path class="{kinds[use]}"{fill} d="{path}"><title>{escape(USES[use])}</title></path>')
     signs = {"failure": "&#9650;", "trouble": "&#9670;", "other": "|"}
