@@ -17,7 +17,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PATIENCE_SECONDS = 300
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +83,7 @@ def test_every_page_of_the_repository_is_in_the_navigation():
     assert sorted(listed) == sorted(pages)
 
 
+@pytest.mark.slow
 def test_diagrams_are_drawn(browser):
     browser.get(f"{browser.root}/docs/architecture/")
     sources = (ROOT / "docs/architecture.md").read_text().count("```mermaid")
@@ -91,6 +91,7 @@ def test_diagrams_are_drawn(browser):
     assert wait_for(browser, f"{drawn} === {sources}")
 
 
+@pytest.mark.slow
 def test_typed_search_finds_the_page_of_a_term_of_the_field(browser):
     for term, page in (("gradient accumulation", "batch_sizes"), ("long context", "long_context")):
         browser.get(f"{browser.root}/docs/notation/")
@@ -100,12 +101,14 @@ def test_typed_search_finds_the_page_of_a_term_of_the_field(browser):
         assert wait_for(browser, f"document.querySelector('.md-search-result__link[href*=\"docs/{page}/\"]') !== null")
 
 
+@pytest.mark.slow
 def test_the_api_page_has_types_and_fields(site):
     text = re.sub(r"<[^>]+>", "", (site / "docs/api/index.html").read_text())
     assert re.search(r"load\(path:\s*str", text) and "tokens" in text and "events" in text
     assert ":::" not in text
 
 
+@pytest.mark.slow
 def test_pages_link_to_the_repository_and_show_the_version(site):
     page = (site / "docs/data/index.html").read_text()
     assert "edit/main/docs/data.md" in page and "0." in re.search(r'md-copyright__highlight">\s*([^<]*)', page)[1]
