@@ -204,11 +204,17 @@ def run_words(words: list[str], paths: list[str]) -> None:
         runpy.run_path(what, run_name="__main__")
 
 
-def load(modules: tuple[str, ...]) -> None:
-    """Import modules, and leave what they made out of rounds of the garbage collector: forks share its memory."""
+def load(modules: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
+    """Import modules, and leave what they made out of rounds of the garbage collector: forks share its memory.
+
+    optional: those that other releases of the libraries may not have.
+    """
     gc.disable()
     for name in modules:
         importlib.import_module(name)
+    for name in optional:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     gc.freeze()
     gc.enable()
 
@@ -234,7 +240,7 @@ def main() -> None:
         Server(bare).serve()
         os._exit(0)
     bare.close()
-    load((*FULL_MODULES, *FOR_RUNS))
+    load(FULL_MODULES, FOR_RUNS)
     prepare_runs()
     Server(full).serve()
     with contextlib.suppress(ChildProcessError):
