@@ -112,3 +112,11 @@ def test_the_api_page_has_types_and_fields(site):
 def test_pages_link_to_the_repository_and_show_the_version(site):
     page = (site / "docs/data/index.html").read_text()
     assert "edit/main/docs/data.md" in page and "0." in re.search(r'md-copyright__highlight">\s*([^<]*)', page)[1]
+
+
+def test_the_front_page_shows_where_to_begin_and_a_report_that_works(browser):
+    browser.get(f"{browser.root}/")
+    assert wait_for(browser, "document.querySelectorAll('article table td a').length >= 3")
+    assert wait_for(
+        browser, "document.querySelector('iframe').contentDocument.querySelectorAll('.plot > svg').length > 5"
+    )

@@ -7,9 +7,12 @@ address under [project.urls] in pyproject.toml. Prints the variables that mkdocs
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import subprocess
+import sys
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -20,6 +23,17 @@ FENCE = re.compile(r"^(```.*?^```)", re.DOTALL | re.MULTILINE)
 VERSION = re.compile(r'^__version__ = "(.+)"', re.MULTILINE)
 UNSEARCHED = "---\nsearch:\n  exclude: true\n---\n"  # what was measured on a day is not what readers look for
 MERMAID = ROOT / "build" / "site" / "package" / "dist" / "mermaid.min.js"  # unpacked by `make site`
+# Of the front page, before its first section: where to begin, and what a run looks like.
+FRONT = """| On a laptop | On a node | On a cluster |
+|---|---|---|
+| [Four questions, your text, two cores](docs/getting_started.md) | [One command for all GPUs of a host](docs/launching.md) | [Plan](docs/planning.md), launch, [watch](docs/tracking.md) |
+
+<iframe src="report.html" title="The report of a synthetic run" style="width:100%;height:560px;border:1px solid #8886"></iframe>
+
+The page above is what `amfm report` writes, of a synthetic run: point at curves, drag to zoom.
+
+"""
+WRAPPED = ".md-typeset pre > code { white-space: pre-wrap; }\n"  # comments of commands are not cut at the edge
 
 
 def stage() -> None:
@@ -32,11 +46,25 @@ def stage() -> None:
     for name in tracked.stdout.splitlines():
         if not name.startswith((".github/", "tests/")):
             parts = FENCE.split((ROOT / name).read_text().replace("git clone REPOSITORY", f"git clone {repository}"))
+            if name == "README.md":
+                parts[0] = parts[0].replace("\n## ", f"\n{FRONT}## ", 1)
             head = UNSEARCHED if name.startswith("docs/log/") else ""
             write(name, head + "".join(part if part.startswith("```") else resolve_links(part, name) for part in parts))
+    write("stylesheets/site.css", WRAPPED)
+    draw_report(PAGES / "report.html")
     (PAGES / "javascripts").mkdir()
     shutil.copyfile(MERMAID, PAGES / "javascripts" / MERMAID.name)
     print(f"AMFM_REPOSITORY={repository} AMFM_VERSION={version[1]}")
+
+
+def draw_report(out: Path) -> None:
+    """Write the page of a synthetic run."""
+    sys.path.insert(0, str(ROOT))
+    from amfm.pretrain.report.report import write_report
+    from tests.pretrain.report.synthetic import staged
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        write_report([staged(Path(), 1200)], out)
 
 
 def resolve_links(text: str, page: str) -> str:

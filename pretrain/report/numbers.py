@@ -143,6 +143,7 @@ def count(value: float) -> str:
 
 def _scaled(value: float, *letters: str, digits: int = 3) -> str:
     """Format in this many digits and the letter of the largest power of a thousand below the value."""
+    value = float(f"{value:.{digits}g}")  # first, or 999.9 of a unit would be 1e+03 of it
     for power in range(len(letters), 0, -1):
         if abs(value) >= 1000**power:
             return f"{value / 1000**power:.{digits}g}{letters[power - 1]}"

@@ -22,7 +22,8 @@
 
   // ---- numbers
 
-  function short(value, digits = 3) {
+  function short(exactly, digits = 3) {
+    const value = +exactly.toPrecision(digits);
     for (const [size, letter] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]])
       if (Math.abs(value) >= size) return trim((value / size).toPrecision(digits)) + letter;
     return Math.abs(value) < 1e-3 && value !== 0 ? trimPower(value.toExponential(digits - 2)) : trim(value.toPrecision(digits));

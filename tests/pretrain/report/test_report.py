@@ -293,6 +293,7 @@ def test_a_link_in_the_place_of_the_page_or_of_its_unfinished_file_is_not_follow
 
 def test_labels_of_an_axis_differ() -> None:
     assert distinct([1.10e-4, 1.104e-4, 1.108e-4]) == ["0.00011", "0.0001104", "0.0001108"]
+    assert [count(999_999), count(999.9), count(1234), count(0.5)] == ["1M", "1k", "1.23k", "0.5"]
     assert distinct([0.0, 500.0, 1000.0, 12345.0]) == ["0", "500", "1k", "12.3k"]
 
 
