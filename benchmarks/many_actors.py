@@ -23,10 +23,10 @@ import typer
 
 from amfm.data_pipeline.config import FilterConfig
 from amfm.data_pipeline.memory import no_garbage_collection
-from amfm.data_pipeline.prepare.documents import cut_segments
 from amfm.data_pipeline.prepare.journal import Journal
 from amfm.data_pipeline.prepare.plan import SEGMENTS_PER_PART, Unit, UnitSettings, make_units
 from amfm.data_pipeline.prepare.ray_actors import OBJECT_STORE_BYTES, Dispatcher, patient_start
+from amfm.data_pipeline.prepare.segments import cut_segments
 from amfm.data_pipeline.prepare.sources import InputFile
 from amfm.data_pipeline.prepare.unit import UnitReport
 from amfm.data_pipeline.store.manifest import MANIFEST, MAX_PARTS, Layout, Part, TokenizerRecord, write_manifest

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -23,6 +23,17 @@ class FilterConfig(Section):
     )
 
 
+class FimConfig(Section):
+    """Fill in the middle: pieces of the rows of training are cut in three at random, and the middle comes last (Bavarian et al. 2022, arXiv 2207.14255)."""
+
+    rate: float = Field(gt=0, le=1, description="Part of the documents, or of what a row holds of them, that is cut.")
+    kind: Literal["psm", "spm"] = Field("psm", description="Prefix, suffix, middle; or suffix, prefix, middle.")
+    tokens: tuple[str, str, str] = Field(
+        ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+        description="Tokens before prefix, suffix and middle, of the tokenizer's vocabulary.",
+    )
+
+
 class SourceConfig(Section):
     """One named body of text."""
 
@@ -31,11 +42,20 @@ class SourceConfig(Section):
     )
     paths: tuple[str, ...] = Field(
         min_length=1,
-        description="Files, folders, globs, URLs (s3://, gs://, az://; https:// of one file) or data sets of the Hub (hub:OWNER/NAME): .txt, .md (a file is a document), .jsonl, .parquet, .arrow (a Hugging Face dataset on disk), and token ids: .idx (Megatron, with .bin next to it), .npy (Dolma), .ds (datatrove), .bin (nanoGPT); all but those also as .gz, .zst.",
+        description="Files, folders, globs, URLs (s3://, gs://, az://; https:// of one file) or data sets of the Hub (hub:OWNER/NAME): .txt, .md (a file is a document), .jsonl, .parquet, .arrow (a Hugging Face dataset on disk), .mds (MosaicML), and token ids: .idx (Megatron, with .bin next to it), .npy (Dolma), .ds (datatrove), chunk-*.bin (litdata), .bin (nanoGPT); all but those also as .gz, .zst.",
     )
     text_column: str = Field(
         "text", description="Field that holds the text in jsonl and parquet, or token ids (`input_ids`)."
     )
+    messages_column: str | None = Field(
+        None,
+        description="Instead of text: field with a conversation, written by the chat template of data.tokenizer; only what the assistant wrote is learned. A field `tools` is given to the template.",
+    )
+    prompt_column: str | None = Field(
+        None, description="Instead of text: field with what comes before completion_column and is not learned."
+    )
+    completion_column: str | None = Field(None, description="Field with the text that is learned, after prompt_column.")
+    fim: FimConfig | None = Field(None, description="Fill in the middle, in the rows of training.")
     weight: float = Field(
         1.0,
         ge=0,
@@ -55,6 +75,22 @@ class SourceConfig(Section):
         gt=0,
         description="Stop at the first part with which the store has this many tokens of the source; of many files only as many as needed are read. null: all of them.",
     )
+
+    @model_validator(mode="after")
+    def _check_columns(self) -> "SourceConfig":
+        """Raise ValueError where it is not clear which fields are read."""
+        if (self.prompt_column is None) != (self.completion_column is None):
+            raise ValueError("prompt_column and completion_column belong together; give both, or none")
+        if self.messages_column is not None and self.prompt_column is not None:
+            raise ValueError("messages_column and prompt_column exclude each other; give one of the two")
+        if self.has_loss_spans and self.fim is not None:
+            raise ValueError("fim is for text all of which is learned; remove it, or the columns of conversations")
+        return self
+
+    @property
+    def has_loss_spans(self) -> bool:
+        """Whether only parts of its documents are learned."""
+        return self.messages_column is not None or self.prompt_column is not None
 
 
 class PhaseConfig(Section):
@@ -92,6 +128,14 @@ class TokenizerConfig(Section):
     vocab_size: int = Field(4096, ge=300, description="Pieces to train, control and byte pieces included.")
     byte_fallback: bool = Field(True, description="Unknown characters become bytes, so that no text is lost.")
     training_bytes: int = Field(20_000_000, gt=0, description="At most this much text is read to train the tokenizer.")
+    control_tokens: tuple[str, ...] = Field(
+        (),
+        description="Tokens that a trained SentencePiece has besides, for chat_template or sources.*.fim; no text becomes one.",
+    )
+    chat_template: str | None = Field(
+        None,
+        description="Jinja file that writes sources.*.messages_column; null: chat_template.jinja or tokenizer_config.json next to `model`.",
+    )
 
 
 class PrepareConfig(Section):

@@ -9,17 +9,23 @@ itself, which makes it an answer about what was trained on and not about what sh
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.samples.loss_spans import describe_disorder
+from amfm.data_pipeline.samples.packing import IGNORED_LABEL
 from amfm.data_pipeline.samples.samples import SampleReader, SampleSettings
 from amfm.data_pipeline.store.manifest import Part, Split
 from amfm.data_pipeline.store.shards import DamagedError
 from amfm.data_pipeline.store.store import TokenStore, check_part_files
-from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
+from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer, load_tokenizer, require_marking
 
 READ_TOKENS = 4 * 2**20
 
@@ -62,6 +68,8 @@ def _verify_part(store: TokenStore, part: Part, *, full: bool) -> list[str]:
     problems = []
     if not (np.diff(ends, prepend=0) > 0).all():
         problems.append(f"{folder}: its document ends do not rise; prepare the part again")
+    if (spans := store.loss_spans(part)) is not None and (fault := describe_disorder(spans, part.num_tokens)):
+        problems.append(f"{folder}: {fault}; prepare the part again")
     if not full:
         store.read_tokens(part, part.num_tokens - 1, part.num_tokens)  # opens the last shard: its index is checked
         return problems
@@ -84,7 +92,11 @@ def _verify_part(store: TokenStore, part: Part, *, full: bool) -> list[str]:
 
 @dataclass(frozen=True)
 class SampleText:
-    """What one global sample trains on. documents: text of each document piece in the row, in order."""
+    """What one global sample trains on. documents: text of each document piece in the row, in order.
+
+    pieces: where only some tokens are learned or middles were moved, the same with control tokens, each document in runs of
+    text and whether it is learned.
+    """
 
     sample: int
     source: str
@@ -94,6 +106,8 @@ class SampleText:
     first_document: int
     tokens: tuple[int, ...]
     documents: tuple[str, ...]
+    num_learned: int
+    pieces: tuple[tuple[tuple[str, bool], ...], ...] = ()
 
 
 def sample_text(
@@ -110,7 +124,12 @@ def sample_text(
     (place,), (rows, _) = reader.locate(samples), reader.read(samples)
     row = rows[0]
     tokens = row.tokens[: min(row.num_valid, place.sequence_length)].astype(np.int64)
-    pieces = np.split(tokens, [start for start in row.starts.tolist() if 0 < start < len(tokens)])
+    cuts = [start for start in row.starts.tolist() if 0 < start < len(tokens)]
+    pieces = np.split(tokens, cuts)
+    labels = row.tokens[1:] if row.labels is None else row.labels
+    learned = np.concatenate(([False], labels[: len(tokens) - 1] != IGNORED_LABEL))
+    learned[cuts] &= not config.mask_document_boundaries
+    shaped = row.labels is not None or place.source in settings.fim
     ends = reader.store.document_ends(place.part)
     first = int(np.searchsorted(ends, reader.first_token(place), side="right"))
     reader.store.close()
@@ -123,4 +142,22 @@ def sample_text(
         first_document=first,
         tokens=tuple(tokens.tolist()),
         documents=tuple(tokenizer.decode(piece.tolist()) for piece in pieces),
+        num_learned=int(learned.sum()),
+        pieces=tuple(map(partial(_runs, tokenizer), pieces, np.split(learned, cuts))) if shaped else (),
     )
+
+
+def _runs(
+    tokenizer: Tokenizer, tokens: npt.NDArray[np.int64], learned: npt.NDArray[np.bool_]
+) -> tuple[tuple[str, bool], ...]:
+    """The runs of a document's tokens that are learned and that are not, as text with control tokens written out."""
+    names = {index: text for text, index in require_marking(tokenizer, "a sample").control_tokens().items()}
+    found = []
+    for is_learned, run in groupby(zip(tokens.tolist(), learned.tolist()), key=itemgetter(1)):
+        texts = [
+            names[ids[0]] if is_control else tokenizer.decode(ids)
+            for is_control, group in groupby((index for index, _ in run), key=names.__contains__)
+            for ids in ([[index] for index in group] if is_control else [list(group)])
+        ]
+        found.append(("".join(texts), is_learned))
+    return tuple(found)

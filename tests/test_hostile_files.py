@@ -18,11 +18,12 @@ import pytest
 import torch
 
 from amfm.data_pipeline.config import SourceConfig
-from amfm.data_pipeline.prepare.documents import Reject, SegmentReader, cut_segments
+from amfm.data_pipeline.prepare.documents import Reject, SegmentReader
+from amfm.data_pipeline.prepare.segments import cut_segments
 from amfm.data_pipeline.prepare.sources import list_files
 from amfm.data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.tokenizer.chat_template import ChatTemplate
 from amfm.data_pipeline.tokenizer.tokenizer import read_tokenizer_file
-from amfm.launch.serve.served_model import ChatTemplate
 from amfm.pretrain.checkpoint.files import verify_checkpoint
 from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.config.file import load_config

@@ -130,9 +130,15 @@ class PretrainLoader:
                 [phase.start_sample, dict(phase.weights), phase.sequence_length, *filter(None, [phase.skipped])]
                 for phase in self.settings.phases
             ],
+            **self._fim_state(),
             "ledger": [asdict(line) for line in self.ledger()],
             "quarantined": [[damage.sample, damage.part, damage.reason] for damage in self.quarantined],
         }
+
+    def _fim_state(self) -> dict[str, Any]:
+        """How sources are cut, where any is: earlier releases had none."""
+        fim = {} if isinstance(self.settings, SyntheticSettings) else self.settings.fim
+        return {"fim": {name: [each.rate, each.kind, *each.tokens] for name, each in fim.items()}} if fim else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where a state stands; any world size, micro-batch, global batch and worker count will do.
@@ -174,6 +180,12 @@ class PretrainLoader:
                 f"weights and samples left out cannot change: restore them and append the change to data.phases with start_sample {cursor} or later"
             )
         for source in sorted({name for phase in past for name in phase[1]}):
+            before, after = (each.get("fim", {}).get(source) for each in (state, mine))
+            if before != after:
+                raise ValueError(
+                    f"the data state was made with fim {before} of source {source!r}, this run has {after}; set "
+                    "data.sources.*.fim back, or add the source under another name"
+                )
             before, after = state["sources"].get(source), mine["sources"].get(source)
             if before != after and self.config.synthetic is not None:
                 raise ValueError(

@@ -14,16 +14,11 @@ from typing import Any
 from amfm.data_pipeline.config import DataConfig, SourceConfig
 from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.data_pipeline.durable.foreign_files import read_object
-from amfm.data_pipeline.prepare.documents import (
-    NAME_TOKENIZER,
-    Document,
-    Reject,
-    Segment,
-    SegmentReader,
-    TokenDocument,
-)
+from amfm.data_pipeline.prepare.dialogues import describe_columns, dialogues_of
+from amfm.data_pipeline.prepare.documents import NAME_TOKENIZER, Document, Reject, SegmentReader, TokenDocument
 from amfm.data_pipeline.prepare.filters import make_filter
 from amfm.data_pipeline.prepare.rejects import place_of
+from amfm.data_pipeline.prepare.segments import Segment
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer, read_tokenizer_file, tokenizer_files, train_tokenizer
 
 
@@ -35,7 +30,7 @@ def require_training_text(config: DataConfig, plans: Mapping[str, Sequence[Segme
     for source in config.sources:
         first: Reject | None = None
         number = 0
-        for item in _read_records(source, plans[source.name]) if source.weight else ():
+        for item in _read_records(source, plans[source.name], config) if source.weight else ():
             if not isinstance(item, Reject):
                 break
             first, number = first or item, number + 1
@@ -43,7 +38,7 @@ def require_training_text(config: DataConfig, plans: Mapping[str, Sequence[Segme
             if first is not None:
                 raise ValueError(
                     f"source {source.name!r} gave no text to train the tokenizer on: {number} records were rejected, the "
-                    f"first ({place_of(first.position, plans[source.name])}) for: {first.reason}; check text_column={source.text_column!r} and the files"
+                    f"first ({place_of(first.position, plans[source.name])}) for: {first.reason}; check {describe_columns(source)} and the files"
                 )
 
 
@@ -54,22 +49,31 @@ def training_texts(config: DataConfig, plans: Mapping[str, Sequence[Segment]]) -
         budget = config.tokenizer.training_bytes * source.weight / total_weight
         if budget <= 0:
             continue
-        for item in _read_records(source, plans[source.name]):
+        for item in _read_records(source, plans[source.name], config):
             if isinstance(item, TokenDocument):
                 raise ValueError(f"source {source.name!r} holds tokens{NAME_TOKENIZER}")  # noqa: TRY004 - a setting is wrong
             if isinstance(item, Document):
-                text = item.text[: int(budget) + 1]
+                text = _without(config.tokenizer.control_tokens, item.text[: int(budget) + 1])
                 budget -= len(text.encode())
                 yield text
             if budget <= 0:
                 break
 
 
-def _read_records(source: SourceConfig, plan: Sequence[Segment]) -> Iterator[Document | TokenDocument | Reject]:
-    reason_to_drop = make_filter(source.filters, source.name)
+def _without(control_tokens: Sequence[str], text: str) -> str:
+    """A text without what a chat template writes: no text is to become these tokens."""
+    for token in control_tokens:
+        text = text.replace(token, "\n")
+    return text
+
+
+def _read_records(
+    source: SourceConfig, plan: Sequence[Segment], config: DataConfig
+) -> Iterator[Document | TokenDocument | Reject]:
+    reason_to_drop, dialogues = make_filter(source.filters, source.name), dialogues_of(source, config.tokenizer, None)
     for segment in plan:
         if segment.split != "validation":
-            yield from SegmentReader(segment, source.text_column, reason_to_drop)
+            yield from SegmentReader(segment, source.text_column, reason_to_drop, dialogues=dialogues)
 
 
 TOKENIZER_SETTINGS = "tokenizer_settings.json"
@@ -88,11 +92,8 @@ def choose_tokenizer(
     """
     settings_file, wanted = store / TOKENIZER_SETTINGS, config.tokenizer
     given = read_tokenizer_file(Path(wanted.model), wanted.eos_token) if wanted.model else None
-    settings = (
-        {"given": given.identity()}
-        if given
-        else {"trained": wanted.model_dump(mode="json", exclude={"model", "eos_token"})}
-    )
+    left_out = {"model", "eos_token", "chat_template", *(() if wanted.control_tokens else ("control_tokens",))}
+    settings = {"given": given.identity()} if given else {"trained": wanted.model_dump(mode="json", exclude=left_out)}
     files = [store / name for name in tokenizer_files() if (store / name).exists()]
     if settings_file.exists() and files:
         before = read_object(settings_file)

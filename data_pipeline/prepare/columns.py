@@ -23,8 +23,10 @@ def read_footer(file: InputFile) -> tuple[Any, pyarrow.Schema]:
         raise ValueError(f"{file.shown} is not a whole parquet file; restore or remove it") from error
 
 
-def check_column(files: Sequence[InputFile], text_column: str) -> None:
+def check_column(files: Sequence[InputFile], text_column: str, *, holds_text: bool = True) -> None:
     """Raise ValueError if no parquet file can have text in the column: footers tell it before anything is read.
+
+    holds_text: what else it may hold is judged record by record.
 
     Files are looked at up to the first that can. Compressed ones and those of other kinds are left to their readers.
     """
@@ -37,7 +39,7 @@ def check_column(files: Sequence[InputFile], text_column: str) -> None:
             problem = problem or f"{file.shown} has {found}"
             continue
         kind = schema.field(text_column).type
-        if holds_ids(kind) or not (pyarrow.types.is_primitive(kind) or pyarrow.types.is_nested(kind)):
+        if not holds_text or holds_ids(kind) or not (pyarrow.types.is_primitive(kind) or pyarrow.types.is_nested(kind)):
             return
         problem = problem or f"column {text_column!r} of {file.shown} holds {kind}, not text"
     if problem:

@@ -12,10 +12,9 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any, Literal, cast
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import IO, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -29,43 +28,35 @@ from amfm.data_pipeline.prepare.columns import (
     column_problem,
     holds_ids,
     is_of_the_disk,
-    read_footer,
 )
+from amfm.data_pipeline.prepare.dialogues import Dialogues
 from amfm.data_pipeline.prepare.filters import Filter
+from amfm.data_pipeline.prepare.segments import Segment
 from amfm.data_pipeline.prepare.sources import BUFFER_BYTES, TOKEN_KINDS, InputFile
+from amfm.data_pipeline.store.mds_files import DamagedShardError, MdsShard, read_mds_shard
 from amfm.data_pipeline.store.megatron_files import read_megatron_documents, read_megatron_index
-from amfm.data_pipeline.store.token_files import FLAT_KINDS, read_flat_documents, read_flat_tokens
+from amfm.data_pipeline.store.token_files import read_flat_documents, read_flat_tokens
+from amfm.data_pipeline.tokenizer.chat_template import Span
 
 MAX_DOCUMENT_BYTES = 2**28  # of a text, decompressed; a small file can hold one that takes a node's memory
 MAX_UNPACKED_BYTES = 2**31  # of a compressed parquet or arrow file, which is held in memory
 TOO_LONG = f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB, the most that a document may have"
-FOOTER_SHARE = 8  # a segment of parquet is at least so many times its file's footer, which each segment parses
 NAME_TOKENIZER = ", which mean nothing to a tokenizer trained here; name the file of the tokenizer that made them in data.tokenizer.model"
 NO_FILTERS = "filters need text; remove them"
 BATCH_ROWS = 1024  # of parquet that memory holds at once: a small file may unpack to 10^9 equal cells
 
 
-@dataclass(frozen=True)
-class Segment:
-    """What is read in one go: bytes [start, stop) of jsonl, row groups of parquet, documents of an .idx, or the file.
-
-    text_bytes: estimated text, for planning. split: of text files, decided by the plan; None: by content.
-    """
-
-    file: InputFile
-    start: int
-    stop: int
-    text_bytes: int
-    split: Literal["train", "validation"] | None = None
-
-
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text, its size in UTF-8 and where it came from: a byte of plain jsonl, a line of compressed, a row."""
+    """One text, its size in UTF-8 and where it came from: a byte of plain jsonl, a line of compressed, a row.
+
+    spans: of characters, rising, of which the tokens count; None: all of them.
+    """
 
     text: str
     num_bytes: int
     position: str
+    spans: Sequence[Span] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,46 +78,6 @@ class Reject:
 Record = Document | TokenDocument | Reject
 
 
-def cut_segments(file: InputFile, segment_bytes: int) -> list[Segment]:
-    """Cut a file into segments of about segment_bytes that together cover it exactly once.
-
-    Plain jsonl by byte ranges, parquet by runs of row groups, Megatron by documents; other files are one segment. Empty
-    files have none.
-    """
-    if file.num_bytes == 0:
-        return []
-    if file.kind == "parquet" and file.compression == "none":
-        metadata, _ = read_footer(file)
-        sizes = [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
-        runs = _join_neighbours(sizes, max(segment_bytes, FOOTER_SHARE * metadata.serialized_size))
-        return [Segment(file, first, stop, sum(sizes[first:stop])) for first, stop in runs]
-    if file.kind in FLAT_KINDS:
-        flat = read_flat_tokens(file.kind, file.path, file.num_bytes, file.open_next)
-        return [Segment(file, first, stop, num_bytes) for first, stop, num_bytes in flat.cut(segment_bytes)]
-    if file.kind == "megatron":
-        index = read_megatron_index(Path(file.path))
-        index.check()
-        return [Segment(file, first, stop, num_bytes) for first, stop, num_bytes in index.cut(segment_bytes)]
-    if file.kind == "jsonl" and file.compression == "none":
-        starts = range(0, file.num_bytes, segment_bytes)
-        stops = [min(start + segment_bytes, file.num_bytes) for start in starts]
-        return [Segment(file, start, stop, stop - start) for start, stop in zip(starts, stops)]
-    estimate = file.num_bytes * (4 if file.compression != "none" else 1)
-    return [Segment(file, 0, file.num_bytes, estimate)]
-
-
-def _join_neighbours(sizes: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
-    """[first, stop) of runs of neighbours whose sizes together are at most `most`, or of one that is larger alone."""
-    first = total = 0
-    for number, size in enumerate(sizes):
-        if number > first and total + size > most:
-            yield first, number
-            first, total = number, 0
-        total += size
-    if sizes:
-        yield first, len(sizes)
-
-
 # What gzip, zlib and zstd raise for broken streams; an OSError with a number is the disk's and is not for us.
 DAMAGED = "damaged"  # begins the reason of each reject that stands for a file, or the rest of one
 _STREAM_ERRORS = (EOFError, OSError, zlib.error)
@@ -139,9 +90,15 @@ class SegmentReader:
     """
 
     def __init__(
-        self, segment: Segment, text_column: str, reason_to_drop: Filter | None = None, end_id: int | None = None
+        self,
+        segment: Segment,
+        text_column: str,
+        reason_to_drop: Filter | None = None,
+        end_id: int | None = None,
+        dialogues: Dialogues | None = None,
     ) -> None:
-        self.segment, self.text_column, self.end_id = segment, text_column, end_id
+        self.segment, self.text_column, self.end_id, self.dialogues = segment, text_column, end_id, dialogues
+        self.columns = (text_column,) if dialogues is None else dialogues.columns
         self.reason_to_drop = reason_to_drop
         self.covered_bytes = 0
 
@@ -150,7 +107,13 @@ class SegmentReader:
         if kind in TOKEN_KINDS:
             yield from self._megatron() if kind == "megatron" else self._flat(kind)
             return
-        readers = {"text": self._text, "jsonl": self._jsonl, "parquet": self._parquet, "arrow": self._arrow}
+        readers = {
+            "text": self._text,
+            "jsonl": self._jsonl,
+            "parquet": self._parquet,
+            "arrow": self._arrow,
+            "mds": self._mds,
+        }
         for item in readers[kind]():
             if self.reason_to_drop and isinstance(item, TokenDocument):
                 raise ValueError(f"{self.segment.file.shown} holds tokens in {self.text_column!r}; {NO_FILTERS}")
@@ -234,8 +197,10 @@ class SegmentReader:
             record = load_json(line)
         except (ValueError, RecursionError) as error:
             return Reject(position, f"not JSON: {error}")
-        if not isinstance(record, dict) or self.text_column not in record:
-            return Reject(position, f"no field {self.text_column!r}")
+        if not isinstance(record, dict) or self.columns[0] not in record:
+            return Reject(position, f"no field {self.columns[0]!r}")
+        if self.dialogues is not None:
+            return self._check_record(record, position)
         return self._check_text(record[self.text_column], position)
 
     def _parquet(self) -> Iterator[Record]:
@@ -243,15 +208,16 @@ class SegmentReader:
         try:
             with open_seekable(file) as opened:
                 table = pyarrow.parquet.ParquetFile(opened)
-                if (problem := column_problem(table.schema_arrow, self.text_column)) is not None:
+                if (problem := self._column_problem(table.schema_arrow)) is not None:
                     yield Reject(file.name, problem)
                     return
+                columns = self._columns_of(table.schema_arrow)
                 whole = file.compression != "none"  # then the segment is the file, in bytes
                 for group in range(table.num_row_groups) if whole else range(self.segment.start, self.segment.stop):
                     row = 0
-                    for batch in table.iter_batches(BATCH_ROWS, [group], [self.text_column], use_threads=False):
-                        for text in batch.column(0):
-                            yield self._check_cell(text, f"{file.name}:group {group} row {row}")
+                    for batch in table.iter_batches(BATCH_ROWS, [group], columns, use_threads=False):
+                        for cells in zip(*(batch.column(name) for name in columns)):
+                            yield self._check_cells(columns, cells, f"{file.name}:group {group} row {row}")
                             row += 1
         except (pyarrow.ArrowException, *_STREAM_ERRORS) as error:
             if is_of_the_disk(error):
@@ -263,25 +229,62 @@ class SegmentReader:
         file = self.segment.file
         try:
             with open_seekable(file) as opened, pyarrow.ipc.open_stream(opened) as stream:
-                if (problem := column_problem(stream.schema, self.text_column)) is not None:
+                if (problem := self._column_problem(stream.schema)) is not None:
                     yield Reject(file.name, problem)
                     return
-                row = 0
+                row, columns = 0, self._columns_of(stream.schema)
                 for batch in stream:
-                    column = batch.column(self.text_column)
-                    check_offsets(column)
-                    for text in column:
-                        yield self._check_cell(text, f"{file.name}:row {row}")
+                    held = [batch.column(name) for name in columns]
+                    for column in held:
+                        check_offsets(column)
+                    for cells in zip(*held):
+                        yield self._check_cells(columns, cells, f"{file.name}:row {row}")
                         row += 1
         except (pyarrow.ArrowException, *_STREAM_ERRORS) as error:
             if is_of_the_disk(error):
                 raise
             yield Reject(file.name, f"damaged arrow stream: {error}")
 
+    def _mds(self) -> Iterator[Record]:
+        file = self.segment.file
+        try:
+            with open_seekable(file) as opened:
+                shard = read_mds_shard(opened, opened.size() if file.compression != "none" else file.num_bytes)
+                columns = [*self.columns, *(name for name in self._more_columns() if name in shard.names)]
+                problems = filter(None, map(shard.column_problem, columns))
+                if (problem := next(problems, None)) is not None:
+                    yield Reject(file.name, problem)
+                    return
+                whole = file.compression != "none"
+                for number in range(shard.num_samples) if whole else range(self.segment.start, self.segment.stop):
+                    yield self._check_sample(shard, opened, number, columns)
+        except (DamagedShardError, pyarrow.ArrowException, *_STREAM_ERRORS) as error:
+            if is_of_the_disk(error):
+                raise
+            yield Reject(file.name, f"{DAMAGED} MDS shard: {error}")
+
+    def _check_sample(self, shard: MdsShard, opened: Any, number: int, columns: Sequence[str]) -> Record:
+        """Check a sample of an MDS shard: text or ids, or those of a dialogue."""
+        position = f"{self.segment.file.name}:sample {number}"
+        try:
+            values = shard.read(opened, number, columns)
+        except UnicodeDecodeError as error:
+            return Reject(position, f"not UTF-8: {error.reason} at byte {error.start}")
+        if self.dialogues is not None:
+            return self._check_record(dict(zip(columns, values)), position)
+        (value,) = values
+        return self._check_ids(value, position) if isinstance(value, np.ndarray) else self._check_text(value, position)
+
+    def _more_columns(self) -> Sequence[str]:
+        """Columns that are read where a file has them."""
+        return () if self.dialogues is None else self.dialogues.optional_columns
+
     def _megatron(self) -> Iterator[TokenDocument | Reject]:
-        documents = read_megatron_documents(Path(self.segment.file.path), self.segment.start, self.segment.stop)
+        file = self.segment.file
+        index = read_megatron_index(file.path, file.open_next, file.num_bytes)
+        documents = read_megatron_documents(index, self.segment.start, self.segment.stop)
         for number, tokens in enumerate(documents, start=self.segment.start):
-            position = f"{self.segment.file.name}:document {number}"
+            position = f"{file.name}:document {number}"
             yield TokenDocument(tokens, position) if len(tokens) else Reject(position, "empty document")
 
     def _flat(self, kind: str) -> Iterator[TokenDocument | Reject]:
@@ -292,6 +295,33 @@ class SegmentReader:
             position = f"{file.name}:token {place}"
             is_empty = not len(tokens) or (len(tokens) == 1 and tokens[0] == end_id)
             yield Reject(position, "empty document") if is_empty else TokenDocument(tokens, position)
+
+    def _column_problem(self, schema: pyarrow.Schema) -> str | None:
+        found = (column_problem(schema, name) for name in self.columns)
+        return next((problem for problem in found if problem is not None), None)
+
+    def _columns_of(self, schema: pyarrow.Schema) -> list[str]:
+        """The columns to read of a table."""
+        return [*self.columns, *(name for name in self._more_columns() if schema.names.count(name) == 1)]
+
+    def _check_cells(self, columns: Sequence[str], cells: Sequence[Any], position: str) -> Record:
+        """Check the cells of a row: one with text or ids, or those of a dialogue."""
+        if self.dialogues is None:
+            return self._check_cell(cells[0], position)
+        try:
+            return self._check_record({name: cell.as_py() for name, cell in zip(columns, cells)}, position)
+        except UnicodeDecodeError as error:
+            return Reject(position, f"not UTF-8: {error.reason} at byte {error.start}")
+
+    def _check_record(self, record: Mapping[str, Any], position: str) -> Record:
+        """Make a document of a conversation, or of a prompt and its completion."""
+        assert self.dialogues is not None, "a record is read where a part of it counts"
+        try:
+            text, spans = self.dialogues.read(record)
+        except (ValueError, RecursionError) as error:
+            return Reject(position, str(error))
+        found = self._check_text(text, position)
+        return replace(found, spans=spans) if isinstance(found, Document) else found
 
     def _check_cell(self, cell: Any, position: str) -> Record:
         """Check a cell of a column; Arrow's own type says text, and no one held its bytes to that."""

@@ -19,13 +19,10 @@ from typing import Literal
 from amfm.data_pipeline.config import DataConfig, FilterConfig, SourceConfig
 from amfm.data_pipeline.memory import no_garbage_collection
 from amfm.data_pipeline.prepare.columns import check_column, holds_tokens
-from amfm.data_pipeline.prepare.documents import (
-    NAME_TOKENIZER,
-    NO_FILTERS,
-    Segment,
-    cut_segments,
-)
-from amfm.data_pipeline.prepare.sources import InputFile, list_files
+from amfm.data_pipeline.prepare.dialogues import Dialogues, columns_of
+from amfm.data_pipeline.prepare.documents import NAME_TOKENIZER, NO_FILTERS
+from amfm.data_pipeline.prepare.segments import Segment, cut_segments
+from amfm.data_pipeline.prepare.sources import TOKEN_KINDS, InputFile, list_files
 from amfm.data_pipeline.samples.permutation import derive_key, permute
 from amfm.data_pipeline.store.manifest import MAX_PARTS, Layout
 
@@ -40,7 +37,7 @@ UNIT_FORMAT = 6  # raised when the same plan would write other bytes
 
 @dataclass(frozen=True)
 class UnitSettings:
-    """What shapes the bytes of a part besides its inputs."""
+    """What shapes the bytes of a part besides its inputs. dialogues: None where all of the text counts."""
 
     text_column: str
     filters: FilterConfig
@@ -51,6 +48,7 @@ class UnitSettings:
     tokenizer_identity: str
     vocab_size: int
     eos_id: int
+    dialogues: Dialogues | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +85,8 @@ class Unit:
             for item in self.segments
         ]
         settings = asdict(self.settings) | {"filters": self.settings.filters.model_dump()}
+        if self.settings.dialogues is None:
+            del settings["dialogues"]  # as it was before there were any
         facts = [UNIT_FORMAT, self.source, self.number, inputs, settings, self.stage, self.duplicates]
         return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
@@ -125,7 +125,12 @@ def plan_source(source: SourceConfig, config: DataConfig, files: Sequence[InputF
     ValueError for missing or empty input.
     """
     files = _choose_files(source, config, {}) if files is None else files
-    check_column(files, source.text_column)
+    for column in columns_of(source).values():
+        check_column(files, column, holds_text=source.messages_column is None)
+    if source.has_loss_spans and any(file.kind in ("text", *TOKEN_KINDS) for file in files):
+        raise ValueError(
+            f"source {source.name!r} has columns of conversations, and files without columns; name .jsonl, .parquet or .arrow"
+        )
     if holds_tokens(files, source.text_column):
         if source.filters != FilterConfig():
             raise ValueError(f"source {source.name!r} holds tokens; {NO_FILTERS}")

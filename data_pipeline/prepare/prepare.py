@@ -20,13 +20,14 @@ from pathlib import Path
 from amfm.data_pipeline.config import DataConfig, SourceConfig
 from amfm.data_pipeline.durable.files import UNFINISHED, make_folders, take_lock, try_to_delete
 from amfm.data_pipeline.prepare.choose_tokenizer import choose_tokenizer, keep_tokenizer
-from amfm.data_pipeline.prepare.documents import Segment
+from amfm.data_pipeline.prepare.dialogues import describe_columns, dialogues_of
 from amfm.data_pipeline.prepare.duplicates import mark_duplicates, units_to_hash
 from amfm.data_pipeline.prepare.hub import pin_revisions, read_pins, write_pins
 from amfm.data_pipeline.prepare.journal import Journal
 from amfm.data_pipeline.prepare.plan import Unit, UnitSettings, make_units, part_bytes_of, plan_sources
-from amfm.data_pipeline.prepare.rejects import describe_first_damage, describe_first_reject
+from amfm.data_pipeline.prepare.rejects import count_rejects, describe_first_damage, describe_first_reject
 from amfm.data_pipeline.prepare.report import PrepareReport, Progress, ShowProgress, make_report
+from amfm.data_pipeline.prepare.segments import Segment
 from amfm.data_pipeline.prepare.token_limit import run_units, take_tokens
 from amfm.data_pipeline.prepare.unit import UnitFailure, UnitReport
 from amfm.data_pipeline.progress import Report, silent
@@ -40,6 +41,7 @@ from amfm.data_pipeline.store.manifest import (
     write_manifest,
 )
 from amfm.data_pipeline.store.object_store import is_url
+from amfm.data_pipeline.tokenizer.chat_template import NOTHING_LEARNED
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
 
 LOCK = ".lock"
@@ -110,6 +112,7 @@ def prepare(
     remarks += _describe_short_sources(reports, limits)
     remarks += _describe_unheld_sources(config, reports)
     remarks += _describe_files_read_twice(plans)
+    remarks += _describe_unlearned(config, store, units)
     seconds = time.monotonic() - began
     report = make_report(config, identity, tokenizer, reports, units_written=write.written, seconds=seconds)
     described = {name: describe_first_reject(store, of_source) for name, of_source in units.items()}
@@ -147,6 +150,14 @@ def _describe_unheld_sources(config: DataConfig, reports: Mapping[str, Sequence[
             )
 
 
+def _describe_unlearned(config: DataConfig, store: Path, units: Mapping[str, Sequence[Unit]]) -> Iterator[str]:
+    """Report how many conversations had no turn to learn from."""
+    for source in config.sources:
+        number = count_rejects(store, units[source.name], NOTHING_LEARNED) if source.has_loss_spans else 0
+        if number:
+            yield f"source {source.name!r} has {number:,} records of which nothing would be learned; they are left out"
+
+
 def _describe_files_read_twice(plans: Mapping[str, Sequence[Segment]]) -> Iterator[str]:
     """Report which sources have a file several times, by two of their paths or by links."""
     for name, segments in plans.items():
@@ -167,6 +178,7 @@ def _unit_settings(source: SourceConfig, config: DataConfig, tokenizer: Tokenize
         tokenizer_identity=tokenizer.identity(),
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
+        dialogues=dialogues_of(source, config.tokenizer, tokenizer),
     )
 
 
@@ -298,7 +310,7 @@ def _check_source(
             why = f"{rejects} records were rejected, {f'the first is {first}, ' if first else ''}"
             why += f"the reasons are in {store / 'rejects' / source.name}"
         raise ValueError(
-            f"source {source.name!r} gave no {'training' if used == 'train' else used} document: {why}; check text_column={source.text_column!r} and the files"
+            f"source {source.name!r} gave no {'training' if used == 'train' else used} document: {why}; check {describe_columns(source)} and the files"
         )
 
 

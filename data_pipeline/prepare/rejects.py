@@ -18,8 +18,9 @@ from typing import IO
 
 from amfm.data_pipeline.durable.files import replacing
 from amfm.data_pipeline.durable.lines import read_lines
-from amfm.data_pipeline.prepare.documents import DAMAGED, Reject, Segment
+from amfm.data_pipeline.prepare.documents import DAMAGED, Reject
 from amfm.data_pipeline.prepare.plan import Unit
+from amfm.data_pipeline.prepare.segments import Segment
 from amfm.data_pipeline.prepare.sources import InputFile
 from amfm.data_pipeline.store.object_store import is_url
 
@@ -60,6 +61,13 @@ def listing_rejects(store: Path, unit: Unit) -> Iterator[RejectList]:
         yield rejects
         if not rejects.number:
             path.unlink(missing_ok=True)
+
+
+def count_rejects(store: Path, units: Sequence[Unit], reason: str) -> int:
+    """Count the listed rejects of these units whose reason ends in this one."""
+    paths = [path for unit in units if (path := rejects_path(store, unit)).is_file()]
+    records = (record for path in paths for _, record in read_lines(path) if record is not None)
+    return sum(str(record["reason"]).endswith(reason) for record in records)
 
 
 def describe_first_reject(store: Path, units: Sequence[Unit]) -> str | None:

@@ -26,7 +26,7 @@ from amfm.data_pipeline.prepare.hub import headers_for, is_hub, list_hub, pin_re
 from amfm.data_pipeline.store.http_files import HttpError, HttpFile, is_http, without_secrets
 from amfm.data_pipeline.store.object_store import RemoteFolder, is_url, split_url
 
-Kind = Literal["text", "jsonl", "parquet", "arrow", "megatron", "dolma", "datatrove", "nanogpt"]
+Kind = Literal["text", "jsonl", "parquet", "arrow", "mds", "megatron", "dolma", "datatrove", "nanogpt", "litdata"]
 Compression = Literal["none", "gz", "zst"]
 
 KIND_BY_SUFFIX: dict[str, Kind] = {
@@ -36,15 +36,17 @@ KIND_BY_SUFFIX: dict[str, Kind] = {
     ".ndjson": "jsonl",
     ".parquet": "parquet",
     ".arrow": "arrow",
+    ".mds": "mds",
     ".idx": "megatron",
     ".npy": "dolma",
     ".ds": "datatrove",
     ".bin": "nanogpt",
 }
 # Of kinds that hold token ids. Files that end in .bin are of many programs, and taken where they are named.
-TOKEN_KINDS = ("megatron", "dolma", "datatrove", "nanogpt")
+TOKEN_KINDS = ("megatron", "dolma", "datatrove", "nanogpt", "litdata")
 NAMED_ALONE = "nanogpt"
-COMPRESSION_BY_SUFFIX: dict[str, Compression] = {".gz": "gz", ".zst": "zst"}
+LITDATA_NAME = re.compile(r"chunk-\d+-\d+\.bin")
+COMPRESSION_BY_SUFFIX: dict[str, Compression] = {".gz": "gz", ".zst": "zst", ".zstd": "zst"}
 BUFFER_BYTES = 2**18  # a line of jsonl is often longer than the buffer that Python would take: a third of the CPU time
 DATASET_DICT = "dataset_dict.json"  # written by the datasets library next to one folder a split
 MAPPED = "cache-*.arrow"  # left by the datasets library next to the data: results of map and filter
@@ -316,7 +318,8 @@ def _split_suffixes(name: str) -> tuple[str, Compression]:
 
 
 def _kind_of(name: str) -> Kind | None:
-    return KIND_BY_SUFFIX.get(Path(_split_suffixes(name)[0]).suffix)
+    path = Path(_split_suffixes(name)[0])
+    return "litdata" if LITDATA_NAME.fullmatch(path.name) else KIND_BY_SUFFIX.get(path.suffix)
 
 
 def _describe(found: _Found, name: str) -> InputFile:
@@ -327,21 +330,28 @@ def _describe(found: _Found, name: str) -> InputFile:
     compression = _split_suffixes(found.name)[1]
     if kind in TOKEN_KINDS and compression != "none":
         raise ValueError(f"{without_secrets(found.path)} holds tokens, which are read at random; unpack it")
-    if kind in ("dolma", "datatrove") and is_http(found.path):
+    if kind in ("megatron", "dolma", "datatrove", "litdata") and is_http(found.path):
         raise ValueError(
-            f"{without_secrets(found.path)} needs its index next to it; copy both here, or to an object store"
+            f"{without_secrets(found.path)} needs its other file next to it; copy both here, or to an object store"
         )
     if kind == "nanogpt" and not is_url(found.path) and Path(found.path).with_suffix(".idx").is_file():
         raise ValueError(
             f"{found.path} belongs to {Path(found.path).stem}.idx, which says where documents end; name that"
         )
     if kind == "megatron":
-        if is_url(found.path):
-            raise ValueError(
-                f"{without_secrets(found.path)} must be a local file: copy the .idx and the .bin here, and name the .idx"
-            )
-        tokens = Path(found.path).with_suffix(".bin")
-        if not tokens.is_file():
-            raise ValueError(f"{found.path} needs {tokens.name} next to it; restore the pair")
-        num_bytes, modified_ns = tokens.stat().st_size, tokens.stat().st_mtime_ns
+        num_bytes, modified_ns = _stat_tokens(found.path)
     return InputFile(found.path, name, kind, compression, num_bytes, modified_ns)
+
+
+def _stat_tokens(index: str) -> tuple[int, int]:
+    """Size and time of the .bin next to a Megatron index."""
+    path = f"{index.removesuffix('.idx')}.bin"
+    try:
+        if is_url(path):
+            folder, name = split_url(path)
+            facts = RemoteFolder(folder).look_up(name)
+            return facts.num_bytes, facts.modified_ns
+        local = os.stat(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"{index} needs {path.rpartition('/')[2]} next to it; restore the pair") from error
+    return local.st_size, local.st_mtime_ns

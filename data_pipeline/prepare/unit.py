@@ -24,10 +24,12 @@ from amfm.data_pipeline.prepare.duplicates import hash_text, load_skips, write_h
 from amfm.data_pipeline.prepare.filters import make_filter
 from amfm.data_pipeline.prepare.plan import Unit
 from amfm.data_pipeline.prepare.rejects import RejectList, listing_rejects
+from amfm.data_pipeline.samples.loss_spans import find_runs
 from amfm.data_pipeline.samples.permutation import derive_key, permute
 from amfm.data_pipeline.store.manifest import SPLITS, Part, Split
 from amfm.data_pipeline.store.part_writer import write_part
-from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
+from amfm.data_pipeline.tokenizer.chat_template import NOTHING_LEARNED
+from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer, require_marking
 
 BATCH_DOCUMENTS = 512
 BATCH_CHARACTERS = 2_000_000
@@ -63,9 +65,10 @@ class UnitFailure:
 
 @dataclass
 class _Collected:
-    """Tokens of one split since the last part."""
+    """Tokens of one split since the last part; counted: which of them are learned, of a source that says so."""
 
     pieces: list[npt.NDArray[np.generic]] = field(default_factory=list)
+    counted: list[npt.NDArray[np.bool_]] = field(default_factory=list)
     text_bytes: int = 0
 
 
@@ -89,7 +92,8 @@ def _hash_unit(unit: Unit, store: Path) -> UnitReport:
     digests: list[bytes] = []
     text_bytes = 0
     for segment in unit.segments:
-        for item in SegmentReader(segment, unit.settings.text_column, reason_to_drop):
+        reader = SegmentReader(segment, unit.settings.text_column, reason_to_drop, dialogues=unit.settings.dialogues)
+        for item in reader:
             if isinstance(item, Document):
                 digests.append(hash_text(item.text.encode()))
                 text_bytes += item.num_bytes
@@ -133,24 +137,25 @@ class _UnitWriter:
             covered_bytes=self.covered_bytes,
         )
 
-    def _batches(self) -> Iterator[list[tuple[Split, str, int]]]:
+    def _batches(self) -> Iterator[list[tuple[Split, Document]]]:
         """Gather texts into batches for the tokenizer, bounded in number and in characters."""
-        batch: list[tuple[Split, str, int]] = []
+        batch: list[tuple[Split, Document]] = []
         characters = 0
-        for split, text, num_bytes in self._documents():
-            batch.append((split, text, num_bytes))
-            characters += len(text)
+        for split, document in self._documents():
+            batch.append((split, document))
+            characters += len(document.text)
             if len(batch) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
                 yield batch
                 batch, characters = [], 0
         if batch:
             yield batch
 
-    def _documents(self) -> Iterator[tuple[Split, str, int]]:
-        """Texts to tokenize and their bytes; documents that are tokens already are collected on the way."""
+    def _documents(self) -> Iterator[tuple[Split, Document]]:
+        """Texts to tokenize; documents that are tokens already are collected on the way."""
+        settings = self.unit.settings
         for segment in self.unit.segments:
             reader = SegmentReader(
-                segment, self.unit.settings.text_column, self.reason_to_drop, self.unit.settings.eos_id
+                segment, settings.text_column, self.reason_to_drop, settings.eos_id, settings.dialogues
             )
             for item in reader:
                 if isinstance(item, Reject):
@@ -162,7 +167,7 @@ class _UnitWriter:
                     self.rejects.append(Reject(item.position, "filter: the text came before, exact_duplicates=drop"))
                 else:
                     split = segment.split or self._split_of(item.text[:SPLIT_LENGTH].encode(), item.num_bytes)
-                    yield split, item.text, item.num_bytes
+                    yield split, item
             self.covered_bytes += reader.covered_bytes
 
     def _is_duplicate(self) -> bool:
@@ -182,9 +187,28 @@ class _UnitWriter:
         drawn = int.from_bytes(digest.digest(), "little")
         return "validation" if drawn < self.unit.settings.validation_fraction * 2**64 else "train"
 
-    def _tokenize(self, batch: list[tuple[Split, str, int]]) -> None:
-        splits, texts, text_bytes = zip(*batch)
-        self._collect(splits, *self.tokenizer.encode_documents(texts), text_bytes)
+    def _tokenize(self, batch: list[tuple[Split, Document]]) -> None:
+        if self.unit.settings.dialogues is not None:
+            for split, document in batch:
+                self._collect_counted(split, document)
+            return
+        ids, ends = self.tokenizer.encode_documents([document.text for _, document in batch])
+        self._collect([split for split, _ in batch], ids, ends, [document.num_bytes for _, document in batch])
+
+    def _collect_counted(self, split: Split, document: Document) -> None:
+        """Keep a document of which a part is learned, and its end token with it where its last token is."""
+        dialogues = self.unit.settings.dialogues
+        assert dialogues is not None and document.spans is not None, "a source of dialogues has spans"
+        ids, counted = require_marking(self.tokenizer, "a dialogue").encode_spans(
+            document.text, document.spans, has_control_tokens=dialogues.template is not None
+        )
+        if not any(counted):
+            self.rejects.append(Reject(document.position, f"no token begins in what counts: {NOTHING_LEARNED}"))
+            return
+        if ids[-1] != self.unit.settings.eos_id:
+            ids, counted = [*ids, self.unit.settings.eos_id], [*counted, counted[-1]]
+        self._collect([split], np.array(ids), np.array([len(ids)]), [document.num_bytes])
+        self.collected[split].counted.append(np.array(counted))
 
     def _collect_ids(self, ids: npt.NDArray[np.signedinteger]) -> None:
         """Keep a document that came as tokens."""
@@ -235,6 +259,7 @@ class _UnitWriter:
         key = derive_key(unit.settings.seed, "documents", unit.name, split, number)
         order = permute(range(len(collected.pieces)), len(collected.pieces), key).tolist()
         pieces = [collected.pieces[index] for index in order]
+        counted = [collected.counted[index] for index in order] if collected.counted else None
         part = write_part(
             self.store,
             f"parts/{unit.source}/{split}-{unit.number:06d}-{number:02d}.zarr",
@@ -243,6 +268,7 @@ class _UnitWriter:
             text_bytes=collected.text_bytes if self.knows_text else 0,
             layout=unit.settings.layout,
             attributes=self._attributes(split),
+            loss_spans=None if counted is None else find_runs(np.concatenate(counted)),
         )
         self.parts[split].append(part)
         self.collected[split] = _Collected()

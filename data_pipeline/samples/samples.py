@@ -4,6 +4,8 @@
 2. Shuffle (`permutation.py`): that draw, within its epoch, is permuted by a keyed bijection to a place in the source.
 3. Window or bin (`packing.py`, `bins.py`): the place is a run of the joined documents, or documents fitted into a row.
 4. Read (`store/`): its chunks are read and verified, and the row is cut into documents; `loader/` stacks rows to batches.
+   Where only some tokens are learned the row brings its labels (`loss_spans.py`); where a source asks for it, middles are
+   moved to the end (`fim.py`).
 
 Every step is a pure function of (settings, identities of the data, global sample number). There is no state to save and
 no order to replay: a resumed run, another number of ranks and every reading process compute the same row. Only numpy is
@@ -14,14 +16,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from amfm.data_pipeline.samples.bins import BinIndex
+from amfm.data_pipeline.samples.loss_spans import is_counted, label_counted
 from amfm.data_pipeline.samples.mixture import Mixture, Shift
 from amfm.data_pipeline.samples.packing import Row, count_windows, starts_in_window
 from amfm.data_pipeline.samples.permutation import (
@@ -38,6 +41,7 @@ from amfm.data_pipeline.store.store import TokenStore
 
 if TYPE_CHECKING:
     from amfm.data_pipeline.config import DataConfig  # pydantic takes longer to import than everything here
+    from amfm.data_pipeline.samples.fim import FimSettings
 
 Int64 = npt.NDArray[np.int64]
 
@@ -74,12 +78,14 @@ class SampleSettings:
     phases: tuple[PhaseSettings, ...]
     on_corruption: Literal["raise", "quarantine"]
     cache: CacheSettings
+    fim: Mapping[str, FimSettings] = field(default_factory=dict)
 
     @staticmethod
     def from_config(config: DataConfig, *, split: Split, sequence_length: int, seed: int) -> SampleSettings:
         """Settings of a run; ValueError for a phase that weighs a source the configuration does not have.
 
-        sequence_length: of the first phase. Validation is the first phase alone, so that its losses stay comparable.
+        sequence_length: of the first phase. Validation is the first phase alone, and nothing is moved in it, so that its losses
+        stay comparable.
         """
         phases = phases_of(config, sequence_length)
         return SampleSettings(
@@ -91,6 +97,7 @@ class SampleSettings:
             phases=phases if split == "train" else (replace(phases[0], skipped=0),),
             on_corruption=config.on_corruption,
             cache=CacheSettings(**config.cache.model_dump()),
+            fim=fim_of(config) if split == "train" else {},
         )
 
     def open_reader(self) -> SampleReader:
@@ -181,6 +188,9 @@ class SampleReader:
         self.mixture = Mixture(phases, settings.seed, shifts)
         self._stretches = {name: self._find_stretches(name) for name in self.source_names}
         self._identities = {name: self.store.source_identity(name, settings.split) for name in self.source_names}
+        self._fim = {
+            name: fim.open(self.store, name) for name, fim in settings.fim.items() if name in self.source_names
+        }
         self._check_cache()
 
     def rows_per_epoch(self, source: str, sequence_length: int | None = None) -> int:
@@ -268,6 +278,7 @@ class SampleReader:
             try:
                 row = self._read_bin(place, sample, source) if self._bins else self._read_window(place, sample, source)
                 self._check_ids(row, place)
+                row = self._shape(row, place, sample)
             except DamagedError as error:
                 if self.settings.on_corruption == "raise":
                     raise
@@ -370,7 +381,7 @@ class SampleReader:
         first = place.row * length
         tokens = self.store.read_tokens(place.part, first, first + length + 1)
         starts = starts_in_window(self.store.document_ends(place.part), first, length + 1)
-        return Row(tokens, starts, length + 1, sample, source)
+        return Row(tokens, starts, length + 1, sample, source, self._labels(place.part, tokens, [(first, length + 1)]))
 
     def _read_bin(self, place: SampleLocation, sample: int, source: int) -> Row:
         """Read the pieces of a bin one after another and fill the rest of the row."""
@@ -383,11 +394,28 @@ class SampleReader:
         end = int(firsts[0] + lengths[0])
         # A full row out of a longer document: its last token has a label, the document's next token.
         if len(pieces) == 1 and num_valid == length and not self._is_document_end(place.part, end):
-            return Row(self.store.read_tokens(place.part, end - length, end + 1), starts, length + 1, sample, source)
+            tokens = self.store.read_tokens(place.part, end - length, end + 1)
+            labels = self._labels(place.part, tokens, [(end - length, length + 1)])
+            return Row(tokens, starts, length + 1, sample, source, labels)
         tokens = np.full(length + 1, self._fill_id(), dtype=self.store.layout.dtype)
         for start, first, size in zip(starts.tolist(), firsts.tolist(), lengths.tolist()):
             tokens[start : start + size] = self.store.read_tokens(place.part, first, first + size)
-        return Row(tokens, starts, num_valid, sample, source)
+        labels = self._labels(place.part, tokens, zip(firsts.tolist(), lengths.tolist()))
+        return Row(tokens, starts, num_valid, sample, source, labels)
+
+    def _shape(self, row: Row, place: SampleLocation, sample: int) -> Row:
+        """Move middles to the end where the source of a row asks for it."""
+        if place.source not in self._fim:
+            return row
+        key = derive_key(self.settings.seed, "fim", self._identities[place.source], sample)
+        return self._fim[place.source](row, key)
+
+    def _labels(self, part: Part, tokens: npt.NDArray[np.generic], pieces: Iterable[tuple[int, int]]) -> Int64 | None:
+        """Labels of a row that begins with these pieces of a part, (first, length) each; None where all tokens are learned."""
+        spans = self.store.loss_spans(part)
+        if spans is None:
+            return None
+        return label_counted(tokens, [is_counted(spans, first, length) for first, length in pieces])
 
     def _check_ids(self, row: Row, place: SampleLocation) -> None:
         """Raise DamagedError for a token outside the vocabulary: every checksum may hold, and the embedding has no row."""
@@ -410,3 +438,13 @@ class SampleReader:
     def _fill_id(self) -> int:
         pad = self.store.tokenizer.pad_id
         return self.store.eos_id if pad is None else pad
+
+
+def fim_of(config: DataConfig) -> dict[str, FimSettings]:
+    """How sources are cut, of those that ask for it."""
+    if all(source.fim is None for source in config.sources):
+        return {}
+    from amfm.data_pipeline.samples.fim import FimSettings  # where a source asks for it
+
+    asked = {source.name: source.fim for source in config.sources if source.fim is not None}
+    return {name: FimSettings(fim.rate, fim.kind, fim.tokens) for name, fim in asked.items()}

@@ -24,6 +24,9 @@ from amfm.data_pipeline.durable.foreign_files import MAX_JSON_BYTES
 from amfm.data_pipeline.store.shards import Compression, DamagedError
 
 FORMAT_VERSION = 3
+LOSS_SPANS_VERSION = (
+    4  # of a store with parts that are learned in part, which a program that knows 3 alone would learn whole
+)
 MANIFEST = "manifest.json"
 MAX_SHARD_TOKENS = 64 * 2**20
 DOCUMENT_CHUNK = 8192
@@ -64,7 +67,8 @@ class Part:
 
     path: relative to the store. token_shards, document_shards, head_shards: bytes of each shard file. digest: BLAKE3 of all
     files of the part, names included. opening_digest: of what every opening of the part reads, so that a part of another
-    store is noticed immediately; empty if the part was written before there was one.
+    store is noticed immediately; empty if the part was written before there was one. num_spans: runs of tokens that are
+    learned, whose edges are in span_shards; none where all tokens are.
     """
 
     path: str
@@ -76,10 +80,19 @@ class Part:
     head_shards: tuple[int, ...]
     digest: str
     opening_digest: str = ""
+    num_spans: int = 0
+    span_shards: tuple[int, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Make a record for `from_json`, which has no more than earlier releases where all tokens are learned."""
+        record = asdict(self)
+        if not self.num_spans:
+            del record["num_spans"], record["span_shards"]
+        return record
 
     @staticmethod
     def from_json(record: Mapping[str, Any]) -> Part:
-        """Invert dataclasses.asdict after JSON. Raises DamagedError for a path that is not a part's.
+        """Invert `as_json` after JSON. Raises DamagedError for a path that is not a part's.
 
         The path is checked because files are opened by it, and a manifest may have been written by someone else.
         """
@@ -97,12 +110,21 @@ class Part:
             tuple(record.get("head_shards", ())),  # a journal of format 1 has none, and its units are written again
             record["digest"],
             record.get("opening_digest", ""),
+            record.get("num_spans", 0),
+            tuple(record.get("span_shards", ())),
         )
 
 
-def digest_opening(document_ends: npt.NDArray[np.uint64], chunk_heads: npt.NDArray[np.generic]) -> str:
-    """BLAKE3 of the document ends and chunk heads of a part, which its tokens decide."""
-    return digest_files([("document_ends", document_ends.tobytes()), ("chunk_heads", chunk_heads.tobytes())])
+def digest_opening(
+    document_ends: npt.NDArray[np.uint64],
+    chunk_heads: npt.NDArray[np.generic],
+    loss_spans: npt.NDArray[np.uint64] | None,
+) -> str:
+    """BLAKE3 of the document ends and chunk heads of a part, which its tokens decide, and of its loss spans if it has any."""
+    arrays = {"document_ends": document_ends, "chunk_heads": chunk_heads}
+    if loss_spans is not None:
+        arrays["loss_spans"] = loss_spans
+    return digest_files([(name, values.tobytes()) for name, values in arrays.items()])
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,14 +165,15 @@ def write_manifest(
     ValueError for more parts than a reader takes.
     """
     identity = identify_store(tokenizer, layout, sources)
+    has_spans = any(part.num_spans for by_split in sources.values() for parts in by_split.values() for part in parts)
     manifest: dict[str, Any] = {
         "format": "amfm token store",
-        "version": FORMAT_VERSION,
+        "version": LOSS_SPANS_VERSION if has_spans else FORMAT_VERSION,
         "identity": identity,
         "tokenizer": asdict(tokenizer),
         "layout": asdict(layout),
         "sources": {
-            name: {split: [asdict(part) for part in sources[name][split]] for split in SPLITS}
+            name: {split: [part.as_json() for part in sources[name][split]] for split in SPLITS}
             for name in sorted(sources)
         },
     }

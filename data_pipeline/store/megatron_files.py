@@ -11,9 +11,9 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from amfm.data_pipeline.durable.files import replacing
 from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.store.manifest import Split
 from amfm.data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.store.token_files import Open
 
 MAGIC = b"MMIDIDX\x00\x00"
 DTYPE_BY_CODE = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
@@ -37,11 +38,12 @@ class MegatronIndex:
     num_bytes: of the .bin next to it.
     """
 
-    path: Path
+    path: str
     dtype: str
     num_sequences: int
     num_documents: int
     num_bytes: int
+    open_file: Open = field(compare=False)
 
     def offsets(self, first: int, stop: int) -> npt.NDArray[np.int64]:
         """First byte in the .bin of each document in [first, stop), and the end; [stop - first + 1]. ValueError if damaged."""
@@ -84,7 +86,7 @@ class MegatronIndex:
             end = int(ends[-1])
         if end != self.num_bytes:
             raise ValueError(
-                f"{self.path.with_suffix('.bin')} has {self.num_bytes} bytes, its index says {end}; restore both from a copy"
+                f"{bin_of(self.path)} has {self.num_bytes} bytes, its index says {end}; restore both from a copy"
             )
         if [*self._bounds(0, 1), *self._bounds(self.num_documents, self.num_documents + 1)] != [0, self.num_sequences]:
             raise self._disordered()
@@ -98,11 +100,13 @@ class MegatronIndex:
         return self._read("<i8", 12 * self.num_sequences, start, stop)
 
     def _read(self, dtype: str, column: int, start: int, stop: int) -> npt.NDArray[Any]:
-        offset = HEADER.size + column + start * np.dtype(dtype).itemsize
-        values = np.fromfile(self.path, dtype, stop - start, offset=offset)
-        if len(values) < stop - start:
+        size = np.dtype(dtype).itemsize
+        with self.open_file(self.path) as file:
+            file.seek(HEADER.size + column + start * size)
+            content = file.read((stop - start) * size)
+        if len(content) < (stop - start) * size:
             raise ValueError(f"{self.path} became shorter while it was read; restore it from a copy")
-        return values
+        return np.frombuffer(content, dtype)
 
     def _disordered(self) -> ValueError:
         return ValueError(
@@ -111,10 +115,23 @@ class MegatronIndex:
         )
 
 
-def read_megatron_index(path: Path) -> MegatronIndex:
-    """Read the head of an .idx file; ValueError when it is not one. `check` reads the rest."""
-    with path.open("rb") as file:
-        header, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
+def bin_of(index: str) -> str:
+    """The file with the tokens of an index."""
+    return f"{index.removesuffix('.idx')}.bin"
+
+
+def _open_local(path: str) -> IO[bytes]:
+    return open(path, "rb")
+
+
+def read_megatron_index(path: str | Path, open_file: Open = _open_local, num_bytes: int | None = None) -> MegatronIndex:
+    """Read the head of an .idx file; ValueError when it is not one. `check` reads the rest.
+
+    num_bytes: of the .bin; None: a local file is asked.
+    """
+    path = str(path)
+    with open_file(path) as file:
+        header, size = file.read(HEADER.size), file.seek(0, os.SEEK_END)
     if len(header) < HEADER.size or header[: len(MAGIC)] != MAGIC:
         raise ValueError(
             f"{path} is not a Megatron index (no {MAGIC[:7].decode()} at its start); name the .idx of a dataset"
@@ -127,15 +144,14 @@ def read_megatron_index(path: Path) -> MegatronIndex:
     expected = HEADER.size + num_sequences * 12 + num_bounds * 8
     if size < expected:
         raise ValueError(f"{path} is truncated: {size} bytes of {expected}; restore it from a copy")
-    num_bytes = path.with_suffix(".bin").stat().st_size
-    return MegatronIndex(path, DTYPE_BY_CODE[code], num_sequences, num_bounds - 1, num_bytes)
+    num_bytes = os.stat(bin_of(path)).st_size if num_bytes is None else num_bytes
+    return MegatronIndex(path, DTYPE_BY_CODE[code], num_sequences, num_bounds - 1, num_bytes, open_file)
 
 
-def read_megatron_documents(path: Path, first: int, stop: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Read the token ids of documents [first, stop) of the dataset whose .idx is at path, int64, one array a document."""
-    index = read_megatron_index(path)
+def read_megatron_documents(index: MegatronIndex, first: int, stop: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Read the token ids of documents [first, stop) of an index, int64, one array a document."""
     offsets = index.offsets(first, stop)
-    with path.with_suffix(".bin").open("rb") as file:
+    with index.open_file(bin_of(index.path)) as file:
         file.seek(int(offsets[0]))
         for size in np.diff(offsets).tolist():
             yield np.frombuffer(file.read(size), dtype=index.dtype).astype(np.int64)
@@ -145,8 +161,12 @@ def export_megatron(store: TokenStore, source: str, split: Split, prefix: str | 
     """Write a source as PREFIX.bin and PREFIX.idx, a document a sequence with its end token; returns the documents.
 
     uint16 stays uint16; uint32 becomes int32, Megatron's other token type. Both are written under random names, synced and
-    renamed, the .idx last. ValueError when an id does not fit int32.
+    renamed, the .idx last. ValueError when an id does not fit int32, and for a source of which only parts are learned.
     """
+    if any(part.num_spans for part in store.parts(source, split)):
+        raise ValueError(
+            f"source {source!r} says which of its tokens are learned, and a .bin cannot; leave it out, or train on the store"
+        )
     bin_path, index_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     dtype = "uint16" if store.layout.dtype == "uint16" else "int32"
     if store.vocab_size > np.iinfo(dtype).max + 1:

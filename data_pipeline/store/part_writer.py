@@ -1,7 +1,8 @@
 """Write one part: metadata through zarr-python, so that any Zarr v3 reader opens it, and the shards by our own encoder.
 
 A part is a Zarr group of three arrays: tokens, the offset after each document, and the first token of each chunk (a row
-needs one token more than its length, which is often the first of a chunk that it would else have to read). All files are
+needs one token more than its length, which is often the first of a chunk that it would else have to read); and a fourth where
+only some of the tokens are learned: the edges of their runs. All files are
 made in memory first: so the digest comes from the bytes that are written, and the folder is written and synced at once.
 """
 
@@ -52,10 +53,12 @@ def write_part(
     text_bytes: int,
     layout: Layout,
     attributes: Mapping[str, Any],
+    loss_spans: npt.NDArray[np.uint64] | None = None,
 ) -> Part:
     """Write one part under a temporary name, make it durable, rename it into place and return its record.
 
     tokens: [N] of layout.dtype. document_ends: [documents] offset after each document, end token included.
+    loss_spans: first and stop of each run of tokens that are learned; None: all are.
     A part of that name from an earlier attempt is replaced. The bytes depend on the arguments alone. One writer a
     part; OSError of the disk passes through, with the temporary folder removed.
     """
@@ -64,10 +67,12 @@ def write_part(
     make_folders(final.parent)
     temporary = final.parent / f".writing-{final.name}-{os.getpid()}-{os.urandom(4).hex()}"
     arrays = {"tokens": tokens, "document_ends": document_ends, "chunk_heads": tokens[:: layout.chunk_tokens]}
+    if loss_spans is not None:
+        arrays["loss_spans"] = loss_spans
     try:
         files = _metadata_files(layout, {name: len(values) for name, values in arrays.items()}, attributes)
         sizes = {}
-        for name, _, chunk in _declare_arrays(layout):
+        for name, _, chunk in _declare_arrays(layout, has_spans=loss_spans is not None):
             shards = _encode_shards(arrays[name], chunk, layout.compression)
             files |= {f"{name}/c/{number}": content for number, content in enumerate(shards)}
             sizes[name] = tuple(map(len, shards))
@@ -87,16 +92,19 @@ def write_part(
         document_shards=sizes["document_ends"],
         head_shards=sizes["chunk_heads"],
         digest=digest_files(sorted(files.items())),
-        opening_digest=digest_opening(document_ends, arrays["chunk_heads"]),
+        opening_digest=digest_opening(document_ends, arrays["chunk_heads"], loss_spans),
+        num_spans=len(arrays.get("loss_spans", ())) // 2,
+        span_shards=sizes.get("loss_spans", ()),
     )
 
 
-def _declare_arrays(layout: Layout) -> tuple[tuple[str, str, int], ...]:
+def _declare_arrays(layout: Layout, *, has_spans: bool) -> tuple[tuple[str, str, int], ...]:
     """(name, dtype, values per chunk) of the arrays of a part."""
     return (
         ("tokens", layout.dtype, layout.chunk_tokens),
         ("document_ends", "uint64", DOCUMENT_CHUNK),
         ("chunk_heads", layout.dtype, DOCUMENT_CHUNK),
+        *((("loss_spans", "uint64", DOCUMENT_CHUNK),) if has_spans else ()),
     )
 
 
@@ -104,7 +112,7 @@ def _metadata_files(layout: Layout, lengths: Mapping[str, int], attributes: Mapp
     """Content of each zarr.json of a part."""
     files = {}
     # Of a template only the length and the shard size change; the chunk inside the sharding codec stays.
-    for file, template in _metadata_templates(layout).items():
+    for file, template in _metadata_templates(layout, has_spans="loss_spans" in lengths).items():
         name = file.rpartition("/")[0]
         metadata: dict[str, Any] = template | {"attributes": dict(attributes)}
         if name:
@@ -117,7 +125,7 @@ def _metadata_files(layout: Layout, lengths: Mapping[str, int], attributes: Mapp
 
 
 @cache
-def _metadata_templates(layout: Layout) -> dict[str, dict[str, Any]]:
+def _metadata_templates(layout: Layout, *, has_spans: bool) -> dict[str, dict[str, Any]]:
     """What zarr-python writes for a part with arrays of one chunk, by file, so that any Zarr v3 reader opens the part.
 
     Parts differ in lengths and attributes alone; to ask zarr-python for each takes as long as to encode its tokens.
@@ -134,7 +142,7 @@ def _metadata_templates(layout: Layout) -> dict[str, dict[str, Any]]:
 
     files: dict[str, Any] = {}
     group = zarr.create_group(store=files, zarr_format=3)
-    for name, dtype, chunk in _declare_arrays(layout):
+    for name, dtype, chunk in _declare_arrays(layout, has_spans=has_spans):
         group.create_array(
             name,
             shape=(chunk,),

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from amfm.data_pipeline.memory import no_garbage_collection
 from amfm.data_pipeline.store.manifest import (
     DOCUMENT_CHUNK,
     FORMAT_VERSION,
+    LOSS_SPANS_VERSION,
     MANIFEST,
     MAX_SHARD_TOKENS,
     SPLITS,
@@ -43,6 +44,14 @@ from amfm.data_pipeline.store.shards import DamagedError, ShardedArray
 
 MAX_OPEN_PARTS = 256  # some 50 MB of indexes and document ends; a part that is not open costs several rows
 DEFAULT_CACHE = CacheSettings(folder="~/.cache/amfm", max_bytes=64 * 10**9, block_bytes=4 * 2**20)
+
+
+class _OpenPart(NamedTuple):
+    """A part that is open: its tokens, and in memory its document ends and loss spans."""
+
+    tokens: ShardedArray
+    ends: npt.NDArray[np.int64]
+    spans: npt.NDArray[np.int64] | None
 
 
 class TokenStore:
@@ -68,7 +77,7 @@ class TokenStore:
         self.location = str(path) if cached is None else cached.remote.url
         self._cached, self._identity, self._sources = cached, identity, sources
         self._source_identities: dict[tuple[str, Split], str] = {}
-        self._open_parts: OrderedDict[str, tuple[ShardedArray, npt.NDArray[np.int64]]] = OrderedDict()
+        self._open_parts: OrderedDict[str, _OpenPart] = OrderedDict()
 
     @classmethod
     def open(cls, path: str | Path, cache: CacheSettings = DEFAULT_CACHE) -> TokenStore:
@@ -98,9 +107,9 @@ class TokenStore:
             return DamagedError(f"{text}; run `amfm prepare CONFIG` to write it again")
 
         manifest = parse_object(content, file, damaged)
-        if manifest.get("version") != FORMAT_VERSION:
+        if manifest.get("version") not in (FORMAT_VERSION, LOSS_SPANS_VERSION):
             raise ValueError(
-                f"{file} has format version {manifest.get('version')}, this program reads {FORMAT_VERSION}; "
+                f"{file} has format version {manifest.get('version')}, this program reads {FORMAT_VERSION} and {LOSS_SPANS_VERSION}; "
                 "prepare the store again or use the matching release"
             )
         with understood(file, damaged):
@@ -125,8 +134,11 @@ class TokenStore:
         return _reopen, (self.location, self._identity, cache)
 
     def bytes_per_token(self, source: str, split: Split) -> float | None:
-        """UTF-8 bytes of text that a token of a source stands for on average; None if the text is not known."""
-        parts = self.parts(source, split)
+        """UTF-8 bytes of text that a token of a source stands for on average.
+
+        None if the text is not known, and where only some of the tokens are learned.
+        """
+        parts = [part for part in self.parts(source, split) if not part.num_spans]
         num_bytes, num_tokens = (sum(getattr(part, name) for part in parts) for name in ("text_bytes", "num_tokens"))
         return num_bytes / num_tokens if num_bytes else None
 
@@ -193,17 +205,21 @@ class TokenStore:
     def read_tokens(self, part: Part, start: int, stop: int) -> npt.NDArray[np.generic]:
         """Tokens [start, stop) of a part in the store's dtype, every chunk verified; DamagedError otherwise."""
         if self._cached is None:
-            return self._open_part(part)[0].read(start, stop)
+            return self._open_part(part).tokens.read(start, stop)
         with self._forgetting_damage(part):
-            return self._open_part(part)[0].read(start, stop)
+            return self._open_part(part).tokens.read(start, stop)
 
     def document_ends(self, part: Part) -> npt.NDArray[np.int64]:
         """Offset after each document of a part, int64 [documents], kept while the part is open."""
-        return self._open_part(part)[1]
+        return self._open_part(part).ends
+
+    def loss_spans(self, part: Part) -> npt.NDArray[np.int64] | None:
+        """First and stop of each run of tokens that are learned, int64 [2 x runs]; None where all of the part is."""
+        return self._open_part(part).spans
 
     def chunk_heads(self, part: Part) -> npt.NDArray[np.generic]:
         """First token of each chunk of a part, in the store's dtype: a row that ends with one reads no further."""
-        heads = self._open_part(part)[0].heads
+        heads = self._open_part(part).tokens.heads
         assert heads is not None, "a part is opened with its chunk heads"
         return heads
 
@@ -238,14 +254,14 @@ class TokenStore:
 
     def close(self) -> None:
         """Close all files; reading opens them again."""
-        for tokens, _ in self._open_parts.values():
-            tokens.close()
+        for opened in self._open_parts.values():
+            opened.tokens.close()
         self._open_parts.clear()
         if self._cached is not None:
             self._cached.cache.close()
 
-    def _open_part(self, part: Part) -> tuple[ShardedArray, npt.NDArray[np.int64]]:
-        """Open a part, or find it open: its tokens, and its document ends in memory; the least recently used closes."""
+    def _open_part(self, part: Part) -> _OpenPart:
+        """Open a part, or find it open; the least recently used closes."""
         if part.path in self._open_parts:
             self._open_parts.move_to_end(part.path)
             return self._open_parts[part.path]
@@ -261,14 +277,23 @@ class TokenStore:
         heads_array = self._array(f"{folder}/chunk_heads", layout.dtype, num_chunks, DOCUMENT_CHUNK)
         with self._forgetting_damage(part):
             values, tokens.heads = ends_array.read_all(), heads_array.read_all()
-            _check_opening(folder, part, values, tokens.heads)
-        ends = values.astype(np.int64)  # searching uint64 for an int would convert all of it each time
+            spans = self._read_spans(folder, part) if part.num_spans else None
+            _check_opening(folder, part, values, tokens.heads, spans)
         ends_array.close()
         heads_array.close()
-        self._open_parts[part.path] = tokens, ends
+        # Searching uint64 for an int would convert all of it each time.
+        opened = _OpenPart(tokens, values.astype(np.int64), None if spans is None else spans.astype(np.int64))
+        self._open_parts[part.path] = opened
         if len(self._open_parts) > MAX_OPEN_PARTS:
-            self._open_parts.popitem(last=False)[1][0].close()
-        return tokens, ends
+            self._open_parts.popitem(last=False)[1].tokens.close()
+        return opened
+
+    def _read_spans(self, folder: str, part: Part) -> npt.NDArray[Any]:
+        """Read the edges of the runs of tokens that are learned."""
+        array = self._array(f"{folder}/loss_spans", "uint64", 2 * part.num_spans, DOCUMENT_CHUNK)
+        spans = array.read_all()
+        array.close()
+        return spans
 
     def _array(self, path: str, dtype: str, length: int, chunk: int) -> ShardedArray:
         shard = shard_length(length, chunk, MAX_SHARD_TOKENS)
@@ -302,16 +327,19 @@ def _shard_files(part: Part) -> Iterator[tuple[str, int]]:
         ("tokens", part.token_shards),
         ("document_ends", part.document_shards),
         ("chunk_heads", part.head_shards),
+        ("loss_spans", part.span_shards),
     ):
         for number, size in enumerate(sizes):
             yield f"{part.path}/{name}/c/{number}", size
 
 
-def _check_opening(folder: str, part: Part, ends: npt.NDArray[Any], heads: npt.NDArray[np.generic]) -> None:
-    """Raise DamagedError where document ends and chunk heads are not those of the part that the manifest names."""
+def _check_opening(
+    folder: str, part: Part, ends: npt.NDArray[Any], heads: npt.NDArray[np.generic], spans: npt.NDArray[Any] | None
+) -> None:
+    """Raise DamagedError where document ends, chunk heads and loss spans are not those of the part that the manifest names."""
     if len(ends) == 0 or int(ends[-1]) != part.num_tokens:
         raise DamagedError(f"{folder} is damaged: its documents do not end at its {part.num_tokens} tokens")
-    if part.opening_digest and digest_opening(ends, heads) != part.opening_digest:
+    if part.opening_digest and digest_opening(ends, heads, spans) != part.opening_digest:
         raise DamagedError(
             f"{folder} is not the part that the manifest names: it is of another store, or was prepared again under this "
             "run; restore it from a copy, or run `amfm prepare CONFIG` to write it again"

@@ -3,7 +3,8 @@
 Dolma (OLMo): ids alone in NAME.npy, which has no header of numpy's, and NAME.csv.gz with the first token and the end of each
 document. datatrove: ids alone in NAME.ds, ends in NAME.ds.index (uint64). nanoGPT: ids alone in NAME.bin (uint16), where end
 tokens are all that cuts documents; llm.c and modded-nanogpt put 256 int32 before them (magic, version, number of tokens).
-All are little-endian.
+litdata (`TokensLoader`, 0.2.76): chunk-R-N.bin has the number of items, the byte where each begins, with the end (uint32), then ids alone,
+whose type is in index.json. All are little-endian.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import json
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,13 +22,30 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-FLAT_KINDS = ("dolma", "datatrove", "nanogpt")
+from amfm.data_pipeline.durable.foreign_files import MAX_JSON_BYTES
+
+FLAT_KINDS = ("dolma", "datatrove", "nanogpt", "litdata")
 Open = Callable[[str], IO[bytes]]
 HEADER_INTS = 256
 MAGIC, VERSION = 20240520, 1
 SPAN_TOKENS = 2**20
 MOST_TOKENS = 2**26  # of a document of nanoGPT; more without an end token are of another tokenizer
 MOST_INDEX_BYTES = 2**31
+# What litdata's numbers for types of torch and of numpy mean, of integers.
+LITDATA_TYPES = {
+    "no_header_tensor": {
+        11: "u1",
+        12: "i1",
+        13: "<i2",
+        14: "<i2",
+        15: "<i4",
+        16: "<i4",
+        17: "<i8",
+        18: "<i8",
+        20: "<u2",
+    },
+    "no_header_numpy": {0: "i1", 1: "<i2", 2: "<i4", 3: "<i8", 4: "u1", 5: "<u2", 6: "<u4", 7: "<u8"},
+}
 
 
 @dataclass(frozen=True)
@@ -62,6 +82,8 @@ def read_flat_tokens(kind: str, path: str, num_bytes: int, open_file: Open) -> F
     """Find the documents of a file of one of FLAT_KINDS and so many bytes. Raises ValueError if it is damaged or its index is missing."""
     if kind == "nanogpt":
         return _nanogpt(path, num_bytes, open_file)
+    if kind == "litdata":
+        return _litdata(path, num_bytes, open_file)
     index = f"{path.removesuffix('.npy')}.csv.gz" if kind == "dolma" else f"{path}.index"
     try:
         with open_file(index) as file:
@@ -94,9 +116,11 @@ def _dolma_ends(file: IO[bytes], index: str) -> npt.NDArray[np.int64]:
 
 
 def _datatrove_ends(file: IO[bytes], index: str) -> npt.NDArray[np.int64]:
-    content = file.read(MOST_INDEX_BYTES + 1)
-    if len(content) % 8 or len(content) > MOST_INDEX_BYTES:
-        raise ValueError(f"{index} is damaged: {len(content)} bytes are not numbers of 8; restore it from a copy")
+    size = file.seek(0, os.SEEK_END)
+    if size % 8 or size > MOST_INDEX_BYTES:
+        raise ValueError(f"{index} is damaged: {size} bytes are not numbers of 8; restore it from a copy")
+    file.seek(0)
+    content = file.read(size)
     return np.frombuffer(content, "<u8").astype(np.int64)
 
 
@@ -114,6 +138,42 @@ def _nanogpt(path: str, num_bytes: int, open_file: Open) -> FlatTokens:
             "bytes as it says is read"
         )
     return FlatTokens(path, "<u2", start, tokens, None)
+
+
+def _litdata(path: str, num_bytes: int, open_file: Open) -> FlatTokens:
+    index = f"{path.rpartition('/')[0]}/index.json"
+    try:
+        with open_file(index) as file:
+            config = json.loads(file.read(MAX_JSON_BYTES))["config"]
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} needs index.json next to it, which says what its tokens are") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{index} is damaged: {error}; restore it from a copy") from error
+    said = config.get("data_format") if isinstance(config, dict) else None
+    kind, _, code = str(said[0]).partition(":") if isinstance(said, list) and len(said) == 1 else ("", "", "")
+    dtype = LITDATA_TYPES.get(kind, {}).get(int(code) if code.isdecimal() else -1)
+    if isinstance(config, dict) and config.get("encryption") is not None:
+        raise ValueError(f"{index} says that its chunks are encrypted; write them without, by litdata")
+    if dtype is None or config.get("compression") is not None:
+        raise ValueError(
+            f"{index} says data_format {said} and compression {config.get('compression') if isinstance(config, dict) else None}; one "
+            "array of integers an item (TokensLoader), without compression, is read"
+        )
+    with open_file(path) as file:
+        number = int.from_bytes(file.read(4), "little")
+        header, size = 4 * (number + 2), np.dtype(dtype).itemsize
+        content = file.read(header - 4) if header <= num_bytes else b""
+    bounds = np.frombuffer(content[: len(content) // 4 * 4], "<u4").astype(np.int64)
+    if len(bounds) != number + 1 or bounds[0] != header or bounds[-1] != num_bytes or (np.diff(bounds) < 0).any():
+        raise ValueError(
+            f"{path} is damaged: its {number} items must lie one behind the other, up to its end; restore it from a copy"
+        )
+    if ((bounds - header) % size).any():
+        raise ValueError(
+            f"{path} is damaged: its items are not of {size} bytes per token, as in {index}; restore both from a copy"
+        )
+    ends = (bounds[1:] - header) // size
+    return FlatTokens(path, dtype, header, int(ends[-1]) if number else 0, ends)
 
 
 def read_flat_documents(

@@ -80,6 +80,35 @@ class HuggingFaceTokenizer:
             lengths.append(sum(map(len, ended)))
         return np.concatenate(pieces), np.cumsum(lengths, dtype=np.int64)
 
+    def control_tokens(self) -> dict[str, int]:
+        """Ids of special tokens, by their text."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: index for index, token in added.items() if token.special}
+
+    def find_token(self, text: str) -> int | None:
+        """Id of a token of this text, special or not; None where there is none."""
+        index: int | None = self._tokenizer.token_to_id(text)
+        return index
+
+    def encode_spans(
+        self, text: str, spans: Sequence[tuple[int, int]], *, has_control_tokens: bool
+    ) -> tuple[list[int], list[bool]]:
+        """Ids of a text without an end token, and which of them begin in one of the spans of characters, which rise.
+
+        has_control_tokens: special tokens that are written out are tokens, as a chat template means them.
+        """
+        self._tokenizer.encode_special_tokens = not has_control_tokens
+        try:
+            encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        finally:
+            self._tokenizer.encode_special_tokens = True
+        begins, before = [], 0
+        for start, stop in encoded.offsets:  # of a token that is all space an empty range behind it
+            begins.append(start if start < stop else before)
+            before = stop
+        edges = np.array(spans, np.int64).reshape(-1)
+        return list(encoded.ids), (np.searchsorted(edges, begins, side="right") % 2 == 1).tolist()
+
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids to text; special tokens give nothing. ValueError for an id outside the vocabulary."""
         outside = [index for index in ids if not 0 <= index < self._vocab_size]

@@ -10,18 +10,21 @@ Tokenizers of installed packages: a file whose suffix a package registers is rea
 A package registers one with an entry point of the group `amfm.tokenizers`: its name is the suffix of the files, and it names a
 class that is built from the content of one and has what `Tokenizer` (tokenizer.py) asks for. `kind` is the suffix, and a store
 has the file as `tokenizer.SUFFIX`. Preparation sends the class to its actors, so its instances must pickle. With
-`to_tokenizer_json() -> bytes` it can be exported: a tokenizer.json of the same ids.
+`to_tokenizer_json() -> bytes` it can be exported: a tokenizer.json of the same ids. Conversations and fill-in-the-middle need
+`control_tokens`, `find_token` and `encode_spans` of it, as `MarkingTokenizer` has them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -132,6 +135,35 @@ class Tokenizer(Protocol):
         """Content of the tokenizer file."""
 
 
+@runtime_checkable
+class MarkingTokenizer(Tokenizer, Protocol):
+    """What conversations and fill-in-the-middle need besides."""
+
+    def control_tokens(self) -> dict[str, int]:
+        """Ids of the tokens that no text becomes, by how a chat template writes them."""
+
+    def find_token(self, text: str) -> int | None:
+        """Id of a token of this text, a control token or not; None where there is none."""
+
+    def encode_spans(
+        self, text: str, spans: Sequence[tuple[int, int]], *, has_control_tokens: bool
+    ) -> tuple[list[int], list[bool]]:
+        """Ids of a text without an end token, and which of them begin in one of the spans of characters, which rise.
+
+        has_control_tokens: those that are written out are tokens, as a chat template means them.
+        """
+
+
+def require_marking(tokenizer: Tokenizer, what: str) -> MarkingTokenizer:
+    """The tokenizer. Raises ValueError for a package's that lacks what conversations and fill-in-the-middle need."""
+    if not isinstance(tokenizer, MarkingTokenizer):
+        raise ValueError(  # noqa: TRY004 - a setting is wrong
+            f"{what} needs a tokenizer with control tokens, and one of kind {tokenizer.kind!r} has none; give a SentencePiece "
+            "model or a tokenizer.json"
+        )
+    return tokenizer
+
+
 class SentencePieceTokenizer:
     """A SentencePiece model (Kudo and Richardson 2018, arXiv 1808.06226); unigram or BPE."""
 
@@ -194,6 +226,42 @@ class SentencePieceTokenizer:
             start = stop
         ends = np.cumsum([len(document) // np.dtype(np.int32).itemsize for document in documents], dtype=np.int64)
         return np.frombuffer(b"".join(documents), np.int32), ends
+
+    def control_tokens(self) -> dict[str, int]:
+        """Ids of control pieces, by their text."""
+        pieces = self._processor
+        return {pieces.id_to_piece(index): index for index in range(self.vocab_size) if pieces.is_control(index)}
+
+    def find_token(self, text: str) -> int | None:
+        """Id of a piece of this text; None where there is none."""
+        index = int(self._processor.piece_to_id(text))
+        return index if self._processor.id_to_piece(index) == text else None
+
+    def encode_spans(
+        self, text: str, spans: Sequence[tuple[int, int]], *, has_control_tokens: bool
+    ) -> tuple[list[int], list[bool]]:
+        """Ids of a text without an end token, and which of them are of the spans of characters, which rise.
+
+        What lies between the ends of spans and control tokens is encoded on its own, as a prompt and its answer are.
+        Raises ValueError for a model that writes a space in front of each of them.
+        """
+        if self._processor.encode("a", out_type=str)[0].startswith("\u2581"):
+            raise ValueError(
+                "the SentencePiece model puts a space in front of every text, and so between a prompt and its answer; give the "
+                "tokenizer.json of this tokenizer"
+            )
+        ids, counted = list[int](), list[bool]()
+        control = self.control_tokens() if has_control_tokens else {}
+        pattern = (
+            re.compile(f"({'|'.join(map(re.escape, sorted(control, key=len, reverse=True)))})") if control else None
+        )
+        edges = [0, *(edge for span in spans for edge in span), len(text)]
+        for number, (start, stop) in enumerate(pairwise(edges)):
+            for piece in pattern.split(text[start:stop]) if pattern else [text[start:stop]]:
+                new = [control[piece]] if piece in control else self.encode(piece) if piece else []
+                ids += new
+                counted += [number % 2 == 1] * len(new)
+        return ids, counted
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids to text; control pieces give nothing. ValueError for an id outside the vocabulary."""
@@ -330,6 +398,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> SentencePi
             vocab_size=config.vocab_size,
             byte_fallback=config.byte_fallback,
             user_defined_symbols=[] if config.byte_fallback else ["\n"],
+            control_symbols=list(config.control_tokens),
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,

@@ -322,10 +322,16 @@ def show_sample(path: str, sample: int, config_path: Path | None, *, as_json: bo
         "step": f"{step}, row {row} of its {stage_of(stages, step - 1).batch_size(step)}",
         "source": f"{shown.source}, epoch {shown.epoch}",
         "part": f"{shown.part}, row {shown.row}, from document {shown.first_document} on",
-        "tokens": f"{len(shown.tokens):,} of {len(shown.documents)} documents",
+        "tokens": f"{len(shown.tokens):,} of {len(shown.documents)} documents, {shown.num_learned:,} of them learned",
     }
+    documents = shown.documents
+    if shown.pieces:
+        facts["marks"] = "what is learned is between « and »"
+        documents = tuple(
+            "".join(f"«{text}»" if is_learned else text for text, is_learned in runs) for runs in shown.pieces
+        )
     print_pairs(f"Sample {sample} of {data.store}", facts.items())
-    for number, text in enumerate(shown.documents, start=shown.first_document):
+    for number, text in enumerate(documents, start=shown.first_document):
         print(f"--- document {number}\n{text}")
 
 

@@ -12,7 +12,7 @@ from amfm.data_pipeline.progress import Waiting
 from amfm.launch.arguments import JsonOption
 from amfm.launch.console import print_json, print_pairs
 from amfm.launch.existing import require_exists, require_model
-from amfm.launch.megatron_arguments import WORD, import_arguments
+from amfm.launch.megatron_arguments import BLEND, WORD, import_words
 from amfm.pretrain.extras import require_extra
 
 TRAINING_STATES = (
@@ -32,7 +32,7 @@ def require_if_given(path: Path | None) -> Path | None:
 
 def require_source(path: Path) -> Path:
     """Typer callback of what is imported: a model, or the word before arguments of another program."""
-    return path if str(path) == WORD else require_model(path)
+    return path if str(path) in (WORD, BLEND) else require_model(path)
 
 
 def import_(
@@ -40,13 +40,14 @@ def import_(
         Path,
         typer.Argument(
             metavar="SOURCE",
-            help="A transformers checkpoint, an export, a training state (torch Distributed Checkpoint, DeepSpeed universal, Megatron-Core), a .tiktoken file; or the word megatron-args, before a script, a list of flags, run_config.yaml or a checkpoint of Megatron-LM and the YAML to write.",
+            help="A transformers checkpoint, an export, a training state (torch Distributed Checkpoint, DeepSpeed universal, Megatron-Core), a .tiktoken file; or the word megatron-args, before a script, a list of flags, run_config.yaml or a checkpoint of Megatron-LM and the YAML to write; or the word blend, before its blend file and the YAML.",
             callback=require_source,
         ),
     ],
     out: OutArgument,
     yaml: Annotated[
-        Path | None, typer.Argument(metavar="[OUT.yaml]", help="After megatron-args: the configuration to write.")
+        Path | None,
+        typer.Argument(metavar="[OUT.yaml]", help="After megatron-args and blend: the configuration to write."),
     ] = None,
     *,
     pattern: Annotated[
@@ -78,13 +79,16 @@ def import_(
     """The verb `import`.
 
     A training state with moments becomes a run directory, which `amfm train OUT/config.yaml` continues from. A
-    .tiktoken file becomes OUT/tokenizer.json. `amfm import megatron-args train.sh run.yaml` writes a configuration.
+    .tiktoken file becomes OUT/tokenizer.json. `amfm import megatron-args train.sh run.yaml` writes a configuration,
+    `amfm import blend blend.txt sources.yaml` its data.sources.
     """
-    if str(source) == WORD:
-        import_arguments(require_exists(out), yaml, as_json=as_json)
+    if str(source) in (WORD, BLEND):
+        import_words(str(source), require_exists(out), yaml, as_json=as_json)
         return
     if yaml is not None:
-        raise ValueError(f"{yaml} is a third name, which only amfm import {WORD} SOURCE OUT.yaml has; leave it out")
+        raise ValueError(
+            f"{yaml} is a third name, which only amfm import {WORD} or {BLEND} SOURCE OUT.yaml has; leave it out"
+        )
     if source.suffix == ".tiktoken":
         import_tokenizer(source, out, pattern, special or [], as_json=as_json)
         return

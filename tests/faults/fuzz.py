@@ -24,15 +24,17 @@ import pyarrow
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from amfm.data_pipeline.config import FilterConfig, SourceConfig
+from amfm.data_pipeline.config import FilterConfig, SourceConfig, TokenizerConfig
 from amfm.data_pipeline.durable.foreign_files import read_object
 from amfm.data_pipeline.prepare.columns import check_column
-from amfm.data_pipeline.prepare.documents import SegmentReader, cut_segments
+from amfm.data_pipeline.prepare.dialogues import dialogues_of
+from amfm.data_pipeline.prepare.documents import SegmentReader
 from amfm.data_pipeline.prepare.duplicates import mark_duplicates
 from amfm.data_pipeline.prepare.filters import make_filter
 from amfm.data_pipeline.prepare.journal import Journal
 from amfm.data_pipeline.prepare.plan import Unit, UnitSettings
 from amfm.data_pipeline.prepare.rejects import place_of
+from amfm.data_pipeline.prepare.segments import cut_segments
 from amfm.data_pipeline.prepare.sources import list_files
 from amfm.data_pipeline.store.manifest import Layout
 from amfm.data_pipeline.store.store import TokenStore
@@ -129,7 +131,10 @@ class Readers:
         return self.place / "run.yaml", lambda: load_config(self.place / "run.yaml")
 
     def find(self, name: str) -> tuple[Path, Callable[[], Any]]:
-        """A reader by its name; those of sources have the name of their file."""
+        """A reader by its name; those of sources have the name of their file, others of several files are KIND/FILE."""
+        kind, _, file = name.partition("/")
+        if file:
+            return {"tokens": self.tokens, "chat": self.chat}[kind](file)
         return self.source(name) if "." in name else getattr(self, name)()
 
     def store_manifest(self) -> tuple[Path, Callable[[], Any]]:
@@ -192,6 +197,41 @@ class Readers:
                 check_column([file], "text")
                 for segment in cut_segments(file, 1000):
                     for item in SegmentReader(segment, "text", make_filter(FilterConfig(min_characters=3), "a")):
+                        place_of(item.position, [segment])
+
+        return path, read
+
+    def tokens(self, name: str) -> tuple[Path, Callable[[], Any]]:
+        """A file of token ids that another library wrote, or the index next to one, as an actor reads it."""
+        path, read = self.place / "tokens" / name, {"a.mds": "free", "b.mds.zstd": "typed"}
+        data = {
+            "index.json": "chunk-0-0.bin",
+            "part-0.csv.gz": "part-0.npy",
+            "00000_tokens.ds.index": "00000_tokens.ds",
+        }
+        source = SourceConfig(
+            name="a", paths=(str(path.with_name(data.get(name, name))),), text_column=read.get(name, "text")
+        )
+
+        def read_all() -> None:
+            for file in list_files(source):
+                for segment in cut_segments(file, 1000):
+                    for item in SegmentReader(segment, source.text_column, None, 2):
+                        place_of(item.position, [segment])
+
+        return path, read_all
+
+    def chat(self, name: str) -> tuple[Path, Callable[[], Any]]:
+        """Conversations, or the template that writes them."""
+        path = self.place / "chat" / name
+        rows, template = path.with_name("a.jsonl"), path.with_name("chat.jinja")
+
+        def read() -> None:
+            source = SourceConfig(name="a", paths=(str(rows),), messages_column="messages")
+            dialogues = dialogues_of(source, TokenizerConfig(chat_template=str(template)), None)
+            for file in list_files(source):
+                for segment in cut_segments(file, 1000):
+                    for item in SegmentReader(segment, "text", None, dialogues=dialogues):
                         place_of(item.position, [segment])
 
         return path, read

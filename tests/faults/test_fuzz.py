@@ -20,6 +20,11 @@ SOURCES = (
     *("a.txt.gz", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.idx", "a.arrow", "b.arrow"),
     *("a.parquet", "b.parquet", "c.parquet", "a.parquet.gz"),
 )
+TOKENS = tuple(
+    f"tokens/{name}"
+    for name in ("a.mds", "b.mds.zstd", "chunk-0-0.bin", "index.json", "part-0.csv.gz", "00000_tokens.ds.index")
+)
+CHAT = ("chat/a.jsonl", "chat/chat.jinja")
 EXCHANGED = ("dcp_metadata", "dcp_tensors", "step_of_torch", "common_state", "tiktoken")
 WATCHED = ("pattern", "events", "followed", "found_duplicates")
 UNIVERSAL = ("universal_latest", "universal_weights", "universal_record")
@@ -47,10 +52,10 @@ def check(reports: list[dict[str, object]], capsys: pytest.CaptureFixture[str]) 
 
 
 def test_no_reader_breaks_on_a_few_mutations(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    check(fuzz(place, 40, (*CHEAP, *SOURCES, *EXCHANGED, *WATCHED)), capsys)
+    check(fuzz(place, 40, (*CHEAP, *SOURCES, *TOKENS, *CHAT, *EXCHANGED, *WATCHED)), capsys)
 
 
 @pytest.mark.slow
 def test_no_reader_breaks_on_many_mutations(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    check(fuzz(place, 1000, (*CHEAP, *SOURCES, *EXCHANGED, *WATCHED)), capsys)
+    check(fuzz(place, 1000, (*CHEAP, *SOURCES, *TOKENS, *CHAT, *EXCHANGED, *WATCHED)), capsys)
     check(fuzz(place, 100, (*DEAR, *UNIVERSAL)), capsys)

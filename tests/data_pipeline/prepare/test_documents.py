@@ -11,8 +11,9 @@ import pytest
 from amfm.data_pipeline.config import SourceConfig
 from amfm.data_pipeline.prepare import documents
 from amfm.data_pipeline.prepare.columns import check_column
-from amfm.data_pipeline.prepare.documents import Document, Reject, Segment, SegmentReader, cut_segments
+from amfm.data_pipeline.prepare.documents import Document, Reject, SegmentReader
 from amfm.data_pipeline.prepare.rejects import place_of
+from amfm.data_pipeline.prepare.segments import Segment, cut_segments
 from amfm.data_pipeline.prepare.sources import list_files
 from amfm.data_pipeline.store.megatron_files import HEADER, MAGIC
 

@@ -5,9 +5,9 @@ import re
 import pytest
 
 from amfm.data_pipeline.config import DataConfig, FilterConfig, PrepareConfig, SourceConfig
-from amfm.data_pipeline.prepare.documents import Segment
 from amfm.data_pipeline.prepare.plan import UnitSettings, check_number_of_parts, make_units
 from amfm.data_pipeline.prepare.prepare import prepare
+from amfm.data_pipeline.prepare.segments import Segment
 from amfm.data_pipeline.prepare.sources import list_files
 from amfm.data_pipeline.store.manifest import Layout
 from tests.helpers.tiny_store import write_jsonl

@@ -66,7 +66,7 @@ def test_what_megatron_core_writes_is_imported_without_tokenizing(tiny, tmp_path
     builder.finalize(str(tmp_path / "web.idx"))
     index = read_megatron_index(tmp_path / "web.idx")
     assert index.num_documents == 300 and index.dtype == "int32"
-    read = [tokens.tolist() for tokens in read_megatron_documents(tmp_path / "web.idx", 7, 20)]
+    read = [tokens.tolist() for tokens in read_megatron_documents(read_megatron_index(tmp_path / "web.idx"), 7, 20)]
     assert read == documents[7:20]
     config = import_config(tiny, tmp_path, tmp_path / "web.idx")
     report = prepare(config, runner=run_in_process)
@@ -142,7 +142,7 @@ def test_documents_that_are_none_of_the_sequences_are_refused(tmp_path, bounds):
         index.check()
     if bounds[0] == 0 and bounds[-1] != 2:  # what is wrong between two readers' ranges the plan alone sees
         with pytest.raises(ValueError, match=r"a.idx is damaged: its documents must begin one behind the other"):
-            list(read_megatron_documents(tmp_path / "a.idx", 0, 3))
+            list(read_megatron_documents(read_megatron_index(tmp_path / "a.idx"), 0, 3))
 
 
 @pytest.mark.parametrize("lengths", [[2, -1, 5], [-1, 1, 6], [6, 2**31 - 1, -(2**31 - 1)]])
@@ -155,4 +155,4 @@ def test_a_sequence_of_negative_length_is_refused(tmp_path, lengths):
     with pytest.raises(ValueError, match=r"a.idx is damaged: a sequence has a negative length"):
         read_megatron_index(tmp_path / "a.idx").check()
     with pytest.raises(ValueError, match=r"a.idx is damaged"):
-        list(read_megatron_documents(tmp_path / "a.idx", 0, 3))
+        list(read_megatron_documents(read_megatron_index(tmp_path / "a.idx"), 0, 3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +34,30 @@ def write_sound_files(place: Path) -> Path:
     vocabulary = {"</s>": 0, "a": 1, "b": 2, "ab": 3}
     tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [("a", "b")])).save(str(place / "tokenizer.json"))
     write_sources(place / "sources")
+    write_tokens(place / "tokens")
+    write_chat(place / "chat")
     export_dcp(place, place / "dcp")
     export_universal(place, place / "universal")
     export_checkpoint(weights_folder(data, place / "weights", "nemotron_h"), place / "exported", verify=False)
     return place
+
+
+def write_tokens(folder: Path) -> None:
+    """Token ids that other libraries wrote."""
+    folder.mkdir()
+    written = Path(__file__).parents[2] / "data_pipeline/store"
+    for path in (*(written / "flat_tokens").iterdir(), *(written / "token_shards").iterdir()):
+        shutil.copy(path, folder / path.name)
+
+
+def write_chat(folder: Path) -> None:
+    """A conversation, and a template that marks turns and writes tools."""
+    folder.mkdir()
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [{"name": "c"}]}]
+    (folder / "a.jsonl").write_text(json.dumps({"messages": turns, "tools": [{"name": "c"}]}) + "\n")
+    (folder / "chat.jinja").write_text(
+        "{{ tools | tojson(indent=1) }}{% for m in messages %}{{ m.role }}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    )
 
 
 def write_sources(folder: Path) -> None:

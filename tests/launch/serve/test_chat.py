@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from amfm.launch.serve.served_model import ChatTemplate, read_template
+from amfm.data_pipeline.tokenizer.chat_template import ChatTemplate, read_template
 from tests.launch.serve.conftest import TEMPLATE
 
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]

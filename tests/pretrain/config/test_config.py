@@ -42,7 +42,7 @@ model.mixers.deltanet.head_dim model.mixers.deltanet.value_head_dim model.mixers
 model.mixers.deltanet.allow_negative_eigenvalues
 model.mixers.gated_deltanet.conv_kernel model.mixers.gated_deltanet.chunk_size model.mixers.gated_deltanet.num_heads
 model.mixers.gated_deltanet.head_dim model.mixers.gated_deltanet.value_head_dim
-model.mixers.gated_deltanet.num_key_heads model.mixers.gated_deltanet.allow_negative_eigenvalues
+model.mixers.gated_deltanet.num_key_heads model.mixers.gated_deltanet.allow_negative_eigenvalues model.mixers.gated_deltanet.head_norm_epsilon
 model.mixers.deltaproduct.conv_kernel model.mixers.deltaproduct.chunk_size model.mixers.deltaproduct.num_heads
 model.mixers.deltaproduct.head_dim model.mixers.deltaproduct.value_head_dim model.mixers.deltaproduct.num_key_heads
 model.mixers.deltaproduct.allow_negative_eigenvalues model.mixers.deltaproduct.num_steps
@@ -107,13 +107,16 @@ model.mtp.loss_weight model.mtp.shared model.mtp.detach
 data.store data.skip data.skip_steps data.validation_fraction data.packing data.shuffle data.mask_document_boundaries data.num_workers
 data.on_corruption
 data.cache.folder data.cache.max_bytes data.cache.block_bytes
-data.sources.*.name data.sources.*.paths data.sources.*.text_column data.sources.*.weight data.sources.*.validation_fraction data.sources.*.max_bytes data.sources.*.max_tokens
+data.sources.*.name data.sources.*.paths data.sources.*.text_column data.sources.*.messages_column
+data.sources.*.prompt_column data.sources.*.completion_column
+data.sources.*.weight data.sources.*.validation_fraction data.sources.*.max_bytes data.sources.*.max_tokens
+data.sources.*.fim.rate data.sources.*.fim.kind data.sources.*.fim.tokens
 data.sources.*.filters.min_characters data.sources.*.filters.max_characters data.sources.*.filters.keep_pattern
 data.sources.*.filters.drop_pattern data.sources.*.filters.exact_duplicates
 data.synthetic.task data.synthetic.num_pairs data.synthetic.num_writes data.synthetic.num_keys data.synthetic.num_values
 data.synthetic.num_copied data.synthetic.num_symbols
 data.tokenizer.model data.tokenizer.eos_token data.tokenizer.algorithm data.tokenizer.vocab_size
-data.tokenizer.byte_fallback data.tokenizer.training_bytes
+data.tokenizer.byte_fallback data.tokenizer.training_bytes data.tokenizer.control_tokens data.tokenizer.chat_template
 data.prepare.preset data.prepare.num_actors data.prepare.part_bytes data.prepare.chunk_tokens data.prepare.on_damage
 data.prepare.seed
 data.phases.*.start_sample data.phases.*.weights data.phases.*.sequence_length

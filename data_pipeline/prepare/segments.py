@@ -1,0 +1,86 @@
+"""Segments: which bytes, rows, samples or documents of a file are read in one go. Sizes, footers and indexes are read for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from amfm.data_pipeline.prepare.columns import read_footer
+from amfm.data_pipeline.prepare.sources import InputFile
+from amfm.data_pipeline.store.mds_files import DamagedShardError, read_mds_shard
+from amfm.data_pipeline.store.megatron_files import read_megatron_index
+from amfm.data_pipeline.store.token_files import FLAT_KINDS, read_flat_tokens
+
+FOOTER_SHARE = 8  # a segment of parquet is at least so many times its file's footer, which each segment parses
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What is read in one go: bytes [start, stop) of jsonl, row groups of parquet, documents of an .idx, or the file.
+
+    text_bytes: estimated text, for planning. split: of text files, decided by the plan; None: by content.
+    """
+
+    file: InputFile
+    start: int
+    stop: int
+    text_bytes: int
+    split: Literal["train", "validation"] | None = None
+
+
+def cut_segments(file: InputFile, segment_bytes: int) -> list[Segment]:
+    """Cut a file into segments of about segment_bytes that together cover it exactly once.
+
+    Plain jsonl by byte ranges, parquet by runs of row groups, Megatron by documents; other files are one segment. Empty
+    files have none.
+    """
+    if file.num_bytes == 0:
+        return []
+    if file.kind == "parquet" and file.compression == "none":
+        metadata, _ = read_footer(file)
+        sizes = [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
+        runs = _join_neighbours(sizes, max(segment_bytes, FOOTER_SHARE * metadata.serialized_size))
+        return [Segment(file, first, stop, sum(sizes[first:stop])) for first, stop in runs]
+    if file.kind in FLAT_KINDS:
+        flat = read_flat_tokens(file.kind, file.path, file.num_bytes, file.open_next)
+        return [Segment(file, first, stop, num_bytes) for first, stop, num_bytes in flat.cut(segment_bytes)]
+    if file.kind == "megatron":
+        index = read_megatron_index(file.path, file.open_next, file.num_bytes)
+        index.check()
+        return [Segment(file, first, stop, num_bytes) for first, stop, num_bytes in index.cut(segment_bytes)]
+    if file.kind == "mds" and file.compression == "none":
+        return _cut_mds(file, segment_bytes)
+    if file.kind == "jsonl" and file.compression == "none":
+        starts = range(0, file.num_bytes, segment_bytes)
+        stops = [min(start + segment_bytes, file.num_bytes) for start in starts]
+        return [Segment(file, start, stop, stop - start) for start, stop in zip(starts, stops)]
+    estimate = file.num_bytes * (4 if file.compression != "none" else 1)
+    return [Segment(file, 0, file.num_bytes, estimate)]
+
+
+def _cut_mds(file: InputFile, segment_bytes: int) -> list[Segment]:
+    """Runs of samples of a shard; a damaged one is a segment, whose reader says what is wrong."""
+    try:
+        with file.open() as opened:
+            shard = read_mds_shard(opened, file.num_bytes)
+    except DamagedShardError:
+        return [Segment(file, 0, 0, file.num_bytes)]
+    sizes = np.diff(shard.offsets).tolist()
+    return [
+        Segment(file, first, stop, sum(sizes[first:stop])) for first, stop in _join_neighbours(sizes, segment_bytes)
+    ]
+
+
+def _join_neighbours(sizes: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """[first, stop) of runs of neighbours whose sizes together are at most `most`, or of one that is larger alone."""
+    first = total = 0
+    for number, size in enumerate(sizes):
+        if number > first and total + size > most:
+            yield first, number
+            first, total = number, 0
+        total += size
+    if sizes:
+        yield first, len(sizes)
