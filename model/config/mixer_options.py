@@ -130,6 +130,10 @@ class DeltaNetOptions(HeadOptions):
 class GatedDeltaNetOptions(DeltaNetOptions):
     """The gated delta rule (Yang et al. 2024, arXiv 2412.06464), as in Qwen3-Next; letter `G`."""
 
+    head_norm_epsilon: float | None = Field(
+        None, gt=0, description="Epsilon of the norm of each head's output; null: norm_epsilon (OLMo Hybrid has 1e-5)."
+    )
+
 
 class DeltaProductOptions(DeltaNetOptions):
     """Several delta rules per token (Siems et al. 2025, arXiv 2502.10297); letter `P`."""

@@ -52,6 +52,7 @@ OurTarget = Literal[
     "qwen3_5_text",
     "deepseek_v2",
     "glm_moe_dsa",
+    "olmo_hybrid",
 ]
 OURS: tuple[str, ...] = get_args(OurTarget)
 # Of packages by name alone: their code imports this file.

@@ -21,7 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from amfm.kernels.linear.op import linear
-from amfm.model.config.mixer_options import ChannelDeltaOptions, DeltaNetOptions, DeltaProductOptions, KdaOptions
+from amfm.model.config.mixer_options import (
+    ChannelDeltaOptions,
+    DeltaNetOptions,
+    DeltaProductOptions,
+    GatedDeltaNetOptions,
+    KdaOptions,
+)
 from amfm.model.mixers.base import LinearMixer, Part
 from amfm.model.mixers.interface import BuildContext
 from amfm.model.mixers.recurrence import DeltaRecurrence, ScanRows
@@ -46,7 +52,8 @@ class DeltaNetMixer(LinearMixer):
         self.num_key_heads = divide_units(options.key_heads(), build.groups, "num_key_heads")
         super().__init__(options, build)
         self.recurrence = DeltaRecurrence(self.num_steps)
-        self.norm = GatedHeadNorm(self.value_dim, build)
+        epsilon = options.head_norm_epsilon if isinstance(options, GatedDeltaNetOptions) else None
+        self.norm = GatedHeadNorm(self.value_dim, build, epsilon=epsilon)
         if self.has_decay:
             self.A_log = nn.Parameter(torch.empty(self.num_heads))
             self.dt_bias = nn.Parameter(torch.empty(self.num_heads))

@@ -65,14 +65,18 @@ class GatedHeadNorm(nn.Module):
     extra_repr = own_shapes
 
     def __init__(
-        self, value_dim: int, build: BuildContext, activate: Callable[[Tensor], Tensor] = functional.silu
+        self,
+        value_dim: int,
+        build: BuildContext,
+        activate: Callable[[Tensor], Tensor] = functional.silu,
+        epsilon: float | None = None,
     ) -> None:
         super().__init__()
         self.activate = activate
         self.weight = nn.Parameter(torch.empty(value_dim))
         # One weight serves the heads of all tensor ranks.
         self.shards = {"weight": Shard(partial=("tp",))}
-        self.epsilon, self.backend = build.norm_epsilon, build.backend
+        self.epsilon, self.backend = epsilon or build.norm_epsilon, build.backend
 
     def forward(self, o_BTHV: Tensor, gate_BTI: Tensor | None) -> Tensor:
         """Norm o [B, T, H, V] by head and multiply by the activated gate [B, T, H V], in float32 for bf16."""

@@ -46,7 +46,7 @@ class LinearMixer(nn.Module):
         self.channels, self.width = sum(self.parts[name] for name in self.convolved), options["conv_kernel"]
         self.conv = DepthwiseConv(self.channels, self.width, has_bias=False) if self.width else None
         if self.has_norm:
-            self.norm = RMSNorm(self.value_dim, config.norm_epsilon)
+            self.norm = RMSNorm(self.value_dim, options.get("head_norm_epsilon") or config.norm_epsilon)
         self.out_proj = nn.Linear(self.heads * self.value_dim, config.hidden_size, bias=False)
 
     def set_sizes(self) -> None:

@@ -63,6 +63,13 @@ LATENT = {
 }
 # The class rotates pairs in place, where rows must be even.
 EVEN = {"kv_lora_rank": 12, "qk_nope_head_dim": 4}
+DELTA = {
+    "linear_conv_kernel_dim": 3,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 5,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
 LISTED = {
     "use_sliding_window": True,
     "sliding_window": 5,
@@ -173,11 +180,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_5_text, tied": {
             "layer_types": ["linear_attention", "full_attention"],
             "head_dim": 8,
-            "linear_conv_kernel_dim": 3,
-            "linear_key_head_dim": 6,
-            "linear_value_head_dim": 5,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
+            **DELTA,
             **PARTIAL,
             **TIED,
         },
@@ -200,6 +203,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "index_head_dim": 12,
             "index_n_heads": 16,
             "norm_topk_prob": False,
+            **ROPE,
+        },
+        "olmo_hybrid, biases, beta above 1, no positions": {
+            **DELTA,
+            "linear_value_head_dim": 3,
+            "layer_types": ["linear_attention", "full_attention"],
+            "attention_bias": True,
+            "rope_parameters": None,
+            **TIED,
+        },
+        "olmo_hybrid, rotated, beta below 1": {
+            **DELTA,
+            "linear_value_head_dim": 3,
+            "num_hidden_layers": 3,
+            "layer_types": ["full_attention", "linear_attention", "full_attention"],
+            "linear_allow_neg_eigval": False,
             **ROPE,
         },
         "minimax_m2, a part of heads rotated": {
@@ -234,6 +253,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3_5_text", {"hidden_act": "gelu"}, "hidden_act=gelu cannot be imported"),
     ("deepseek_v2", {**LATENT, "topk_method": "noaux"}, "topk_method=noaux cannot be imported"),
     ("glm_moe_dsa", {**LATENT, "indexer_types": ["full", "shared"]}, r"indexer_types=\['full', 'shared'\] cannot"),
+    ("olmo_hybrid", {"hidden_act": "gelu"}, "hidden_act=gelu cannot be imported"),
     ("hy_v3", {"mlp_bias": True}, "mlp_bias=True cannot be imported"),
 ]
 
