@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 # Before torch is imported, here and in every process that a test starts. Two threads on each of three workers would take
@@ -15,6 +16,13 @@ os.environ["OMP_NUM_THREADS"] = os.environ.get("AMFM_TEST_THREADS", "1")
 gc.disable()
 # Processes that tests start would compile our sources again and again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# Mixers of examples/mixers, as if they were installed: before amfm is imported, here and in every process of a test.
+for folder in ("examples/mixers", "tests/helpers/installed"):
+    place = str(Path(__file__).parent / folder)
+    sys.path.append(place)
+    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*filter(None, known), place]))
 
 import pytest  # noqa: E402
 

@@ -7,7 +7,7 @@ kill the ranks by it: `amfm train` notes SIGTERM, SIGUSR1 and SIGHUP until it ca
 import os
 import sys
 
-from amfm.launch.allocator import expand_segments
+from amfm.launch.rank_command import expand_segments
 from amfm.pretrain.monitor.signals import note_signals
 
 

@@ -80,7 +80,6 @@ def train(
     stages change their layout, RuntimeError if the run failed; its newest checkpoint stands.
     """
     from amfm.model.config.registering import register
-    from amfm.pretrain.config.hook_registry import IN_THIS_TRAINING
     from amfm.pretrain.launcher_protocol import DONE, INTERRUPTED
     from amfm.pretrain.stages import fresh_starts
     from amfm.pretrain.train import train as train_run
@@ -90,11 +89,7 @@ def train(
     if optimizer is not None:
         register(optimizer)
         config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"kind": optimizer.name})})
-    IN_THIS_TRAINING.extend(hooks)
-    try:
-        code = train_run(config)
-    finally:
-        IN_THIS_TRAINING.clear()
+    code = train_run(config, hooks)
     if code not in (DONE, INTERRUPTED):
         raise RuntimeError(f"the run in {config.run.dir} failed: the end of its events.jsonl says why")
     return read_run(config.run.dir)

@@ -26,12 +26,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from amfm.launch.allocator import expand_segments
 from amfm.launch.cluster.forked import ForkedRank, RankProcess, name_process, why_not_fork
 from amfm.launch.cluster.node_check import main as check_this_node
 from amfm.launch.cluster.node_check import tell
 from amfm.launch.heavy_imports import heavy_imports
-from amfm.launch.rank_command import isolated_python, rank_command, rank_variables
+from amfm.launch.rank_command import expand_segments, isolated_python, rank_command, rank_variables
 from amfm.pretrain.launcher_protocol import GOES_ON, LAUNCHER_PID, RESTART_CAUSE
 from amfm.pretrain.monitor.signals import WATCHED, note_signals
 from amfm.pretrain.versions import collect_versions

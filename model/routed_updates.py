@@ -29,8 +29,7 @@ from amfm.kernels.linear.op import linear_float32
 from amfm.kernels.moe.grouping import balance_loss
 from amfm.kernels.moe.op import route
 from amfm.model.build import build_mixer
-from amfm.model.config.lora_mixer import BALANCE, SPECIALIZATION, LoraMixerConfig
-from amfm.model.config.schema import ModelConfig
+from amfm.model.config.schema import BALANCE, SPECIALIZATION, LoraMixerConfig, ModelConfig
 from amfm.model.mixers.interface import MixerOutput
 from amfm.model.parallel.groups import ProcessGroupCollection, single_rank_groups
 from amfm.model.parallel.layers import ColumnLinear, Linear, LowRankUpdate, RowLinear

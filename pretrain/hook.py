@@ -7,7 +7,7 @@ has no place for it. What it finds after a step goes into `result.found`, and so
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from amfm.pretrain.micro_batch import LossShare, MicroBatch
@@ -49,3 +49,6 @@ class Hook:
 
     def close(self) -> None:
         """On the way out, whether or not the run ended in order."""
+
+
+HookMaker = Callable[[Any], Hook]  # from a run

@@ -17,7 +17,8 @@ from itertools import pairwise
 from amfm.data_pipeline.config import DataConfig, PhaseConfig
 from amfm.model.config.indexer import IndexerStage
 from amfm.model.config.schema import in_indexer_stage
-from amfm.pretrain.config.schema import BatchRampConfig, ParallelConfig, RunConfig, StageConfig, TrainConfig
+from amfm.pretrain.config.schema import ParallelConfig, RunConfig, StageConfig
+from amfm.pretrain.config.train_section import BatchRampConfig, TrainConfig
 from amfm.pretrain.schedule import learning_rate
 
 

@@ -40,6 +40,7 @@ from amfm.pretrain.config.file import without_secrets
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.engine import build_engine
 from amfm.pretrain.fresh_start import needed_now
+from amfm.pretrain.hook import HookMaker
 from amfm.pretrain.hooks.build import build_hooks
 from amfm.pretrain.monitor.beats import clear_beats
 from amfm.pretrain.monitor.environment import find_peak
@@ -118,12 +119,12 @@ def describe_difference(records: Sequence[tuple[str, Mapping[str, str]]]) -> str
     raise AssertionError("records of equal entries have equal digests")
 
 
-def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent) -> Run:
+def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent, hooks: Sequence[HookMaker] = ()) -> Run:
     """Join the ranks, check the settings, build data, model and engine, resume, and open the log.
 
     Every rank must call this. Raises ValueError for settings, data or a checkpoint that do not fit together,
     RuntimeError or OSError for the machine's state; the run directory changes only after everything fits. `report`
-    hears what a long start is at.
+    hears what a long start is at. `hooks`: of a program, next to those of the configuration.
     """
     config = without_secrets(config)
     report("waiting for all ranks to join")
@@ -143,7 +144,7 @@ def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent) 
     if torch.cuda.is_available():
         (Path(config.run.dir) / "flight").mkdir(parents=True, exist_ok=True)
     stages = resolve_stages(config)
-    run = build_run(config, signals, stages, steps_done, report, draws=newest < 0)
+    run = build_run(config, signals, stages, steps_done, report, draws=newest < 0, hooks=hooks)
     loaded = resume(run, report)
     if loaded is None and newest >= 0:
         raise RuntimeError(
@@ -154,7 +155,7 @@ def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent) 
         # Newer checkpoints were passed over, and the one that verified is of a step that is built by something else.
         check_run(config, world_size, steps_done=run.progress.step, goes_on=launcher_goes_on())
         close_run(run)
-        run = build_run(config, signals, stages, run.progress.step, report, draws=False)
+        run = build_run(config, signals, stages, run.progress.step, report, draws=False, hooks=hooks)
         loaded = resume(run, report)
     run.files.lock = lock
     # The checkpoint may have been saved in another stage than the model was built for.
@@ -197,12 +198,13 @@ def build_run(
     report: Report,
     *,
     draws: bool,
+    hooks: Sequence[HookMaker],
 ) -> Run:
     """Build ranks, data, model and engine as the step after `steps_done` needs them, telling `report`.
 
     Every rank must call this.
 
-    draws: the model gets first values; else a checkpoint must be loaded into it.
+    draws: the model gets first values; else a checkpoint must be loaded into it. hooks: of a program, built from the run.
     """
     stage, train, needed = stage_of(stages, steps_done), config.train, Built.for_step_after(steps_done, config, stages)
     built = needed.config_of(config, stage)
@@ -262,7 +264,7 @@ def build_run(
         keeps_freed_memory=keeps_freed_memory,
         remarks=tuple(remarks),
     )
-    run.hooks = build_hooks(run, tasks)
+    run.hooks = build_hooks(run, tasks, hooks)
     return run
 
 

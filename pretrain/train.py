@@ -19,11 +19,13 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 
 from amfm.data_pipeline.progress import Waiting
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.failures import describe, is_bug, while_running
 from amfm.pretrain.fresh_start import announce_fresh_start, needed_now
+from amfm.pretrain.hook import HookMaker
 from amfm.pretrain.launcher_protocol import DONE, INTERRUPTED, NEXT_LAYOUT, RUN_FAILED
 from amfm.pretrain.monitor.beats import describe_lost
 from amfm.pretrain.monitor.guard import START_MARGIN_SECONDS, Guard
@@ -36,8 +38,10 @@ from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.step import train_step
 
 
-def train(config: RunConfig) -> int:
+def train(config: RunConfig, hooks: Sequence[HookMaker] = ()) -> int:
     """Train, resuming on its own from `run.dir`, and return the exit code. Every rank must call this.
+
+    hooks: built from the run, next to those of the configuration.
 
     0: the steps asked for are done, or SIGTERM, SIGUSR1 or SIGHUP asked to stop, and everything is saved. 130: Ctrl-C, saved.
     3: an anomaly ended the run (`handle_anomaly`), or `train.checkpoint_store` does not take its last checkpoint; the
@@ -54,7 +58,7 @@ def train(config: RunConfig) -> int:
     ):
         # Outside of `while_running`: what fails in the start may be a setting, and keeps that exit code.
         with Waiting("amfm train", speaks=is_first_rank()) as waiting:
-            run = start_run(config, signals, guard.hearing(waiting))
+            run = start_run(config, signals, guard.hearing(waiting), hooks)
         run.heartbeat.take_guard(guard)
         began = run.progress.step
         with while_running():

@@ -14,8 +14,7 @@ from torch import Tensor
 from amfm.kernels.common.gradient_sum import GradientSum, accumulate_product
 from amfm.kernels.low_precision import emulated
 from amfm.kernels.low_precision.formats import Quantized
-from amfm.kernels.low_precision.recipe import FIRST_CAPABILITY, Recipe
-from amfm.kernels.low_precision.watch import note_operands
+from amfm.kernels.low_precision.recipe import FIRST_CAPABILITY, Recipe, note_operands
 from amfm.kernels.runtime.backend import INTERPRETED, resolve_backend
 
 # What one matrix was made into for the gradient of a weight: codes, scales, and nvfp4's factor of the whole.

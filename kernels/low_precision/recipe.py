@@ -8,12 +8,19 @@ Nothing of a recipe changes from step to step: all scales are functions of the t
 numbers of nvfp4, which are drawn from the recipe's seed and the bits of what is rounded (`formats.draw_noise`). So a
 checkpoint holds nothing of it, and a block that is computed again, in whatever order a pipeline does so, rounds as it
 did before.
+
+Someone who looks, now and then, at the operands that products quantise.
+
+Products tell each of their wide operands here before they quantise it, and no one listens but inside `watch_operands`.
+A listener tells weights apart by the seeds of their recipes. A list and no context variable: autograd runs backward
+passes in separate threads.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal, get_args
@@ -80,3 +87,34 @@ def recipes_of(up_EFD: Tensor, down_EDF: Tensor) -> ExpertRecipes | None:
 def seed_of(seed: int, name: str) -> int:
     """A seed below 2^31 for one weight, out of the run's and the weight's name: the same on all ranks."""
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4], "little") >> 1
+
+
+Role = Literal["input", "gradient", "weight"]
+Listener = Callable[[Recipe, Role, Tensor], None]
+
+_listeners: list[Listener] = []
+
+
+@contextmanager
+def watch_operands(listener: Listener) -> Iterator[None]:
+    """Inside the block call `listener(recipe, role, matrix)` with each operand of a product by a recipe.
+
+    Inputs and weights come in forward passes, also of blocks that are computed again, gradients in backward passes.
+    """
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+def is_watched() -> bool:
+    """Whether there is a listener: then operands are made wide that else are only made as codes."""
+    return bool(_listeners)
+
+
+def note_operands(recipe: Recipe, **operands: Tensor) -> None:
+    """Tell listeners of the wide operands of a product, by their roles."""
+    for listener in _listeners:
+        for role, matrix in operands.items():
+            listener(recipe, role, matrix)  # type: ignore[arg-type]

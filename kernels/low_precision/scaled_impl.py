@@ -22,12 +22,8 @@ from amfm.kernels.common.gradient_sum import GradientSum
 from amfm.kernels.low_precision.formats import E2M1_MAX, E4M3_MAX, RUN, SMALLEST_SCALE
 from amfm.kernels.low_precision.kept_weights import keeps_weights, made_once
 from amfm.kernels.low_precision.recipe import Recipe
-from amfm.kernels.low_precision.scaled_kernels import (
-    measure_kernel,
-    quantize_scaled_kernel,
-    scaled_outer_kernel,
-    scaled_product_kernel,
-)
+from amfm.kernels.low_precision.scaled_kernels import measure_kernel, quantize_scaled_kernel
+from amfm.kernels.low_precision.scaled_products import scaled_outer_kernel, scaled_product_kernel
 from amfm.kernels.low_precision.triton_impl import Tiles, count_tiles, rows_and_width
 from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.runtime.interpreter import replace_methods

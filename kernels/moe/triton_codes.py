@@ -31,8 +31,7 @@ from amfm.kernels.common.split_backward import compute_later, is_split
 from amfm.kernels.low_precision import triton_impl as codes
 from amfm.kernels.low_precision.formats import Quantized
 from amfm.kernels.low_precision.products import codes_of
-from amfm.kernels.low_precision.recipe import ExpertRecipes
-from amfm.kernels.low_precision.watch import is_watched, note_operands
+from amfm.kernels.low_precision.recipe import ExpertRecipes, is_watched, note_operands
 from amfm.kernels.moe import triton_epilogues as epilogues
 from amfm.kernels.moe.counting_sort import SortedPairs, list_tiles, tile_bound
 from amfm.kernels.moe.low_precision import makes_codes

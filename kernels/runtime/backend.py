@@ -34,7 +34,7 @@ _LOGGED: set[tuple[str, str]] = set()  # choices that were reported
 
 # (first bad version, first good version, compute capability major, what goes wrong). Triton 3.4.0 to 3.7.0 also goes
 # wrong on Hopper where the transposed result of one product enters another: no kernel of ours has that form, which
-# kernels/proof/transposed_products.py finds and the ahead-of-time tests reject.
+# kernels/proof/ahead_of_time.py finds and the ahead-of-time tests reject.
 _MISCOMPILES = (
     (
         (3, 8, 0),

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from amfm.kernels.runtime.backend import INTERPRETED
 
-# Not empty inside `amfm.kernels.proof.emulation.emulate_rounding`, where the interpreter multiplies bfloat16.
+# Not empty inside `amfm.kernels.proof.check.emulate_rounding`, where the interpreter multiplies bfloat16.
 EMULATIONS: list[None] = []
 _DOT_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 

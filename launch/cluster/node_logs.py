@@ -4,6 +4,8 @@ Ray's actors write them to `run.dir/logs/attempt-A/node-N.log`, and Slurm's srun
 a run may overlap; N counts the nodes of the attempt from 0. A file per rank would be thousands in one folder. Rank 0's lines are
 shown while the ranks run, and the last words of a failed one name the cause. Files are appended to, so what stood there
 before an attempt is left out.
+
+What srun says while it runs an attempt: of its ranks, and of itself.
 """
 
 from __future__ import annotations
@@ -97,3 +99,29 @@ def lines_of(lines: Sequence[str], *, rank: int) -> list[str]:
     """The lines of a node's log that this rank wrote, without the rank's number."""
     found = (LABEL.fullmatch(line) for line in lines)
     return [match[2] for match in found if match is not None and int(match[1]) == rank]
+
+
+SIGNALLED = signal.strsignal(signal.SIGUSR1) or "User defined signal 1"
+NO_STEP = "Unable to create step"
+FAILED_TASK = re.compile(r"srun: error: .*\btasks? (\d+)")
+
+
+class SrunOutput:
+    """What srun itself says, copied to standard error: amfm's first message in it, its first error, and the task it names."""
+
+    def __init__(self) -> None:
+        self.message = self.error = ""
+        self.failed_task: int | None = None
+
+    def follow(self, stream: IO[bytes]) -> None:
+        """Copy lines until srun closes its output."""
+        for raw in stream:
+            line = raw.decode(errors="replace").rstrip("\n")
+            self.message = self.message or find_message(line)
+            if line.startswith("srun: error"):
+                self.error = self.error or line
+                found = FAILED_TASK.match(line)
+                if found and self.failed_task is None:
+                    self.failed_task = int(found[1])
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()

@@ -5,6 +5,10 @@ How it works: a STRICT_SPREAD placement group reserves one bundle per node. The 
 separate process, so that a rank that crashes leaves an actor to report its exit code. Ray reports lost nodes;
 `supervise.py` decides about another attempt. The ranks of a node write to a log file in the run directory, which all nodes
 share; rank 0's lines are shown here.
+
+The head of a Ray cluster: without it Ray ends every program of the cluster after a minute, by exit codes of its own.
+
+So the launcher looks whether the head answers, and ends before that, with a code and words that say what to do.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -30,10 +35,50 @@ from amfm.launch.cluster.left_out import LeftOut
 from amfm.launch.cluster.links import find_port
 from amfm.launch.cluster.node_check import blame, make_request, read_answers
 from amfm.launch.cluster.node_logs import Follower, copy_labelled, last_words, node_log
-from amfm.launch.cluster.ray_head import RayHead
 from amfm.launch.cluster.supervise import Attempt, Outcome
+from amfm.launch.console import say
 from amfm.launch.rank_command import isolated_python, rank_command, rank_variables
 from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, LAUNCHER_PID, RESTART_CAUSE, RUN_FAILED
+
+LOOK_SECONDS = 2.0
+LOST_SECONDS = 30.0  # of the 60 after which Ray ends this program
+
+
+class RayHead:
+    """Whether the head of the cluster that this program is connected to answers."""
+
+    def __init__(self) -> None:
+        self.address = str(ray.get_runtime_context().gcs_address)
+        self.looked = self.heard = time.monotonic()
+
+    def answers(self) -> bool:
+        """Whether it answers now."""
+        host, _, port = self.address.rpartition(":")
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=LOOK_SECONDS):
+                return True
+        except OSError:
+            return False
+
+    def look(self) -> None:
+        """Look now and then; ends this program where the head has not answered for LOST_SECONDS.
+
+        At once, since Ray's own clean-up would wait for the head, and end the program by another code.
+        """
+        now = time.monotonic()
+        if now - self.looked < LOOK_SECONDS:
+            return
+        self.looked = now
+        if self.answers():
+            self.heard = time.monotonic()
+        elif now - self.heard > LOST_SECONDS:
+            say(
+                f"amfm launch: the head of the Ray cluster at {self.address} does not answer; start it, and give the same command"
+            )
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(RUN_FAILED)
+
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 30.0

@@ -38,9 +38,8 @@ from amfm.launch.cluster.lines import (
 )
 from amfm.launch.cluster.links import candidates
 from amfm.launch.cluster.node_check import blame, make_request, read_answers
-from amfm.launch.cluster.node_logs import Follower, first_message, node_log
+from amfm.launch.cluster.node_logs import NO_STEP, SIGNALLED, Follower, SrunOutput, first_message, node_log
 from amfm.launch.cluster.orphans import ending_with_us
-from amfm.launch.cluster.srun_output import NO_STEP, SIGNALLED, SrunOutput
 from amfm.launch.cluster.supervise import Attempt, Outcome
 from amfm.launch.console import say
 from amfm.launch.rank_command import isolated_python, rank_command

@@ -14,9 +14,9 @@ router would have it. Bytes are in proportion to tokens, so a search over thousa
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any
@@ -26,9 +26,6 @@ import torch.distributed
 from torch import Tensor
 from torch._subclasses.fake_tensor import UnsupportedOperatorException
 from torch.autograd.graph import get_gradient_edge
-from torch.nn.attention import SDPBackend
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -38,56 +35,26 @@ from amfm.kernels.low_precision.kept_weights import keep_weights
 from amfm.kernels.low_precision.products import codes_of
 from amfm.kernels.low_precision.recipe import recipe_of
 from amfm.launch.plan.activations import BlockBytes, Storage
-from amfm.launch.plan.stand_in_triton import triton_at_hand
+from amfm.launch.plan.stand_ins import (
+    COUNTED_TOKENS,
+    WHOLE,
+    Cut,
+    HostAnswers,
+    default_dtype,
+    replaced,
+    triton_at_hand,
+    without_device,
+)
 from amfm.model.block import Block
 from amfm.model.config.low_precision import LowPrecisionConfig
-from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.low_precision import attach_to_block
-from amfm.model.moe.transfer import expected_ranks
 from amfm.model.packing import PackMeta
-from amfm.model.parallel.groups import AXES, ProcessGroupCollection, RowRoom, SingleRankGroup, count_places
-
-# Tokens of a rank's row whose pass is counted: chunks, windows and segments of the usual sizes, and not the width of a weight.
-COUNTED_TOKENS = 4608
-
 
 QUIET = ("detach", "lift_fresh", "_unsafe_view", "alias")  # operations that launch nothing
 
 
-@dataclass(frozen=True)
-class Cut:
-    """What of a layout decides how large a block is on a rank: the ranks that share it, and what its experts get.
-
-    `in_slots`: whether rows to experts are in slots of a capacity. Else they have `room` (`RowRoom`), or `sent` rows of a token
-    are sent, once to each rank of its experts, and the most loaded rank gets `rows` times the mean. `in_halves`: of a micro-batch. `is_split`: whether weight
-    gradients are left for later. `narrow`: the recipe by which its products are made, None without.
-    """
-
-    tensor: int = 1
-    is_sequence_parallel: bool = False
-    context: int = 1
-    expert: int = 1
-    expert_tensor: int = 1
-    in_halves: bool = False
-    in_slots: bool = False
-    sent: float = 0.0
-    rows: float = 1.0
-    room: float | None = None
-    is_split: bool = False
-    narrow: LowPrecisionConfig | None = None
-
-    def groups(self) -> ProcessGroupCollection:
-        """The groups of the first rank, each of its axis' size."""
-        inside = self.expert_tensor if self.expert > 1 else self.tensor
-        sizes = {"tp": self.tensor, "cp": self.context, "ep": self.expert, "expt_tp": inside}
-        groups = ProcessGroupCollection(**{axis: StandInGroup(sizes.get(axis, 1)) for axis in AXES})
-        groups.sequence_parallel, groups.overlap_experts = self.is_sequence_parallel, self.in_halves
-        groups.row_room = None if self.room is None else RowRoom(self.room, torch.device("meta"))
-        return groups
-
-
-def block_bytes(config: ModelConfig, symbol: str, storage: Storage, cut: Cut = Cut()) -> BlockBytes:
+def block_bytes(config: ModelConfig, symbol: str, storage: Storage, cut: Cut = WHOLE) -> BlockBytes:
     """Bytes per token of the micro-batch that one block keeps and works with, its norm and its residual stream included.
 
     `symbol`: that of the block in `model.pattern`. Cached: a search asks for the same blocks again and again. Raises
@@ -216,27 +183,6 @@ def takes_kernels(config: ModelConfig, symbol: str) -> bool:
     return all(scan[0].takes_chunk(scan[1]) and scan[0].takes_state(*scan[2]) for scan in scans if scan is not None)
 
 
-class StandInGroup(SingleRankGroup):
-    """The first rank's process group of any size; a collective is over at once, its result as it was allocated."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-
-    def size(self) -> int:
-        """Ranks in the group."""
-        return self._size
-
-    def wait(self) -> bool:
-        """Wait for a collective, which its caller takes this group for."""
-        return True
-
-    def __getattr__(self, name: str) -> Callable[..., StandInGroup]:
-        # Releases of torch call a group's collectives by different names.
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return lambda *_, **__: self
-
-
 @contextmanager
 def codes_at_hand(block: Block, settings: LowPrecisionConfig) -> Iterator[None]:
     """Inside, a block multiplies by a recipe; codes of weights are there, since they do not grow with tokens."""
@@ -257,94 +203,6 @@ def counted_launches(live: LiveBytes, note_launch: Callable[..., None]) -> Abstr
         return partial(note_launch, kernel)
 
     return replaced([(JITFunction, "__getitem__", launch)])
-
-
-def without_device() -> AbstractContextManager[None]:
-    """Let blocks run without GPU and ranks: Megatron-core's layers believe their groups.
-
-    PyTorch implementations cut their work by threads of the process; a rank is taken to have one, as torchrun starts it, so
-    that a plan is the same wherever it is made.
-    """
-    return replaced(
-        [
-            (torch.distributed, "is_initialized", lambda: True),
-            (torch.cuda, "current_device", lambda: torch.device("meta")),
-            (torch, "get_num_threads", lambda: 1),
-        ]
-    )
-
-
-@contextmanager
-def replaced(attributes: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
-    """Give objects other attributes inside the block: (object, name, value) each."""
-    before = [getattr(owner, name) for owner, name, _ in attributes]
-    try:
-        for owner, name, value in attributes:
-            setattr(owner, name, value)
-        yield
-    finally:
-        for (owner, name, _), value in zip(attributes, before):
-            setattr(owner, name, value)
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Make new parameters in this dtype inside the block."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-class HostAnswers(TorchFunctionMode):
-    """Answers what the host asks of values that meta tensors do not have, and what PyTorch asks of their device."""
-
-    def __init__(self, moe: MoeConfig | None, cut: Cut) -> None:
-        super().__init__()
-        self.cut, tokens = cut, COUNTED_TOKENS // cut.tensor
-        self.sent, self.choices = tokens * cut.sent, 0 if moe is None else tokens * moe.top_k
-        self.places = 0  # for choices of a part's rows, under room
-        if cut.room is not None and moe is not None:
-            share, held = expected_ranks(moe, cut.expert) / cut.expert, moe.num_experts // cut.expert
-            own = tokens // (2 if cut.in_halves else 1)
-            self.places = count_places(cut.room, own, moe.top_k, share, cut.expert, held)[1] * cut.expert_tensor
-
-    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        """Call the function, or give what it would on a device."""
-        if func is Tensor.tolist:
-            return self._routed(args[0].shape)
-        if func is scaled_dot_product_attention:  # which PyTorch chooses by device
-            return _attend_as_cpu(*args, **kwargs)
-        return func(*args, **(kwargs or {}))
-
-    def _routed(self, shape: torch.Size) -> list[Any]:
-        """Rows and choices by rank, of this rank and of those that send to it (model/moe/by_rank.py), or ends of experts."""
-        if len(shape) == 1:
-            rows = self.places or round(self.choices * self.cut.rows)
-            return list(accumulate(rows // shape[0] + (number < rows % shape[0]) for number in range(shape[0])))
-        sides, parts, ranks, _ = shape
-        means = self.sent / parts / ranks, self.choices / parts / ranks
-        sent, come = ([[[round(mean * factor) for mean in means]] * ranks] * parts for factor in (1.0, self.cut.rows))
-        return [sent, *[come] * (sides - 1)]
-
-
-def _attend_as_cpu(
-    *given: Tensor, attn_mask: Tensor | None = None, enable_gqa: bool = False, **settings: Any
-) -> Tensor:
-    """PyTorch's attention of meta tensors in the implementation that it takes for such tensors of a CPU."""
-    real = [torch.empty(each.shape, dtype=each.dtype, device="cpu") for each in given]
-    mask = None if attn_mask is None else torch.empty(attn_mask.shape, dtype=attn_mask.dtype, device="cpu")
-    choose: Any = torch._fused_sdp_choice
-    choice = choose(*real, attn_mask=mask, enable_gqa=enable_gqa, **settings)
-    if attn_mask is not None:  # which becomes addends
-        attn_mask = attn_mask.to(given[0].dtype)
-    if choice == SDPBackend.FLASH_ATTENTION.value:
-        ops = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return ops(*given, attn_mask=attn_mask, **settings)[0]
-    ops = torch.ops.aten._scaled_dot_product_attention_math
-    return ops(*given, attn_mask=attn_mask, enable_gqa=enable_gqa, **settings)[0]
 
 
 class LiveBytes(TorchDispatchMode):

@@ -7,6 +7,11 @@ is traced is what a GPU would run. Two steps, because the optimizer allocates it
 Called as `python -m amfm.launch.simulate.rank`; SETTINGS, JSON on its first line of input, says which rank of which run. It
 answers in lines of JSON: `progress`, then `result` or `refused`. A separate process, because it replaces parts of
 torch.
+
+Micro-batches for a simulated rank: real document boundaries, meaningless tokens.
+
+Document layout decides shapes and how many sequences kernels see, so it is real; token ids are zeros, because nothing
+on the host reads them.
 """
 
 from __future__ import annotations
@@ -28,13 +33,26 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from amfm.data_pipeline.batch import Batch
 from amfm.launch.cluster.child import open_answers
 from amfm.launch.simulate import patches
-from amfm.launch.simulate.batches import DOCUMENTS, MORE_DOCUMENTS, simulated_batches
 from amfm.launch.simulate.card import SimulatedCard
 from amfm.launch.simulate.tracer import DeviceWords, Tracer
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.monitor.profile import StepProfiler
+from amfm.pretrain.opening.data import example_batch
+
+DOCUMENTS = 3  # a row
+MORE_DOCUMENTS = 5  # a row of the step before those that are measured
+
+
+def simulated_batches(config: RunConfig, data_ranks: int, documents: int = DOCUMENTS) -> list[Batch]:
+    """A data rank's micro-batches of one step, the same batch each time."""
+    train = config.train
+    count = train.global_batch_size // train.micro_batch_size // data_ranks
+    is_padded = config.data.packing == "best_fit"
+    return [example_batch(train.micro_batch_size, train.sequence_length, documents, is_padded=is_padded)] * count
+
 
 STEPS = 2  # the first allocates moments, the second has them during its passes
 PHASES = {"data": "forward", "count": "forward", "forward": "forward", "reduce": "reduction", "optimizer": "optimizer"}

@@ -51,7 +51,8 @@ class Kind:
     spread yet, with the reason. mixes: whether a token reads others, or its own channels alone; `logits`: a head, an
     `amfm.model.head.Head` that `model.head` names. letter, aliases: in a
     pattern. title: in messages. is_core: its section is a field of the model's configuration. has_mup: muP's rules were
-    measured on it (docs/mup.md). products: of which low precision makes some in fewer bits (docs/low_precision.md).
+    measured on it (docs/mup.md). products: of which low precision makes some in fewer bits (docs/low_precision.md). modeling: `package.module:Class`,
+    its form in plain PyTorch, which an export with our own modeling files carries (docs/hooks.md); "": the model stays in amfm.
     """
 
     group: ClassVar[str] = ENTRY_POINTS
@@ -67,6 +68,7 @@ class Kind:
     is_core: bool = False
     has_mup: bool = False
     products: Products = NO_PRODUCTS
+    modeling: str = ""
 
     @property
     def parts(self) -> tuple[Kind, ...]:
@@ -195,34 +197,11 @@ BUILT_IN = (
         letter="P",
         products=IN_OUT,
     ),
-    Kind("gla", "amfm.model.mixers.vector_gates:GlaMixer", own.GlaOptions, products=IN_OUT),
     Kind("hgrn2", "amfm.model.mixers.vector_gates:Hgrn2Mixer", own.Hgrn2Options, letter="H", products=IN_OUT),
     Kind("kda", "amfm.model.mixers.delta:KdaMixer", own.KdaOptions, letter="K", has_mup=True, products=IN_OUT),
-    Kind("gdn2", "amfm.model.mixers.delta:Gdn2Mixer", own.Gdn2Options, products=IN_OUT),
-    Kind("hedgehog", "amfm.model.mixers.feature_maps:HedgehogMixer", own.HedgehogOptions, products=IN_OUT),
-    Kind("lightning", "amfm.model.mixers.retention:LightningMixer", own.LightningOptions, letter="L", products=IN_OUT),
-    Kind(
-        "lightnet",
-        "amfm.model.mixers.vector_gates:LightNetMixer",
-        own.LightNetOptions,
-        refuses={"context": "its running softmax does not pass between ranks yet"},
-        products=IN_OUT,
-    ),
-    Kind("mala", "amfm.model.mixers.feature_maps:MalaMixer", own.MalaOptions, products=IN_OUT),
-    Kind("mamba1", "amfm.model.mixers.mamba1:Mamba1Mixer", own.Mamba1Options, products=IN_OUT),
-    Kind("mamba3", "amfm.model.mixers.mamba3:Mamba3Mixer", own.Mamba3Options, products=IN_OUT),
-    Kind(
-        "mom",
-        "amfm.model.mixers.mom:MomMixer",
-        own.MomOptions,
-        refuses={"context": "its memories do not pass between ranks yet"},
-    ),
-    Kind("plstm", "amfm.model.mixers.retention:PlstmMixer", own.PlstmOptions, products=IN_OUT),
-    Kind("retnet", "amfm.model.mixers.retention:RetentionMixer", own.RetentionOptions, products=IN_OUT),
     Kind(
         "short_conv", "amfm.model.mixers.short_conv:ShortConvMixer", own.ShortConvOptions, letter="C", products=IN_OUT
     ),
-    Kind("transnormer", "amfm.model.mixers.feature_maps:TransNormerMixer", own.TransNormerOptions, products=IN_OUT),
     Kind(
         "mla",
         "amfm.model.mixers.mla:MlaMixer",
@@ -239,6 +218,8 @@ BUILT_IN = (
     ),
     Kind("window_linear", "amfm.model.mixers.window_linear:WindowLinearMixer", WindowLinearOptions, products=QKVO),
 )
+# Letters of kinds that a package registers.
+PACKAGE_LETTERS = {"L": "{lightning}"}
 # Kinds by their letters in a pattern, aliases among them.
 LETTERS = {letter: kind for kind in BUILT_IN for letter in f"{kind.letter or ''}{kind.aliases}"}
 

@@ -27,7 +27,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from amfm.model.config.kinds import CORE, LETTERS, list_kinds
+from amfm.model.config.kinds import CORE, LETTERS, PACKAGE_LETTERS, list_kinds
 from amfm.model.config.plugins import SPEC_NAME
 
 MAX_BLOCKS = 4096
@@ -136,7 +136,7 @@ def _one_spelling(symbol: str) -> str:
 
 
 _SPELLINGS = {letter: kind.symbol for letter, kind in LETTERS.items()}
-_SPELLINGS |= {f"{{{kind.name}}}": kind.symbol for kind in LETTERS.values()}
+_SPELLINGS |= {f"{{{kind.name}}}": kind.symbol for kind in LETTERS.values()} | PACKAGE_LETTERS
 
 
 class _Parser:
@@ -273,7 +273,7 @@ class _Parser:
                 f"{symbol!r} before a digit repeats a group and must follow ')'; write (M)x8 to repeat a block",
             )
         symbol = _one_spelling(symbol)
-        if symbol in LETTERS or symbol == "|":
+        if symbol in LETTERS or symbol == "|" or symbol.startswith("{"):
             return symbol
         if symbol == ")":
             raise self.error(position, "nothing to close here; remove ')' or add '(' before it")

@@ -19,6 +19,20 @@ from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_s
 
 from amfm.model.config.section import Section
 
+MORE_MIXERS = (
+    "gla",
+    "gdn2",
+    "hedgehog",
+    "lightning",
+    "lightnet",
+    "mala",
+    "mamba1",
+    "mamba3",
+    "mom",
+    "plstm",
+    "retnet",
+    "transnormer",
+)
 SPEC_NAME = re.compile(r"[a-z][a-z0-9_]*")
 # Folders of examples/ that register a mixer, head, hook or adapter of a name, for messages where they are not installed.
 EXAMPLES = {
@@ -35,6 +49,7 @@ EXAMPLES = {
     "relative_attention": ("relative_attention",),
     "s4d": ("s4d",),
     "seqboat": ("seqboat",),
+    **dict.fromkeys(MORE_MIXERS, ("mixers",)),
 }
 
 
@@ -129,7 +144,10 @@ def how_to_install(name: str, otherwise: str) -> str:
         return otherwise
     package = f"amfm-{folders[-1].replace('_', '-')}"
     command = " ".join(f"./examples/{folder}" for folder in folders)
-    return f"install {package}, which registers it: `pip install {command}` in a checkout of amfm"
+    remedy = f"install {package}, which registers it: `pip install {command}` in a checkout of amfm"
+    if name in MORE_MIXERS:
+        remedy += ", or add `plugins: [examples/mixers/amfm_mixers]` to the configuration (`amfm --plugins FOLDER` for a checkpoint)"
+    return remedy
 
 
 class PluginSections(Section):

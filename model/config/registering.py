@@ -107,7 +107,7 @@ def _below(kind: type[Any]) -> Iterator[type[Any]]:
 
 
 def load_folder(path: str | Path) -> None:
-    """Import a folder as the package of its name, whose `__init__.py` registers its parts; once.
+    """Import a folder as the package of its name, whose `__init__.py` registers its parts or lists them in SPECS; once.
 
     Raises ValueError for what is not such a folder, and for a name that another module has. An error of its code passes.
     """
@@ -129,6 +129,7 @@ def load_folder(path: str | Path) -> None:
     before, PRESENT.source = PRESENT.source, f"the folder {folder}"
     try:
         found.loader.exec_module(module)
+        register(*getattr(module, "SPECS", ()))
     except BaseException:
         del sys.modules[name]
         raise

@@ -1,4 +1,9 @@
-"""A model's configuration: a pattern, a section for each kind of block (kinds.py), and what holds for the whole model."""
+"""A model's configuration: a pattern, a section for each kind of block (kinds.py), and what holds for the whole model.
+
+The section of low-rank updates among which a router chooses. No torch here.
+"""
+
+from __future__ import annotations
 
 import copy
 import math
@@ -10,7 +15,6 @@ from pydantic import Field
 from amfm.model.config.core_options import AttentionConfig, FeedForwardConfig, Mamba2Config
 from amfm.model.config.indexer import IndexerStage
 from amfm.model.config.kinds import ENTRY_POINTS, Kind, all_kinds, find_kind, kind_of, registered_kinds
-from amfm.model.config.lora_mixer import LoraMixerConfig
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.old_names import use_current_names
 from amfm.model.config.options import MixerOptions
@@ -18,6 +22,46 @@ from amfm.model.config.pattern import Pattern, parse_pattern
 from amfm.model.config.plugins import PluginSections, list_packages, read_saved_sections, with_sections
 from amfm.model.config.section import Section
 from amfm.model.config.structure import DENSE
+
+Projection = Literal["q", "k", "v", "o", "in", "out"]
+BALANCE, SPECIALIZATION = "lora_balance", "lora_specialization"  # names of the losses
+
+
+class LoraMixerConfig(Section):
+    """Low-rank updates of projections, of which a router chooses some for each token; set by `amfm convert`."""
+
+    num_experts: int = Field(ge=2, description="Updates of each projection.")
+    top_k: int = Field(2, gt=0, description="Updates per token; at most num_experts.")
+    rank: int = Field(8, gt=0, description="Rank of each update.")
+    alpha: float = Field(16.0, gt=0, description="Updates count alpha / rank times.")
+    targets: tuple[Projection, ...] = Field(
+        ("q", "k", "v", "o"),
+        min_length=1,
+        description="Projections with updates: `q`, `k`, `v`, `o` of attention, `in` and `out` of Mamba2 and of linear mixers.",
+    )
+    balance_weight: float = Field(
+        0.01, ge=0, description="Weight of the loss that balances the router, as lora_balance."
+    )
+    specialization_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the mean entropy of a token's choice, as lora_specialization: tokens decide, the more the choices of all are balanced.",
+    )
+    hard_from_step: int | None = Field(
+        None,
+        gt=0,
+        description="Training steps in which all updates count, by the softmax of the router; then, and outside of training, the top_k do. None: the top_k from the first step.",
+    )
+
+    def broken_rules(self) -> Iterator[tuple[str, str]]:
+        """A token chooses among the updates that there are."""
+        if self.top_k > self.num_experts:
+            yield "top_k", f"is more than num_experts={self.num_experts}; lower it to at most that"
+
+    def auxiliary_names(self) -> tuple[str, ...]:
+        """The balance of the router and the sharpness of its choices, if these have a weight."""
+        weights = {BALANCE: self.balance_weight, SPECIALIZATION: self.specialization_weight}
+        return tuple(name for name, weight in weights.items() if weight)
 
 
 class GuideConfig(Section):
@@ -130,7 +174,7 @@ class ModelConfig(Section):
         """The options of a kind of block; None if its section is missing."""
         return kind.read(self)
 
-    def with_options(self, kind: Kind, options: MixerOptions) -> "ModelConfig":
+    def with_options(self, kind: Kind, options: MixerOptions) -> ModelConfig:
         """The same model with other options for a kind of block."""
         if kind.is_core:
             return self.model_copy(update={kind.section: options})
@@ -200,7 +244,7 @@ class ModelConfig(Section):
         """The settings of multi-token prediction, read where the pattern has depths."""
         return self.mtp or MtpConfig()
 
-    def without_depths(self) -> "ModelConfig":
+    def without_depths(self) -> ModelConfig:
         """The same model without multi-token prediction."""
         main = self.pattern.partition("/")[0]
         return self.model_copy(update={"pattern": main, "mtp": None}) if self.num_depths else self

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from amfm.model.config.kinds import BUILT_IN
+from amfm.model.config.kinds import BUILT_IN, find_kind
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.entries import WeightEntry, WeightMap
 from amfm.model.huggingface.fields import registered_mixers
@@ -29,13 +29,13 @@ _NAMES = {
 
 
 def unfit_for_own(config: ModelConfig) -> list[str]:
-    """List mixers of other packages, which the modelling files have not."""
+    """List mixers of packages that bring no modelling file."""
     ours = {spec.name for spec in BUILT_IN}
     return [
         f"model.pattern has {symbol}: the mixer {name} of another package is not in our modelling file; "
         "use a mixer of ours where the model must leave amfm"
         for symbol, name in registered_mixers(config).items()
-        if name not in ours
+        if name not in ours and not find_kind(name).modeling
     ]
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from amfm.kernels.causal_conv1d.op import causal_conv1d
-from amfm.model.config.mixer_options import LinearOptions
+from amfm.model.config.mixer_options import HeadOptions, LinearOptions
 from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
 from amfm.model.mixers.recurrence import Recurrence, ScanRows, ScanSettings, add_initial_state
 from amfm.model.packing import PackMeta
@@ -263,3 +263,15 @@ def cut_of(parts: Iterable[Part]) -> ShardSpec:
     """Build the cut of a stacked projection's rows, or of its convolution's channels, over the tensor ranks."""
     found = list(parts)
     return ShardSpec(0, "tp", tuple(part.size for part in found), tuple(part.units or 0 for part in found))
+
+
+def query_key_value(options: HeadOptions) -> dict[str, Part]:
+    """List q, k and v by head, the parts of a mixer without gates."""
+    heads = options.num_heads
+    keys = Part(heads * options.head_dim, heads)
+    return {"q": keys, "k": keys, "v": Part(heads * options.value_dim(), heads)}
+
+
+def no_decay(q_BTHK: Tensor) -> Tensor:
+    """Make log decays [B, T, H] of 0, which forget nothing, in float32 at least."""
+    return q_BTHK.new_zeros(q_BTHK.shape[:3], dtype=torch.promote_types(q_BTHK.dtype, torch.float32))

@@ -6,12 +6,11 @@ transition I - beta k k^T has the eigenvalue 1 - beta along k, and beta = 2 (`al
 reflection. Recurrences whose transitions have positive real eigenvalues alone cannot solve parity at all lengths in finite
 precision (Grazzi et al. 2024, arXiv 2411.12537, theorem 1).
 
-Kimi Delta Attention, and Gated DeltaNet-2: the delta rule after a decay of each key channel.
+Kimi Delta Attention: the delta rule after a decay of each key channel.
 
 Gated DeltaNet forgets a whole head's state at one rate; here each key channel has its own, as in GLA, so a head can drop some
 features and keep others. The gates come from low-rank projections, whose narrow insides every tensor rank computes whole and
-whose outputs are cut by head. Gated DeltaNet-2 also has vectors in place of beta: one says which key channels erase what the
-state holds, one which value channels are written.
+whose outputs are cut by head.
 """
 
 from __future__ import annotations
@@ -200,27 +199,3 @@ class KdaMixer(LinearMixer):
         if name == "A_log":
             return first_decay_rates(shape, generator)
         return first_time_steps(shape, generator) if name == "dt_bias" else None
-
-
-class Gdn2Mixer(KdaMixer):
-    """S <- diag(e^g) S, then S <- S + k (w * v - S^T (b * k))^T, with b = sigmoid(W_b x) by key channel, w = sigmoid(W_w x) by value channel.
-
-    All else as Kimi Delta Attention; b = w = beta makes it that. b stays below 1: beyond, steps that are not
-    contraction would make the state grow without bound. Source: Gated DeltaNet-2 as flash-linear-attention has it
-    (fla/ops/gdn2).
-    """
-
-    def strengths(self) -> dict[str, Part]:
-        """b and w by head, with a number each channel."""
-        heads = self.options.num_heads
-        return {"erase": Part(heads * self.key_dim, heads), "write": Part(heads * self.value_dim, heads)}
-
-    def written(
-        self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, g_BTHK: Tensor, parts: dict[str, Tensor]
-    ) -> ScanRows:
-        """Gates in float32 for bf16, and what they multiply in the dtype of the rows."""
-        wide = g_BTHK.dtype
-        erase_BTHK = (k_BTHK.to(wide) * self.heads(parts["erase"]).to(wide).sigmoid()).to(k_BTHK.dtype)
-        v_BTHV = (v_BTHV.to(wide) * self.heads(parts["write"]).to(wide).sigmoid()).to(v_BTHV.dtype)
-        ones_BTNH = g_BTHK.new_ones(*v_BTHV.shape[:2], 1, self.num_heads)
-        return ScanRows(q_BTHK, k_BTHK.unsqueeze(2), v_BTHV.unsqueeze(2), g_BTHK, ones_BTNH, erase_BTHK)

@@ -55,7 +55,7 @@ from amfm.model.parallel.regions import (
 from amfm.model.parallel.shards import Shard, ShardSpec, divide, own_shapes
 
 if TYPE_CHECKING:
-    from amfm.model.moe.quantile import RequiredBiases
+    from amfm.model.moe.balance import RequiredBiases
 
 # Bias of an expert that is pruned: no score reaches the others, and no update moves it within float32.
 PRUNED_BIAS = -1e9
@@ -87,7 +87,7 @@ class MoeMixer(Mixer):
         self.entropy_sums: Tensor | None = None
         self.required: RequiredBiases | None = None
         if moe.bias_rule == "quantile":
-            from amfm.model.moe.quantile import RequiredBiases
+            from amfm.model.moe.balance import RequiredBiases
 
             self.required = RequiredBiases(moe.num_experts, moe.top_k, groups)
         width = moe.latent_size or build.hidden_size
@@ -312,7 +312,7 @@ class MoeMixer(Mixer):
 
         counts_E [E]: the choices of the whole step, summed over micro-batches and data ranks. No collectives: equal counts give
         equal biases on all ranks. Only the sign of the difference counts, so the rate is the size of a step in the score.
-        With `bias_rule: quantile` the step's own histograms decide (quantile.py), and all ranks of `groups.dp_cp` must call.
+        With `bias_rule: quantile` the step's own histograms decide (balance.py), and all ranks of `groups.dp_cp` must call.
         """
         if self.expert_bias is None:
             return

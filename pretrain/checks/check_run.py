@@ -63,10 +63,11 @@ def check_run(
     device and reads no file.
     """
     declared, synthetic = list(declaration_problems(config)), list[Problem]()
-    if config.data.synthetic is not None:
+    task = config.data.synthetic
+    if task is not None:
         from amfm.pretrain.checks.synthetic import synthetic_length_problems, synthetic_problems
 
-        synthetic += synthetic_problems(config)
+        synthetic += synthetic_problems(config, task)
     problems = [*declared, *vocabulary_problems(config), *data_problems(config), *synthetic, *keeping_problems(config)]
     if config.evaluate != EvaluateConfig():
         from amfm.pretrain.checks.evaluate import evaluate_problems
@@ -76,8 +77,8 @@ def check_run(
     if not declared:
         stages = resolve_stages(config)
         steps = stages[-1].last_step
-        if config.data.synthetic is not None and not synthetic:
-            problems += synthetic_length_problems(config, stages)
+        if task is not None and not synthetic:
+            problems += synthetic_length_problems(config, task, stages)
         ramp = list(ramp_problems(config, stages[0]))
         if not ramp and not config.stages:
             problems += phase_problems(config, stages)

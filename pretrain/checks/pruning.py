@@ -9,7 +9,7 @@ from amfm.model.config.structure import DENSE
 from amfm.pretrain.checks.mixers import kinds_in_use
 from amfm.pretrain.config.errors import Problem
 from amfm.pretrain.config.hook_registry import hook_specs
-from amfm.pretrain.config.pruning import PruneConfig
+from amfm.pretrain.config.hook_sections import PruneConfig
 from amfm.pretrain.config.schema import RunConfig
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from amfm.data_pipeline.config import DataConfig
+from amfm.data_pipeline.config import DataConfig, SyntheticConfig
 from amfm.data_pipeline.synthetic.build import build_task
 from amfm.pretrain.config.errors import Problem
 from amfm.pretrain.config.schema import RunConfig
@@ -31,14 +31,11 @@ ABOUT_TEXT = (
 )
 
 
-def synthetic_problems(config: RunConfig) -> Iterator[Problem]:
-    """Find what is wrong with data.synthetic, but for the length of rows; nothing for a run on text.
+def synthetic_problems(config: RunConfig, settings: SyntheticConfig) -> Iterator[Problem]:
+    """Find what is wrong with data.synthetic, whose settings are given, but for the length of rows.
 
     Builds the task, which checks its own settings; costs no rows and reads no file.
     """
-    settings = config.data.synthetic
-    if settings is None:
-        return
     for name in ABOUT_TEXT:
         if getattr(config.data, name) != DataConfig.model_fields[name].default:
             yield Problem(f"data.{name}", "has no effect on data.synthetic, which is not text", "remove one of the two")
@@ -61,19 +58,19 @@ def synthetic_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem("model.vocab_size", rule, "raise it", str(config.model.vocab_size))
 
 
-def synthetic_length_problems(config: RunConfig, stages: Sequence[RunStage]) -> Iterator[Problem]:
-    """Find stages whose rows are too short for the task; nothing for a run on text.
+def synthetic_length_problems(
+    config: RunConfig, settings: SyntheticConfig, stages: Sequence[RunStage]
+) -> Iterator[Problem]:
+    """Find stages whose rows are too short for the task.
 
     Call it only when `synthetic_problems` and `declaration_problems` found nothing, because it builds the task again and
     reads resolved stages.
     """
-    if config.data.synthetic is None:
-        return
-    shortest = build_task(config.data.synthetic).shortest
+    shortest = build_task(settings).shortest
     for stage in stages:
         if stage.train.sequence_length < shortest:
             # Blame the key that was written: the stage's own length, or the one it inherits.
             own = config.stages and config.stages[stage.index].sequence_length is not None
             key = f"stages.{stage.index}.sequence_length" if own else "train.sequence_length"
-            rule = f"must be at least {shortest}, the shortest row of data.synthetic.task={config.data.synthetic.task} with its settings"
+            rule = f"must be at least {shortest}, the shortest row of data.synthetic.task={settings.task} with its settings"
             yield Problem(key, rule, "raise it", str(stage.train.sequence_length))

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from amfm.model.config.lora_mixer import LoraMixerConfig, Projection
+from amfm.model.config.schema import LoraMixerConfig, Projection
 from amfm.model.config.section import Section
 
 StageName = Literal["transfer", "tune", "tune-window", "tune-teacher"]

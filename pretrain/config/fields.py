@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from amfm.model.config.plugins import PluginSections
 from amfm.pretrain.config.rarely_set import user_of
 from amfm.pretrain.config.schema import RunConfig
 
@@ -50,8 +51,13 @@ class SectionRow:
     fields: tuple[FieldRow, ...]
 
 
-def describe_sections(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[SectionRow]:
-    """Yield every section below `model` in the order of the schema, sections in sections after their parent."""
+def describe_sections(
+    model: type[BaseModel] = RunConfig, prefix: str = "", *, of_packages: bool = True
+) -> Iterator[SectionRow]:
+    """Yield every section below `model` in the order of the schema, sections in sections after their parent.
+
+    of_packages: also those that installed packages register.
+    """
     if prefix:
         rows = [
             describe_field(f"{prefix}.{name}", info)
@@ -62,15 +68,16 @@ def describe_sections(model: type[BaseModel] = RunConfig, prefix: str = "") -> I
         yield SectionRow(prefix, meaning, tuple(rows))
     for name, info in model.model_fields.items():
         section = section_of(info.annotation)
-        if section is not None:
+        is_packaged = issubclass(model, PluginSections) and name in model.packages
+        if section is not None and (of_packages or not is_packaged):
             child, is_list = section
             key = f"{prefix}.{name}" if prefix else name
-            yield from describe_sections(child, f"{key}.{ITEM}" if is_list else key)
+            yield from describe_sections(child, f"{key}.{ITEM}" if is_list else key, of_packages=of_packages)
 
 
-def describe_fields(root: type[BaseModel] = RunConfig) -> list[FieldRow]:
+def describe_fields(root: type[BaseModel] = RunConfig, *, of_packages: bool = True) -> list[FieldRow]:
     """List every setting in the sections below `root`, in the order of the schema."""
-    return [row for section in describe_sections(root) for row in section.fields]
+    return [row for section in describe_sections(root, of_packages=of_packages) for row in section.fields]
 
 
 def describe_field(key: str, info: FieldInfo) -> FieldRow:
@@ -171,7 +178,7 @@ def reference_page() -> str:
         "Settings of presets and recipes come first; the others name the page that describes when to set them.",
         "",
     ]
-    for section in describe_sections():
+    for section in describe_sections(of_packages=False):
         if section.key.startswith(REPEATED):
             continue
         lines += [f"## `{section.key}`", "", section.meaning, ""]

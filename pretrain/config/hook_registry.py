@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from amfm.model.config.plugins import list_packages, load_named, specs_by_name, until_registered
 from amfm.model.config.section import Section
-from amfm.pretrain.config.pruning import EmaConfig, ForgetConfig, PruneConfig, QkClipConfig, TraceConfig
+from amfm.pretrain.config.hook_sections import EmaConfig, ForgetConfig, PruneConfig, QkClipConfig, TraceConfig
 
 ENTRY_POINTS = "amfm.hooks"
 
@@ -80,10 +80,6 @@ BUILT_IN = (
     HookSpec("trace_choices", "amfm.pretrain.hooks.trace_choices:TraceChoices", TraceConfig, INTERFACE),
     HookSpec("ema", "amfm.pretrain.hooks.ema:Ema", EmaConfig, INTERFACE),
 )
-
-
-# Made from the run, next to those of sections: `amfm.train(config, hooks=[...])`.
-IN_THIS_TRAINING: list[Callable[[Any], Any]] = []
 
 
 @until_registered

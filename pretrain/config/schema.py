@@ -19,6 +19,7 @@ from amfm.model.config.schema import ModelConfig
 from amfm.model.config.section import Section
 from amfm.model.huggingface.hf_class import Target
 from amfm.pretrain.config.convert import ConvertConfig
+from amfm.pretrain.config.hook_sections import EmaConfig, ForgetConfig, PruneConfig, QkClipConfig, TraceConfig
 from amfm.pretrain.config.hooks import RegisteredHooks
 from amfm.pretrain.config.launch import LaunchConfig
 from amfm.pretrain.config.muon import MuonConfig
@@ -30,10 +31,10 @@ from amfm.pretrain.config.optimizers import (
     RegisteredOptimizers,
     optimizer_specs,
 )
-from amfm.pretrain.config.pruning import EmaConfig, ForgetConfig, PruneConfig, QkClipConfig, TraceConfig
 from amfm.pretrain.config.rates import DecayFactors, RateFactors
 from amfm.pretrain.config.schedules import OURS as OWN_SCHEDULES
 from amfm.pretrain.config.schedules import RegisteredSchedules, schedule_specs
+from amfm.pretrain.config.train_section import TrainConfig
 from amfm.pretrain.config.validation import ValidationSet, with_sources
 
 if TYPE_CHECKING:
@@ -124,131 +125,6 @@ class ScheduleConfig(Section):
     def warmup_length(self, total_steps: int) -> int | float:
         """Steps of the rise: as configured, else a twentieth of the run."""
         return total_steps // 20 if self.warmup_steps is None else self.warmup_steps
-
-
-class BatchRampConfig(Section):
-    """A global batch that grows in equal shares of the first steps (as the batch ramp of GPT-3, arXiv 2005.14165)."""
-
-    start_size: int = Field(gt=0, description="Rows of the first step.")
-    increment: int = Field(gt=0, description="Rows added each time; must lead exactly to the global batch.")
-    steps: int = Field(gt=0, description="Steps after which the batch has its full size.")
-
-
-class ProfileConfig(Section):
-    """Steps to trace: what each operation took, by block (docs/debugging.md, `amfm profile`). They take longer than others."""
-
-    steps: tuple[int, ...] = Field(
-        min_length=1, description="Steps to trace, from 1; not the first ones, which warm up."
-    )
-    ranks: tuple[int, ...] = Field((0,), min_length=1, description="Ranks that write a trace.")
-    memory: bool = Field(
-        False, description="Also each allocation; on CUDA a snapshot for PyTorch's memory viewer, next to the trace."
-    )
-
-
-class TrainConfig(Section):
-    """The loop."""
-
-    steps: int | None = Field(
-        None, gt=0, le=10**12, description="Optimizer steps of the whole run; null: as in `stages`."
-    )
-    stop_after_steps: int | None = Field(
-        None, gt=0, description="Save and exit (code 0) when this step is done; the schedule still spans `steps`."
-    )
-    stop_after_minutes: float | None = Field(
-        None, gt=0, description="Save and exit (code 0) at the end of the step after this many minutes of a start."
-    )
-    sequence_length: int = Field(gt=0, description="Tokens per sequence.")
-    micro_batch_size: int = Field(gt=0, description="Rows per forward pass and rank.")
-    global_batch_size: int = Field(gt=0, description="Rows per optimizer step, over all ranks.")
-    batch_ramp: BatchRampConfig | None = Field(None, description="Start with smaller batches; null: full at once.")
-    seed: int = Field(0, ge=0, lt=2**63, description="Of weights, data order and every other random draw.")
-    precision: Literal["float32", "bf16"] = Field(
-        "bf16", description="Of weights and activations; master weights and moments are float32 always."
-    )
-    checkpoint_every_steps: int | None = Field(
-        None, gt=0, description="Save every N steps; null: only at the end and on signals."
-    )
-    checkpoint_in_background: bool = Field(
-        True, description="Steps wait for a copy in memory only while a thread writes; false: until it is on the disk."
-    )
-    keep_last: int = Field(
-        3, ge=2, description="Complete checkpoints kept; 2 at least, so that a damaged one has a predecessor."
-    )
-    checkpoint_store: str | None = Field(
-        None,
-        description="URL (s3://, gs://, az://) that gets a copy of each checkpoint, keep_last of them; a start fetches from there what run.dir does not have. null: only run.dir.",
-    )
-    resume_step: int | None = Field(
-        None,
-        gt=0,
-        description="Go back to the checkpoint of this step, once: later ones are set aside, here and in checkpoint_store, as by amfm rollback. none: continue from the newest.",
-    )
-    keep_every_steps: int | None = Field(
-        None,
-        gt=0,
-        description="Mark the checkpoints of every N steps: they are never pruned, in addition to keep_last; null: marked by hand only.",
-    )
-    replica_every_steps: int | None = Field(
-        None, gt=0, description="Steps without a checkpoint after which the memory of two nodes gets one; null: never."
-    )
-    replica_folder: str = Field("/dev/shm", description="Folder in each node's memory for replica_every_steps.")
-    validate_every_steps: int | None = Field(
-        None,
-        gt=0,
-        description="Measure validation loss every N steps; null: only at the end, and not at all if no document is held out.",
-    )
-    validation_batches: int = Field(8, gt=0, description="Global batches per validation.")
-    log_every_steps: int = Field(
-        1, gt=0, description="Steps between lines on the terminal; metrics.jsonl gets every step."
-    )
-    inspect_every_steps: int | None = Field(
-        None,
-        gt=0,
-        description="Every N steps, log norms of weights, gradients, updates and activations, largest logits and routing, by block; null: never.",
-    )
-    timeout_seconds: float = Field(
-        1200.0,
-        gt=0,
-        le=1e9,
-        description="A collective that takes longer ends the run; above launch.heartbeat_seconds, after which a rank names the ranks that it waits for.",
-    )
-    max_skipped_steps: int = Field(10, ge=0, description="Non-finite steps skipped in a row before the run stops.")
-    compile: bool = Field(
-        False, description="Compile the blocks one by one with torch.compile; costs a minute or two at start."
-    )
-    cuda_graphs: Literal["none", "blocks"] = Field(
-        "none",
-        description="Passes that a GPU replays without the host: none, or those of blocks, only on data ranks.",
-    )
-    recompute: Literal["none", "selective", "full"] = Field(
-        "none",
-        description="Blocks that keep only their input and are computed again in the backward pass: none, those of recompute_blocks, all.",
-    )
-    recompute_blocks: str = Field("", description="For recompute: selective, letters of model.pattern, such as `*E`.")
-    freeze: tuple[str, ...] = Field(
-        (),
-        description="Names of parameters or modules that are not trained, such as embedding, head or blocks.0.mixer; `*` for any part.",
-    )
-    gradient_sums: Literal["auto", "product", "hook"] = Field(
-        "auto",
-        description="Where weight gradients join the float32 sum of a step: in the product that makes them, which under bf16 saves a rounding and their way through memory, or behind it, by a hook; auto: in the product under parallel.zero_stage 1 and 2, unless blocks are compiled.",
-    )
-    num_threads: int | None = Field(
-        None,
-        gt=0,
-        le=4096,
-        description="CPU threads per rank; null: OMP_NUM_THREADS, or cores / ranks on this machine.",
-    )
-    profile: ProfileConfig | None = Field(None, description="Trace some steps; null: no trace.")
-    deterministic: bool | None = Field(
-        None,
-        description="Library kernels that add in one order, and our kernels' own tiles instead of tuned ones; null: yes on a CPU, no on CUDA, where such library kernels are slower. Our kernels always add in one order.",
-    )
-
-    def sums_in_products(self) -> bool:
-        """Whether products add weight gradients to the sums, where ZeRO 1 or 2 has some."""
-        return self.gradient_sums != "hook" and not self.compile
 
 
 class ParallelConfig(Section):

@@ -11,6 +11,7 @@ dtype of the master weights, so that an import of an export gives equal bits.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -43,6 +44,7 @@ OUR_DESCRIPTION = "amfm_model.json"
 UNFINISHED = re.compile(r"\..+\.amfm-export", re.DOTALL)
 LOCK = re.compile(r"\..+\.amfm-export-lock", re.DOTALL)
 MAX_SHARD_BYTES = 4_000_000_000
+TEMPLATE = amfm.pretrain.export.modeling_template.__name__
 TEMPLATE_FILES = (
     "configuration_amfm.py",
     "modeling_amfm.py",
@@ -56,7 +58,6 @@ TEMPLATE_FILES = (
     "mixers_amfm.py",
     "linear_mixers_amfm.py",
     "delta_mixers_amfm.py",
-    "mamba3_amfm.py",
     "window_linear_amfm.py",
 )
 
@@ -127,8 +128,23 @@ def write_export(plan: ExportPlan, folder: Path) -> None:
         template = Path(amfm.pretrain.export.modeling_template.__file__).parent
         for name in TEMPLATE_FILES:
             (folder / name).write_text((template / name).read_text(encoding="utf-8"), encoding="utf-8")
+        write_package_mixers(plan.weights.model, folder)
         write_plugin(plan.weights.model, folder)
     (folder / "README.md").write_text(model_card(plan), encoding="utf-8")
+
+
+def write_package_mixers(model: ModelConfig, folder: Path) -> None:
+    """Write the forms of a model's mixers of packages, as modeling files next to ours, and the table that names them."""
+    forms = {kind.name: kind.modeling.split(":") for kind, _ in model.kinds_in_use() if kind.modeling}
+    lines = ['"""Mixers of packages by name."""', ""]
+    lines += [f"from .{module.rpartition('.')[2]} import {form}" for module, form in forms.values()]
+    lines += ["", "PACKAGE_MIXERS = {", *(f'    "{name}": {form},' for name, (_, form) in forms.items()), "}", ""]
+    (folder / "package_mixers_amfm.py").write_text("\n".join(lines), encoding="utf-8")
+    for module, _ in forms.values():
+        found = importlib.util.find_spec(module)
+        assert found is not None and found.origin is not None, f"{module} is of an installed package"
+        text = Path(found.origin).read_text(encoding="utf-8").replace(f"from {TEMPLATE}.", "from .")
+        (folder / Path(found.origin).name).write_text(text, encoding="utf-8")
 
 
 def write_shards(plan: ExportPlan, folder: Path) -> None:

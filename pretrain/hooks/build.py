@@ -5,9 +5,14 @@ The hooks that a section asks for, ours and those of packages, from one table (c
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
-from amfm.pretrain.hook import Hook
+from amfm.pretrain.config.hook_registry import BUILT_IN, HookSpec, hook_specs
+from amfm.pretrain.failures import describe, describe_exit
+from amfm.pretrain.hook import Hook, HookMaker
 from amfm.pretrain.hooks.metrics import Experts, Metrics, Stragglers
 from amfm.pretrain.hooks.replicas import build_replicas
 from amfm.pretrain.hooks.state_watch import build_state_watch
@@ -17,24 +22,16 @@ from amfm.pretrain.run import Run
 if TYPE_CHECKING:
     from amfm.pretrain.tasks.suite import TaskSuite
 
-
-from functools import partial
-from types import TracebackType
-from typing import Any
-
-from amfm.pretrain.config.hook_registry import BUILT_IN, IN_THIS_TRAINING, HookSpec, hook_specs
-from amfm.pretrain.failures import describe, describe_exit
-
 MOMENTS = tuple(name for name in vars(Hook) if not name.startswith("_"))
 
 
-def build_table(run: Run) -> list[Hook]:
-    """Build the hooks whose sections are there, ours first. Every rank must call this."""
+def build_table(run: Run, makers: Sequence[HookMaker]) -> list[Hook]:
+    """Build the hooks whose sections are there, ours first, then those of `makers`. Every rank must call this."""
     own = [(spec, getattr(run.config, spec.name)) for spec in BUILT_IN]
     others = [(spec, getattr(run.config.hooks, spec.name)) for spec in hook_specs().values()]
     hooks: list[Hook] = [spec.load()(options, run) for spec, options in own if options is not None]
     packages = run.config.hooks.packages
-    hooks += [make(run) for make in IN_THIS_TRAINING]
+    hooks += [make(run) for make in makers]
     return hooks + [
         OfPackage(spec, packages[spec.name], options, run) for spec, options in others if options is not None
     ]
@@ -79,11 +76,11 @@ class Blame:
             raise RuntimeError(f"{self.words}: {cause}") from error
 
 
-def build_hooks(run: Run, suite: TaskSuite | None) -> tuple[Hook, ...]:
+def build_hooks(run: Run, suite: TaskSuite | None, makers: Sequence[HookMaker] = ()) -> tuple[Hook, ...]:
     """Build what the run does besides training. Every rank must call this.
 
     Those that edit master weights come first, so that all others see the weights of the next step; the log comes after all that
-    add to its line. suite: the tasks of `evaluate`, on the main rank alone.
+    add to its line. suite: the tasks of `evaluate`, on the main rank alone. makers: of a program's own hooks.
     """
     tasks: list[Hook] = []
     graphs: list[Hook] = []
@@ -141,7 +138,7 @@ def build_hooks(run: Run, suite: TaskSuite | None) -> tuple[Hook, ...]:
         *tasks,
     ]
     return (
-        *build_table(run),
+        *build_table(run, makers),
         *watched,
         *graphs,
         Metrics(run),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from amfm.pretrain.config.pruning import EmaConfig
+from amfm.pretrain.config.hook_sections import EmaConfig
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.run import Run
 from amfm.pretrain.stages import is_due

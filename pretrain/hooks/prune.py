@@ -13,7 +13,7 @@ import torch
 
 from amfm.model.init import initial_values, named_seed
 from amfm.pretrain.checkpoint.save import ranks_of
-from amfm.pretrain.config.pruning import ForgetConfig, PruneConfig
+from amfm.pretrain.config.hook_sections import ForgetConfig, PruneConfig
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.pruning.groups import choose_groups, plan_groups, pruned_share, prunes_after
 from amfm.pretrain.run import Run

@@ -21,7 +21,7 @@ from torch import Tensor
 from amfm.model.hybrid import HybridModel
 from amfm.model.mixers.interface import SoftmaxMixer
 from amfm.pretrain.checkpoint.save import ranks_of
-from amfm.pretrain.config.pruning import QkClipConfig
+from amfm.pretrain.config.hook_sections import QkClipConfig
 from amfm.pretrain.engine.parts import list_parts, name_parameters, parameter_shape
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.micro_batch import LossShare, MicroBatch

@@ -11,8 +11,7 @@ from contextlib import ExitStack
 import torch
 
 from amfm.kernels.low_precision.kept_weights import keep_weights
-from amfm.kernels.low_precision.recipe import recipe_of
-from amfm.kernels.low_precision.watch import watch_operands
+from amfm.kernels.low_precision.recipe import recipe_of, watch_operands
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.micro_batch import LossShare, MicroBatch
 from amfm.pretrain.monitor.quantization import Losses, describe_losses

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from amfm.pretrain.checkpoint.files import measure_tensors, write_tensors
-from amfm.pretrain.config.pruning import TraceConfig
+from amfm.pretrain.config.hook_sections import TraceConfig
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.micro_batch import LossShare, MicroBatch
 from amfm.pretrain.run import Run

@@ -24,10 +24,17 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from amfm.pretrain.monitor.beats import PHASES, Beat, describe_unseen, name_laggards, read_beats
+from amfm.pretrain.monitor.beats import LOOK_SECONDS as NEIGHBOUR_SECONDS
+from amfm.pretrain.monitor.beats import (
+    PHASES,
+    SILENT_SECONDS,
+    Beat,
+    Neighbours,
+    describe_unseen,
+    name_laggards,
+    read_beats,
+)
 from amfm.pretrain.monitor.guard import Guard
-from amfm.pretrain.monitor.neighbours import LOOK_SECONDS as NEIGHBOUR_SECONDS
-from amfm.pretrain.monitor.neighbours import SILENT_SECONDS, Neighbours
 from amfm.pretrain.monitor.node_board import NodeBoard
 
 HUNG = 3  # the exit code: the run failed and can be resumed

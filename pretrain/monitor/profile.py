@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from amfm.data_pipeline.durable.files import named
 from amfm.model.hybrid import HybridModel
-from amfm.pretrain.config.schema import ProfileConfig
+from amfm.pretrain.config.train_section import ProfileConfig
 from amfm.pretrain.monitor.heartbeat import Heartbeat
 
 PREFIX = "amfm "  # of every range of ours in a trace

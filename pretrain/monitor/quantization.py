@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from amfm.kernels.low_precision.formats import E4M3_MAX, quantize
-from amfm.kernels.low_precision.recipe import Recipe
-from amfm.kernels.low_precision.watch import Role
+from amfm.kernels.low_precision.recipe import Recipe, Role
 
 # Rows of an operand that are looked at: blocks of 128 rows and more, and few next to a micro-batch.
 MEASURED_ROWS = 256

@@ -25,7 +25,7 @@ import torch
 from amfm.model.config.options import Prunable
 from amfm.model.config.schema import ModelConfig
 from amfm.pretrain.checkpoint.masters import Grouping
-from amfm.pretrain.config.pruning import PruneConfig, PrunedGroups
+from amfm.pretrain.config.hook_sections import PruneConfig, PrunedGroups
 from amfm.pretrain.inference.merge import mixer_places
 
 

@@ -23,7 +23,7 @@ from amfm.model.config.schema import ModelConfig
 from amfm.model.flops import count_parameters
 from amfm.model.moe.block import PRUNED_BIAS
 from amfm.model.packing import PackMeta
-from amfm.pretrain.config.pruning import PRUNED_GROUPS
+from amfm.pretrain.config.hook_sections import PRUNED_GROUPS
 from amfm.pretrain.export.export import proof_text
 from amfm.pretrain.export.import_huggingface import write_model
 from amfm.pretrain.inference.merge import factored_places

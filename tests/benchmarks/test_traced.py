@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from amfm.launch.plan.blocks.indexer import Pair
-from amfm.launch.simulate.batches import DOCUMENTS
+from amfm.launch.simulate.rank import DOCUMENTS
 from amfm.launch.simulate.trace import predicted_flops, traced_flops
 from amfm.model.build import sample_mixer
 from amfm.model.config.indexer import keys_and_scores

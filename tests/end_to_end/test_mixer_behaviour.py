@@ -11,12 +11,17 @@ from pathlib import Path
 import pytest
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "probes"
+TRANSNORMER = [
+    "model.pattern={transnormer}",
+    "model.mixers.transnormer={num_heads: 2, head_dim: 16, conv_kernel: 4}",
+]
 
 
 def run_amfm(*arguments: str, packages: Path) -> str:
     """What a verb prints, with what is installed in `packages`; one thread, so that a seed gives the same weights everywhere."""
     command = [sys.executable, "-W", "ignore", "-m", "amfm.launch", *arguments]
-    paths = {"PYTHONPATH": f"{packages}{os.pathsep}{CONFIGS.parents[1]}"}
+    installed = os.environ["PYTHONPATH"]  # examples/mixers
+    paths = {"PYTHONPATH": os.pathsep.join([str(packages), str(CONFIGS.parents[1]), installed])}
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | paths
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -49,7 +54,7 @@ def install_ablation(folder: Path) -> None:
         ("s3", [], 32, 0.98, 1.0),
         ("s3", ["model.mixers.deltaproduct.num_steps=1"], 32, 0.15, 0.6),
         ("overwriting", [], 64, 0.97, 1.0),
-        ("overwriting", ["model.pattern={transnormer}"], 64, 0.0, 0.6),
+        ("overwriting", TRANSNORMER, 64, 0.0, 0.6),
         ("overwriting", ["model.pattern=K", "model.mixers.kda={num_heads: 2, head_dim: 16}"], 64, 0.95, 1.0),
         ("mqar", [], 48, 0.98, 1.0),
         ("mqar", ["model.pattern=MM"], 48, 0.0, 0.6),

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from amfm.model.config.core_options import AttentionConfig, FeedForwardConfig, Mamba2Config
-from amfm.model.config.lora_mixer import LoraMixerConfig, Projection
-from amfm.model.config.schema import ModelConfig
+from amfm.model.config.schema import LoraMixerConfig, ModelConfig, Projection
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.pretrain.config.convert import ConvertConfig, RoutingConfig, TuneConfig

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,6 @@ from amfm.pretrain import start
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.run import Run
 from amfm.pretrain.step_sums import StepResult
-from amfm.pretrain.tasks.suite import TaskSuite
 from tests.helpers.spoiled_gradient import spoil_gradient
 
 
@@ -36,8 +36,8 @@ def after_step(step: int, do: Callable[[Run], None]) -> None:
     """Give every run of this process a hook, as a package would, that does something after a step."""
     build = start.build_hooks
 
-    def with_fault(run: Run, suite: TaskSuite | None) -> tuple[Hook, ...]:
-        return (*build(run, suite), AfterStep(run, step, do))
+    def with_fault(run: Run, *others: Any) -> tuple[Hook, ...]:
+        return (*build(run, *others), AfterStep(run, step, do))
 
     start.build_hooks = with_fault
 

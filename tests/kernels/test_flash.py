@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from amfm.kernels.acceptance.machine import describe_presence
+from amfm.kernels.acceptance.child import describe_presence
 from amfm.kernels.attention import varlen as flash
 from amfm.kernels.attention.varlen import activate_newest, active, largest_head
 

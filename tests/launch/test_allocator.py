@@ -6,8 +6,7 @@ import subprocess
 
 import pytest
 
-from amfm.launch.allocator import expand_segments
-from amfm.launch.rank_command import isolated_python
+from amfm.launch.rank_command import expand_segments, isolated_python
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])

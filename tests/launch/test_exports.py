@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from amfm.data_pipeline.config import DataConfig
-from amfm.launch.exports import Exporter
-from amfm.launch.follow_run import following
+from amfm.launch.follow_run import Exporter, following
 from amfm.pretrain.checks.check_run import check_run
 from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.monitor.follow import Seen, State

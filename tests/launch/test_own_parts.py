@@ -18,8 +18,7 @@ from amfm.model.config import registering
 from amfm.model.config.mixer_options import HeadOptions
 from amfm.model.config.plugins import CACHES, IN_PROCESS, PluginSections
 from amfm.model.config.section import Section
-from amfm.model.mixers.base import LinearMixer
-from amfm.model.mixers.feature_maps import no_decay, query_key_value
+from amfm.model.mixers.base import LinearMixer, no_decay, query_key_value
 from amfm.model.mixers.recurrence import DecayRecurrence, ScanRows
 from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.report.plots import make_plots

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from amfm.model.config.lora_mixer import LoraMixerConfig
+from amfm.model.config.schema import LoraMixerConfig
 from amfm.model.flops import count_parameters
 from amfm.model.huggingface.targets import choose_target
 from amfm.model.hybrid import HybridModel

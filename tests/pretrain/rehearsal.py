@@ -20,7 +20,7 @@ from amfm.pretrain.checkpoint.files import FileEntry
 from amfm.pretrain.checkpoint.manifest import JoinedReports, RankReport, complete_manifest
 from amfm.pretrain.checkpoint.manifest_file import encode_manifest
 from amfm.pretrain.checkpoint.writers import Claims
-from amfm.pretrain.ranks.tree import RankTree, relay, up
+from amfm.pretrain.ranks.group import RankTree, relay, up
 
 STAGES, EXPERT_RANKS, LAYERS_PER_STAGE, HIDDEN = 8, 32, 16, 1024
 MATRICES = ("mixer.in_proj", "mixer.out_proj", "shared.up", "shared.down")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, cast
 from pydantic import Field
 
 from amfm.pretrain.config.hook_registry import HookOptions, HookSpec
-from amfm.pretrain.config.pruning import PruneConfig, PrunedGroups
+from amfm.pretrain.config.hook_sections import PruneConfig, PrunedGroups
 
 if TYPE_CHECKING:
     from amfm.pretrain.config.schema import RunConfig

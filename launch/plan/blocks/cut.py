@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from amfm.launch.plan.blocks.expert_traffic import static_slots
 from amfm.launch.plan.layout import Layout
-from amfm.launch.plan.measured import Cut
+from amfm.launch.plan.stand_ins import Cut
 from amfm.model.config.kinds import kind_of
 from amfm.model.moe.transfer import expected_ranks
 from amfm.pretrain.config.schema import RunConfig

@@ -24,7 +24,7 @@ from amfm.launch.plan.estimate import Assumptions, Estimate
 from amfm.launch.plan.failures.replicas import HASHED_BYTES_PER_SECOND, estimate_replicas, saved_bytes_by_stage
 from amfm.launch.plan.hardware import Hardware
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.monitor.neighbours import SILENT_SECONDS
+from amfm.pretrain.monitor.beats import SILENT_SECONDS
 
 DAY_SECONDS = 86_400.0
 STAGED_BYTES_PER_SECOND = 5e9  # of one rank, into memory that is not pinned

@@ -1,6 +1,6 @@
 """Classes of attention (or Mamba2) and feed-forwards, one row each: names and fixed choices in which transformers' 5.24 classes differ.
 
-`fields.py` reads and writes config.json by a row, `weights.py` names its tensors; neither knows a class by name. A class whose
+`fields.py` reads and writes config.json by a row and names its tensors; it knows no class by name. A class whose
 layers are an attention (over all tokens or a window) and then a gated feed-forward or experts, each after a norm, is a row.
 """
 

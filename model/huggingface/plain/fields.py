@@ -2,6 +2,8 @@
 
 Which models fit follows from reading: a model fits where what config.json says of it gives the same model back. So there is no
 list of rules that could disagree with the reader, and every setting that differs is named with the value that the class has.
+
+Tensors of a class of `families.py`, exact both ways.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from amfm.model.config.moe import MoeConfig
 from amfm.model.config.rope import RopeConfig, yarn_of
 from amfm.model.config.schema import ModelConfig
 from amfm.model.config.section import Section
+from amfm.model.huggingface.entries import WeightEntry, WeightMap, paired_map
 from amfm.model.huggingface.fields import (
     RARE_OPTIONS,
     flat_rope_fields,
@@ -27,10 +30,65 @@ from amfm.model.huggingface.fields import (
     unfit_expert_sizes,
     unfit_multipliers,
 )
+from amfm.model.huggingface.gpt_oss.weights import StackedEntry
+from amfm.model.huggingface.granitemoehybrid import mamba_entries
 from amfm.model.huggingface.hf_class import HfTarget, any_tokenizer, nothing_skipped
 from amfm.model.huggingface.plain.families import Experts, Family
-from amfm.model.huggingface.plain.weights import plain_map
+from amfm.model.huggingface.qwen3_next_weights import GatedEntry, gated_experts
 from amfm.model.huggingface.refusals import IGNORED_ARGUMENTS, needs_byte_level
+from amfm.model.shapes import block_shapes
+
+
+def plain_map(family: Family, config: ModelConfig) -> WeightMap:
+    """Build the weight map of a model that fits the class."""
+    blocks = {
+        "*": _attention_entries,
+        "W": _window_entries,
+        "M": mamba_entries,
+        "-": lambda config, ours, layer: gated_entries(ours, layer + family.dense_place),
+    }
+    if family.experts is not None:
+        blocks["E"] = partial(_expert_entries, family.experts)
+    return paired_map(config, blocks, norms=family.norms, final=family.final_norm)
+
+
+def _attention_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
+    """Attention has the classes' names."""
+    for name in block_shapes(config, "*"):
+        yield WeightEntry(ours + name, (f"{layer}self_attn.{name}",))
+
+
+def _window_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
+    options = config.block_options("W")
+    assert isinstance(options, WindowOptions), f"W has {type(options).__name__}"
+    heads, keys, size = options.num_heads, options.kv_heads(), options.head_dim
+    for name in block_shapes(config, "W"):
+        module, _, kind = name.partition(".")
+        if module == "in_proj":
+            names = tuple(f"{layer}self_attn.{part}_proj.{kind}" for part in "qkv")
+            yield StackedEntry(ours + name, names, sizes=(heads * size, keys * size, keys * size))
+        else:
+            yield WeightEntry(ours + name, (f"{layer}self_attn.{name.replace('out_proj', 'o_proj')}",))
+
+
+def gated_entries(ours: str, theirs: str) -> Iterator[WeightEntry]:
+    """Entries of a gated feed-forward."""
+    yield GatedEntry(f"{ours}up_proj.weight", (f"{theirs}gate_proj.weight", f"{theirs}up_proj.weight"))
+    yield WeightEntry(f"{ours}down_proj.weight", (f"{theirs}down_proj.weight",))
+
+
+def _expert_entries(experts: Experts, config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
+    assert config.moe is not None, "the pattern has E, the configuration no moe section"
+    theirs = layer + experts.place
+    yield WeightEntry(f"{ours}router.weight", (theirs + experts.router,))
+    if experts.bias is not None:
+        yield WeightEntry(f"{ours}expert_bias", (theirs + experts.bias,))
+    yield from gated_experts(ours, theirs, config.moe.num_experts, experts.matrices)
+    if experts.shared is not None:
+        yield from gated_entries(f"{ours}shared.", layer + experts.shared.place)
+    if config.moe.shared_expert_gate:
+        yield WeightEntry(f"{ours}shared_gate.weight", (f"{theirs}shared_expert_gate.weight",))
+
 
 LAYER_TYPES = {"W": "sliding_attention", "*": "full_attention"}
 MIXERS = {name: symbol for symbol, name in LAYER_TYPES.items()}

@@ -1,4 +1,4 @@
-"""Mixers of an amfm hybrid model that overwrite: DeltaNet, Gated DeltaNet (1 and 2), DeltaProduct, KDA; sizes as in linear_mixers_amfm.py.
+"""Mixers of an amfm hybrid model that overwrite: DeltaNet, Gated DeltaNet, DeltaProduct, KDA; sizes as in linear_mixers_amfm.py.
 
 G key heads, N delta rules per token. A delta rule writes the difference between a value and what the state returns for its
 key, so that a key that comes again is overwritten and not added to.
@@ -91,38 +91,6 @@ class Kda(DeltaNet):
         """Norm each head and multiply by the gate's sigmoid: [B, T, H, V] -> [B, T, H * V]."""
         gate = F.linear(parts["gate_inside"], self.gate_proj).float()
         return (self.norm(o_BTHV).flatten(-2).float() * gate.sigmoid()).to(o_BTHV.dtype)
-
-
-class Gdn2(Kda):
-    """With a gate per key channel that erases and one a value channel that writes, in place of beta (Gated
-    DeltaNet-2).
-    """
-
-    def set_sizes(self) -> None:
-        """There is no beta that could be above 1."""
-        self.options = self.options | {"allow_negative_eigenvalues": False}
-        super().set_sizes()
-
-    def part_sizes(self) -> dict[str, int]:
-        """q, k, v, erase, write."""
-        keys, values = self.heads * self.key_dim, self.heads * self.value_dim
-        return {"q": keys, "k": keys, "v": values, "erase": keys, "write": values}
-
-    def rows(self, parts: dict[str, Tensor], positions_BT: Tensor) -> tuple[Tensor, ...]:
-        """beta [B, T, H, K]: by which a key is multiplied where it asks the state."""
-        erase = self.by_head(parts["erase"]).float().sigmoid()
-        q, k, v, g, _ = super().rows(parts | {"beta": erase[..., 0]}, positions_BT)
-        write = self.by_head(parts["write"]).float().sigmoid()
-        return q, k, (v * write.unsqueeze(3)).to(v.dtype), g, erase
-
-    def step(self, *token: Tensor) -> tuple[Tensor, Tensor]:
-        """Apply the decay, erase and write; read once."""
-        q, k, v, g, erase, state = token
-        state = g.exp()[..., None] * state
-        key = k[:, :, 0]
-        change = v[:, :, 0] - read(state, key * erase)
-        state = state + key[..., :, None] * change[..., None, :]
-        return read(state, q), state
 
 
 def unit_length(x: Tensor) -> Tensor:

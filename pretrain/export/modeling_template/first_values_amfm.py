@@ -8,9 +8,7 @@ from transformers import initialization as init
 
 from .blocks_amfm import DepthwiseConv, Experts, Mamba2, MixtureOfExperts, RMSNorm
 from .delta_mixers_amfm import DeltaNet
-from .linear_mixers_amfm import LinearMixer, Mamba1
-from .mamba3_amfm import Mamba3
-from .mixers_amfm import Memories
+from .linear_mixers_amfm import LinearMixer
 from .window_linear_amfm import WindowLinear
 
 
@@ -41,24 +39,24 @@ def give_first_values(module: nn.Module, deviation: float) -> None:
         up[:, :, module.width :], down[:, module.width :] = 0.0, 0.0
         init.copy_(module.up, up)
         init.copy_(module.down, down)
-    elif isinstance(module, LinearMixer | Memories | WindowLinear):
+    elif isinstance(module, LinearMixer | WindowLinear):
         for parameter in module.parameters(recurse=False):
             if parameter.dim() > 1:
                 init.normal_(parameter, std=deviation)
             else:
                 init.zeros_(parameter)
     _give_states_first_values(module)
+    own = getattr(module, "give_first_values", None)  # of a package's mixer
+    if own is not None:
+        own(deviation)
     sinks = getattr(module, "sinks", None)
     if isinstance(sinks, Tensor):
         init.zeros_(sinks)
 
 
 def _give_states_first_values(module: nn.Module) -> None:
-    """What recurrences have: D and the biases of Mamba-3 are ones, decays uniform, time steps log-uniform."""
-    if isinstance(module, Mamba3):
-        for parameter in (module.B_bias, module.C_bias, module.D):
-            init.ones_(parameter)
-    if isinstance(module, Mamba1 | Mamba2):
+    """What recurrences have: D is one, decays uniform, time steps log-uniform."""
+    if isinstance(module, Mamba2):
         init.ones_(module.D)
         init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(1, 16).log_())
     elif isinstance(module, DeltaNet) and module.has_decay:

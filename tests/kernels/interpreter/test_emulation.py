@@ -18,7 +18,7 @@ from amfm.kernels.decay_scan.op import decay_scan, mamba2_scan
 from amfm.kernels.delta_scan.op import delta_scan
 from amfm.kernels.linear_cross_entropy.op import linear_cross_entropy
 from amfm.kernels.moe.op import expert_feed_forward
-from amfm.kernels.proof.emulation import emulate_rounding
+from amfm.kernels.proof.check import emulate_rounding
 from tests.helpers.numbers import assert_bitwise, assert_near
 
 # Operands, outputs and states carry 2^-9 each, and a path through a kernel rounds up to ten times. Outputs and gradients

@@ -2,7 +2,7 @@
 
 import pytest
 
-from amfm.kernels.proof.emulation import emulate_rounding
+from amfm.kernels.proof.check import emulate_rounding
 from amfm.kernels.runtime.backend import INTERPRETED
 
 

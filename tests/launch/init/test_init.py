@@ -12,12 +12,11 @@ import pyarrow.parquet
 import pytest
 
 from amfm.launch.cli import run
-from amfm.launch.init import pace
+from amfm.launch.init import write
 from amfm.launch.init.machine import find_machine
-from amfm.launch.init.pace import cpu_seconds_per_token
 from amfm.launch.init.shapes import SIZES, STYLES, model_section
 from amfm.launch.init.text import look_at
-from amfm.launch.init.write import Answers, compose
+from amfm.launch.init.write import Answers, compose, cpu_seconds_per_token
 from amfm.launch.plan.estimate import Assumptions
 from amfm.launch.plan.plan import make_plan
 from amfm.model.config.checks import check_model
@@ -54,7 +53,7 @@ def text(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def short_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time passes of one row: what a processor is timed with to be told a user is four times as much."""
-    monkeypatch.setattr(pace, "TIMED_TOKENS", 256)
+    monkeypatch.setattr(write, "TIMED_TOKENS", 256)
 
 
 def call(folder: Path, text: Path, size: str, style: str, hardware: str) -> int:

@@ -7,7 +7,8 @@ import torch
 
 from amfm.launch.plan.activations import Storage, up_rows
 from amfm.launch.plan.blocks.block import measured_sizes
-from amfm.launch.plan.measured import Cut, _block_bytes, block_bytes, id_of
+from amfm.launch.plan.measured import _block_bytes, block_bytes, id_of
+from amfm.launch.plan.stand_ins import Cut
 from amfm.model.block import Block
 from amfm.model.config.kinds import registered_kinds
 from amfm.model.packing import PackMeta

@@ -15,11 +15,10 @@ from amfm.launch.plan.memory import (
     busiest_pass,
     estimate_memory,
     persistent_bytes,
-    product_bytes,
-    reduction_bytes,
     storage_of,
     waiting_gradients,
 )
+from amfm.launch.plan.step_memory import product_bytes, reduction_bytes
 from amfm.launch.plan.time import estimate_step
 from amfm.model.flops import count_parameters
 from amfm.model.moe.transfer import expected_ranks

@@ -38,7 +38,7 @@ from amfm.kernels.norm import triton_impl as norm
 from amfm.kernels.rope import triton_impl as rope
 from amfm.kernels.sparse_attention import triton_impl as sparse
 from amfm.kernels.swiglu import triton_impl as swiglu
-from amfm.launch.simulate.bodies import BodyRunner
+from amfm.launch.simulate.compiled import BodyRunner
 
 ROOT = Path(__file__).parents[3]
 ROOMS = ("kernels", "model", "pretrain", "data_pipeline", "launch")

@@ -31,7 +31,7 @@ SPEC = Kind("blind", "blind_mixer:BlindMixer", BlindOptions)
 MIXER = """
 import torch
 
-from amfm.model.mixers.retention import LightningMixer
+from amfm_mixers.retention import LightningMixer
 
 
 @torch.library.custom_op("blind::double", mutates_args=())

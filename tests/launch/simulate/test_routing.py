@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from amfm.launch.simulate.routing import spread_choices
+from amfm.launch.simulate.values import spread_choices
 from amfm.model.moe.transfer import expected_ranks
 from tests.launch.plan.blocks.test_expert_traffic import moe_of
 

@@ -35,8 +35,7 @@ SPEC = Kind("halving", "halving_mixer:HalvingMixer", HalvingOptions)
 MIXER = """
 import math
 
-from amfm.model.mixers.base import LinearMixer
-from amfm.model.mixers.feature_maps import no_decay, query_key_value
+from amfm.model.mixers.base import LinearMixer, no_decay, query_key_value
 from amfm.model.mixers.recurrence import DecayRecurrence, ScanRows
 
 
@@ -185,7 +184,8 @@ def test_sizes_that_do_not_fit_are_refused(name, change, message):
 
 
 def test_the_page_of_mixers_names_every_one_of_ours():
-    page = (Path(__file__).parents[3] / "docs" / "mixers.md").read_text()
+    root = Path(__file__).parents[3]
+    page = (root / "docs/mixers.md").read_text() + (root / "examples/mixers/README.md").read_text()
     for spec in registered_kinds().values():
         assert f"| `{spec.symbol}` | `{spec.name}` |" in page, spec.name
 

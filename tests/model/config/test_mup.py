@@ -73,7 +73,7 @@ def test_readers_of_weights_see_a_plain_model() -> None:
     [
         (
             {"pattern": "*L", "mixers": {"lightning": {"num_heads": 4, "head_dim": 16}}},
-            "not shown to hold for blocks 'L' of model.pattern.*remove model.mup",
+            "not shown to hold for blocks '{lightning}' of model.pattern.*remove model.mup",
         ),
         ({"pattern": "*-/*-", "mtp": {}}, "MTP layers behind '/' of model.pattern"),
         (

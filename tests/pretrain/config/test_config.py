@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from amfm.model.config.schema import RegisteredMixers
 from amfm.pretrain.config.fields import REPEATED, describe_fields, flatten_settings, reference_page
 from amfm.pretrain.config.file import config_schema
 from amfm.pretrain.config.rarely_set import RARELY_SET
@@ -47,37 +48,11 @@ model.mixers.deltaproduct.conv_kernel model.mixers.deltaproduct.chunk_size model
 model.mixers.deltaproduct.head_dim model.mixers.deltaproduct.value_head_dim model.mixers.deltaproduct.num_key_heads
 model.mixers.deltaproduct.allow_negative_eigenvalues model.mixers.deltaproduct.num_steps
 model.mixers.deltaproduct.decay
-model.mixers.gla.conv_kernel model.mixers.gla.chunk_size model.mixers.gla.num_heads model.mixers.gla.head_dim
-model.mixers.gla.value_head_dim model.mixers.gla.gate_rank
 model.mixers.hgrn2.conv_kernel model.mixers.hgrn2.chunk_size model.mixers.hgrn2.num_heads model.mixers.hgrn2.head_dim
 model.mixers.hgrn2.value_head_dim
 model.mixers.kda.conv_kernel model.mixers.kda.chunk_size model.mixers.kda.num_heads model.mixers.kda.head_dim
 model.mixers.kda.value_head_dim model.mixers.kda.gate_rank model.mixers.kda.allow_negative_eigenvalues
-model.mixers.gdn2.conv_kernel model.mixers.gdn2.chunk_size model.mixers.gdn2.num_heads model.mixers.gdn2.head_dim
-model.mixers.gdn2.value_head_dim model.mixers.gdn2.gate_rank
-model.mixers.hedgehog.conv_kernel model.mixers.hedgehog.chunk_size model.mixers.hedgehog.num_heads
-model.mixers.hedgehog.head_dim model.mixers.hedgehog.value_head_dim model.mixers.hedgehog.positions
-model.mixers.hedgehog.rope_theta
-model.mixers.lightning.conv_kernel model.mixers.lightning.chunk_size model.mixers.lightning.num_heads
-model.mixers.lightning.head_dim model.mixers.lightning.value_head_dim
-model.mixers.lightnet.conv_kernel model.mixers.lightnet.chunk_size model.mixers.lightnet.num_heads
-model.mixers.lightnet.head_dim model.mixers.lightnet.value_head_dim model.mixers.lightnet.gate_rank
-model.mixers.mala.conv_kernel model.mixers.mala.chunk_size model.mixers.mala.num_heads model.mixers.mala.head_dim
-model.mixers.mala.value_head_dim model.mixers.mala.positions model.mixers.mala.rope_theta
-model.mixers.mamba1.conv_kernel model.mixers.mamba1.chunk_size model.mixers.mamba1.inner_size
-model.mixers.mamba1.state_size model.mixers.mamba1.dt_rank
-model.mixers.mamba3.conv_kernel model.mixers.mamba3.chunk_size model.mixers.mamba3.num_heads
-model.mixers.mamba3.head_dim model.mixers.mamba3.state_size model.mixers.mamba3.num_groups model.mixers.mamba3.rotated
-model.mixers.mom.mixer model.mixers.mom.num_memories model.mixers.mom.top_k model.mixers.mom.shared_memory
-model.mixers.mom.balance_loss_weight
-model.mixers.plstm.conv_kernel model.mixers.plstm.chunk_size model.mixers.plstm.num_heads model.mixers.plstm.head_dim
-model.mixers.plstm.value_head_dim
-model.mixers.retnet.conv_kernel model.mixers.retnet.chunk_size model.mixers.retnet.num_heads
-model.mixers.retnet.head_dim model.mixers.retnet.value_head_dim model.mixers.retnet.rope_theta
 model.mixers.short_conv.conv_kernel
-model.mixers.transnormer.conv_kernel model.mixers.transnormer.chunk_size model.mixers.transnormer.num_heads
-model.mixers.transnormer.head_dim model.mixers.transnormer.value_head_dim model.mixers.transnormer.positions
-model.mixers.transnormer.rope_theta
 model.mixers.mla.num_heads model.mixers.mla.latent_size model.mixers.mla.query_latent_size
 model.mixers.mla.nope_head_dim model.mixers.mla.rope_head_dim model.mixers.mla.value_head_dim model.mixers.mla.positions
 model.mixers.mla.rope_theta model.mixers.mla.gate model.mixers.mla.latent_norm_epsilon model.mixers.mla.sinks
@@ -178,7 +153,7 @@ launch.kubernetes.shared_memory launch.kubernetes.grace_seconds launch.kubernete
 
 
 def test_the_field_list_is_frozen():
-    assert [row.key for row in describe_fields()] == FIELDS.split()
+    assert [row.key for row in describe_fields(of_packages=False)] == FIELDS.split()
 
 
 def settings_of_presets_and_recipes() -> set[str]:
@@ -194,7 +169,7 @@ def settings_of_presets_and_recipes() -> set[str]:
 
 def test_a_setting_is_set_by_a_preset_or_recipe_or_a_page_says_when_it_is() -> None:
     common = settings_of_presets_and_recipes()
-    rows = [row for row in describe_fields() if not row.key.startswith(REPEATED)]
+    rows = [row for row in describe_fields(of_packages=False) if not row.key.startswith(REPEATED)]
     assert [row.key for row in rows if row.user is None and row.key not in common] == [], "name a page in RARELY_SET"
     assert [row.key for row in rows if row.user is not None and row.key in common] == [], "leave it out of RARELY_SET"
     listed = {f"{section}.{name}" for page in RARELY_SET.values() for section in page for name in page[section].split()}
@@ -215,8 +190,17 @@ def test_the_reference_page_is_fresh():
 
 
 def test_the_schema_for_editors_is_fresh():
-    schema = Path(__file__).parents[3] / "configs" / "schema.json"
-    assert json.loads(schema.read_text()) == config_schema(), "run: make docs"
+    written = json.loads((Path(__file__).parents[3] / "configs" / "schema.json").read_text())
+    schema = config_schema()
+    mixers = schema["$defs"]["RegisteredMixers"]["properties"]
+    packaged = {
+        RegisteredMixers.model_fields[name].annotation.__args__[0].__name__ for name in RegisteredMixers.packages
+    }
+    schema["$defs"]["RegisteredMixers"]["properties"] = {
+        name: value for name, value in mixers.items() if name not in RegisteredMixers.packages
+    }
+    schema["$defs"] = {name: value for name, value in schema["$defs"].items() if name not in packaged}
+    assert written == schema, "run: make docs"
 
 
 def test_the_schema_accepts_partial_files_and_knows_every_section():

@@ -90,7 +90,7 @@ def test_null_sections_that_earlier_versions_wrote_are_left_out(base: Path) -> N
 
 
 def test_our_own_sections_are_written_where_they_are_null(base: Path) -> None:
-    assert "    retnet: null\n" in resolved_yaml(load_config(base))
+    assert "    deltanet: null\n" in resolved_yaml(load_config(base))
 
 
 def test_a_file_with_a_section_that_nothing_registers_asks_for_its_package(base: Path) -> None:

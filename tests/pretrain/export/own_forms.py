@@ -7,12 +7,18 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from amfm.model.config.kinds import all_kinds
+from amfm.model.config.plugins import load_named
 from amfm.pretrain.export.modeling_template.modeling_amfm import AmfmForCausalLM
+from amfm.pretrain.export.modeling_template.package_mixers_amfm import PACKAGE_MIXERS
 from tests.helpers.numbers import assert_near
 
 # float32 on both sides: chunks here, token after token there. The largest of MALA's difference of large sums. Our
 # own float32 gradients are 1.1e-4 from float64 for LightNet in a mixture of memories on one processor, theirs 2.2e-5.
 FLOAT32 = 2e-5
+
+# What an export writes into its own copy of that file.
+PACKAGE_MIXERS |= {kind.name: load_named(kind.modeling) for kind in all_kinds().values() if kind.modeling}
 
 
 @torch.no_grad()

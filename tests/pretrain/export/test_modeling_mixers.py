@@ -172,10 +172,10 @@ def test_an_export_with_registered_mixers_is_proved_generates_and_comes_back(dat
 
 
 def test_a_mixer_of_another_package_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = mixer_config("mom over retnet")
-    fewer = tuple(spec for spec in registry.BUILT_IN if spec.name != "retnet")
+    config = mixer_config("mom over deltanet")
+    fewer = tuple(spec for spec in registry.BUILT_IN if spec.name != "deltanet")
     monkeypatch.setattr("amfm.model.huggingface.own.BUILT_IN", fewer)
     (reason,) = explain_unfit(config, "own")
-    assert "{mom} over retnet: the mixer retnet of another package is not in our modelling file; use" in reason
-    with pytest.raises(ValueError, match="retnet of another package"):
+    assert "{mom} over deltanet: the mixer deltanet of another package is not in our modelling file; use" in reason
+    with pytest.raises(ValueError, match="deltanet of another package"):
         choose_target(config)

@@ -29,7 +29,7 @@ IDS = torch.arange(10, 22)[None]
 
 
 def build(pattern: str, attention: str = "sdpa") -> AmfmForCausalLM:
-    mixers = {name: sample_options(name) for name in ("window", "mla", "retnet")}
+    mixers = {name: sample_options(name) for name in ("window", "mla", "deltanet")}
     config = ModelConfig.model_validate(MODEL | {"pattern": pattern, "mixers": mixers})
     fields = huggingface_config(config, "own", TokenIds(None, None, None), max_position_embeddings=64)
     torch.manual_seed(0)
@@ -99,7 +99,7 @@ def test_backends_get_heads_as_they_are_and_a_mask_where_rows_are_padded() -> No
 def test_what_would_give_wrong_numbers_is_refused() -> None:
     from transformers import DynamicCache
 
-    model = build("M{retnet}")
+    model = build("M{deltanet}")
     documents = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]])
     cache = model(IDS, use_cache=True).cache
     for arguments, kind, words in (

@@ -12,7 +12,7 @@ import torch
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
-from amfm.pretrain.config.pruning import QkClipConfig
+from amfm.pretrain.config.hook_sections import QkClipConfig
 from amfm.pretrain.config.schema import OptimizerConfig
 from amfm.pretrain.engine.engine import build_engine
 from amfm.pretrain.hooks.qk_clip import QkClip

@@ -10,9 +10,8 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from amfm.pretrain.monitor.beats import Beat, clear_beats, describe_lost, name_laggards, read_beats
+from amfm.pretrain.monitor.beats import Beat, Neighbours, clear_beats, describe_lost, name_laggards, read_beats
 from amfm.pretrain.monitor.heartbeat import HUNG, Heartbeat, Stall
-from amfm.pretrain.monitor.neighbours import Neighbours
 from amfm.pretrain.monitor.node_board import NodeBoard
 from tests.helpers.patience import PATIENCE_SECONDS
 

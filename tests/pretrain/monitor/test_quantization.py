@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from amfm.kernels.low_precision.recipe import Recipe
-from amfm.kernels.low_precision.watch import note_operands, watch_operands
+from amfm.kernels.low_precision.recipe import Recipe, note_operands, watch_operands
 from amfm.pretrain.monitor.quantization import Losses, count_losses, describe_losses
 
 

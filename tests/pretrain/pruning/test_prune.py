@@ -14,7 +14,7 @@ from amfm.model.moe.block import PRUNED_BIAS
 from amfm.pretrain.checkpoint.masters import MasterView
 from amfm.pretrain.checks.check_run import check_run
 from amfm.pretrain.config.errors import ConfigError
-from amfm.pretrain.config.pruning import PRUNED_GROUPS, PruneConfig
+from amfm.pretrain.config.hook_sections import PRUNED_GROUPS, PruneConfig
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.inference.weights import read_weights
 from amfm.pretrain.launcher_protocol import DONE

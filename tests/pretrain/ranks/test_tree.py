@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from amfm.pretrain.ranks.tree import BLOCK, FAN_OUT, RankTree
+from amfm.pretrain.ranks.group import BLOCK, FAN_OUT, RankTree
 from tests.pretrain.rehearsal import Rehearsal, rehearse
 
 

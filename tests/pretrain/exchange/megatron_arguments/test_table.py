@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from amfm.pretrain.config.fields import describe_fields
-from amfm.pretrain.exchange.megatron_arguments.page import renew
 from amfm.pretrain.exchange.megatron_arguments.table import read_table
+from tests.pretrain.exchange.megatron_arguments.page import renew
 
 PAGE = Path(__file__).parents[4] / "docs" / "from_megatron.md"
 CLASSES = {

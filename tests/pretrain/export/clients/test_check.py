@@ -11,7 +11,7 @@ import pytest
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.launch.cli import run
-from amfm.launch.commands.client import require_equal
+from amfm.launch.commands.export import require_equal
 from amfm.pretrain.export.clients.check import (
     CLIENTS,
     ClientReport,
