@@ -24,7 +24,7 @@ TASKS = {
     "pick a layout": ("docs/layouts.md", r"## Start here"),
     "train on long sequences": ("docs/long_context.md", r"parallel\.context|context:"),
     "continue a Hugging Face checkpoint": ("docs/export.md", r"## Continue from a Hugging Face checkpoint"),
-    "fit a scaling law": ("examples/study/README.md", r"[Ss]caling law|power law|\blaw\b"),
+    "fit a scaling law": ("examples/study/README.md", r"(?i)scaling law|power law|\blaw\b"),
     "balance experts": ("docs/moe_balance.md", r"balanc"),
     "weight sources": ("docs/data.md", r"weight: ?[\d.]+"),
     "profile a step": ("docs/debugging.md", r"train\.profile"),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Sequence
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
 from amfm.model.config.plugins import PluginSections, how_to_install
 from amfm.pretrain.config.errors import Problem
-from amfm.pretrain.config.fields import describe_fields, section_at, section_of, show_value
+from amfm.pretrain.config.fields import describe_fields, name_type, section_at, section_of, show_value
 
 Schema = type[BaseModel]
 Parts = tuple[str | int, ...]
@@ -58,8 +59,11 @@ def first_causes(details: Sequence[Any]) -> list[Any]:
 def explain(detail: Any, schema: Schema) -> Problem:
     """Translate one finding of pydantic into a problem with rule and fix; unknown kinds keep its message."""
     parts: tuple[str | int, ...] = detail["loc"]
-    key = ".".join(str(part) for part in parts)
     value = shown(detail["input"])
+    if union := union_at(parts[:-1], schema):  # pydantic has a finding per member, with the member behind the key
+        key = ".".join(str(part) for part in parts[:-1])
+        return Problem(key, f"must be {name_type(union)}", meaning_of(parts[:-1], schema) or "correct it", value)
+    key = ".".join(str(part) for part in parts)
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
         return Problem(key, "unknown key", nearest_key(parts, schema), value)
@@ -77,6 +81,17 @@ def explain(detail: Any, schema: Schema) -> Problem:
     return Problem(
         key, str(detail["msg"]).removeprefix("Value error, "), meaning_of(parts, schema) or "correct it", value
     )
+
+
+def union_at(parts: Parts, schema: Schema) -> Any:
+    """The annotation of a setting that takes values of several types, such as `bool | Literal["wide"]`; None for others."""
+    section = section_at(parts[:-1], schema) if parts else None
+    info = section.model_fields.get(str(parts[-1])) if section else None
+    if info is None or get_origin(info.annotation) not in (Union, UnionType) or section_of(info.annotation):
+        return None
+    members = [item for item in get_args(info.annotation) if item is not type(None)]
+    plain = all(get_origin(item) in (None, Literal) for item in members)
+    return info.annotation if plain and len(members) > 1 else None
 
 
 def explain_missing(parts: Parts, schema: Schema) -> Problem:

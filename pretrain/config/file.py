@@ -107,7 +107,7 @@ def resolve(
         # JSON in strict mode: no text becomes a number, no number a truth value, and lists are fine for tuples.
         config = schema.model_validate_json(json.dumps(tree.plain()), strict=True)
     except ValidationError as error:
-        problems += [explain(detail, schema) for detail in first_causes(error.errors(include_url=False))]
+        problems += dict.fromkeys(explain(detail, schema) for detail in first_causes(error.errors(include_url=False)))
     if problems:
         raise ConfigError(problems).located(origins)
     return config, origins

@@ -197,3 +197,10 @@ def test_a_problem_of_the_parent_file_names_the_parent(base, tmp_path):
     base.write_text(BASE.replace("steps: 1e2", "steps: soon"))
     message = message_of(written(tmp_path, "extends: base.yaml\n"))
     assert message.startswith(f"{base}:{BASE[: BASE.index('steps')].count(chr(10)) + 1}: train.steps = ")
+
+
+def test_a_setting_of_several_types_is_one_problem_that_names_them_all(base):
+    message = message_of(base, "model.attention.qk_norm=3.5", "schedule.warmup_steps=soon")
+    assert "model.attention.qk_norm = 3.5: must be true | false or wide; RMSNorm over" in message
+    assert 'schedule.warmup_steps = "soon": must be int or float or null; ' in message
+    assert message.count("must be") == 2
