@@ -201,6 +201,6 @@ def test_a_problem_of_the_parent_file_names_the_parent(base, tmp_path):
 
 def test_a_setting_of_several_types_is_one_problem_that_names_them_all(base):
     message = message_of(base, "model.attention.qk_norm=3.5", "schedule.warmup_steps=soon")
-    assert "model.attention.qk_norm = 3.5: must be true | false or wide; RMSNorm over" in message
-    assert 'schedule.warmup_steps = "soon": must be int or float or null; ' in message
+    assert "model.attention.qk_norm=3.5: must be true | false or wide; RMSNorm over" in message
+    assert "schedule.warmup_steps=soon: must be int or float or null; " in message
     assert message.count("must be") == 2
