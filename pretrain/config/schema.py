@@ -71,7 +71,11 @@ class OptimizerConfig(Section):
     beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
     beta2: float = Field(0.95, ge=0, lt=1, description="Decay of the second moment.")
     epsilon: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
-    weight_decay: float = Field(0.1, ge=0, description="On matrices; norms, biases, A_log, D and dt_bias never decay.")
+    weight_decay: float = Field(
+        0.1,
+        ge=0,
+        description="On matrices; norms, biases, A_log, D and dt_bias never decay, but of model.moe.bias those of the first product do, which are columns of its matrix.",
+    )
     clip_grad_norm: float | None = Field(1.0, gt=0, description="Largest global gradient norm; null: no clipping.")
     rates: RateFactors | None = Field(None, description="Factors on the rate by group; null: one rate for all.")
     decays: DecayFactors | None = Field(None, description="Factors on weight_decay by group; null: one for all.")

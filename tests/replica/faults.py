@@ -10,6 +10,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from amfm.data_pipeline.batch import Batch
+from amfm.model.mixers import delta
 from amfm.model.moe.block import MoeMixer
 from amfm.pretrain.engine import engine, optimizer
 from amfm.pretrain.micro_batch import LossShare
@@ -83,6 +84,11 @@ def labels_of_one_rank(planted: ExitStack) -> None:
     put(planted, Parallel, "sum_over_data", estimate)
 
 
+def keys_of_any_length(planted: ExitStack) -> None:
+    """Queries and keys of Gated DeltaNet keep their lengths."""
+    put(planted, delta, "unit_length", lambda x: x)
+
+
 FAULTS: dict[str, Plant] = {
     plant.__name__: plant
     for plant in (
@@ -95,6 +101,7 @@ FAULTS: dict[str, Plant] = {
         partial_gradients_not_summed,
         partial_gradients_summed_twice,
         labels_of_one_rank,
+        keys_of_any_length,
     )
 }
 # The class, and the ranks and layout under which each is planted.
@@ -108,5 +115,6 @@ PLANTED: list[tuple[str, str, int, dict[str, Any]]] = [
     ("partial_gradients_not_summed", "lfm2_moe", 2, {"tensor": 2, "sequence_parallel": True}),
     ("partial_gradients_summed_twice", "lfm2_moe", 2, {"tensor": 2, "sequence_parallel": True}),
     ("partial_gradients_not_summed", "granitemoehybrid", 2, {"pipeline": 2}),
+    ("keys_of_any_length", "qwen3_next", 1, {}),
     ("labels_of_one_rank", "gpt_oss", 2, {"zero_stage": 2}),
 ]

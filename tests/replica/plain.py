@@ -178,8 +178,39 @@ def router_losses(router: Router, recipe: Recipe, num_documents: Sequence[int]) 
         yield recipe.z * torch.cat(rows).logsumexp(-1).square().mean()
 
 
+def backward(model: Any, routers: Sequence[Router], step: Step, recipe: Recipe) -> tuple[float, list[Tensor], float]:
+    """Add the gradients of a step to the weights: its loss, choices by router and expert, and their smallest margin.
+
+    The loss is the mean over the labels of the step, without router losses.
+    """
+    num_labels = sum(
+        label != IGNORED for batch in step for row in batch for document in row for label in document.labels
+    )
+    total, margin = 0.0, float("inf")
+    counts = [torch.zeros(len(router.module.weight), dtype=torch.int64) for router in routers]
+    for batch in step:
+        for router in routers:
+            router.clear()
+        losses: list[Tensor] = []
+        for row in batch:
+            for document in row:
+                logits = model(input_ids=torch.tensor([document.tokens]), use_cache=False).logits[0]
+                labels = torch.tensor(document.labels)
+                losses.append(F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum"))
+        loss = torch.stack(losses).sum()
+        total += float(loss.detach().double())
+        whole = loss / num_labels
+        for router, count in zip(routers, counts, strict=True):
+            count += torch.cat(router.chosen).flatten().bincount(minlength=len(count))
+            margin = min(margin, *(router.margin(logits) for logits in router.logits()))
+            for each in router_losses(router, recipe, [len(row) for row in batch]):
+                whole = whole + each / len(step)
+        whole.backward()
+    return total / num_labels, counts, margin
+
+
 def train_plainly(model: Any, steps: Sequence[Step], recipe: Recipe) -> list[PlainStep]:
-    """Train, and return what each step gave. The loss is the mean over the labels of the step, without router losses."""
+    """Train, and return what each step gave."""
     model.train()
     routers = find_routers(model, model.config)
     optimizer = make_optimizer(model, recipe)
@@ -187,29 +218,7 @@ def train_plainly(model: Any, steps: Sequence[Step], recipe: Recipe) -> list[Pla
     for number, step in enumerate(steps, 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(number, recipe)
-        num_labels = sum(
-            label != IGNORED for batch in step for row in batch for document in row for label in document.labels
-        )
-        total, margin = 0.0, float("inf")
-        counts = [torch.zeros(len(router.module.weight), dtype=torch.int64) for router in routers]
-        for batch in step:
-            for router in routers:
-                router.clear()
-            losses: list[Tensor] = []
-            for row in batch:
-                for document in row:
-                    logits = model(input_ids=torch.tensor([document.tokens]), use_cache=False).logits[0]
-                    labels = torch.tensor(document.labels)
-                    losses.append(F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum"))
-            loss = torch.stack(losses).sum()
-            total += float(loss.detach().double())
-            whole = loss / num_labels
-            for router, count in zip(routers, counts, strict=True):
-                count += torch.cat(router.chosen).flatten().bincount(minlength=len(count))
-                margin = min(margin, *(router.margin(logits) for logits in router.logits()))
-                for each in router_losses(router, recipe, [len(row) for row in batch]):
-                    whole = whole + each / len(step)
-            whole.backward()
+        loss, counts, margin = backward(model, routers, step, recipe)
         norm = float(nn.utils.clip_grad_norm_(model.parameters(), recipe.clip))
         optimizer.step()
         optimizer.zero_grad()
@@ -217,5 +226,5 @@ def train_plainly(model: Any, steps: Sequence[Step], recipe: Recipe) -> list[Pla
             if router.bias is not None and recipe.bias_rate:
                 router.bias += recipe.bias_rate * torch.sign(count.double().mean() - count)
                 router.bias -= router.bias.mean()
-        found.append(PlainStep(total / num_labels, norm, [count.tolist() for count in counts], margin))
+        found.append(PlainStep(loss, norm, [count.tolist() for count in counts], margin))
     return found

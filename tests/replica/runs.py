@@ -225,11 +225,17 @@ def trained(name: str, steps: int | None = None) -> Trained:
         recipe: Recipe = replace(family.recipe, steps=steps, warmup=2, decay=2)
         family = replace(family, recipe=recipe)
     torch.set_num_threads(1)
+    model = make_model(family)
+    folder, data = import_model(model)
+    return Trained(family, folder, data, train_plainly(model, read_steps(data, family.recipe.steps), family.recipe))
+
+
+def import_model(model: Any) -> tuple[TemporaryDirectory[str], DataConfig]:
+    """A folder with the model as ours under `ours`, and a store of text."""
     folder = TemporaryDirectory()
     data = make_tiny_store(Path(folder.name, "data"), num_documents=300, mean_words=14)
-    model = make_model(family)
     theirs = Path(folder.name, "theirs")
     model.save_pretrained(theirs)
     (theirs / "tokenizer.model").write_bytes((Path(data.text_store()) / "tokenizer.model").read_bytes())
     import_huggingface(theirs, Path(folder.name, "ours"))
-    return Trained(family, folder, data, train_plainly(model, read_steps(data, family.recipe.steps), family.recipe))
+    return folder, data

@@ -20,15 +20,7 @@ def test_a_few_steps_of_one_class_are_those_of_the_plain_loop() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", LAYOUTS, ids=lambda number: f"{number}ranks")
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason="an open difference: docs/replica.md"))
-        if name == "qwen3_next"
-        else name
-        for name in FAMILIES
-    ],
-)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_step_is_that_of_the_plain_loop(family: str, num_ranks: int) -> None:
     layouts = LAYOUTS[num_ranks]
     found = trained(family).compare_runs(layouts, num_ranks)
