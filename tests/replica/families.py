@@ -105,7 +105,7 @@ FAMILIES = {
                 "shared_expert_intermediate_size": 16,
                 "norm_topk_prob": True,
                 # The norm of a head's output multiplies rounding by up to 1 / sqrt(epsilon): docs/replica.md.
-                "rms_norm_eps": 1e-3,
+                "rms_norm_eps": 1e-2,
                 **PARTIAL,
             },
             Recipe(balance=0.02, z=1e-3),

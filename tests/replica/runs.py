@@ -48,7 +48,7 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"pipeline": 2},
         {"context": 2},
     ],
-    4: [SEQUENCE | {"context": 2}, {"pipeline": 2, "expert": 2, "zero_stage": 2}],
+    4: [SEQUENCE | {"context": 2}, SEQUENCE | {"pipeline": 2}, {"tensor": 2, "expert": 2, "zero_stage": 2}],
 }
 
 
