@@ -204,7 +204,7 @@ def test_without_a_network_there_is_one_message_after_few_tries(tmp_path, monkey
     for address in (f"http://127.0.0.1:{port}", "http://name.invalid", dead_end):
         monkeypatch.setenv("HF_ENDPOINT", address)
         with pytest.raises(
-            ValueError, match=r"cannot be looked up .* HTTPS_PROXY and HF_ENDPOINT, or fetch it where .*hf download"
+            ValueError, match=r"cannot be looked up .* HTTPS_PROXY and HF_ENDPOINT, or fetch it if .*hf download"
         ):
             in_process(config_of(tmp_path, f"hub:{NAME}"))
     assert len(callers) == ATTEMPTS

@@ -284,7 +284,7 @@ def test_sources_behind_a_url_are_read_as_local_ones(server, tmp_path, pattern):
         ("none", "does not exist; name a file, a folder or a glob"),
         ("*.txt", "does not exist; name a file, a folder or a glob"),
         ("a.zip", "must end in .txt, .md, .jsonl"),
-        ("x.idx", "must be a local file: copy the .idx and the .bin here"),
+        ("x.idx", "x.idx needs x.bin next to it; restore the pair"),
     ],
 )
 def test_urls_that_give_nothing_are_refused_with_a_remedy(server, tmp_path, name, message):

@@ -191,7 +191,7 @@ def test_a_steps_sums_are_those_that_it_reduces_whichever_block_has_a_router(arg
         ),
         (
             ["parallel.context=2", "model.pattern=MEL*-E", LIGHTNING],
-            "model.pattern has L, whose exchange has no formula with parallel.context=2",
+            "model.pattern has {lightning}, whose exchange has no formula with parallel.context=2",
         ),
         (["parallel.expert=3"], "parallel.expert=3: must divide model.moe.num_experts=8"),
     ],

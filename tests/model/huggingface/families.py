@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -272,7 +273,7 @@ def made_by_transformers(kind: str, changes: dict[str, Any], folder: Path) -> tu
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **SIZES | changes)
+    config = AutoConfig.for_model(kind, **deepcopy(SIZES | changes))  # which it writes defaults into
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

@@ -195,7 +195,7 @@ def test_a_copy_that_someone_marked_gets_another_place_and_a_release_reaches_the
     assert store.list_objects("replaced-1") == {path.name: before}
     config = tiny_config(data, tmp_path / "run", train__checkpoint_store=url)
     (tmp_path / "run/config.yaml").write_text(resolved_yaml(config))
-    mark_checkpoint(path, keep=False)
+    mark_checkpoint(path, protect=False)
     assert store.list_objects()[path.name] == [name for name in before if name != "keep"]
 
 
