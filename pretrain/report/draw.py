@@ -63,7 +63,9 @@ def draw_marks(plot: Plot, axes: Any, colours: Colours) -> None:
     """Draw what happened at the foot of a plot, where it is no more than one of MARK_PLACES places wide."""
     for kind, (marker, series) in MARKS.items():
         steps = [mark.step for mark in plot.marks if mark.kind == kind]
-        width = max(1, (max(steps) - min(steps)) // MARK_PLACES) if steps else 1
+        if not steps:
+            continue  # of a line without points matplotlib's layout believes that it reaches the figure's corner
+        width = max(1, (max(steps) - min(steps)) // MARK_PLACES)
         places = [step * width for step in sorted({step // width for step in steps})]
         colour = colours.ink if series is None else colours.series[series]
         style = {"marker": marker, "markersize": 4, "linestyle": "", "clip_on": False, "label": "_hidden"}

@@ -168,4 +168,4 @@ def test_a_page_of_60_000_steps_and_24_blocks_is_below_1_mb(tmp_path):
     assert page.stat().st_size < 1_000_000
     seen = run_in_browser(page, "seen.seconds = performance.now() / 1000; seen.plots = figures()", tmp_path / "profile")
     print(f"opened and drawn in {seen['seconds']:.3f} s")
-    assert seen["plots"] == 8
+    assert seen["plots"] == 9

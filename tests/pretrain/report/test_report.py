@@ -7,14 +7,17 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.figure import Figure
 
 from amfm.model.flops import flops_per_token
 from amfm.pretrain.config.file import load_config, resolved_yaml
 from amfm.pretrain.report.data import read_run
-from amfm.pretrain.report.numbers import count, distinct, plain
+from amfm.pretrain.report.draw import draw_plot
+from amfm.pretrain.report.numbers import LIGHT, count, distinct, plain
 from amfm.pretrain.report.page import show_time
 from amfm.pretrain.report.page_data import MAX_POINTS
 from amfm.pretrain.report.picture import draw_picture
+from amfm.pretrain.report.plots import make_plots
 from amfm.pretrain.report.report import describe_model, write_report
 from tests.helpers.full_disk import largest_file
 from tests.pretrain.config.files import BASE
@@ -162,6 +165,17 @@ def test_a_picture_has_the_curves_and_the_size_of_the_run(tmp_path, suffix, begi
         before = path.read_bytes()
         draw_picture([record], path)
         assert path.read_bytes() == before, "the same run gives the same file"
+
+
+def test_plots_without_marks_fill_their_places_in_a_picture(tmp_path):
+    record = read_run(make_run(tmp_path, [line(step) for step in range(1, 30)]))
+    figure = Figure(figsize=(9.6, 5.7), layout="constrained")
+    panels = list(figure.subplots(2, 2).flat)
+    for plot, axes in zip(make_plots(record), panels):
+        assert plot.marks == ()
+        draw_plot(plot, axes, LIGHT)
+    figure.draw_without_rendering()
+    assert all(axes.get_position().width > 0.35 and axes.get_position().height > 0.3 for axes in panels)
 
 
 def test_a_step_repeated_after_a_resume_counts_once_as_logged_last(tmp_path):
