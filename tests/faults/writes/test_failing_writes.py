@@ -157,7 +157,7 @@ def test_what_a_rename_publishes_is_on_the_disk_before_and_its_name_after(place:
     clear(place)
     (place / "jobs.json").write_text(json.dumps(VERBS))
     rules = [
-        fault("fsync", f"{place}/*out{number}[!0-9]*", "EIO", after=2, when=place / f"{number}.on")
+        fault("fsync", f"{place}/*out{number}[!0-9]*", "EIO", after=1, when=place / f"{number}.on")
         for number in range(len(VERBS))
     ]
     variables = with_record(place / "record", place) | (with_faults(rules) if fails else {})
@@ -171,4 +171,6 @@ def test_what_a_rename_publishes_is_on_the_disk_before_and_its_name_after(place:
     for number, verb in enumerate(VERBS):
         of_verb = [item for item in operations if f"out{number}" in item.path or (item.kind == "s" and not item.path)]
         assert sum(item.kind == "r" for item in of_verb) >= 1, verb
-        assert find_unsynced(of_verb, place) == [], verb
+        # A heartbeat says that a rank lives, and is of no use after a loss of power.
+        unsynced = [item for item in find_unsynced(of_verb, place) if "/heartbeats/" not in item]
+        assert unsynced == [], verb
