@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from amfm.model.config.plugins import MORE_MIXERS
+
 OLD_NAMES = {
     "convert.keep": "convert.keep_blocks",
     "data.probe": "data.synthetic",
@@ -73,6 +75,19 @@ def use_current_names(settings: dict[str, Any], prefix: str = "", mapped: Mapped
             renamed = {now if key == name else key: value for key, value in parent.items()}
             parent.clear()
             parent.update(renamed)
+        leave_out_packaged(section, prefix, mapped)
+
+
+def leave_out_packaged(section: dict[str, Any], prefix: str, mapped: Mapped) -> None:
+    """Remove empty sections of mixers that became a package: files of before, as in each run directory, list them all."""
+    parent: dict[str, Any] | None = section
+    for part in filter(None, "model.mixers".removeprefix(prefix).split(".")):
+        parent = mapped(parent.get(part)) if parent is not None else None
+    if parent is None:
+        return
+    for name in MORE_MIXERS:
+        if name in parent and getattr(parent[name], "value", parent[name]) is None:
+            del parent[name]
 
 
 def stages_of(settings: Mapping[str, Any], mapped: Mapped) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from amfm.model.config.plugins import MORE_MIXERS
 from amfm.pretrain.config.file import load_config
 from tests.pretrain.config.files import BASE, message_of, written
 
@@ -204,3 +205,9 @@ def test_a_setting_of_several_types_is_one_problem_that_names_them_all(base):
     assert "model.attention.qk_norm=3.5: must be true | false or wide; RMSNorm over" in message
     assert "schedule.warmup_steps=soon: must be int or float or null; " in message
     assert message.count("must be") == 2
+
+
+def test_empty_sections_of_mixers_that_became_a_package_are_read_as_in_runs_of_before(base, tmp_path):
+    lines = "".join(f"    {name}: null\n" for name in MORE_MIXERS)
+    path = written(tmp_path, f"extends: base.yaml\nmodel:\n  mixers:\n{lines}")
+    assert load_config(path).model == load_config(base).model
