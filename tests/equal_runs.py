@@ -6,7 +6,7 @@ NEW is the working tree where it is not given; `--keep` keeps what OLD gave, for
 token store, trains `RUNS` (one plain, two with every side feature that goes together, two ranks among them), is stopped
 halfway and continues. Compared are the store's files, exit codes, each line of metrics.jsonl and events.jsonl in order,
 and each file of each checkpoint that is left; not times, memory, rates and settings that OLD does not have. At last NEW
-continues from the run directories that OLD left halfway. Prints what differs and exits with 1; 0 when nothing does.
+continues the run directories that OLD left halfway, by the config.yaml in them. Prints what differs and exits with 1; 0 when nothing does.
 
 A commit is unpacked into a temporary folder. Import names may differ (`pretrain.x` or `amfm.pretrain.x`): this file itself
 is the program that runs in each side, and finds them.
@@ -163,7 +163,7 @@ def main() -> int:
         print("new, from where old was halfway", flush=True)
         shutil.copytree(old / "halfway", resumed)
         shutil.copytree(old / "data", resumed / "data")
-        train_side(root, resumed, STEPS)
+        train_side(root, resumed, STEPS, written="1")
         expected, found = describe_side(old), describe_side(new)
         problems = list(compare("", expected, found))
         # Less the warnings of a resume, among them that the program's files are others since.
@@ -198,8 +198,8 @@ def unpack(given: str, folder: Path) -> Path:
     return folder
 
 
-def train_side(root: Path, work: Path, *stops: int) -> None:
-    """Run this file as a program in the folder `work`, with the packages of `root`."""
+def train_side(root: Path, work: Path, *stops: int, written: str = "") -> None:
+    """Run this file as a program in the folder `work`, with the packages of `root`; by what runs there wrote, or as here."""
     metadata = work.parent / "packages" / "amfm_envelope-1.0.dist-info"
     metadata.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(__file__, metadata.parent / "side_program.py")  # ranks import by name what they run
@@ -211,6 +211,7 @@ def train_side(root: Path, work: Path, *stops: int) -> None:
         "PYTHONSAFEPATH": "1",  # not the folder of this file, whose packages are named like those of before `amfm.*`
         "OMP_NUM_THREADS": "1",
         "EQUAL_RUNS_PREFIX": "amfm." if (root / "src" / "amfm").exists() else "",
+        "EQUAL_RUNS_WRITTEN": written,
     }
     work.mkdir(exist_ok=True)
     command = [sys.executable, "-W", "ignore", __file__, "--train", *map(str, stops)]
@@ -257,9 +258,14 @@ def train_until(tree: dict[str, Any], stop: int) -> list[int]:
     tree["train"]["stop_after_steps"] = stop
     if Path(schema.__file__).parents[2].joinpath("model/config/old_names.py").is_file():
         ours("model.config.old_names").use_current_names(tree)  # the settings have the names of OLD
+    if os.environ["EQUAL_RUNS_WRITTEN"]:
+        written = Path(tree["run"]["dir"], "config.yaml")
+        config = ours("pretrain.config.file").load_config(written, [f"train.stop_after_steps={stop}"])
+    else:
+        config = schema.RunConfig.model_validate(tree)
     codes: list[int] = []
     while not codes or codes[-1] == protocol.NEXT_LAYOUT:
-        codes.append(training.train(schema.RunConfig.model_validate(tree)))
+        codes.append(training.train(config))
     return codes
 
 

@@ -24,6 +24,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from amfm.data_pipeline.durable.files import named
 from amfm.pretrain.monitor.beats import LOOK_SECONDS as NEIGHBOUR_SECONDS
 from amfm.pretrain.monitor.beats import (
     PHASES,
@@ -183,7 +184,7 @@ class Heartbeat:
             self.directory.mkdir(parents=True, exist_ok=True)
             temporary = self.directory / f"rank-{self.rank}.tmp"  # of this rank: another may just take over
             temporary.unlink(missing_ok=True)  # whatever it is: a link is not followed
-            with temporary.open("x", encoding="utf-8") as file:
+            with named(temporary), temporary.open("x", encoding="utf-8") as file:
                 file.write("".join(json.dumps(asdict(beat)) + "\n" for beat in beats))
             os.replace(temporary, self._file)
         else:

@@ -10,9 +10,12 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import pytest
+
 from amfm.pretrain.monitor.beats import Beat, Neighbours, clear_beats, describe_lost, name_laggards, read_beats
 from amfm.pretrain.monitor.heartbeat import HUNG, Heartbeat, Stall
 from amfm.pretrain.monitor.node_board import NodeBoard
+from tests.helpers.full_disk import largest_file
 from tests.helpers.patience import PATIENCE_SECONDS
 
 HANG = (
@@ -40,6 +43,12 @@ WITHOUT_FOLDER = (
 
 def beat(rank: int, step: int, phase: str, *, unseen_seconds: float = 0.0) -> Beat:
     return Beat(rank, f"host{rank}", step, phase, seen=time.time() - unseen_seconds)
+
+
+def test_a_first_beat_that_the_disk_does_not_take_is_named(tmp_path: Path) -> None:
+    with largest_file(1), pytest.raises(OSError) as caught:
+        Heartbeat(tmp_path, rank=0, timeout_seconds=None).start()
+    assert caught.value.filename == str(tmp_path / "heartbeats/rank-0.tmp")
 
 
 def test_a_rank_without_progress_ends_with_its_place_and_its_stack(tmp_path: Path) -> None:
