@@ -40,6 +40,7 @@ SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 ASSISTANT = "assistant"
 BEGIN, END = "\ufdd0", "\ufdd1"  # around a marked turn: Unicode keeps them for a program's own use
 
+MOST_FOUND = 256  # turns of a record without marks: each costs two writings of what came before, marked ones none
 NOTHING_LEARNED = "nothing of it would be learned"  # ends the reason of each record without
 
 Span = tuple[int, int]
@@ -101,9 +102,13 @@ class ChatTemplate:
 
     def _find_turns(self, text: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None) -> list[Span]:
         spans = []
-        for number, message in enumerate(messages):
-            if message.get("role") != ASSISTANT:
-                continue
+        turns = [number for number, message in enumerate(messages) if message.get("role") == ASSISTANT]
+        if len(turns) > MOST_FOUND:
+            raise ValueError(
+                f"{len(turns):,} assistant turns, and at most {MOST_FOUND} are found in a template without marks; mark them in it "
+                "with {% generation %}"
+            )
+        for number in turns:
             before = self._render(messages[:number], tools, add_generation_prompt=True)
             through = self._render(messages[: number + 1], tools, add_generation_prompt=False)
             if not (text.startswith(through) and through.startswith(before)):

@@ -219,6 +219,15 @@ def test_templates_that_say_nothing_certain_are_refused(tmp_path: Path) -> None:
         ChatTemplate("{{ strftime_now('%Y') }}", {}, has_clock=False).render_turns(twice)
 
 
+def test_the_cost_of_a_record_of_thousands_of_turns_is_bounded() -> None:
+    turns = [{"role": role, "content": "x"} for _ in range(2000) for role in ("user", "assistant")]
+    with pytest.raises(
+        ValueError, match=r"^2,000 assistant turns, and at most 256 are found in a template without marks"
+    ):
+        ChatTemplate(UNMARKED, {}).render_turns(turns)
+    assert len(ChatTemplate(CHATML, {}).render_turns(turns)[1]) == 2000
+
+
 def test_settings_that_do_not_fit_are_named(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", [{"messages": TURNS}])
     for settings, match in (
