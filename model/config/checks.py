@@ -20,6 +20,8 @@ from amfm.model.config.plugins import until_registered
 from amfm.model.config.schema import ModelConfig
 from amfm.model.config.section import Section
 
+MOST = 2**31 - 1  # of any size in a section
+
 
 @until_registered
 @lru_cache(maxsize=256)
@@ -50,6 +52,7 @@ def check_model(config: ModelConfig) -> None:
         check_mup(config)
     _check_head(config)
     for kind, options in config.sections():
+        _check_rules(f"model.{kind.section}", options, _beyond(options))
         _check_rules(f"model.{kind.section}", options, options.broken_rules())
         _check_rules(f"model.{kind.section}", options, options.broken_widths(config.hidden_size))
     if config.lora_mixer is not None:
@@ -103,6 +106,13 @@ def _check_wrapped(config: ModelConfig, kind: Kind) -> None:
     section = linear[inside].section
     if config.options_of(linear[inside]) is None:
         raise ValueError(f"{key} reads model.{section}, which is missing; add model.{section}")
+
+
+def _beyond(options: Section) -> Iterator[tuple[str, str]]:
+    """Sizes with which PyTorch can no longer count a tensor's numbers."""
+    for name, value in options:
+        if type(value) is int and value > MOST:
+            yield name, f"must be at most {MOST:,}; lower it"
 
 
 def _check_rules(key: str, section: Section, broken: Iterator[tuple[str, str]]) -> None:

@@ -24,7 +24,7 @@ from amfm.data_pipeline.durable.foreign_files import inside, read_object, take, 
 from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer, read_tokenizer_file
 from amfm.model.config.checks import check_model
-from amfm.model.config.schema import ModelConfig
+from amfm.model.config.schema import ModelConfig, read_saved_model
 from amfm.model.huggingface.classes import BY_NAME, BY_TYPE, TokenIds, huggingface_config, model_config_from_huggingface
 from amfm.model.huggingface.hf_class import HfTarget, Source, Target
 from amfm.model.huggingface.own import OWN_MODEL_TYPE
@@ -206,7 +206,7 @@ def choose_config(source: Path, fields: Mapping[str, Any]) -> ModelConfig:
         path = source / OUR_DESCRIPTION
         written = BY_TYPE.get(str(fields.get("model_type")))
         if path.is_file() and isinstance(written, HfTarget):
-            described = ModelConfig.model_validate(read_object(path).get("model"))
+            described = ModelConfig.model_validate(read_saved_model(read_object(path).get("model"), {}))
             if _same_config_json(described, config, written.name):
                 config = described
     except ValidationError as error:

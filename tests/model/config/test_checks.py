@@ -49,6 +49,10 @@ def rope(**fields):
     ("changes", "message"),
     [
         ({"pattern": "MQ"}, r"model\.pattern, character 2"),
+        (
+            {"moe": {"expert_hidden_size": 2**63}},
+            r"expert_hidden_size=9223372036854775808 must be at most 2,147,483,647",
+        ),
         ({"mamba": {"num_groups": 4}}, r"num_groups=4 must divide model\.mamba\.num_heads=6; use one of 1, 2, 3, 6"),
         ({"mamba": {"a_init_min": 17.0}}, r"a_init_min=17\.0 must not exceed model\.mamba\.a_init_max=16\.0"),
         ({"mamba": {"time_step_min": 1.0}}, r"time_step_min=1\.0 must not exceed"),

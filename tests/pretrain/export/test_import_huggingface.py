@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from amfm.data_pipeline.config import DataConfig
+from amfm.model.config.old_names import OldNameWarning
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
@@ -67,6 +68,17 @@ def test_what_transformers_saves_again_is_read_without_our_description(
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
     text = "some of ours, \u00e9 too"
     assert weights.tokenizer.encode(text) == read_weights(source).tokenizer.encode(text)
+
+
+def test_an_export_of_before_is_read_by_the_names_and_mixers_of_then(data: DataConfig, tmp_path: Path) -> None:
+    source = weights_folder(data, tmp_path / "weights", "nemotron_h")
+    export_checkpoint(source, tmp_path / "out", verify=False)
+    model = json.loads((tmp_path / "out" / "amfm_model.json").read_text())["model"]
+    model["moe"]["router_group_merit"] = model["moe"].pop("group_score_top_k")
+    edit_json(tmp_path / "out" / "amfm_model.json", model=model | {"mixers": model["mixers"] | {"a_package_s": None}})
+    with pytest.warns(OldNameWarning, match="router_group_merit"):
+        import_huggingface(tmp_path / "out", tmp_path / "back")
+    assert read_weights(tmp_path / "back").model == read_weights(source).model
 
 
 def test_a_description_that_no_longer_fits_is_not_believed(data: DataConfig, tmp_path: Path) -> None:
