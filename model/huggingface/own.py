@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from amfm.model.config.kinds import BUILT_IN, find_kind
-from amfm.model.config.schema import ModelConfig
+from amfm.model.config.schema import ModelConfig, read_saved_model
 from amfm.model.huggingface.entries import WeightEntry, WeightMap
 from amfm.model.huggingface.fields import registered_mixers
 from amfm.model.huggingface.hf_class import HfTarget
@@ -71,7 +71,7 @@ def own_fields(config: ModelConfig) -> dict[str, Any]:
 def model_config_from_own(fields: Mapping[str, Any]) -> ModelConfig:
     """Invert `own_fields`; validation checks what someone may have edited."""
     sections = {name: fields.get(name) for name in ("mamba", "attention", "moe", "feed_forward")}
-    return ModelConfig.model_validate(
+    saved = read_saved_model(
         {
             "pattern": fields["pattern"],
             "vocab_size": fields["vocab_size"],
@@ -84,8 +84,10 @@ def model_config_from_own(fields: Mapping[str, Any]) -> ModelConfig:
             "norm_placement": fields.get("norm_placement") or "before",
             "multipliers": fields.get("multipliers") or {},
             **sections,
-        }
+        },
+        {},
     )
+    return ModelConfig.model_validate(saved)
 
 
 def own_map(config: ModelConfig) -> WeightMap:
