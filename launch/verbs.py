@@ -12,111 +12,125 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 PACKAGED = "examples"
-# Name -> file below launch/commands, first paragraph of its help. A verb of `PACKAGED` comes with a package of
+# Name -> panel of the list, file below launch/commands, first paragraph of its help. A verb of `PACKAGED` comes with a package of
 # examples/ (entry point group `amfm.verbs`, a typer application).
 VERBS = {
-    "init": ("init", "Write a first configuration that is valid and predicted to fit; asks for what is not given."),
+    "init": (
+        "Start",
+        "init",
+        "Write a first configuration that is valid and predicted to fit; asks for what is not given.",
+    ),
     "config": (
+        "Start",
         "config",
         "Check a configuration and print it resolved, with `extends`, overrides and defaults applied.",
     ),
-    "recipes": ("recipes", "List the recipes that come with amfm, or print the path of one."),
-    "doctor": ("doctor", "Check this machine, or every host with --cluster, and suggest fixes."),
+    "recipes": ("Start", "recipes", "List the recipes that come with amfm, or print the path of one."),
+    "doctor": ("Start", "doctor", "Check this machine, or every host with --cluster, and suggest fixes."),
     "sample-data": (
+        "Data",
         "data",
         "Download a sample text from the package registry, or collect one without a network; does nothing if it exists.",
     ),
     "prepare": (
+        "Data",
         "data",
         "Train or load the tokenizer and write the token store from all sources; does only what is missing.",
     ),
-    "inspect": ("data", "Identify a folder and verify its checksums; exit code 2 if something is wrong."),
-    "plan": (
-        "plan",
-        "Estimate parameters, FLOPs, memory and time of a run, and the layouts that fit, before you rent GPUs.",
-    ),
+    "inspect": ("Data", "data", "Identify a folder and verify its checksums; exit code 2 if something is wrong."),
     "train": (
+        "Train",
         "train",
         "Train, or resume from run.dir. A signal, Ctrl-C and train.stop_after_steps save and end the run.",
     ),
-    "report": ("train", "Write one HTML page with interactive curves, expert load, events and configuration."),
+    "report": ("Train", "train", "Write one HTML page with interactive curves, expert load, events and configuration."),
     "rollback": (
+        "Train",
         "rollback",
         "Go back to step N: later checkpoints are set aside, in the run directory and in its store; nothing is deleted.",
     ),
     "fork": (
+        "Train",
         "rollback",
         "Branch off a run: OUT continues from a checkpoint with other settings, such as an annealing stage; RUN stays.",
     ),
     "replay": (
+        "Train",
         "rollback",
         "Compute a step of a run again from the checkpoint before it, and compare loss, gradient norm and weights bitwise.",
     ),
     "watch": (
+        "Train",
         "watch",
         "Show a run live, from any machine that sees its directory: progress, speed, ranks, checkpoints, outcome.",
     ),
-    "runs": ("runs", "List the runs of a folder in a table: state, step, loss, speed, time, and whether each is well."),
+    "runs": (
+        "Train",
+        "runs",
+        "List the runs of a folder in a table: state, step, loss, speed, time, and whether each is well.",
+    ),
+    "plan": (
+        "Scale",
+        "plan",
+        "Estimate parameters, FLOPs, memory and time of a run, and the layouts that fit, before you rent GPUs.",
+    ),
     "launch": (
+        "Scale",
         "launch",
         "Start a run on many nodes and restart it from the newest checkpoint after failures, on fewer nodes if necessary.",
     ),
-    "profile": ("profile", "Show where the time of a traced step went, by kind of work, kind of block and operation."),
-    "tasks": (
-        "tasks",
-        "Make three small lm-eval tasks from a store's held-out text: multiple choice, completion and perplexity.",
+    "profile": (
+        "Scale",
+        "profile",
+        "Show where the time of a traced step went, by kind of work, kind of block and operation.",
     ),
-    "convert": (
-        "convert",
-        "Replace a trained model's attention by other mixers (section `convert`): transfer, tune, measure, write the merged weights.",
+    "bench": (
+        "Scale",
+        "bench.verbs",
+        "Measure this machine: kernels, a whole job on its GPU, and its speed for `amfm plan`.",
     ),
     "evaluate": (
+        "Use a model",
         "evaluate",
         "Measure loss and perplexity on a split of a store, accuracy on a synthetic task, or tasks of lm-eval.",
     ),
+    "tasks": (
+        "Use a model",
+        "tasks",
+        "Make three small lm-eval tasks from a store's held-out text: multiple choice, completion and perplexity.",
+    ),
     "generate": (
+        "Use a model",
         "evaluate",
         "Generate text from a prompt. The recurrent state is kept, so the cost per token does not grow with the text.",
     ),
-    "export": ("export", "Write a transformers checkpoint and verify its logits in a fresh process."),
+    "serve": (
+        "Use a model",
+        "serve",
+        "Serve a model with an OpenAI-compatible API (completions, chat completions, streaming) and a page to try it.",
+    ),
+    "export": ("Use a model", "export", "Write a transformers checkpoint and verify its logits in a fresh process."),
     "import": (
+        "Use a model",
         "importing",
         "Import a transformers checkpoint or another program's training state, to continue, export or use it.",
     ),
     "merge": (
+        "Use a model",
         "merge",
         "Merge checkpoints: write the mean of their weights, often better than the last one before the rate decays.",
     ),
     "compact": (
+        "Use a model",
         "compact",
         "Remove channels, experts and heads that pruning set to zero, and verify that the logits are unchanged.",
     ),
-    "serve": (
-        "serve",
-        "Serve a model with an OpenAI-compatible API (completions, chat completions, streaming) and a page to try it.",
-    ),
-    "bench": ("bench.verbs", "Measure this machine: kernels, a whole job on its GPU, and its speed for `amfm plan`."),
-    "study": (PACKAGED, "Train grids of small models and compare them (a package: examples/study)."),
-}
-
-# Panels of the list of verbs.
-PANELS = {
-    "Start": ("init", "config", "recipes", "doctor"),
-    "Data": ("sample-data", "prepare", "inspect"),
-    "Train": ("train", "report", "rollback", "fork", "replay", "watch", "runs"),
-    "Scale": ("plan", "launch", "profile", "bench"),
-    "Use a model": (
-        "evaluate",
-        "tasks",
-        "generate",
-        "serve",
-        "export",
-        "import",
-        "merge",
-        "compact",
+    "convert": (
+        "Use a model",
         "convert",
-        "study",
+        "Replace a trained model's attention by other mixers (section `convert`): transfer, tune, measure, write the merged weights.",
     ),
+    "study": ("Use a model", PACKAGED, "Train grids of small models and compare them (a package: examples/study)."),
 }
 
 
@@ -125,9 +139,8 @@ class Verbs(TyperGroup):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        panels = {name: panel for panel, names in PANELS.items() for name in names}
         self.commands = {
-            name: TyperCommand(name, help=VERBS[name][1], rich_help_panel=panel) for name, panel in panels.items()
+            name: TyperCommand(name, help=text, rich_help_panel=panel) for name, (panel, _, text) in VERBS.items()
         }
 
     def resolve_command(self, context: Any, words: list[str]) -> tuple[str | None, Any, list[str]]:
@@ -140,7 +153,7 @@ def load_verb(name: str) -> Any:
     """Import a verb as a command; flags of it, and of what is below it, have no type in help: typer writes `<bool>`, as if a
     value followed. Raises ValueError for one whose package is not installed.
     """
-    file, text = VERBS[name]
+    _, file, text = VERBS[name]
     part = typer.Typer()
     if file == PACKAGED:
         part.add_typer(load_packaged(name), name=name)
