@@ -104,7 +104,8 @@ BlockSteps = Generator[None, None, tuple[Tensor, MixerOutput]]
 
 
 class Block(nn.Module):
-    """Residual block, x + multiplier * mixer(norm(x)), or with its norm after it x + multiplier * norm(mixer(x)).
+    """Residual block, x + multiplier * mixer(norm(x)), or with its norm after it x + multiplier * norm(mixer(x)); or
+    with two norms.
 
     The addition is left to the next norm.
 
@@ -118,6 +119,9 @@ class Block(nn.Module):
         self.recomputes, self.keeps_norm = False, True
         self.multiplier, self.norm_after = config.multipliers.residual, config.norms_after()[index]
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon, backend, groups)
+        self.out_norm: RMSNorm | None = None
+        if config.norms_per_block() == 2:
+            self.out_norm = RMSNorm(config.hidden_size, config.norm_epsilon, backend, groups)
         self.mixer = build_mixer(index, config, groups, backend)
         self.updates = put_updates(self.mixer, config, groups, backend)
         # Of a package's mixer: ours draw by their own seeds (`set_draw_seed`).
@@ -193,7 +197,8 @@ class Block(nn.Module):
 
     def _leave(self, mixed: MixerOutput) -> MixerOutput:
         """The mixer's output, normed where its norm comes after it."""
-        return mixed._replace(y_BTD=self.norm(mixed.y_BTD)) if self.norm_after else mixed
+        norm = self.norm if self.norm_after else self.out_norm
+        return mixed if norm is None else mixed._replace(y_BTD=norm(mixed.y_BTD))
 
     def _norm(self, residual_BTD: Tensor) -> Tensor:
         """What the mixer reads of the stream, in the dtype of the weights."""

@@ -134,8 +134,11 @@ def count_weights(config: ModelConfig, symbol: str) -> Weights:
 
 
 def block_parameters(config: ModelConfig, symbol: str) -> tuple[int, int]:
-    """(total, active) parameters of one block with its norm."""
-    rest, weights = config.hidden_size + _routed_updates(config, symbol), count_weights(config, symbol)
+    """(total, active) parameters of one block with its norms."""
+    rest, weights = (
+        config.norms_per_block() * config.hidden_size + _routed_updates(config, symbol),
+        count_weights(config, symbol),
+    )
     return weights.total + rest, weights.active + rest
 
 
@@ -163,4 +166,4 @@ def _all_of_kind(config: ModelConfig, symbol: str) -> int:
 
     places = [index for index, other in enumerate(config.letters) if other == symbol]
     shapes = [shape for place in places for shape in block_shapes(config, symbol, place).values()]
-    return len(places) * config.hidden_size + sum(math.prod(shape) for shape in shapes)
+    return len(places) * config.norms_per_block() * config.hidden_size + sum(math.prod(shape) for shape in shapes)

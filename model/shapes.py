@@ -21,6 +21,8 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     def add_blocks(prefix: str, letters: Sequence[str]) -> None:
         for index, letter in enumerate(letters):
             shapes[f"{prefix}blocks.{index}.norm.weight"] = (width,)
+            if config.norms_per_block() == 2:
+                shapes[f"{prefix}blocks.{index}.out_norm.weight"] = (width,)
             place = index if not prefix and config.block_options(letter).differs_by_block() else None
             for name, shape in block_shapes(config, letter, place).items():
                 shapes[f"{prefix}blocks.{index}.mixer.{name}"] = shape

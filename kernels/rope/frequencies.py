@@ -39,11 +39,12 @@ def rope_frequencies(
     yarn_beta_slow: float = 1.0,
     yarn_truncate: bool = True,
     llama3: Llama3Numbers | None = None,
+    linear_factor: float | None = None,
 ) -> tuple[Tensor, float]:
     """Angle a token of each rotated pair of channels, float32 on CPU, and the factor on cosine and sine.
 
     d = int(head_dim * fraction) channels are rotated, so there are d / 2 angles.
-    `scaling`: "none" theta^(-2i/d); "ntk" theta becomes theta * alpha^(d/(d-2)); "yarn" frequencies that turn fewer
+    `scaling`: "none" theta^(-2i/d); "linear" that divided by `linear_factor`; "ntk" theta becomes theta * alpha^(d/(d-2)); "yarn" frequencies that turn fewer
     than `yarn_beta_slow` times over the trained length are divided by `yarn_factor`, those above `yarn_beta_fast`
     are kept, and between them a ramp mixes both, whose ends are rounded outwards to whole pairs if `yarn_truncate`; "llama3" as `Llama3Numbers` says.
 
@@ -54,11 +55,17 @@ def rope_frequencies(
     _check(head_dim, dim, theta, scaling, ntk_alpha, yarn_factor, yarn_original_length)
     if (scaling == "llama3") != (llama3 is not None):
         raise ValueError(f"scaling=llama3 needs llama3, and nothing else reads it; got {scaling=}, {llama3=}")
+    if (scaling == "linear") != (linear_factor is not None):
+        raise ValueError(
+            f"scaling=linear needs linear_factor, and nothing else reads it; got {scaling=}, {linear_factor=}"
+        )
     if scaling == "ntk":
         assert ntk_alpha is not None, "checked above"
         theta = theta * ntk_alpha ** (dim / (dim - 2))
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
     frequencies = 1.0 / theta**exponents
+    if linear_factor is not None:
+        return frequencies / linear_factor, 1.0
     if llama3 is not None:
         turns = llama3.original_length * frequencies / (2 * math.pi)
         kept = ((turns - llama3.slow_turns) / (llama3.fast_turns - llama3.slow_turns)).clamp(0, 1)
@@ -98,8 +105,8 @@ def _check(
         raise ValueError(f"head_dim * fraction must be even and in 1..head_dim; got {dim} of head_dim={head_dim}")
     if theta <= 1:
         raise ValueError(f"theta must be above 1; got {theta}")
-    if scaling not in ("none", "ntk", "yarn", "llama3"):
-        raise ValueError(f"scaling must be none, ntk, yarn or llama3; got {scaling!r}")
+    if scaling not in ("none", "linear", "ntk", "yarn", "llama3"):
+        raise ValueError(f"scaling must be none, linear, ntk, yarn or llama3; got {scaling!r}")
     if (scaling == "ntk") != (ntk_alpha is not None):
         raise ValueError(f"scaling=ntk needs ntk_alpha, and nothing else reads it; got {scaling=}, {ntk_alpha=}")
     if scaling == "ntk" and dim <= 2:

@@ -81,6 +81,7 @@ def trials() -> Iterator[Sized]:
     """SwiGLU and the squared ReLU."""
     yield Sized("SwiGLU", "first", partial(swiglu_problem, rows=33, width=600))
     yield Sized("limited SwiGLU", "first", partial(swiglu_problem, rows=33, width=600, unit=LIMITED))
+    yield Sized("GEGLU", "first", partial(swiglu_problem, rows=33, width=600, unit=GATES["geglu"]))
     yield Sized("squared ReLU", "first", partial(squared_relu_problem, rows=33, width=600))
     yield Sized("SwiGLU, one row of 7", "small", partial(swiglu_problem, rows=1, width=7))
     yield Sized("SwiGLU, long", "long", partial(swiglu_problem, rows=8205, width=12288))

@@ -1,15 +1,17 @@
 """Gated units of feed-forwards: the constants of each, and the word by which settings and custom ops name it.
 
-All are silu(gate) up with changes that cost no memory traffic: the gate's sigmoid may be steeper, up may begin at 1, and both
-may be limited, because a product of two large numbers is what overflows first in low precision. An operation carries the unit
+All are silu(gate) up with changes that cost no memory traffic: the gate's sigmoid may be steeper, or steeper the larger the gate
+(tanh's form of GELU is that), up may begin at 1, and both may be limited, because a product of two large numbers is what overflows first in low precision. An operation carries the unit
 as one word, `swiglu@7.0`: the layers between a setting and a kernel need not know what it has.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -17,11 +19,13 @@ UNGATED = "squared_relu"
 
 
 class Gate(NamedTuple):
-    """gate sigmoid(alpha gate) (up + shift), with gate at most `limit` and up between -limit and limit; None: no limit."""
+    """gate sigmoid(alpha gate (1 + cubic gate^2)) (up + shift), with gate at most `limit` and up between -limit and limit; None: no
+    limit."""
 
     alpha: float = 1.0
     shift: float = 0.0
     limit: float | None = None
+    cubic: float = 0.0
 
     def limited(self, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """Limit gate and up, and shift up; if there is neither, what came is returned."""
@@ -34,9 +38,17 @@ class Gate(NamedTuple):
         return gate if self.alpha == 1.0 else gate * self.alpha
 
     def factor(self, gate: Tensor) -> Tensor:
-        """gate sigmoid(alpha gate), a new tensor."""
+        """What up is multiplied by, a new tensor."""
+        if self.cubic:
+            return functional.gelu(gate, approximate="tanh")
         factor = functional.silu(self.steep(gate))
         return factor if self.alpha == 1.0 else factor.div_(self.alpha)
+
+    def factor_backward(self, d_factor: Tensor, gate: Tensor) -> Tensor:
+        """The gradient of gate from that of the factor."""
+        if self.cubic:
+            return torch.ops.aten.gelu_backward(d_factor, gate, approximate="tanh")
+        return torch.ops.aten.silu_backward(d_factor, self.steep(gate))
 
     def pass_limits(self, d_gate: Tensor, d_up: Tensor, raw_gate: Tensor, raw_up: Tensor) -> None:
         """Set gradients to zero if a limit held the numbers that came."""
@@ -46,11 +58,17 @@ class Gate(NamedTuple):
 
     def constants(self) -> dict[str, Any]:
         """Values for which Triton kernels are compiled (`amfm.kernels.common.silu`); a limit of 0 is none."""
+        assert not self.cubic, "checked: experts have no GELU"
         return {"ALPHA": self.alpha, "SHIFT": self.shift, "LIMIT": self.limit or 0.0}
 
 
-# Shazeer 2020 (arXiv 2002.05202), section 2; OpenAI 2025 (arXiv 2508.10925), section 2.2, for the other.
-GATES = {"swiglu": Gate(), "swiglu_oai": Gate(1.702, 1.0)}
+# Shazeer 2020 (arXiv 2002.05202), section 2; OpenAI 2025 (arXiv 2508.10925), section 2.2, for the second; tanh's form of GELU is
+# in Hendrycks and Gimpel 2016 (arXiv 1606.08415), section 2: (1 + tanh(x)) / 2 is sigmoid(2 x).
+GATES = {
+    "swiglu": Gate(),
+    "swiglu_oai": Gate(1.702, 1.0),
+    "geglu": Gate(2.0 * math.sqrt(2.0 / math.pi), cubic=0.044715),
+}
 SWIGLU = GATES["swiglu"]
 
 

@@ -9,7 +9,7 @@ from amfm.kernels.swiglu.gate import SWIGLU, Gate
 
 
 def swiglu_reference(gate_up: Tensor, unit: Gate = SWIGLU) -> Tensor:
-    """gate * sigmoid(alpha gate) * (up + shift), element by element, of limited gate and up; plain: gate sigmoid(gate) up.
+    """gate * sigmoid(alpha gate (1 + cubic gate^2)) * (up + shift), element by element, of limited gate and up.
 
     [..., 2F] -> [..., F] in the input's dtype; source: Shazeer 2020 (arXiv 2002.05202), section 2.
     """
@@ -17,7 +17,7 @@ def swiglu_reference(gate_up: Tensor, unit: Gate = SWIGLU) -> Tensor:
     gate, up = gate_up[..., :half], gate_up[..., half:]
     if unit.limit is not None:
         gate, up = gate.clamp(max=unit.limit), up.clamp(-unit.limit, unit.limit)
-    return gate / (1 + torch.exp(-unit.alpha * gate)) * (up + unit.shift)
+    return gate / (1 + torch.exp(-unit.alpha * gate * (1 + unit.cubic * gate**2))) * (up + unit.shift)
 
 
 def squared_relu_reference(x: Tensor) -> Tensor:

@@ -45,10 +45,8 @@ class _GatedUnit(torch.autograd.Function):
         d_gate_up = torch.empty_like(gate_up)
         # Views: both gradients are written where they stay, without a concatenation.
         d_gate, d_up = d_gate_up.chunk(2, dim=-1)
-        steep = unit.steep(gate)
-        d_gate.copy_(torch.ops.aten.silu_backward(_wide(d_y) * up, steep))
-        wide_d_up = F.silu(steep).mul_(d_y)
-        d_up.copy_(wide_d_up if unit.alpha == 1.0 else wide_d_up.div_(unit.alpha))
+        d_gate.copy_(unit.factor_backward(_wide(d_y) * up, gate))
+        d_up.copy_(unit.factor(gate).mul_(d_y))
         unit.pass_limits(d_gate, d_up, raw_gate, raw_up)
         return d_gate_up, None
 

@@ -39,9 +39,19 @@ def _tile(rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def _steepened(gate, ALPHA: tl.constexpr, CUBIC: tl.constexpr):
+    """ALPHA gate (1 + CUBIC gate^2); a CUBIC of 0 costs nothing."""
+    steep = ALPHA * gate
+    if CUBIC:
+        steep = steep + steep * CUBIC * gate * gate
+    return steep
+
+
+@triton.jit
 def swiglu_forward_kernel(
     gate_up, y, rows, columns,
-    ALPHA: tl.constexpr, SHIFT: tl.constexpr, LIMIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    ALPHA: tl.constexpr, SHIFT: tl.constexpr, LIMIT: tl.constexpr, CUBIC: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y [R, F] = silu(gate) * up of gate_up [R, 2F], or another unit (`amfm.kernels.swiglu.gate`).
 
@@ -52,14 +62,15 @@ def swiglu_forward_kernel(
     gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_at + columns, mask=inside, other=0.0).to(tl.float32)
     gate, up = limit_gate(gate, up, SHIFT, LIMIT)
-    result = steep_silu(gate, ALPHA) * up
+    result = gate * sigmoid(_steepened(gate, ALPHA, CUBIC)) * up if CUBIC else steep_silu(gate, ALPHA) * up
     tl.store(y + row * columns + column, result.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def swiglu_backward_kernel(
     gate_up, d_y, d_gate_up, rows, columns,
-    ALPHA: tl.constexpr, SHIFT: tl.constexpr, LIMIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    ALPHA: tl.constexpr, SHIFT: tl.constexpr, LIMIT: tl.constexpr, CUBIC: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Gradient [R, 2F] of gate and up.
 
@@ -71,8 +82,10 @@ def swiglu_backward_kernel(
     raw_up = tl.load(gate_up + place + columns, mask=inside, other=0.0).to(tl.float32)
     gate, up = limit_gate(raw_gate, raw_up, SHIFT, LIMIT)
     grad = tl.load(d_y + row * columns + column, mask=inside, other=0.0).to(tl.float32)
-    share = sigmoid(ALPHA * gate)
-    d_gate = pass_limit(silu_backward(grad * up, ALPHA * gate, share), raw_gate, LIMIT, False)
+    share = sigmoid(_steepened(gate, ALPHA, CUBIC))
+    # gate times the slope of what the sigmoid is taken of
+    slope = _steepened(gate, ALPHA, 3.0 * CUBIC)
+    d_gate = pass_limit(silu_backward(grad * up, slope, share), raw_gate, LIMIT, False)
     tl.store(d_gate_up + place, d_gate.to(d_gate_up.dtype.element_ty), mask=inside)
     d_up = pass_limit(grad * gate * share, raw_up, LIMIT, True)
     tl.store(d_gate_up + place + columns, d_up.to(d_gate_up.dtype.element_ty), mask=inside)
@@ -111,12 +124,12 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...], rows: int, columns: int, *
 
 
 @torch.library.custom_op("amfm::swiglu_triton", mutates_args=())
-def _swiglu(gate_up: Tensor, alpha: float, shift: float, limit: float) -> Tensor:
+def _swiglu(gate_up: Tensor, alpha: float, shift: float, limit: float, cubic: float) -> Tensor:
     """y [..., F] of gate_up [..., 2F]; a limit of 0 is none."""
     gate_up = gate_up.contiguous()
     columns = gate_up.shape[-1] // 2
     y = gate_up.new_empty(*gate_up.shape[:-1], columns)
-    constants = {"ALPHA": alpha, "SHIFT": shift, "LIMIT": limit}
+    constants = {"ALPHA": alpha, "SHIFT": shift, "LIMIT": limit, "CUBIC": cubic}
     _launch(swiglu_forward_kernel, (gate_up, y), gate_up[..., 0].numel(), columns, **constants)
     return y
 
@@ -127,12 +140,12 @@ def _(given: Any) -> Tensor:
 
 
 @torch.library.custom_op("amfm::swiglu_triton_backward", mutates_args=())
-def _swiglu_backward(gate_up: Tensor, d_y: Tensor, alpha: float, shift: float, limit: float) -> Tensor:
+def _swiglu_backward(gate_up: Tensor, d_y: Tensor, alpha: float, shift: float, limit: float, cubic: float) -> Tensor:
     """Gradient of gate_up [..., 2F] from that of y [..., F]."""
     gate_up, d_y = gate_up.contiguous(), d_y.contiguous()
     d_gate_up = torch.empty_like(gate_up)
     rows, columns = gate_up[..., 0].numel(), gate_up.shape[-1] // 2
-    constants = {"ALPHA": alpha, "SHIFT": shift, "LIMIT": limit}
+    constants = {"ALPHA": alpha, "SHIFT": shift, "LIMIT": limit, "CUBIC": cubic}
     _launch(swiglu_backward_kernel, (gate_up, d_y, d_gate_up), rows, columns, **constants)
     return d_gate_up
 
@@ -171,7 +184,7 @@ differentiate(_squared_relu, _squared_relu_backward, outputs=("y",), gradients=(
 def swiglu_triton(gate_up: Tensor, unit: Gate = SWIGLU) -> Tensor:
     """As `swiglu_reference`, for float32, bfloat16 and float16."""
     dot_dtype(gate_up.dtype)  # rejects float64
-    return _swiglu(gate_up, unit.alpha, unit.shift, unit.limit or 0.0)
+    return _swiglu(gate_up, unit.alpha, unit.shift, unit.limit or 0.0, unit.cubic)
 
 
 def squared_relu_triton(x: Tensor) -> Tensor:

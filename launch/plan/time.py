@@ -122,6 +122,8 @@ def block_seconds(
     tokens = layout.tokens(config) / layout.stream_ranks
     numbers = tokens * config.model.hidden_size * storage.element_bytes
     line.passes(9 * numbers)
+    if config.model.norms_per_block() == 2:
+        line.passes(5 * numbers)  # the other: read and written; backward reads two and writes one
     if line.recipes and line.saves_codes and layout.forwards(symbol) == 1 and layout.schedule != "zero_bubble":
         line.backward_passes(2 * numbers)  # made again in place of being kept
     planned_block(config, symbol).add(line, layout, storage, imbalance)

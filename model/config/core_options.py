@@ -28,7 +28,7 @@ class FeedForwardConfig(MixerOptions):
     hidden_size: int = Field(gt=0, description="Inner width.")
     activation: Activation = Field(
         "squared_relu",
-        description="`swiglu` is gated and has a third matrix, `swiglu_oai` is that of gpt-oss, gate sigmoid(1.702 gate) (up + 1); `squared_relu` is not gated.",
+        description="`swiglu` is gated and has a third matrix, `swiglu_oai` is that of gpt-oss, gate sigmoid(1.702 gate) (up + 1), `geglu` that of Gemma, tanh's form of GELU(gate) up; `squared_relu` is not gated.",
     )
     activation_limit: float | None = Field(
         None,

@@ -54,6 +54,7 @@ class WindowOptions(SharedKeyOptions):
         None,
         description="Rotary positions stretched as by model.attention.rope with scaling: yarn; null: not stretched.",
     )
+    softmax_scale: float | None = Field(None, gt=0, description="Factor on scores; null: head_dim ** -0.5.")
     gate: OutputGate = Field(
         "none", description="Sigmoid of the input times each head's output: one gate per channel or per head."
     )

@@ -16,7 +16,7 @@ from amfm.model.config.options import (
 )
 from amfm.model.config.structure import (
     DENSE,
-    Activation,
+    ExpertActivation,
     FeedForwardPart,
     LinearKind,
     Structure,
@@ -44,7 +44,7 @@ class MoeConfig(MixerOptions):
     )
     shared_expert_linear_rank: int | None = Field(None, gt=0, description="As feed_forward.linear_rank.")
     shared_expert_linear_blocks: int | None = Field(None, ge=2, description="As feed_forward.linear_blocks.")
-    activation: Activation = Field("squared_relu", description="Of routed and shared experts.")
+    activation: ExpertActivation = Field("squared_relu", description="Of routed and shared experts.")
     activation_limit: float | None = Field(
         None,
         gt=0,

@@ -25,10 +25,11 @@ class RopeConfig(Section):
 
     theta: float = Field(10_000.0, gt=0, description="Base of the frequencies.")
     fraction: float = Field(1.0, gt=0, le=1, description="Part of each head that is rotated.")
-    scaling: Literal["none", "ntk", "yarn", "llama3"] = Field(
+    scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = Field(
         "none",
-        description="`ntk`: theta * alpha^(d/(d-2)); `yarn`: Peng et al. 2023 (arXiv 2309.00071); `llama3`: as Llama 3.1 and later.",
+        description="`linear`: positions divided by a factor (Chen et al. 2023, arXiv 2306.15595); `ntk`: theta * alpha^(d/(d-2)); `yarn`: Peng et al. 2023 (arXiv 2309.00071); `llama3`: as Llama 3.1 and later.",
     )
+    linear_factor: float | None = Field(None, ge=1, description="Only with scaling: linear (Gemma 3: 8).")
     ntk_alpha: float | None = Field(
         None, ge=1, description="NTK-aware alpha (Hunyuan: 50 for 32K, 1000 for 256K); only with scaling: ntk."
     )
@@ -65,7 +66,12 @@ class RopeConfig(Section):
 
     def _broken_scaling(self) -> Iterator[tuple[str, str]]:
         """A field of another scaling would be read by nothing, so it is rejected and not ignored."""
-        read = {"ntk": ("ntk_alpha",), "yarn": ("yarn_factor", "yarn_original_length"), "llama3": ("llama3",)}
+        read = {
+            "linear": ("linear_factor",),
+            "ntk": ("ntk_alpha",),
+            "yarn": ("yarn_factor", "yarn_original_length"),
+            "llama3": ("llama3",),
+        }
         for scaling, fields in read.items():
             for field in fields:
                 if self.scaling == scaling and getattr(self, field) is None:

@@ -135,9 +135,9 @@ class ModelConfig(Section):
     vocab_size: int = Field(gt=0, le=10_000_000, description="Rows of the embedding; at least the tokenizer's.")
     hidden_size: int = Field(gt=0, le=1_000_000, description="Width of the residual stream.")
     norm_epsilon: float = Field(1e-5, gt=0, description="Epsilon of every RMSNorm.")
-    norm_placement: Literal["before", "after", "after_attention"] = Field(
+    norm_placement: Literal["before", "after", "both", "after_attention"] = Field(
         "before",
-        description="The norm of a block: `before` it, or `after` it, on what it adds to the stream (OLMo 2); `after_attention`: after attention and the feed-forward behind it, before other blocks (OLMo Hybrid).",
+        description="The norm of a block: `before` it, or `after` it, on what it adds to the stream (OLMo 2); `both`: two norms (Gemma 3); `after_attention`: after attention and the feed-forward behind it, before other blocks (OLMo Hybrid).",
     )
     tie_embeddings: bool = Field(False, description="Head shares the embedding's weights.")
     head: str | None = Field(
@@ -271,6 +271,10 @@ class ModelConfig(Section):
                 is_after = self.block_options(symbol).qk_clip() is not None
             found.append(is_after)
         return tuple(found)
+
+    def norms_per_block(self) -> int:
+        """Norms of the stream that each block has."""
+        return 2 if self.norm_placement == "both" else 1
 
     @property
     def built_letters(self) -> tuple[str, ...]:

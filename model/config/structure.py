@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-Activation = Literal["swiglu", "swiglu_oai", "squared_relu"]
+Activation = Literal["swiglu", "swiglu_oai", "squared_relu", "geglu"]
+ExpertActivation = Literal["swiglu", "swiglu_oai", "squared_relu"]
 LinearKind = Literal["dense", "lowrank", "blockshuffle", "blockdense"]
 
 

@@ -79,8 +79,9 @@ def read_positions(fields: Mapping[str, Any]) -> dict[str, Any]:
     found.setdefault("rope_theta", fields.get("rope_theta", 10_000.0))
     mscale, of_all = found.pop("mscale", None), found.pop("mscale_all_dim", None)
     rope = rope_from_parameters(found)
-    if rope.scaling == "llama3":
-        raise ValueError("config.json: rope_type=llama3 cannot be imported with latent attention; use default or yarn")
+    if rope.scaling not in ("none", "yarn"):
+        rule = "cannot be imported with latent attention; use default or yarn"
+        raise ValueError(f"config.json: rope_type={rope.scaling} {rule}")
     if (mscale or None) != (of_all or None):
         raise ValueError(
             f"config.json: mscale={mscale} and mscale_all_dim={of_all} cannot be imported; our latent attention has one number for "

@@ -174,6 +174,8 @@ def parameters_of(rope: RopeConfig, head_dim: int) -> dict[str, Any]:
         }
         if not rope.yarn_truncate:
             parameters["truncate"] = False
+    elif rope.scaling == "linear":
+        parameters |= {"rope_type": "linear", "factor": rope.linear_factor}
     elif rope.llama3 is not None:
         parameters |= {
             "rope_type": "llama3",
@@ -201,6 +203,8 @@ def rope_from_parameters(parameters: Mapping[str, Any]) -> RopeConfig:
     kind = parameters.get("rope_type", "default")
     if kind == "default":
         return RopeConfig(theta=theta)
+    if kind == "linear":
+        return RopeConfig(theta=theta, scaling="linear", linear_factor=parameters["factor"])
     if kind == "yarn":
         require_fields(parameters, {"attention_factor": None, "mscale": None, "mscale_all_dim": None})
         return RopeConfig(
@@ -220,7 +224,7 @@ def rope_from_parameters(parameters: Mapping[str, Any]) -> RopeConfig:
             fast_turns=parameters["high_freq_factor"],
         )
         return RopeConfig(theta=theta, scaling="llama3", llama3=stretch)
-    raise ValueError(f"config.json: rope_type={kind} cannot be imported; use default, yarn or llama3")
+    raise ValueError(f"config.json: rope_type={kind} cannot be imported; use default, linear, yarn or llama3")
 
 
 def letters_of(names: list[str]) -> list[str]:

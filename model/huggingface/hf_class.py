@@ -49,6 +49,7 @@ OurTarget = Literal[
     "olmo2",
     "olmo3",
     "bamba",
+    "gemma3_text",
     "qwen3_5_text",
     "deepseek_v2",
     "glm_moe_dsa",

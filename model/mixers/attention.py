@@ -192,6 +192,7 @@ def frequencies_of(rope: RopeConfig, size: int, fraction: float | None = None) -
         yarn_beta_slow=rope.yarn_beta_slow,
         yarn_truncate=rope.yarn_truncate,
         llama3=llama3_numbers(rope.llama3),
+        linear_factor=rope.linear_factor,
     )
 
 

@@ -122,6 +122,7 @@ class WindowMixer(SoftmaxMixer, SequenceMixer):
             v_BSJK,
             sinks_H=self.sinks,
             document_ids_BS=ids_BS,
+            scale=self.options.softmax_scale,
             window=window,
             highest_H=self.noted_logits(),
             backend=backend,

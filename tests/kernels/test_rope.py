@@ -126,6 +126,8 @@ def test_llama3_frequencies_agree_with_transformers():
     got, factor = rope_frequencies(128, theta=500_000.0, scaling="llama3", llama3=Llama3Numbers(8.0, 8192))
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
     assert factor == 1.0
+    with pytest.raises(ValueError, match="scaling=linear needs linear_factor, and nothing else reads it"):
+        rope_frequencies(128, theta=500_000.0, scaling="linear")
     with pytest.raises(ValueError, match="scaling=llama3 needs llama3, and nothing else reads it"):
         rope_frequencies(128, theta=500_000.0, scaling="llama3")
 

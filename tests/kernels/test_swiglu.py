@@ -18,8 +18,12 @@ def limited_silu(x, backend="torch"):
     return swiglu(x, find_gate("swiglu@2.0"), backend=backend)
 
 
+def geglu(x, backend="torch"):
+    return swiglu(x, find_gate("geglu"), backend=backend)
+
+
 @pytest.mark.parametrize("shape", [(1, 2), (63, 10), (2, 3, 34)])
-@pytest.mark.parametrize("activation", [swiglu, limited, limited_silu, squared_relu])
+@pytest.mark.parametrize("activation", [swiglu, limited, limited_silu, geglu, squared_relu])
 def test_torch_path_equals_the_formula_in_output_and_gradient(activation, shape):
     for dtype, tolerance in TOLERANCE.items():
         torch.manual_seed(0)
@@ -34,13 +38,13 @@ def test_torch_path_equals_the_formula_in_output_and_gradient(activation, shape)
             assert (got - wanted).norm() <= tolerance * wanted.norm() + 1e-30
 
 
-@pytest.mark.parametrize("activation", [swiglu, limited, squared_relu])
+@pytest.mark.parametrize("activation", [swiglu, limited, geglu, squared_relu])
 def test_gradients_pass_gradcheck(activation):
     torch.manual_seed(1)
     assert torch.autograd.gradcheck(activation, torch.randn(5, 6, dtype=torch.float64, requires_grad=True))
 
 
-@pytest.mark.parametrize("activation", [swiglu, limited, squared_relu])
+@pytest.mark.parametrize("activation", [swiglu, limited, geglu, squared_relu])
 def test_bfloat16_rounds_once(activation):
     torch.manual_seed(2)
     x = torch.randn(40, 32).bfloat16()
@@ -53,7 +57,7 @@ def test_large_inputs_stay_finite():
     assert torch.isfinite(x.grad).all()
 
 
-@pytest.mark.parametrize("activation", [swiglu, limited, squared_relu])
+@pytest.mark.parametrize("activation", [swiglu, limited, geglu, squared_relu])
 def test_compiled_result_is_the_eager_one(activation):
     x = torch.randn(4, 8)
     compiled = torch.compile(activation, fullgraph=True, backend="aot_eager")
@@ -76,6 +80,14 @@ def test_the_limited_unit_and_its_gradient_are_those_of_gpt_oss():
     torch.testing.assert_close(*gradients, rtol=1e-13, atol=1e-13)
 
 
+def test_geglu_is_that_of_gemma():
+    from transformers.activations import ACT2FN
+
+    x = torch.randn(40, 32, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * 5
+    gate, up = x.chunk(2, dim=-1)
+    torch.testing.assert_close(geglu(x), ACT2FN["gelu_pytorch_tanh"](gate) * up, rtol=1e-14, atol=1e-14)
+
+
 def test_limits_keep_what_is_not_a_number():
     x = torch.full((1, 2), float("nan"))
     assert limited(x).isnan().all()
@@ -85,7 +97,7 @@ def test_bad_input_is_refused_with_what_was_expected():
     with pytest.raises(ValueError, match="even last dim"):
         swiglu(torch.randn(2, 3))
     for word, rule in (
-        ("gelu", "swiglu_oai, squared_relu"),
+        ("gelu", "geglu, squared_relu"),
         ("squared_relu@7.0", "must be one of"),
         ("swiglu@0", "above 0"),
     ):

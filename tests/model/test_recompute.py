@@ -41,6 +41,7 @@ def loss_and_gradients(model):
         ("M*E-", None, "before"),
         ("M*E-", "aot_eager", "before"),
         ("M*E-", None, "after_attention"),
+        ("M*E-", None, "both"),
     ],
 )
 def test_losses_and_gradients_keep_every_bit(letters, compiler, placement):

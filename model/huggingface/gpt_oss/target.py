@@ -105,7 +105,8 @@ def _unfit_window(config: ModelConfig, options: WindowOptions) -> Iterator[str]:
     """What windows have else, and in what they differ from attention: the class has one set of heads and rotations."""
     key, attention = "model.mixers.window", config.attention
     yield from _unfit_biases(key, options.bias)
-    yield from unfit_settings(key, options, "gpt_oss", {**ATTENDING, "gate": ("none", "attention has no gate")})
+    wanted = {"gate": ("none", "attention has no gate"), "softmax_scale": (None, "scores have the usual factor")}
+    yield from unfit_settings(key, options, "gpt_oss", {**ATTENDING, **wanted})
     if attention is None or "*" not in config.letters:
         return
     if attention.rope.scaling not in ("none", "yarn"):

@@ -59,6 +59,8 @@ class Family:
     window_switch: a field that is true if there are windows. experts: None: layers are dense. rejected: fields that must have
     this value. extra: further fields that config.json gets. depth_layers: layers behind the last one predict further ahead, and
     are not read. byte_level_alone: AutoTokenizer reads every folder of it as byte-level BPE. norms: those of both blocks of a layer, `norm_placement` where they are.
+    out_norms: those behind both blocks, where `norm_placement` is `both`. has_offset_norms: norms are 1 + w. activation: its field, its name there, and ours.
+    scale: a field whose power of -1/2 is the factor on scores. scales_embedding: embeddings are multiplied by the root of the width.
     rope_by_type: windows and attention have their own rotation. dense_place: the module of a dense feed-forward.
     """
 
@@ -77,9 +79,14 @@ class Family:
     extra: Mapping[str, Any] = field(default_factory=dict)
     depth_layers: bool = False
     byte_level_alone: bool = False
-    norm_placement: Literal["before", "after"] = "before"
+    norm_placement: Literal["before", "after", "both"] = "before"
     norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+    out_norms: tuple[str, str] | None = None
+    has_offset_norms: bool = False
     final_norm: str = "norm"
+    activation: tuple[str, str, Literal["swiglu", "geglu"]] = ("hidden_act", "silu", "swiglu")
+    scale: str | None = None
+    scales_embedding: bool = False
     dense_place: str = "mlp."
 
 
@@ -245,6 +252,28 @@ BAMBA = Family(
     dense_place="feed_forward.",
     refused={"mamba_proj_bias": False, "mlp_bias": False},
 )
+GEMMA3 = Family(
+    name="gemma3_text",
+    class_name="Gemma3ForCausalLM",
+    qk_norm=True,
+    bias=BIASES,
+    windows="listed",
+    rope_by_type=True,
+    norm_placement="both",
+    norms=("input_layernorm", "pre_feedforward_layernorm"),
+    out_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+    has_offset_norms=True,
+    activation=("hidden_activation", "gelu_pytorch_tanh", "geglu"),
+    scale="query_pre_attn_scalar",
+    scales_embedding=True,
+    refused={
+        "final_logit_softcapping": None,
+        "attn_logit_softcapping": None,
+        "use_bidirectional_attention": False,
+    },
+    # The class asks for one without any windows, too.
+    extra={"sliding_window": 4096},
+)
 # In this order `auto` tries them.
 FAMILIES: tuple[Family, ...] = (
     LLAMA,
@@ -261,4 +290,5 @@ FAMILIES: tuple[Family, ...] = (
     OLMO2,
     OLMO3,
     BAMBA,
+    GEMMA3,
 )

@@ -2,12 +2,11 @@
 
 Which models fit follows from reading: a model fits where what config.json says of it gives the same model back. So there is no
 list of rules that could disagree with the reader, and every setting that differs is named with the value that the class has.
-
-Tensors of a class of `families.py`, exact both ways.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -17,7 +16,6 @@ from amfm.model.config.moe import MoeConfig
 from amfm.model.config.rope import RopeConfig, yarn_of
 from amfm.model.config.schema import ModelConfig
 from amfm.model.config.section import Section
-from amfm.model.huggingface.entries import WeightEntry, WeightMap, paired_map
 from amfm.model.huggingface.fields import (
     RARE_OPTIONS,
     flat_rope_fields,
@@ -30,65 +28,10 @@ from amfm.model.huggingface.fields import (
     unfit_expert_sizes,
     unfit_multipliers,
 )
-from amfm.model.huggingface.gpt_oss.weights import StackedEntry
-from amfm.model.huggingface.granitemoehybrid import mamba_entries
 from amfm.model.huggingface.hf_class import HfTarget, any_tokenizer, nothing_skipped
 from amfm.model.huggingface.plain.families import Experts, Family
-from amfm.model.huggingface.qwen3_next_weights import GatedEntry, gated_experts
+from amfm.model.huggingface.plain.weights import plain_map
 from amfm.model.huggingface.refusals import IGNORED_ARGUMENTS, needs_byte_level
-from amfm.model.shapes import block_shapes
-
-
-def plain_map(family: Family, config: ModelConfig) -> WeightMap:
-    """Build the weight map of a model that fits the class."""
-    blocks = {
-        "*": _attention_entries,
-        "W": _window_entries,
-        "M": mamba_entries,
-        "-": lambda config, ours, layer: gated_entries(ours, layer + family.dense_place),
-    }
-    if family.experts is not None:
-        blocks["E"] = partial(_expert_entries, family.experts)
-    return paired_map(config, blocks, norms=family.norms, final=family.final_norm)
-
-
-def _attention_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
-    """Attention has the classes' names."""
-    for name in block_shapes(config, "*"):
-        yield WeightEntry(ours + name, (f"{layer}self_attn.{name}",))
-
-
-def _window_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
-    options = config.block_options("W")
-    assert isinstance(options, WindowOptions), f"W has {type(options).__name__}"
-    heads, keys, size = options.num_heads, options.kv_heads(), options.head_dim
-    for name in block_shapes(config, "W"):
-        module, _, kind = name.partition(".")
-        if module == "in_proj":
-            names = tuple(f"{layer}self_attn.{part}_proj.{kind}" for part in "qkv")
-            yield StackedEntry(ours + name, names, sizes=(heads * size, keys * size, keys * size))
-        else:
-            yield WeightEntry(ours + name, (f"{layer}self_attn.{name.replace('out_proj', 'o_proj')}",))
-
-
-def gated_entries(ours: str, theirs: str) -> Iterator[WeightEntry]:
-    """Entries of a gated feed-forward."""
-    yield GatedEntry(f"{ours}up_proj.weight", (f"{theirs}gate_proj.weight", f"{theirs}up_proj.weight"))
-    yield WeightEntry(f"{ours}down_proj.weight", (f"{theirs}down_proj.weight",))
-
-
-def _expert_entries(experts: Experts, config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
-    assert config.moe is not None, "the pattern has E, the configuration no moe section"
-    theirs = layer + experts.place
-    yield WeightEntry(f"{ours}router.weight", (theirs + experts.router,))
-    if experts.bias is not None:
-        yield WeightEntry(f"{ours}expert_bias", (theirs + experts.bias,))
-    yield from gated_experts(ours, theirs, config.moe.num_experts, experts.matrices)
-    if experts.shared is not None:
-        yield from gated_entries(f"{ours}shared.", layer + experts.shared.place)
-    if config.moe.shared_expert_gate:
-        yield WeightEntry(f"{ours}shared_gate.weight", (f"{theirs}shared_expert_gate.weight",))
-
 
 LAYER_TYPES = {"W": "sliding_attention", "*": "full_attention"}
 MIXERS = {name: symbol for symbol, name in LAYER_TYPES.items()}
@@ -100,12 +43,15 @@ def read_plain(family: Family, fields: Mapping[str, Any]) -> ModelConfig:
 
     Raises ValueError if the class uses something that our model does not have.
     """
-    require_fields(fields, {"hidden_act": "silu", **family.refused})
+    field, theirs, activation = family.activation
+    require_fields(fields, {field: theirs, **family.refused})
     mixers, seconds = _read_mixers(family, fields), _read_seconds(family, fields)
     pattern = "".join(mixer + second for mixer, second in zip(mixers, seconds, strict=True))
     ropes = {kind: _read_rope(family, fields, name) for kind, name in LAYER_TYPES.items()}
     heads = _read_heads(family, fields)
     sections: dict[str, Any] = {"pattern": pattern, **read_sizes(fields), "norm_placement": family.norm_placement}
+    if family.scales_embedding:
+        sections["multipliers"] = {"embedding": math.sqrt(fields["hidden_size"])}
     if "*" in mixers:
         sections["attention"] = {"positions": "rope", "rope": ropes["*"], **heads}
     if "M" in mixers:
@@ -118,7 +64,7 @@ def read_plain(family: Family, fields: Mapping[str, Any]) -> ModelConfig:
         turned = {"positions": "rope", "rope_theta": rope.theta, "yarn": yarn_of(rope)}
         sections["mixers"] = {"window": {"window": fields["sliding_window"], **turned, **heads}}
     if "-" in seconds:
-        sections["feed_forward"] = {"hidden_size": fields["intermediate_size"], "activation": "swiglu"}
+        sections["feed_forward"] = {"hidden_size": fields["intermediate_size"], "activation": activation}
     if family.experts is not None and "E" in seconds:
         sections["moe"] = _read_experts(family.experts, fields)
     return ModelConfig.model_validate(sections)
@@ -142,6 +88,8 @@ def _read_heads(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
     size = (fields.get("head_dim") if family.has_head_dim else None) or fields["hidden_size"] // heads
     found = {"num_heads": heads, "num_kv_heads": fields["num_key_value_heads"], "head_dim": size}
     found["qk_norm"] = fields.get(str(family.qk_norm), family.qk_norm)
+    if family.scale is not None and fields[family.scale] != size:
+        found["softmax_scale"] = fields[family.scale] ** -0.5
     if isinstance(family.bias, tuple):
         name, kind = family.bias
         found["bias"] = kind if fields[name] else False
@@ -193,7 +141,7 @@ def plain_fields(family: Family, config: ModelConfig) -> dict[str, Any]:
         "num_hidden_layers": len(mixers),
         "rms_norm_eps": config.norm_epsilon,
         "tie_word_embeddings": config.tie_embeddings,
-        "hidden_act": "silu",
+        family.activation[0]: family.activation[1],
         "attention_dropout": 0.0,
         **family.extra,
         **{name: value for name, value in family.refused.items() if value is not None},
@@ -204,7 +152,7 @@ def plain_fields(family: Family, config: ModelConfig) -> dict[str, Any]:
         fields |= mamba_fields(config.mamba) | {"mamba_expand": config.mamba.inner_size() // config.hidden_size}
         fields[family.mamba] = [layer for layer, kind in enumerate(mixers) if kind in LAYER_TYPES]
     if family.windows != "none":
-        window = _window(config).window if "W" in mixers else None
+        window = _window(config).window if "W" in mixers else family.extra.get("sliding_window")
         fields["sliding_window"] = window
         if family.window_switch is not None:
             fields[family.window_switch] = window is not None
@@ -237,6 +185,9 @@ def _head_fields(family: Family, config: ModelConfig) -> dict[str, Any]:
         fields["rope_parameters"] = dict.fromkeys(MIXERS, parameters) | _rope_by_type(config)
     if family.has_head_dim:
         fields["head_dim"] = heads.head_dim
+    if family.scale is not None:
+        # An integer there; what it cannot say comes back changed.
+        fields[family.scale] = max(1, round((heads.softmax_scale or heads.head_dim**-0.5) ** -2))
     if family.qk_norm not in (True, False, "wide"):
         fields[str(family.qk_norm)] = heads.qk_norm
     if isinstance(family.bias, tuple):
@@ -278,12 +229,25 @@ def _window(config: ModelConfig) -> WindowOptions:
 def unfit_for_plain(family: Family, config: ModelConfig) -> list[str]:
     """List every choice that the class cannot hold, as value, rule and fix."""
     reasons = _unfit_pattern(family, config) or list(_changed_settings(family, config))
-    reasons += unfit_multipliers(config, family.name)
+    reasons += _unfit_factors(family, config)
     if family.mamba is not None and config.mamba is not None and config.mamba.inner_size() % config.hidden_size:
         rule = f"Mamba2 of {family.name} is a whole number of times as wide as the stream, {config.hidden_size}"
         reasons.append(f"model.mamba.num_heads={config.mamba.num_heads}: {rule}; change head_dim, or target own")
     if config.moe is not None and "E" in config.letters:
         reasons += unfit_expert_sizes(config, config.moe)
+    return reasons
+
+
+def _unfit_factors(family: Family, config: ModelConfig) -> list[str]:
+    """Constant factors that the class has not, and that of its embeddings where ours is another."""
+    wanted, found = math.sqrt(config.hidden_size), config.multipliers.embedding
+    if not family.scales_embedding:
+        return unfit_multipliers(config, family.name)
+    rest = config.multipliers.model_copy(update={"embedding": 1.0})
+    reasons = unfit_multipliers(config.model_copy(update={"multipliers": rest}), family.name)
+    if found != wanted:
+        rule = f"{family.name} multiplies embeddings by the root of the width; use {wanted}, or target own"
+        reasons.append(f"model.multipliers.embedding={found}: {rule}")
     return reasons
 
 
@@ -350,8 +314,8 @@ def _plain_rope(options: Section) -> Section:
     if isinstance(rope, RopeConfig):
         size = getattr(options, "head_dim", 0)
         changes["rope"] = rope_from_parameters(parameters_of(rope, size)).model_copy(update={"fraction": rope.fraction})
-        if getattr(options, "softmax_scale", None) == size**-0.5:
-            changes["softmax_scale"] = None
+    if getattr(options, "softmax_scale", None) == getattr(options, "head_dim", 1) ** -0.5:
+        changes["softmax_scale"] = None
     if isinstance(options, WindowOptions):
         changes["num_kv_heads"] = options.kv_heads()
     if isinstance(options, MoeConfig) and options.router_group_top_k == options.num_router_groups:

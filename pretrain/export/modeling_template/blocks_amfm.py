@@ -149,7 +149,7 @@ class Mamba2(nn.Module):
 
 
 # Steepness of the gate's sigmoid, and what is added to up.
-GATES = {"swiglu": (1.0, 0.0), "swiglu_oai": (1.702, 1.0)}
+GATES = {"swiglu": (1.0, 0.0), "swiglu_oai": (1.702, 1.0), "geglu": (1.0, 0.0)}
 
 
 def activate(x: Tensor, activation: str, limit: float | None) -> Tensor:
@@ -159,6 +159,8 @@ def activate(x: Tensor, activation: str, limit: float | None) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    if activation == "geglu":
+        return F.gelu(gate, approximate="tanh") * up
     alpha, shift = GATES[activation]
     return F.silu(gate) * up if activation == "swiglu" else gate * torch.sigmoid(alpha * gate) * (up + shift)
 

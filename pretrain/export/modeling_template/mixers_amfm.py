@@ -46,7 +46,8 @@ class Window(nn.Module):
         self.options, self.size, self.heads = options, options["head_dim"], options["num_heads"]
         self.kv_heads, self.kept = options["num_kv_heads"] or self.heads, options["window"] - 1
         width = (self.heads + 2 * self.kv_heads) * self.size
-        # Exports of earlier versions have no bias, gate and sinks.
+        # Exports of earlier versions have no bias, gate, sinks and scale.
+        self.scale = options.get("softmax_scale") or self.size**-0.5
         has_bias = options.get("bias", False)
         self.in_proj = nn.Linear(config.hidden_size, width, bias=bool(has_bias))
         self.out_proj = nn.Linear(self.heads * self.size, config.hidden_size, bias=has_bias is True)
@@ -86,9 +87,11 @@ class Window(nn.Module):
         """Attend [B, T, H, K] to the keys that a mask allows; key heads are repeated for the query heads that share them."""
         if self.sinks is not None:
             mask = torch.zeros_like(allowed, dtype=torch.float32).masked_fill(~allowed, -torch.inf)
-            return attend_eagerly(self, q_BHTK, k_BJSK, v_BJSK, mask, self.size**-0.5)[0]
+            return attend_eagerly(self, q_BHTK, k_BJSK, v_BJSK, mask, self.scale)[0]
         k_BHSK, v_BHSK = (x.repeat_interleave(self.num_key_value_groups, dim=1) for x in (k_BJSK, v_BJSK))
-        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=allowed).transpose(1, 2)
+        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=allowed, scale=self.scale).transpose(
+            1, 2
+        )
 
     def _project(self, x_BTD: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Compute queries [B, T, H, K], keys and values [B, T, J, K], normed and rotated as the options say."""

@@ -100,6 +100,8 @@ class AmfmBlock(GradientCheckpointingLayer):
         self.letter = letter = config.letters()[index]
         self.multiplier = config.multipliers["residual"]
         self.norm, self.norm_after = RMSNorm(config.hidden_size, config.norm_epsilon), index in config.norms_after
+        has_both = config.norm_placement == "both"
+        self.out_norm = RMSNorm(config.hidden_size, config.norm_epsilon) if has_both else None
         self.mixer = ParallelMixers(letter, index, config) if letter[0] == "(" else make_mixer(letter, index, config)
 
     def forward(
@@ -118,7 +120,8 @@ class AmfmBlock(GradientCheckpointingLayer):
             y_BTD, state = self.mixer(normed_BTD, stretch, state)
         else:
             y_BTD, state = run_mixer(self.mixer, normed_BTD, stretch, state)
-        return x_BTD + (self.norm(y_BTD) if self.norm_after else y_BTD) * self.multiplier, state
+        norm = self.norm if self.norm_after else self.out_norm
+        return x_BTD + (y_BTD if norm is None else norm(y_BTD)) * self.multiplier, state
 
 
 class AmfmPreTrainedModel(PreTrainedModel):

@@ -19,6 +19,8 @@ def rope_frequencies(rope: dict[str, Any], head_dim: int) -> tuple[Tensor, float
     if scaling == "ntk":
         base = base * rope["ntk_alpha"] ** (size / (size - 2))
     inverse = 1.0 / base ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+    if scaling == "linear":
+        return inverse / rope["linear_factor"], 1.0
     if scaling == "llama3":
         stretch = rope["llama3"]
         turns = stretch["original_length"] * inverse / (2 * math.pi)

@@ -91,7 +91,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "mistral, all tokens": {"sliding_window": None, **ROPE},
         "qwen2, windows and attention": {**LISTED, **ROPE, **TIED},
         "qwen3, biases, windows and attention": {**LISTED, **ROPE, "head_dim": 8, "attention_bias": True},
-        "qwen3, all tokens, tied": {"head_dim": 16, **TIED},
+        "qwen3, all tokens, tied, stretched": {
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+            **TIED,
+        },
         "qwen3_moe, a dense layer, biases": {
             **EXPERTS,
             "head_dim": 8,
@@ -222,6 +226,24 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "linear_allow_neg_eigval": False,
             **ROPE,
         },
+        "gemma3_text, windows and attention, biases, tied": {
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "sliding_window": 5,
+            "head_dim": 8,
+            "query_pre_attn_scalar": 24,
+            "attention_bias": True,
+            "rope_parameters": {
+                "sliding_attention": ROPE["rope_parameters"],
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 900.0},
+            },
+        },
+        "gemma3_text, attention alone, own head": {
+            "layer_types": ["full_attention", "full_attention"],
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "tie_word_embeddings": False,
+        },
         "minimax_m2, a part of heads rotated": {
             "num_local_experts": 6,
             "num_experts_per_tok": 2,
@@ -231,16 +253,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     }.items()
 }
-LINEAR = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}
+DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
 # Near, but not equal: class, settings and the message.
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"mlp_bias": True}, "mlp_bias=True cannot be imported"),
     ("llama", {"hidden_act": "gelu"}, "hidden_act=gelu cannot be imported"),
-    ("llama", LINEAR, "rope_type=linear cannot be imported"),
+    ("llama", DYNAMIC, "rope_type=dynamic cannot be imported"),
     ("llama", PARTIAL, "partial_rotary_factor=0.25 cannot be imported"),
     ("mistral", {"sliding_window": 5, "rope_parameters": LLAMA3}, "rope_type=llama3 cannot be imported with sliding"),
     ("qwen2", {"hidden_act": "gelu"}, "hidden_act=gelu cannot be imported"),
-    ("qwen3", LINEAR, "rope_type=linear cannot be imported"),
+    ("qwen3", DYNAMIC, "rope_type=dynamic cannot be imported"),
     ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2 cannot be imported"),
     ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 cannot be imported"),
     ("qwen2_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2 cannot be imported"),
@@ -251,6 +274,16 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("olmo3", {"rope_parameters": {"sliding_attention": LLAMA3, "full_attention": YARN}}, "rope_type=llama3 cannot be"),
     ("bamba", {**MAMBA, "mamba_proj_bias": True}, "mamba_proj_bias=True cannot be imported"),
     ("bamba", {**MAMBA, "time_step_limit": (0.01, 1.0)}, r"time_step_limit=\(0.01, 1.0\) cannot be imported"),
+    ("gemma3_text", {"hidden_activation": "silu"}, "hidden_activation=silu cannot be imported"),
+    ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 cannot be imported"),
+    ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 cannot be imported"),
+    ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True cannot be imported"),
+    (
+        "gemma3_text",
+        {"rope_parameters": {"sliding_attention": LINEAR, "full_attention": LINEAR}},
+        "rope_type=linear cannot be imported with sliding",
+    ),
+    ("deepseek_v2", {**LATENT, "rope_parameters": LINEAR}, "rope_type=linear cannot be imported with latent attention"),
     ("qwen3_5_text", {"hidden_act": "gelu"}, "hidden_act=gelu cannot be imported"),
     ("deepseek_v2", {**LATENT, "topk_method": "noaux"}, "topk_method=noaux cannot be imported"),
     ("glm_moe_dsa", {**LATENT, "indexer_types": ["full", "shared"]}, r"indexer_types=\['full', 'shared'\] cannot"),
@@ -282,7 +315,7 @@ def made_by_transformers(kind: str, changes: dict[str, Any], folder: Path) -> tu
             elif name.endswith("A_log"):
                 # The first values of some heads forget all within a token, and their gradients are rounding.
                 tensor.copy_(0.5 * torch.randn_like(tensor))
-            elif not name.endswith("inv_freq"):
+            elif not name.endswith(("inv_freq", "embed_scale")):
                 tensor.add_((0.2 if "norm" in name else 0.1) * torch.randn_like(tensor))
                 # In bf16, as releases: norms that a class stores as an offset from 1 come back whole.
                 tensor.copy_(tensor.bfloat16())

@@ -6,7 +6,7 @@ import pytest
 
 from amfm.model.config.kinds import BUILT_IN, find_kind
 from amfm.model.config.mixer_options import LinearOptions
-from amfm.model.config.schema import ModelConfig
+from amfm.model.config.schema import ModelConfig, MultipliersConfig
 from amfm.pretrain.checks.check_run import check_run
 from amfm.pretrain.checks.mixers import check_kernels
 from amfm.pretrain.config.errors import ConfigError
@@ -93,6 +93,12 @@ def test_weights_go_to_the_same_mixers_whatever_their_chunks():
 
     assert settings(chunk_size=32) == settings()
     assert settings(allow_negative_eigenvalues=True) != settings(), "the mixer inside changes what MoM computes"
+
+
+@pytest.mark.parametrize("changes", [{"norm_placement": "both"}, {"multipliers": MultipliersConfig(embedding=3.0)}])
+def test_weights_go_to_no_model_that_multiplies_or_norms_otherwise(changes):
+    model = mixer_config("deltanet")
+    assert function_settings(model.model_copy(update=changes)) != function_settings(model)
 
 
 @pytest.mark.parametrize(

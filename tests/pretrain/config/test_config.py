@@ -24,7 +24,7 @@ model.mamba.conv_bias model.mamba.chunk_size model.mamba.keep_states model.mamba
 model.mamba.time_step_min model.mamba.time_step_max model.mamba.time_step_floor
 model.attention.num_heads model.attention.num_kv_heads model.attention.head_dim model.attention.qk_norm
 model.attention.positions model.attention.softmax_scale model.attention.gate model.attention.bias model.attention.sinks
-model.attention.rope.theta model.attention.rope.fraction model.attention.rope.scaling model.attention.rope.ntk_alpha
+model.attention.rope.theta model.attention.rope.fraction model.attention.rope.scaling model.attention.rope.linear_factor model.attention.rope.ntk_alpha
 model.attention.rope.yarn_factor model.attention.rope.yarn_original_length model.attention.rope.yarn_beta_fast
 model.attention.rope.yarn_beta_slow model.attention.rope.yarn_truncate model.attention.rope.llama3.factor
 model.attention.rope.llama3.original_length model.attention.rope.llama3.slow_turns model.attention.rope.llama3.fast_turns
@@ -61,7 +61,7 @@ model.mixers.mla.yarn.beta_slow model.mixers.mla.yarn.truncate model.mixers.mla.
 model.mixers.mla.indexer.top_k model.mixers.mla.indexer.num_heads model.mixers.mla.indexer.head_dim model.mixers.mla.indexer.rope_fraction
 model.mixers.mla.indexer.loss_weight model.mixers.mla.indexer.stage
 model.mixers.window.num_heads model.mixers.window.num_kv_heads model.mixers.window.window model.mixers.window.head_dim
-model.mixers.window.qk_norm model.mixers.window.positions model.mixers.window.rope_theta
+model.mixers.window.qk_norm model.mixers.window.positions model.mixers.window.rope_theta model.mixers.window.softmax_scale
 model.mixers.window.gate model.mixers.window.bias model.mixers.window.sinks
 model.mixers.window.yarn.factor model.mixers.window.yarn.original_length model.mixers.window.yarn.beta_fast
 model.mixers.window.yarn.beta_slow model.mixers.window.yarn.truncate
@@ -111,7 +111,7 @@ optimizer.muon.per_head
 schedule.kind schedule.warmup_steps schedule.decay_steps schedule.decay_end_step schedule.decay_shape schedule.min_ratio
 stages.*.name stages.*.tokens stages.*.steps stages.*.sequence_length stages.*.micro_batch_size
 stages.*.global_batch_size stages.*.indexer stages.*.weights stages.*.learning_rate stages.*.recompute stages.*.recompute_blocks
-stages.*.rope.theta stages.*.rope.fraction stages.*.rope.scaling stages.*.rope.ntk_alpha stages.*.rope.yarn_factor
+stages.*.rope.theta stages.*.rope.fraction stages.*.rope.scaling stages.*.rope.linear_factor stages.*.rope.ntk_alpha stages.*.rope.yarn_factor
 stages.*.rope.yarn_original_length stages.*.rope.yarn_beta_fast stages.*.rope.yarn_beta_slow stages.*.rope.yarn_truncate
 stages.*.rope.llama3.factor
 stages.*.rope.llama3.original_length stages.*.rope.llama3.slow_turns stages.*.rope.llama3.fast_turns

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from amfm.data_pipeline.config import DataConfig
-from amfm.model.config.core_options import AttentionConfig
+from amfm.model.config.core_options import AttentionConfig, FeedForwardConfig
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.rope import YarnStretch
 from amfm.model.config.schema import ModelConfig
@@ -62,6 +62,15 @@ MODELS: dict[str, ModelConfig] = {
         norm_placement="after_attention",
         attention=attention(bias="qkv", qk_norm="wide"),
         mixers={"window": sample_options("window") | {"bias": "qkv", "qk_norm": "wide"}},
+    ),
+    "norms around blocks, GEGLU, scales, and positions stretched linearly": small_config(
+        "*-M-W-",
+        norm_placement="both",
+        attention=attention(
+            softmax_scale=0.3, positions="rope", rope={"theta": 90.0, "scaling": "linear", "linear_factor": 3.0}
+        ),
+        mixers={"window": sample_options("window") | {"softmax_scale": 0.4}},
+        feed_forward=FeedForwardConfig(hidden_size=20, activation="geglu"),
     ),
     "biases of narrow experts": small_config("*E*E", moe=MOE.model_copy(update={"bias": True, "latent_size": 7})),
     "indexers": choosing(),

@@ -60,7 +60,7 @@ def unserved(fields: Mapping[str, Any]) -> list[str]:
     for name in sorted(names & set(SERVED)):
         section = fields[SECTIONS[name]] if name in SECTIONS else mixers[name]
         reasons += _unknown_settings(name, section)
-    if fields.get("norms_after"):
+    if fields.get("norms_after") or fields.get("norm_placement") == "both":
         reasons.append("norm_placement: the plug-in norms what blocks read; use before")
     if "kda" in names:
         reasons.append("the block kda: vLLM's part for it needs a GPU, and was not tried")
@@ -84,6 +84,8 @@ def _unknown_settings(name: str, section: Mapping[str, Any]) -> Iterator[str]:
             yield f"the block {name}: {shown}, which the plug-in does not compute; leave it out"
     if section.get("qk_norm") == "wide":
         yield f"the block {name}: qk_norm=wide, which the plug-in does not compute; use true"
+    if (section.get("rope") or {}).get("scaling") == "linear":
+        yield f"the block {name}: rope.scaling=linear, which the plug-in does not compute; use none"
     if (section.get("rope") or {}).get("yarn_truncate") is False:
         yield f"the block {name}: rope.yarn_truncate=false, which the plug-in does not compute; use true"
     if section.get("activation", "swiglu") not in ("swiglu", "squared_relu"):
