@@ -290,6 +290,8 @@ def build_engine(
     if parallel.device.type == "cpu":
         # The shared-memory collectives need a compiler at first use; gloo does the work without them.
         __compatible_ops__["deepspeed_shm_comm"] = False
+    # On a GPU it registers passes of a compiler that nothing here uses, for which it imports all of Inductor.
+    deepspeed.runtime.engine.is_deepcompile_supported = lambda: False
     module.to(parallel.device)
     # Remembered before DeepSpeed casts the whole module: `restore_buffers` puts the float32 ones back.
     buffers = {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}

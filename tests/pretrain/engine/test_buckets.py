@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import deepspeed
 import pytest
 import torch
 
@@ -83,18 +85,46 @@ def train(zero_stage: int, bucket_elements: int = 1, *, in_products: bool = True
     return Trained(losses, weights, events, len(engine.adamw.param_groups))
 
 
-def train_all() -> list[Trained]:
-    return [train(stage) for stage in STAGES]
+class Pair(NamedTuple):
+    """What a rank of two ended with, which do all of this in one process each."""
+
+    stages: list[Trained]
+    kept: Trained
+    two_buckets: list[str]
+    announced: list[list[dict[str, torch.Tensor]]]
+
+
+def train_as_two() -> Pair:
+    return Pair(
+        [train(stage) for stage in STAGES],
+        train(1, keeps=True),
+        train(2, 1 << 30).events,
+        [close_with_less_than_announced(stage) for stage in STAGES],
+    )
+
+
+def train_alone() -> list[list[Trained]]:
+    """In products, and by hooks."""
+    return [[train(stage, in_products=in_products) for stage in STAGES] for in_products in (True, False)]
 
 
 @pytest.fixture(scope="module")
-def two_ranks() -> list[list[Trained]]:
-    return run_ranks(train_all, num_ranks=2)
+def pair() -> list[Pair]:
+    return run_ranks(train_as_two, num_ranks=2)
 
 
-def test_buckets_train_as_one_rank(two_ranks: list[list[Trained]]) -> None:
-    (alone,) = run_ranks(train_all, num_ranks=1)
-    for own, other, whole in zip(*two_ranks, alone, strict=True):
+@pytest.fixture(scope="module")
+def two_ranks(pair: list[Pair]) -> list[list[Trained]]:
+    return [rank.stages for rank in pair]
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[list[Trained]]:
+    return run_ranks(train_alone, num_ranks=1)[0]
+
+
+def test_buckets_train_as_one_rank(two_ranks: list[list[Trained]], alone: list[list[Trained]]) -> None:
+    for own, other, whole in zip(*two_ranks, alone[0], strict=True):
         both = [loss for pair in zip(own.losses, other.losses) for loss in pair]
         assert both == pytest.approx(whole.losses, rel=1e-5)
         for name, weight in whole.weights.items():
@@ -117,13 +147,8 @@ def test_reductions_start_before_the_last_backward_pass_ends(two_ranks: list[lis
         assert len(reduced) == PASSES * each_pass.num_buckets
 
 
-def train_both_ways() -> list[Trained]:
-    return [train(stage, in_products=in_products) for stage in STAGES for in_products in (True, False)]
-
-
-def test_sums_in_products_are_those_of_hooks_to_the_bit() -> None:
-    (found,) = run_ranks(train_both_ways, num_ranks=1)
-    for inside, behind in (found[:2], found[2:]):
+def test_sums_in_products_are_those_of_hooks_to_the_bit(alone: list[list[Trained]]) -> None:
+    for inside, behind in zip(*alone):
         assert inside.losses == behind.losses
         assert inside.events == behind.events, "buckets are complete at the same moments"
         for name, weight in behind.weights.items():
@@ -131,24 +156,16 @@ def test_sums_in_products_are_those_of_hooks_to_the_bit() -> None:
         assert not any(event.startswith("gather") for event in inside.events), "nothing to gather from one rank"
 
 
-def train_with_kept_sums() -> list[Trained]:
-    return [train(1, keeps=keeps) for keeps in (False, True)]
-
-
-def test_sums_that_stay_are_those_that_each_step_makes_to_the_bit() -> None:
-    for made, kept in run_ranks(train_with_kept_sums, num_ranks=2):
+def test_sums_that_stay_are_those_that_each_step_makes_to_the_bit(pair: list[Pair]) -> None:
+    for made, kept in ((rank.stages[0], rank.kept) for rank in pair):
         assert kept.losses == made.losses
         assert kept.events == made.events, "they are sent at the same moments"
         for name, weight in made.weights.items():
             assert torch.equal(kept.weights[name], weight), name
 
 
-def train_in_two_buckets() -> list[str]:
-    return train(2, 1 << 30).events
-
-
-def test_a_sum_that_travelled_is_gone_when_the_next_pass_brings_its_bucket_gradients() -> None:
-    for events in run_ranks(train_in_two_buckets, num_ranks=2):
+def test_a_sum_that_travelled_is_gone_when_the_next_pass_brings_its_bucket_gradients(pair: list[Pair]) -> None:
+    for events in (rank.two_buckets for rank in pair):
         begun, ended = events.index("backward 1"), events.index("end 0")
         gradient = events.index("gradient of blocks.0", begun)
         assert "reduced 0" in events[begun:gradient], "the pass before has sent it"
@@ -179,8 +196,8 @@ def close_with_less_than_announced(zero_stage: int) -> list[dict[str, torch.Tens
 
 
 @pytest.mark.parametrize("zero_stage", STAGES)
-def test_what_is_left_when_a_step_ends_is_reduced(zero_stage: int) -> None:
-    for whole, more in run_ranks(close_with_less_than_announced, zero_stage, num_ranks=2):
+def test_what_is_left_when_a_step_ends_is_reduced(pair: list[Pair], zero_stage: int) -> None:
+    for whole, more in (rank.announced[STAGES.index(zero_stage)] for rank in pair):
         for name, weight in whole.items():
             assert torch.equal(more[name], weight) == (name != "head.weight"), name
 
@@ -201,6 +218,13 @@ def test_the_first_gradient_of_a_product_is_left_in_the_sum_itself() -> None:
     bucket = Bucket(0, ["weight"], [weight], [0], 8, torch.distributed.group.WORLD, False, [0])
     place, adds = bucket.take(0)
     assert not adds and place.data_ptr() == bucket.view(0).data_ptr()
+
+
+def test_no_compiler_of_deepspeed_is_asked_for_its_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where each rank would import all of Inductor for them."""
+    monkeypatch.setattr(deepspeed.runtime.engine, "is_deepcompile_supported", lambda: True)
+    monkeypatch.setattr(deepspeed.DeepSpeedEngine, "register_compile_pass", lambda *_: pytest.fail("it was asked"))
+    build(1, 1, [])
 
 
 def test_a_group_is_closed_behind_a_whole_block() -> None:
