@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     return tiny_data(tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize(
-    ("steps", "exported"),
-    [(3, ["step-00000002"]), pytest.param(4, ["step-00000002", "step-00000004"], marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps", "exported"), [(3, ["step-00000002"]), (4, ["step-00000002", "step-00000004"])])
 def test_a_run_that_trains_leaves_the_exports_that_were_asked_for(
     steps: int, exported: list[str], data: DataConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -40,6 +39,13 @@ def test_a_run_that_trains_leaves_the_exports_that_were_asked_for(
     assert sorted(path.name for path in exports.iterdir()) == exported
     assert all((path / "config.json").is_file() for path in exports.iterdir())
     assert f"amfm: exported {exported[-1]} to" in capfd.readouterr().err
+
+
+def test_one_that_is_done_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    exporter = Exporter(tmp_path, 5)
+    exporter.running = "step-00000005", subprocess.Popen(["true"], stderr=subprocess.PIPE, text=True)
+    exporter.leave(seen("finished"))
+    assert f"amfm: exported step-00000005 to {tmp_path / 'exports' / 'step-00000005'}" in capfd.readouterr().err
 
 
 def test_one_that_fails_is_said_and_one_that_is_pruned_or_there_is_left_out(

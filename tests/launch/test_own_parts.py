@@ -125,12 +125,17 @@ def test_a_mixer_of_a_notebook_is_in_patterns_sections_and_messages() -> None:
         amfm.register(amfm.Kind("Retnet", Mixer, Options))
 
 
-def test_a_folder_trains_on_two_ranks_and_its_checkpoint_is_read_where_it_is_named(
-    data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("nproc", [[], pytest.param(["--nproc", "2"], marks=pytest.mark.slow)], ids=["here", "2"])
+def test_a_folder_trains_on_any_ranks_and_its_checkpoint_is_read_where_it_is_named(
+    data: DataConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    nproc: list[str],
 ) -> None:
     path = own_config(data, tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert run_verb(["train", str(path), "--nproc", "2"]) == 0
+    assert run_verb(["train", str(path), *nproc]) == 0
     assert run_verb(["--plugins", "my_parts", "generate", "run", "--prompt", "some", "--max-new-tokens", "3"]) == 0
     assert "next_to_it" not in sys.modules and str(tmp_path) not in sys.path
     capfd.readouterr()

@@ -90,6 +90,7 @@ assert torch.compile.__name__ == "compile" and "triton" not in {name for name, f
 """
 
 
+@pytest.mark.slow
 def test_who_asks_megatron_for_the_rest_gets_it() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", REST_OF_MEGATRON], capture_output=True, text=True, check=False

@@ -90,7 +90,9 @@ sys.exit(run_forked(run, 3, {"KIND": "forked"}))
 """
 
 
-@pytest.mark.parametrize(("code", "joined"), [(0, 0), (2, 2), pytest.param(1, 1, marks=pytest.mark.slow), (-9, 3)])
+@pytest.mark.parametrize(
+    ("code", "joined"), [(0, 0), *(pytest.param(code, code, marks=pytest.mark.slow) for code in (1, 2)), (-9, 3)]
+)
 def test_forked_ranks_are_told_apart_and_end_as_processes_of_their_own_do(
     code: int, joined: int, tmp_path: Path
 ) -> None:
