@@ -83,6 +83,7 @@ def test_a_resumed_run_rounds_as_one_that_was_not_interrupted(
     assert_same_bits(train_and_collect(nvfp4(data, tmp_path / "run")), whole[1])
 
 
+@pytest.mark.slow  # the next one computes them again too
 def test_blocks_that_are_computed_again_round_as_before(
     whole: tuple[Path, Trained], data: DataConfig, tmp_path: Path
 ) -> None:

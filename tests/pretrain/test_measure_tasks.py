@@ -120,9 +120,12 @@ def score_layouts(data: DataConfig, folder: str, names: tuple[str, ...]) -> dict
     return found
 
 
-def test_pipeline_context_and_expert_ranks_score_what_one_rank_scores(data: DataConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [("pipeline",), pytest.param(("context", "expert"), marks=pytest.mark.slow)])
+def test_pipeline_context_and_expert_ranks_score_what_one_rank_scores(
+    data: DataConfig, tmp_path: Path, names: tuple[str, ...]
+) -> None:
     (one,) = run_ranks(score_layouts, data, str(tmp_path), ("one",), num_ranks=1)
-    for found in run_ranks(score_layouts, data, str(tmp_path), ("pipeline", "context", "expert"), num_ranks=2):
+    for found in run_ranks(score_layouts, data, str(tmp_path), names, num_ranks=2):
         for name, answers in found.items():
             for answer, expected in zip(answers, one["one"], strict=True):
                 assert answer.log_probability == pytest.approx(expected.log_probability, rel=1e-5), name

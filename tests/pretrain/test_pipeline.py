@@ -21,7 +21,7 @@ from tests.pretrain.tiny_run import Trained, collect_weights, tiny_config, train
 
 # The same operations on the same numbers in the same order, but for reductions over ranks.
 TOLERANCE = 1e-6
-ONE_ROW = {"train__micro_batch_size": 1, "train__global_batch_size": 8}
+ONE_ROW = {"train__micro_batch_size": 1}  # four in a step
 SCHEDULES: dict[str, dict[str, Any]] = {
     "1f1b": {},
     "interleaved": {"parallel__schedule": "interleaved", "parallel__virtual_stages": 2},
@@ -32,22 +32,39 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 class Stage(NamedTuple):
     """What one of two stages, which do all of this in one process each, ended with."""
 
-    schedules: dict[str, Trained]
-    in_bf16: dict[str, Trained]
-    starts: list[Trained]
+    interleaved: Trained
+    resumed: Trained
     poisoned: tuple[list[StepResult], bool, bool, int]
     two_lengths: Trained
 
 
+class More(NamedTuple):
+    """The slow part."""
+
+    schedules: dict[str, Trained]
+    in_bf16: dict[str, Trained]
+    starts: list[Trained]
+
+
+TWO: dict[str, Any] = {"parallel__pipeline": 2}
+
+
 def train_as_stage(data: DataConfig, folder: str) -> Stage:
-    two = {"parallel__pipeline": 2}
-    short = two | {"train__precision": "bf16", "train__steps": 2, "schedule__warmup_steps": 1}
+    interleaved = ONE_ROW | TWO | SCHEDULES["interleaved"]
     return Stage(
-        train_schedules(data, f"{folder}/float32", two, list(SCHEDULES)),
+        *train_in_two_starts(data, f"{folder}/starts", interleaved),
+        poison_first_stage(data, f"{folder}/poisoned"),  # 1f1b
+        train_two_lengths(data, f"{folder}/lengths", TWO | SCHEDULES["zero_bubble"]),
+    )
+
+
+def train_more(data: DataConfig, folder: str) -> More:
+    short = TWO | {"train__precision": "bf16", "train__steps": 2, "schedule__warmup_steps": 1}
+    tied = ONE_ROW | TWO | {"parallel__zero_stage": 2, "model__tie_embeddings": True}
+    return More(
+        train_schedules(data, f"{folder}/float32", TWO, ["1f1b", "zero_bubble"]),
         train_schedules(data, f"{folder}/bf16", short, ["1f1b", "zero_bubble"]),
-        train_in_two_starts(data, f"{folder}/starts"),
-        poison_first_stage(data, f"{folder}/poisoned"),
-        train_two_lengths(data, f"{folder}/lengths", two | SCHEDULES["zero_bubble"]),
+        train_in_two_starts(data, f"{folder}/starts", tied),
     )
 
 
@@ -59,6 +76,11 @@ def train_alone(data: DataConfig, folder: str) -> tuple[Trained, Trained]:
 @pytest.fixture(scope="module")
 def stages(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> list[Stage]:
     return run_ranks(train_as_stage, data, str(tmp_path_factory.mktemp("stages")), num_ranks=2)
+
+
+@pytest.fixture(scope="module")
+def more(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> list[More]:
+    return run_ranks(train_more, data, str(tmp_path_factory.mktemp("more")), num_ranks=2)
 
 
 @pytest.fixture(scope="module")
@@ -101,32 +123,47 @@ def assert_same_run(actual: Trained, expected: Trained) -> None:
         torch.testing.assert_close(actual.weights[name], weight, rtol=0, atol=2 * TOLERANCE, msg=name)
 
 
+def assert_split(both: list[Trained], alone: Trained) -> None:
+    assert_same_run(join(both), alone)
+    assert not set(both[0].weights) & set(both[1].weights), "a weight is on both stages"
+    assert both[1].metrics == [], "only the main rank, where no loss is computed, writes"
+
+
 def test_a_run_of_two_stages_is_the_run_of_one_rank(stages: list[Stage], alone: tuple[Trained, Trained]) -> None:
-    for name in SCHEDULES:
-        both = [stage.schedules[name] for stage in stages]
-        assert_same_run(join(both), alone[0])
-        assert not set(both[0].weights) & set(both[1].weights), "a weight is on both stages"
-        assert both[1].metrics == [], "only the main rank, where no loss is computed, writes"
+    assert_split([stage.interleaved for stage in stages], alone[0])
 
 
-def train_in_two_starts(data: DataConfig, folder: str) -> list[Trained]:
-    settings = ONE_ROW | {"parallel__pipeline": 2, "parallel__zero_stage": 2, "model__tie_embeddings": True}
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["1f1b", "zero_bubble"])
+def test_each_schedule_is_the_run_of_one_rank(more: list[More], alone: tuple[Trained, Trained], name: str) -> None:
+    assert_split([stage.schedules[name] for stage in more], alone[0])
+
+
+def train_in_two_starts(data: DataConfig, folder: str, settings: dict[str, Any]) -> list[Trained]:
     whole = train_and_collect(tiny_config(data, Path(folder, "whole"), **settings))
     train_and_collect(tiny_config(data, Path(folder, "parts"), **settings, train__stop_after_steps=2))
     return [whole, train_and_collect(tiny_config(data, Path(folder, "parts"), **settings))]
 
 
 def test_a_resumed_pipeline_goes_on_to_the_bit(stages: list[Stage]) -> None:
-    for whole, parts in (stage.starts for stage in stages):
+    for stage in stages:
+        for name, weight in stage.interleaved.weights.items():
+            assert torch.equal(weight, stage.resumed.weights[name]), name
+
+
+@pytest.mark.slow
+def test_a_resumed_pipeline_with_tied_embeddings_goes_on_to_the_bit(more: list[More]) -> None:
+    for whole, parts in (stage.starts for stage in more):
         for name, weight in whole.weights.items():
             assert torch.equal(weight, parts.weights[name]), name
-    tied = [stage.starts[0].weights["embedding.weight"] for stage in stages]
+    tied = [stage.starts[0].weights["embedding.weight"] for stage in more]
     assert torch.equal(*tied), "the two ends of the pipeline hold different embeddings"
 
 
-def test_bf16_gradients_of_split_backward_passes_are_summed_in_float32(stages: list[Stage]) -> None:
+@pytest.mark.slow
+def test_bf16_gradients_of_split_backward_passes_are_summed_in_float32(more: list[More]) -> None:
     # 1f1b sums through autograd's hooks; zero_bubble computes gradients of weights past them, in the same order.
-    for stage in stages:
+    for stage in more:
         for name, weight in stage.in_bf16["1f1b"].weights.items():
             assert torch.equal(weight, stage.in_bf16["zero_bubble"].weights[name]), name
 
@@ -165,13 +202,13 @@ def test_a_bad_gradient_on_one_stage_skips_the_step_on_all(stages: list[Stage]) 
         skip = results[0].skip
         assert skip is not None
         assert skip["faults"] == [{"rank": 0, "parameter": "blocks.0.mixer.out_proj.weight", "num_parameters": 1}]
-        assert skip["sample_ids"] == list(range(8)) and skip["samples_with_bad_loss"] == []
+        assert skip["sample_ids"] == list(range(4)) and skip["samples_with_bad_loss"] == []
 
 
 def two_lengths(config: RunConfig) -> RunConfig:
     """The rows of the last two steps are half as long."""
     tree = config.model_dump(mode="json")
-    tree["data"]["phases"] = [{"start_sample": 16, "sequence_length": 24}]
+    tree["data"]["phases"] = [{"start_sample": 8, "sequence_length": 24}]
     return RunConfig.model_validate(tree)
 
 
@@ -180,5 +217,5 @@ def train_two_lengths(data: DataConfig, folder: str, settings: dict[str, Any]) -
 
 
 def test_a_pipeline_follows_rows_that_change_their_length(stages: list[Stage], alone: tuple[Trained, Trained]) -> None:
-    assert alone[1].metrics[-1]["tokens"] == 2 * 8 * (48 + 24)
+    assert alone[1].metrics[-1]["tokens"] == 2 * 4 * (48 + 24)
     assert_same_run(join([stage.two_lengths for stage in stages]), alone[1])

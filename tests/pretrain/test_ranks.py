@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,56 +29,59 @@ from tests.pretrain.tiny_run import Trained, collect_weights, read_events, tiny_
 # weight's step (0.003) about as much again.
 TOLERANCE = 1e-6
 STEPS = 3
+Stages = tuple[int, ...]  # of ZeRO
+Alone = tuple[dict[int, Trained], list[Trained], Trained | None]
+Pair = list[tuple[dict[int, Trained], Trained | None]]
 STAGES = (0, 1, 2, 3)
+QUICK, MORE = (1, 3), (0, 2)  # trained together
 
 
-def train_all_stages(data: DataConfig, folder: str, micro_batch_size: int) -> list[Trained]:
-    return [
-        train_and_collect(
+def train_stages(data: DataConfig, folder: str, stages: Stages) -> dict[int, Trained]:
+    return {
+        stage: train_and_collect(
             tiny_config(
                 data,
                 Path(folder, f"zero{stage}"),
                 train__steps=STEPS,
-                train__micro_batch_size=micro_batch_size,
                 parallel__zero_stage=stage,
             )
         )
-        for stage in STAGES
-    ]
+        for stage in stages
+    }
 
 
-def train_alone(data: DataConfig, folder: str) -> tuple[list[Trained], list[Trained], Trained]:
+def train_alone(data: DataConfig, folder: str, stages: Stages) -> Alone:
     return (
-        train_all_stages(data, folder, 2),
-        accumulate_both_ways(data, folder),
-        train_in_bf16(data, f"{folder}/bf16", 1),
+        train_stages(data, folder, stages),
+        accumulate_both_ways(data, folder, "float32" if stages == QUICK else "bf16"),
+        train_in_bf16(data, f"{folder}/bf16", 1) if stages == QUICK else None,
     )
 
 
-def train_as_two(data: DataConfig, folder: str) -> tuple[list[Trained], Trained]:
-    return train_all_stages(data, folder, 2), train_in_bf16(data, f"{folder}/bf16", 2)
+def train_as_two(data: DataConfig, folder: str, stages: Stages) -> tuple[dict[int, Trained], Trained | None]:
+    return train_stages(data, folder, stages), train_in_bf16(data, f"{folder}/bf16", 2) if stages == QUICK else None
 
 
 @pytest.fixture(scope="module")
-def alone(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Trained], list[Trained], Trained]:
-    """All runs of one rank, in one process."""
-    return run_ranks(train_alone, data, str(tmp_path_factory.mktemp("one")), num_ranks=1)[0]
+def alone(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Stages], Alone]:
+    """Runs of one rank, in one process for the quick ones and in one for the others."""
+
+    @cache
+    def of(stages: Stages) -> Alone:
+        return run_ranks(train_alone, data, str(tmp_path_factory.mktemp("one")), stages, num_ranks=1)[0]
+
+    return of
 
 
 @pytest.fixture(scope="module")
-def one_rank(alone: tuple[list[Trained], list[Trained], Trained]) -> list[Trained]:
-    return alone[0]
+def pair(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Stages], Pair]:
+    """The same of two ranks, in two processes."""
 
+    @cache
+    def of(stages: Stages) -> Pair:
+        return run_ranks(train_as_two, data, str(tmp_path_factory.mktemp("two")), stages, num_ranks=2)
 
-@pytest.fixture(scope="module")
-def pair(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[list[Trained], Trained]]:
-    """All runs of two ranks that train to the end, in two processes."""
-    return run_ranks(train_as_two, data, str(tmp_path_factory.mktemp("two")), num_ranks=2)
-
-
-@pytest.fixture(scope="module")
-def two_ranks(pair: list[tuple[list[Trained], Trained]]) -> list[list[Trained]]:
-    return [stages for stages, _ in pair]
+    return of
 
 
 def assert_same_run(actual: Trained, expected: Trained) -> None:
@@ -92,17 +97,21 @@ def assert_same_run(actual: Trained, expected: Trained) -> None:
         torch.testing.assert_close(actual.weights[name], weight, rtol=0, atol=2 * TOLERANCE, msg=name)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_ranks_train_as_one(one_rank: list[Trained], two_ranks: list[list[Trained]], stage: int) -> None:
-    assert len(one_rank[stage].metrics) == STEPS
-    assert_same_run(two_ranks[0][stage], one_rank[stage])
-    for name, weight in two_ranks[0][stage].weights.items():
-        assert torch.equal(weight, two_ranks[1][stage].weights[name]), f"ranks hold different {name}"
+@pytest.mark.parametrize("stage", [*QUICK, *(pytest.param(stage, marks=pytest.mark.slow) for stage in MORE)])
+def test_two_ranks_train_as_one(alone: Callable[[Stages], Alone], pair: Callable[[Stages], Pair], stage: int) -> None:
+    stages = QUICK if stage in QUICK else MORE
+    one, (first, second) = alone(stages)[0][stage], (runs[stage] for runs, _ in pair(stages))
+    assert len(one.metrics) == STEPS
+    assert_same_run(first, one)
+    for name, weight in first.weights.items():
+        assert torch.equal(weight, second.weights[name]), f"ranks hold different {name}"
 
 
-def test_stages_train_alike(one_rank: list[Trained]) -> None:
-    for stage in STAGES[1:]:
-        assert_same_run(one_rank[stage], one_rank[0])
+@pytest.mark.parametrize("groups", [(QUICK,), pytest.param((QUICK, MORE), marks=pytest.mark.slow)])
+def test_stages_train_alike(alone: Callable[[Stages], Alone], groups: tuple[Stages, ...]) -> None:
+    first, *others = (run for stages in groups for run in alone(stages)[0].values())
+    for run in others:
+        assert_same_run(run, first)
 
 
 def train_in_bf16(data: DataConfig, folder: str, tensor: int) -> Trained:
@@ -117,39 +126,41 @@ def train_in_bf16(data: DataConfig, folder: str, tensor: int) -> Trained:
 
 
 def test_the_norm_in_bf16_without_zero_is_that_of_all_tensor_ranks(
-    alone: tuple[list[Trained], list[Trained], Trained], pair: list[tuple[list[Trained], Trained]]
+    alone: Callable[[Stages], Alone], pair: Callable[[Stages], Pair]
 ) -> None:
-    one, two = (run.metrics[0]["grad_norm"] for run in (alone[2], pair[0][1]))
+    runs = alone(QUICK)[2], pair(QUICK)[0][1]
+    one, two = (run.metrics[0]["grad_norm"] for run in runs if run is not None)
     # Eight bits of each gradient; a rank's own share would be about seven tenths.
     assert two == pytest.approx(one, rel=0.02)
 
 
-def test_router_bias_moved_against_the_load(one_rank: list[Trained]) -> None:
-    bias = next(weight for name, weight in one_rank[0].weights.items() if name.endswith("expert_bias"))
+def test_router_bias_moved_against_the_load(alone: Callable[[Stages], Alone]) -> None:
+    bias = next(weight for name, weight in alone(QUICK)[0][1].weights.items() if name.endswith("expert_bias"))
     assert 0 < float(bias.abs().max()) <= STEPS * 1e-3 * (1 + TOLERANCE)
 
 
-def accumulate_both_ways(data: DataConfig, folder: str) -> list[Trained]:
+def accumulate_both_ways(data: DataConfig, folder: str, precision: str) -> list[Trained]:
     # Auxiliary losses are means over micro-batches, so only their absence makes the cut invisible.
     runs = []
-    for precision in ("float32", "bf16"):
-        for rows in (1, 4):
-            folder_of_run = Path(folder, f"{precision}-{rows}")
-            # With AdamW's usual 1e-8 a gradient near zero turns its rounding into a step: one weight in 14,336 then
-            # differs by 2.3e-6 on processors with AVX-512.
-            config = tiny_config(data, folder_of_run, train__micro_batch_size=rows, optimizer__epsilon=1e-5)
-            moe = config.model.moe.model_copy(update={"auxiliary_loss_weight": 0.0, "z_loss_weight": 0.0})
-            model = config.model.model_copy(update={"moe": moe})
-            train = config.train.model_copy(update={"steps": STEPS, "precision": precision})
-            runs.append(train_and_collect(config.model_copy(update={"model": model, "train": train})))
+    for rows in (1, 4):
+        # With AdamW's usual 1e-8 a gradient near zero turns its rounding into a step: one weight in 14,336 then
+        # differs by 2.3e-6 on processors with AVX-512.
+        place = Path(folder, f"{precision}-{rows}")
+        config = tiny_config(data, place, train__micro_batch_size=rows, optimizer__epsilon=1e-5)
+        moe = config.model.moe.model_copy(update={"auxiliary_loss_weight": 0.0, "z_loss_weight": 0.0})
+        model = config.model.model_copy(update={"moe": moe})
+        train = config.train.model_copy(update={"steps": STEPS, "precision": precision})
+        runs.append(train_and_collect(config.model_copy(update={"model": model, "train": train})))
     return runs
 
 
-def test_four_micro_batches_of_one_row_are_one_of_four(
-    alone: tuple[list[Trained], list[Trained], Trained],
-) -> None:
-    apart, together, bf16_apart, bf16_together = alone[1]
-    assert_same_run(apart, together)
+def test_four_micro_batches_of_one_row_are_one_of_four(alone: Callable[[Stages], Alone]) -> None:
+    assert_same_run(*alone(QUICK)[1])
+
+
+@pytest.mark.slow
+def test_four_micro_batches_in_bf16_are_one_of_four(alone: Callable[[Stages], Alone]) -> None:
+    bf16_apart, bf16_together = alone(MORE)[1]
     # bf16 rounds activations the same way for one row as for four, but sums of gradients in another order: half a per cent
     # of the norm is an eighth of what summing four micro-batches in bf16 would cost at worst (4 x 2^-8).
     assert bf16_apart.series("loss") == pytest.approx(bf16_together.series("loss"), rel=2e-3)
@@ -189,11 +200,19 @@ def poison_all(data: DataConfig, folder: str, cases: list[tuple[int, str]]) -> l
 
 
 @pytest.mark.parametrize(
-    "precisions", [("bf16", "float32"), pytest.param(("float32", "bf16"), marks=pytest.mark.slow)], ids="-".join
+    ("stages", "precisions"),
+    [
+        (MORE, ("bf16", "float32")),
+        pytest.param(STAGES, ("bf16", "float32"), marks=pytest.mark.slow),
+        pytest.param(STAGES, ("float32", "bf16"), marks=pytest.mark.slow),
+    ],
+    ids=["quick", "bf16-float32", "float32-bf16"],
 )
-def test_nan_on_one_rank_skips_the_step_on_both(data: DataConfig, tmp_path: Path, precisions: tuple[str, str]) -> None:
-    # Each stage and each precision; the other halves of the product are slow.
-    ranks = run_ranks(poison_all, data, str(tmp_path), list(zip(STAGES, precisions * 2)), num_ranks=2)
+def test_nan_on_one_rank_skips_the_step_on_both(
+    data: DataConfig, tmp_path: Path, stages: tuple[int, ...], precisions: tuple[str, str]
+) -> None:
+    # Each stage and each precision; but for two, the stages that are not trained quickly to their end, those are slow.
+    ranks = run_ranks(poison_all, data, str(tmp_path), list(zip(stages, precisions * 2)), num_ranks=2)
     for results, (unchanged, changed, counters) in [case for rank in ranks for case in rank]:
         assert [result.applied for result in results] == [False, True]
         assert unchanged, "a skipped step moved weights or the router's bias"

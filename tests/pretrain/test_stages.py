@@ -215,14 +215,17 @@ def test_what_is_wrong_in_every_stage_alike_is_said_once(two_sources: DataConfig
 
 
 @pytest.mark.timeout(2000)
-def test_a_run_across_four_stages_resumes_bitwise_inside_each(two_sources: DataConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stops", [(4, 6, None), pytest.param((2, 4, 6, 8, 10, 11, None), marks=pytest.mark.slow)])
+def test_a_run_across_four_stages_resumes_bitwise_inside_each(
+    two_sources: DataConfig, tmp_path: Path, stops: tuple[int | None, ...]
+) -> None:
     straight = train_and_collect(staged(two_sources, tmp_path / "straight"))
     assert [line["stage"] for line in straight.metrics[::3]] == ["pretraining", "annealing", "long", "longest"]
     assert straight.metrics[-1]["tokens"] == 12 * 128 + 18 * 128 + 12 * 256 + 6 * 1024
     assert straight.series("lr")[-6:] == [6e-5] * 6
 
     resumed: Trained | None = None
-    for stop in (2, 4, 6, 8, 10, 11, None):  # after the sixth a stage begins
+    for stop in stops:  # after the sixth a stage begins
         resumed = train_and_collect(
             staged(two_sources, tmp_path / "resumed", train__stop_after_steps=stop, train__validate_every_steps=4)
         )

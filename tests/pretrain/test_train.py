@@ -86,6 +86,7 @@ def test_run_directory_holds_config_environment_metrics_and_events(data: DataCon
     assert (tmp_path / "checkpoints" / "latest").exists()
 
 
+@pytest.mark.slow  # a run across stages, which become phases, is quick (test_stages.py)
 def test_a_phase_makes_rows_longer_during_the_run_and_after_a_resume(data: DataConfig, tmp_path: Path) -> None:
     longer = data.model_copy(update={"phases": (PhaseConfig(start_sample=8, sequence_length=96),)})
     whole, halves = tiny_config(longer, tmp_path / "whole"), tiny_config(longer, tmp_path / "halves")
@@ -237,13 +238,13 @@ def test_clipping_bounds_the_step_but_not_the_reported_norm(
 
 
 def test_a_background_save_that_fails_ends_the_run_before_the_next_save(data: DataConfig, tmp_path: Path) -> None:
-    config = tiny_config(data, tmp_path, train__steps=60, train__checkpoint_every_steps=30)
+    config = tiny_config(data, tmp_path, train__steps=16, train__checkpoint_every_steps=8)
     with (
         largest_file(100_000),  # less than a checkpoint, more than the log
-        pytest.raises(RuntimeError, match=r"checkpoint of step 30 .*was not saved.*File too large"),
+        pytest.raises(RuntimeError, match=r"checkpoint of step 8 .*was not saved.*File too large"),
     ):
         train(config)
-    assert 30 < read_metrics(tmp_path)[-1]["step"] < 60
+    assert 8 < read_metrics(tmp_path)[-1]["step"] < 16
     assert read_events(tmp_path)[-1]["event"] == "failed"
 
 

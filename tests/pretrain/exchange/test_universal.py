@@ -82,7 +82,7 @@ def batch() -> tuple[Tensor, PackMeta, Tensor]:
     return tokens_BT, PackMeta.one_document_a_row(2, 24), tokens_BT.roll(-1, 1)
 
 
-def load_everywhere(config: RunConfig, out: str) -> dict[int, float]:
+def load_everywhere(config: RunConfig, out: str, stages: tuple[int, ...]) -> dict[int, float]:
     """Load in each stage; in 1 and 2 step once, next to our own engine. Returns the largest difference of a weight."""
     parallel = initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     # Or DeepSpeed compiles half a minute for collectives through shared memory, which are not of this test's claims.
@@ -90,7 +90,7 @@ def load_everywhere(config: RunConfig, out: str) -> dict[int, float]:
     folder = Path(config.run.dir, "checkpoints")
     reader = RangeReader(folder / "step-00000002", read_manifest(folder / "step-00000002"))
     differences = {}
-    for stage in (1, 2, 3):
+    for stage in stages:
         engine = plain_engine(config, stage)
         _, client_state = engine.load_checkpoint(out)
         check_loaded(engine, reader)
@@ -135,14 +135,17 @@ def exported(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return tiny_config(data, place / "run"), place / "out"
 
 
-def test_one_rank_of_deepspeed_loads_it_and_steps_like_ours(exported: tuple[RunConfig, Path]) -> None:
+@pytest.mark.parametrize("stages", [(2,), pytest.param((1, 3), marks=pytest.mark.slow)])
+def test_one_rank_of_deepspeed_loads_it_and_steps_like_ours(
+    exported: tuple[RunConfig, Path], stages: tuple[int, ...]
+) -> None:
     config, out = exported
     # The same sums in the same order, but for the clipping coefficient.
-    for difference in run_ranks(load_everywhere, config, str(out), num_ranks=1)[0].values():
+    for difference in run_ranks(load_everywhere, config, str(out), stages, num_ranks=1)[0].values():
         assert difference < 1e-7
 
 
-@pytest.fixture(scope="module", params=[1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[1, 3])
 def converted(unbroken: Unbroken, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """What DeepSpeed's converter makes of what a program without amfm saved that had loaded an export."""
     place = tmp_path_factory.mktemp("plain")
@@ -157,6 +160,7 @@ def converted(unbroken: Unbroken, tmp_path_factory: pytest.TempPathFactory, requ
     return place / "converted"
 
 
+@pytest.mark.slow  # a folder of this format comes back bitwise identical in the next one
 def test_a_run_goes_on_from_what_deepspeed_alone_loaded_and_saved(
     unbroken: Unbroken, converted: Path, tmp_path: Path
 ) -> None:
@@ -210,7 +214,7 @@ def test_a_tensor_beyond_a_block_goes_out_and_comes_in_by_rows(tmp_path: Path, m
 @pytest.mark.slow
 def test_two_ranks_of_deepspeed_load_it(exported: tuple[RunConfig, Path]) -> None:
     config, out = exported
-    for ranks in run_ranks(load_everywhere, config, str(out), num_ranks=2):
+    for ranks in run_ranks(load_everywhere, config, str(out), (1, 2, 3), num_ranks=2):
         assert all(difference < 1e-7 for difference in ranks.values())
 
 

@@ -31,6 +31,10 @@ from tests.pretrain.tiny_run import MODEL
 
 NAMES = sample_names()
 # One inside is enough where what a mixture of memories does is the same for all; LightNet has a state more.
+FORMS = [
+    pytest.param(name, marks=[pytest.mark.slow] if " over " in name and name != "mom over lightnet" else [])
+    for name in NAMES
+]
 DECODED = [name for name in NAMES if " over " not in name or name.endswith("lightnet")]
 TOKENS = 21
 
@@ -49,7 +53,7 @@ def sample_tokens() -> Tensor:
     return torch.randint(40, (2, TOKENS), generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FORMS)
 def test_logits_and_all_gradients_equal_ours(name: str) -> None:
     ours, theirs = both_models(name)
     tokens_BT, meta = sample_tokens(), PackMeta.one_document_a_row(2, TOKENS)
@@ -122,7 +126,7 @@ def test_padding_before_a_text_changes_nothing(name: str) -> None:
     assert_padding_changes_nothing(both_models(name)[1], sample_tokens(), cut=14)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FORMS)
 def test_weights_and_config_json_give_the_model_back(name: str) -> None:
     config = mixer_config(name)
     ours, _ = both_models(name)

@@ -98,6 +98,7 @@ def train_both(data: DataConfig, directory: Path, overrides: dict[str, Any]) -> 
     return [train(data, directory / str(graphs), graphs=graphs, **overrides)[0] for graphs in (False, True)]
 
 
+@pytest.mark.slow  # sums that stay and are sent: tests/pretrain/engine/test_buckets.py
 def test_data_ranks_replay_blocks_and_share_their_sums_to_the_bit(data: DataConfig, tmp_path: Path) -> None:
     main, other = run_ranks(train_both, data, tmp_path, DENSE | LONG)
     assert_equal_to_the_bit(*main)

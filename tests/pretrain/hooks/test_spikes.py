@@ -69,10 +69,13 @@ def train_layouts(layouts: list[dict[str, Any]], data: DataConfig, folder: str) 
     ]
 
 
-def test_a_gradient_norm_of_many_deviations_moves_nothing_on_any_rank(data: DataConfig, tmp_path: Path) -> None:
-    layouts = [{"parallel__zero_stage": stage} for stage in (0, 2, 3)]
+@pytest.mark.parametrize("stages", [(2,), pytest.param((0, 3), marks=pytest.mark.slow)])
+def test_a_gradient_norm_of_many_deviations_moves_nothing_on_any_rank(
+    data: DataConfig, tmp_path: Path, stages: tuple[int, ...]
+) -> None:
+    layouts = [{"parallel__zero_stage": stage} for stage in stages]
     for found in run_ranks(train_layouts, layouts, data, str(tmp_path), num_ranks=2):
-        assert found == [(True, 0)] * 3
+        assert found == [(True, 0)] * len(stages)
     (event,) = read_events(tmp_path / "0", "skipped_step")
     assert event["step"] == NORM_STEP and event["cause"].startswith("gradient norm ")
 

@@ -92,8 +92,9 @@ def train_with_blows(data: DataConfig, folder: str, cases: list[tuple[int, int]]
     ]
 
 
-def test_skipped_spikes_move_no_weight_on_any_rank(data: DataConfig, tmp_path: Path) -> None:
-    cases = [(stage, limit) for stage in (0, 1, 3) for limit in (1, 3)]
+@pytest.mark.parametrize("stages", [(1,), pytest.param((0, 3), marks=pytest.mark.slow)])
+def test_skipped_spikes_move_no_weight_on_any_rank(data: DataConfig, tmp_path: Path, stages: tuple[int, ...]) -> None:
+    cases = [(stage, limit) for stage in stages for limit in (1, 3)]
     ranks = run_ranks(train_with_blows, data, str(tmp_path), cases)
     assert [trained.code for rank in ranks for trained in rank] == [3] * 2 * len(cases)
     for long in ranks[0][1::2]:
@@ -105,7 +106,7 @@ def test_skipped_spikes_move_no_weight_on_any_rank(data: DataConfig, tmp_path: P
                 assert torch.equal(after_three.weights[name], weight), (stage, name)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2])
+@pytest.mark.parametrize("zero_stage", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_rollback_takes_the_weights_of_a_checkpoint_and_goes_on_with_new_data(
     data: DataConfig, tmp_path: Path, zero_stage: int
 ) -> None:

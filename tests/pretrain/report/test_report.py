@@ -58,6 +58,13 @@ def data_of(page: str) -> dict[str, Any]:
     return json.loads(re.search(r'<script type="application/json" id="plots-data">(.*?)</script>', page)[1])
 
 
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of a usual run, which several tests read."""
+    lines = [line(step, expert_load={"1": 1.5}) for step in range(1, 30)]
+    return write_report([make_run(tmp_path_factory.mktemp("page"), lines)]).read_text()
+
+
 def test_what_was_inspected_is_a_map_by_block_and_step_without_blocks_that_have_no_such_thing(tmp_path):
     lines = [line(step) for step in range(1, 31)]
     for step in (10, 20, 30):
@@ -127,17 +134,14 @@ def test_one_step_of_an_unfinished_run_is_enough(tmp_path):
     assert "No events were logged." in page
 
 
-def test_the_page_asks_for_nothing_outside_itself(tmp_path):
-    run = make_run(tmp_path, [line(step, expert_load={"1": 1.5}) for step in range(1, 30)])
-    page = write_report([run]).read_text()
+def test_the_page_asks_for_nothing_outside_itself(page):
     links = re.findall(r"""(?:src|href)=["']([^"']*)""", page) + re.findall(r"url\(([^)]*)\)", page)
     assert [link for link in links if not link.startswith(("#", "data:"))] == []
     assert "<link" not in page
     assert "default-src 'none'" in page, "the browser is told to fetch nothing"
 
 
-def test_ids_of_the_plots_do_not_clash(tmp_path):
-    page = write_report([make_run(tmp_path, [line(step) for step in range(1, 30)])]).read_text()
+def test_ids_of_the_plots_do_not_clash(page):
     page = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
     ids = re.findall(r'\bid="([^"]*)"', page)
     references = re.findall(r'(?:url\(|href=")#([^")]*)', page)
@@ -145,8 +149,7 @@ def test_ids_of_the_plots_do_not_clash(tmp_path):
     assert set(references) <= set(ids)
 
 
-def test_plot_colours_follow_the_theme(tmp_path):
-    page = write_report([make_run(tmp_path, [line(step) for step in range(1, 30)])]).read_text()
+def test_plot_colours_follow_the_theme(page):
     assert "var(--series-1)" in page
     assert re.search(r"#0[1-3]0[1-3]0[1-6]", page) is None
     assert "prefers-color-scheme: dark" in page
