@@ -61,7 +61,8 @@ def read_in_a_child(config, results):
 
 
 @pytest.mark.parametrize(
-    ("method", "workers"), [("fork", 0), ("fork", 1), ("spawn", 1), pytest.param("spawn", 0, marks=pytest.mark.slow)]
+    ("method", "workers"),
+    [("fork", 1), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("fork", 0), ("spawn", 0), ("spawn", 1)))],
 )
 def test_a_loader_in_a_forked_or_spawned_process_gives_the_same_rows(config, method, workers):
     """Also after the parent has read: open files and reading processes of its own do not get in the way."""

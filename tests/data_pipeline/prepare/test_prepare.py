@@ -22,11 +22,12 @@ from tests.helpers.full_disk import largest_file, limit_files
 from tests.helpers.tiny_store import make_tiny_store, run_in_process, write_jsonl
 
 
-def test_a_driver_killed_at_any_moment_loses_and_duplicates_nothing(reference, tmp_path):
+@pytest.mark.parametrize("attempts", [3, pytest.param(8, marks=pytest.mark.slow)])
+def test_a_driver_killed_at_any_moment_loses_and_duplicates_nothing(reference, tmp_path, attempts):
     """Killed again and again, a little later each time, or until it gets through."""
     config = elsewhere(reference, tmp_path)
     kills = 0
-    for attempt in range(8):
+    for attempt in range(attempts):
         command = [sys.executable, "-c", KILLED_DRIVER, str(ROOT), config.model_dump_json()]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             for _ in range(1 + attempt % 2):

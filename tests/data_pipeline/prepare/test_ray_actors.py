@@ -42,6 +42,7 @@ def priorities(environment: dict[str, str], folder: Path) -> str:
     ).stdout.splitlines()[-1]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_actors_of_a_ray_of_our_own_have_the_priority_of_their_driver_and_import_nothing_of_the_working_directory(
     alone_with_ray: None, tmp_path: Path
 ) -> None:
@@ -56,7 +57,7 @@ def test_the_environment_may_set_another_priority_of_actors(alone_with_ray: None
     assert priorities(os.environ | {"RAY_worker_niceness": "7"}, tmp_path) == f"nice {min(os.nice(0) + 7, 19)}"
 
 
-@pytest.mark.parametrize("num_actors", [1, 3])
+@pytest.mark.parametrize("num_actors", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_ray_writes_the_same_bytes_with_any_number_of_actors(reference, ray_session, tmp_path, num_actors):
     config = elsewhere(reference, tmp_path, num_actors=num_actors)
     seen = []

@@ -81,7 +81,11 @@ def cached_files(config):
 
 @pytest.mark.parametrize(
     ("packing", "shuffle", "workers"),
-    [("concatenate", "full", 0), ("best_fit", "full", 0), ("concatenate", "block", 1)],
+    [
+        ("concatenate", "full", 0),
+        pytest.param("best_fit", "full", 0, marks=pytest.mark.slow),
+        pytest.param("concatenate", "block", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_a_store_behind_a_url_trains_as_its_folder_does(local, remote, workers, shuffle, packing):
     changes = {"shuffle": shuffle, "packing": packing, "num_workers": workers}

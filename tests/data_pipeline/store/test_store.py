@@ -48,8 +48,14 @@ def test_zarr_python_reads_every_array_identically(prepared):
         assert (tokens[ends.astype(int) - 1] == store.eos_id).all()
 
 
-@pytest.mark.parametrize("preset", ["fast", "balanced", "small"])
-@pytest.mark.parametrize("length", [1, 63, 64, 65, 1000, 2500])
+@pytest.mark.parametrize(
+    ("preset", "length"),
+    [
+        pytest.param(preset, length, marks=[] if preset == "fast" or length == 1000 else [pytest.mark.slow])
+        for preset in ("fast", "balanced", "small")
+        for length in (1, 63, 64, 65, 1000, 2500)
+    ],
+)
 def test_our_shards_are_what_zarr_python_reads_at_odd_lengths(tmp_path, preset, length, monkeypatch):
     monkeypatch.setattr("amfm.data_pipeline.store.part_writer.MAX_SHARD_TOKENS", 1024)  # several shards
     layout = Layout("uint32", 64, preset)
@@ -225,8 +231,8 @@ def sum_tokens(store, results):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_store_that_was_read_works_in_forked_and_spawned_processes(prepared, method):
-    store = TokenStore.open(prepared.store)
+def test_a_store_that_was_read_works_in_forked_and_spawned_processes(tmp_path, method):
+    store = TokenStore.open(make_tiny_store(tmp_path, num_documents=50).store)
     expected = sum(int(store.read_tokens(p, 0, p.num_tokens).astype(np.int64).sum()) for _, _, p in store.all_parts())
     context = multiprocessing.get_context(method)
     results = context.Queue()
