@@ -3,7 +3,7 @@
 PyTorch, oneDNN and MKL choose their code by the processor that they find, and each adds in another order; environment variables
 let them choose as on an older one. A test that passes on one processor alone compares what no machine promises: say of which two
 computations of this machine it expects equal bits, or give a number its tolerance. Without a row all are run, with
-`make test-versions` for other releases of Python. CI runs that of the day, on the folders that compute (`COMPUTE`).
+`make test-versions` for other releases of Python. CI runs that of the day, on the files that compute (`COMPUTE`).
 """
 
 from __future__ import annotations
@@ -24,14 +24,37 @@ ROWS = {
     "two-threads": {"AMFM_TEST_THREADS": "2"},  # read by conftest.py: where a test sets no number itself
     "four-threads": {"AMFM_TEST_THREADS": "4"},
 }
-# Where numbers come from: three minutes, so that CI has the time.
-COMPUTE = ("tests/kernels", "tests/model")
-ELSEWHERE = (
-    "tests/kernels/interpreter",
-    "tests/kernels/acceptance",
-    "tests/kernels/proof",
-    "tests/kernels/test_interpreter.py",
-)  # compile, or Triton's own Python
+# Where numbers come from, once for each kind of computation: a minute, so that CI has the time. Mixers and layouts, which add
+# no other one, run under the whole rows.
+KERNELS = (
+    *(
+        "attention",
+        "causal_conv1d",
+        "decay_carry",
+        "decay_scan",
+        "decay_scan_vector",
+        "delta_scan",
+        "delta_scan_vector",
+    ),
+    *(
+        "diag_scan",
+        "embedding",
+        "flash",
+        "linear",
+        "linear_cross_entropy",
+        "mamba2",
+        "moe",
+        "moe_capacity",
+        "moe_router",
+    ),
+    *("norm", "rope", "sparse_attention", "swiglu"),
+)
+MODELS = ("decoding", "document_isolation", "hybrid", "low_precision", "mtp", "structured")
+COMPUTE = (
+    *(f"tests/kernels/test_{name}.py" for name in KERNELS),
+    "tests/kernels/low_precision",
+    *(f"tests/model/test_{name}.py" for name in MODELS),
+)
 
 
 def choose_row(day: int) -> str:
@@ -52,11 +75,11 @@ def main() -> int:
     """Run what is asked for; returns 1 where a row is red."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--row", choices=ROWS, help="this one alone")
-    parser.add_argument("--of-today", action="store_true", help="the one of this day, on the folders that compute")
+    parser.add_argument("--of-today", action="store_true", help="the one of this day, on the files that compute")
     given, arguments = parser.parse_known_args()
     if given.of_today:
         day = datetime.datetime.now(datetime.UTC).day
-        return run_row(choose_row(day), [*COMPUTE, *(f"--ignore={folder}" for folder in ELSEWHERE), *arguments])
+        return run_row(choose_row(day), [*COMPUTE, *arguments])
     rows = [given.row] if given.row else list(ROWS)
     red = [name for name in rows if run_row(name, arguments) != 0]
     print(f"{len(rows)} rows, {len(red)} of them red: {', '.join(red) or 'none'}")
