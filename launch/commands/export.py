@@ -111,13 +111,15 @@ FormatOption = Annotated[
         "deepspeed-universal",
         "megatron-deepspeed",
         "megatron-deepspeed-plain",
+        "torch-dist",
+        "torch-dist-gpt",
         "megatron",
         "gguf",
     ],
     typer.Option(
         "--format",
         help="A model for transformers, a whole training state for torch Distributed Checkpoint, DeepSpeed's loader or "
-        "Megatron-DeepSpeed (-plain: its --no-pipeline-parallel), the tokens of a store as .bin and .idx, or an export as a file for llama.cpp.",
+        "Megatron-DeepSpeed (-plain: its --no-pipeline-parallel), Megatron-Core (torch-dist; -gpt: names of GPTModel), the tokens of a store as .bin and .idx, or an export as a file for llama.cpp.",
     ),
 ]
 PushOption = Annotated[
@@ -301,11 +303,15 @@ NAMES: dict[str, Literal["pipeline", "plain"] | None] = {
 def export_state(checkpoint: Path, out: Path, file_format: str, *, as_json: bool) -> None:
     """Write master weights and moments for torch Distributed Checkpoint or DeepSpeed's loader, and print what was written."""
     from amfm.pretrain.exchange.dcp import export_dcp
+    from amfm.pretrain.exchange.megatron_write import export_megatron
     from amfm.pretrain.exchange.universal import export_universal
 
     with Waiting("amfm export") as waiting:
-        write = export_dcp if file_format == "dcp" else partial(export_universal, gpt=NAMES[file_format])
-        report = write(checkpoint, out, waiting)
+        if file_format.startswith("torch-dist"):
+            report = export_megatron(checkpoint, out, waiting, is_gpt=file_format.endswith("gpt"))
+        else:
+            write = export_dcp if file_format == "dcp" else partial(export_universal, gpt=NAMES[file_format])
+            report = write(checkpoint, out, waiting)
     if as_json:
         given = {key: value for key, value in asdict(report).items() if value is not None}
         print_json({**given, "path": str(report.path)})

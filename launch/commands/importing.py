@@ -158,10 +158,12 @@ def import_training_state(
         return
     if as_json:
         kept = {"path": str(written.path), "kind": "run", "checkpoint": str(written.checkpoint)}
-        print_json({**kept, "step": written.step, "tensors": written.num_tensors, "bytes": written.num_bytes})
+        counts = {"step": written.step, "tensors": written.num_tensors, "bytes": written.num_bytes}
+        print_json({**kept, **counts, "warnings": list(written.warnings)})
         return
     pairs = [("run directory", written.path), ("checkpoint", written.checkpoint.name), ("step", written.step)]
     pairs += [("tensors", f"{written.num_tensors:,}"), ("bytes", f"{written.num_bytes:,}")]
+    pairs += [("data", warning) for warning in written.warnings]
     print_pairs("Import of a training state", [*pairs, ("continue", f"amfm train {written.path}/config.yaml")])
 
 

@@ -13,7 +13,8 @@ weights folder, as the import of a transformers model does (`run.initial_weights
 from __future__ import annotations
 
 import datetime
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 from torch import nn
 
 from amfm.data_pipeline.durable.files import check_free
-from amfm.data_pipeline.loader.loader import PretrainLoader
+from amfm.data_pipeline.loader.loader import PretrainLoader, SourceUse
 from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
 from amfm.model.hybrid import HybridModel
@@ -114,10 +115,37 @@ def adopt(
     tokens = sum(use.tokens for use in loader.ledger())
     state = {"progress": asdict(Progress(step=steps_done, tokens=tokens)), "loader": loader.state_dict()}
     identities = identities_of(loader)
+    warnings = describe_position(loader.ledger(), steps_done, optimizer_step)
     loader.close()
     set_determinism(config.train.seed, config.train.deterministic)
     record = make_record(config, Expected(config), steps_done, optimizer_step)
-    return TrainingState(origin, tensors, buffers, {}, {**record, "state": state, "identities": identities})
+    whole = {**record, "state": state, "identities": identities}
+    return TrainingState(origin, tensors, buffers, {}, whole, tuple(warnings))
+
+
+def describe_position(ledger: Sequence[SourceUse], step: int, optimizer_step: int) -> Iterator[str]:
+    """Say what a run sees twice and what never, because another program read the same data in another order.
+
+    Of an epoch of N tokens whose share f was read there, f of what is left here was read, and f of what is left there is
+    not: f (1 - f) N each, for two orders that have nothing to do with each other.
+    """
+    if step < optimizer_step:
+        yield (
+            f"the other program made {optimizer_step} steps and the run counts it as step {step}: what it read in the "
+            f"{optimizer_step - step} steps between comes again"
+        )
+    drawn = Counter[str]()
+    for use in ledger:
+        drawn[use.source] += use.tokens
+    for source, epochs in {use.source: use.epochs for use in ledger}.items():
+        share, size = epochs % 1, drawn[source] / epochs if epochs else 0.0
+        if share and size:
+            twice = round(share * (1 - share) * size)
+            yield (
+                f"source {source!r}: {epochs:.2f} epochs ({drawn[source]:,} tokens) count as read, in another order than ours. "
+                f"Of the {round((1 - share) * size):,} tokens that are left of this epoch about {twice:,} were read before; as many "
+                "were not read and do not come in this epoch"
+            )
 
 
 def make_record(config: RunConfig, expected: Expected, step: int, optimizer_step: int) -> dict[str, Any]:

@@ -10,9 +10,11 @@ of models/, ssm/ and transformer/):
 - `linear_qkv` has, for each key-value head, its query heads, its key and its value; `linear_fc1` of gated layers is gate
   and up, `in_proj` and `conv1d` of Mamba are cut into `z x B C dt` and `x B C`.
 - Moments have the model's keys behind `optimizer.state.exp_avg.`; float32 master weights of bf16 weights behind
-  `optimizer.state.fp32_param.`. The counter is in `common.pt`.
+  `optimizer.state.fp32_param.`, or `.param.` where a distributed optimizer saved them. The counter is in `common.pt`.
+- `in_proj` and `conv1d` of Gated DeltaNet are cut into `query key value z beta alpha`; a gate of attention stands behind
+  the queries of each group in `linear_qkv`. Depths of prediction are `mtp.layers.D`.
 
-Every tensor must be taken, or it is rejected with an error: biases, other positions, depths of prediction.
+Every tensor must be taken, or it is rejected with an error: biases, other positions.
 """
 
 from __future__ import annotations
@@ -27,45 +29,25 @@ from amfm.model.on_demand import OnDemand, Shape, Source
 from amfm.model.shapes import block_shapes
 from amfm.pretrain.exchange.common_file import BUFFER, Fitted, find_steps, fit_tensors, one_step, read_common
 from amfm.pretrain.exchange.dcp_folder import DcpFolder
+from amfm.pretrain.exchange.megatron_blocks import (
+    DEPTH,
+    EXPERTS,
+    FUSED,
+    NORMS,
+    PARTS,
+    PLAIN,
+    check_fits,
+    fused_rows,
+    layers,
+)
 from amfm.pretrain.exchange.rows import drop_channel_dim, join, part_of, stacked
 
 DESCRIPTION, COMMON, LATEST = "metadata.json", "common.pt", "latest_checkpointed_iteration.txt"
-STATE_KEY = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(fp32_param|exp_avg|exp_avg_sq)\.(.+)")
-MASTERS = "fp32_param"
+STATE_KEY = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(fp32_param|param|exp_avg|exp_avg_sq)\.(.+)")
+# Float32 weights of the optimizer: of bf16 models without a distributed optimizer, and with one.
+MASTERS = ("fp32_param", "param")
 # Of the router: what it counted in the last step, which no run continues from.
 COUNTS = ".local_tokens_per_expert"
-
-NORMS = {
-    "M": ("norm.weight", "mixer.in_proj.layer_norm_weight"),
-    "*": ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
-    "-": ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
-    "E": ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
-}
-# Of tensors that have the same form: our name in a block, theirs in a layer.
-PLAIN = {
-    "M": {name: f"mixer.{name}" for name in ("A_log", "D", "dt_bias", "norm.weight", "out_proj.weight")},
-    "*": {
-        "o_proj.weight": "self_attention.linear_proj.weight",
-        "q_norm.weight": "self_attention.q_layernorm.weight",
-        "k_norm.weight": "self_attention.k_layernorm.weight",
-    },
-    "-": {"up_proj.weight": "mlp.linear_fc1.weight", "down_proj.weight": "mlp.linear_fc2.weight"},
-    "E": {
-        "router.weight": "mlp.router.weight",
-        "expert_bias": "mlp.router.expert_bias",
-        "shared.up_proj.weight": "mlp.shared_experts.linear_fc1.weight",
-        "shared.down_proj.weight": "mlp.shared_experts.linear_fc2.weight",
-        "shared_gate.weight": "mlp.shared_experts.gate_weight",
-        "latent_down.weight": "mlp.fc1_latent_proj.weight",
-        "latent_up.weight": "mlp.fc2_latent_proj.weight",
-    },
-}
-PARTS = {
-    "in_proj.weight": ("mixer.in_proj.weight", ("z", "x", "B", "C", "dt")),
-    "conv.weight": ("mixer.conv1d.weight", ("x", "B", "C")),
-    "conv.bias": ("mixer.conv1d.bias", ("x", "B", "C")),
-}
-EXPERTS = {"experts.up": "linear_fc1.weight", "experts.down": "linear_fc2.weight"}
 
 
 def find_iteration(path: Path) -> Path:
@@ -161,19 +143,22 @@ class Reading:
     def __init__(self, megatron: MegatronFolder, kind: str) -> None:
         self.folder, self.model = megatron.folder, megatron.model
         # Master weights in float32 stand for the weights that they step.
-        self.keys = megatron.keys[kind] | (megatron.keys.get(MASTERS, {}) if kind == "weight" else {})
+        masters = [megatron.keys.get(name, {}) for name in MASTERS] if kind == "weight" else []
+        self.keys = megatron.keys[kind] | {key: found for keys in masters for key, found in keys.items()}
         self.is_pairs = "decoder.final_layernorm.weight" in megatron.keys["weight"]
         self.taken: set[str] = set()
 
     def model_tensors(self) -> Iterator[tuple[str, Source]]:
         """Iterate over our names and sources; those that are not there are left out."""
         yield from self.named("embedding.weight", self.whole("embedding.word_embeddings.weight"))
-        for index, symbol in enumerate(self.model.letters):
-            layer = index // 2 if self.is_pairs else index
-            norm = next((found for name in NORMS[symbol] if (found := self.at(layer, name))), None)
-            yield from self.named(f"blocks.{index}.norm.weight", norm)
+        for ours, symbol, layer, place in layers(self.model, is_pairs=self.is_pairs):
+            norms = [self.at(layer, place, name) for name in NORMS[symbol]]  # our own exports have both
+            yield from self.named(f"{ours}norm.weight", next((found for found in norms if found), None))
             for name in block_shapes(self.model, symbol):
-                yield from self.named(f"blocks.{index}.mixer.{name}", self.block_tensor(layer, symbol, name))
+                yield from self.named(f"{ours}mixer.{name}", self.block_tensor(layer, place, symbol, name))
+        for depth in range(self.model.num_depth_modules):
+            for our_name, name in DEPTH.items():
+                yield from self.named(f"mtp.{depth}.{our_name}", self.whole(f"mtp.layers.{depth}.{name}"))
         last = "decoder.final_layernorm.weight" if self.is_pairs else "decoder.final_norm.weight"
         yield from self.named("final_norm.weight", self.whole(last))
         if not self.model.tie_embeddings:
@@ -184,18 +169,18 @@ class Reading:
         if source is not None:
             yield name, source
 
-    def block_tensor(self, layer: int, symbol: str, name: str) -> Source | None:
+    def block_tensor(self, layer: str, place: int | None, symbol: str, name: str) -> Source | None:
         """The source of a tensor of ours in a block; None where it is not there."""
         if name in PLAIN[symbol]:
-            return self.at(layer, PLAIN[symbol][name])
-        if name in PARTS:
-            base, parts = PARTS[name]
+            return self.at(layer, place, PLAIN[symbol][name])
+        if name in PARTS.get(symbol, {}):
+            base, parts = PARTS[symbol][name]
             return drop_channel_dim(
-                self.at(layer, base) or self.joined([self.at(layer, f"{base}.{part}") for part in parts])
+                self.at(layer, place, base) or self.joined([self.at(layer, place, f"{base}.{part}") for part in parts])
             )
         if name in EXPERTS:
-            return self.experts(layer, EXPERTS[name])
-        fused = self.at(layer, "self_attention.linear_qkv.weight")
+            return self.experts(layer, place, EXPERTS[name])
+        fused = self.at(layer, place, FUSED)
         return None if fused is None else self.head_rows(fused, name)
 
     def whole(self, key: str, lead: tuple[int, ...] = ()) -> Source | None:
@@ -207,17 +192,19 @@ class Reading:
             return self.joined([self.whole(f"{key}_w", lead), self.whole(f"{key}_v", lead)])
         return None
 
-    def at(self, layer: int, name: str) -> Source | None:
+    def at(self, layer: str, place: int | None, name: str) -> Source | None:
         """A tensor of a layer, numbered or at its place of a stack."""
-        return self.whole(f"decoder.layers.{layer}.{name}") or self.whole(f"decoder.layers.{name}", (layer,))
+        found = self.whole(f"{layer}{name}")
+        return found or (None if place is None else self.whole(f"decoder.layers.{name}", (place,)))
 
-    def experts(self, layer: int, name: str) -> Source | None:
+    def experts(self, layer: str, place: int | None, name: str) -> Source | None:
         """The matrices of all experts, [E, out, in]: a stack, or tensors by number."""
-        stack = self.at(layer, f"mlp.experts.experts.{name}")
+        stack = self.at(layer, place, f"mlp.experts.experts.{name}")
         if stack is not None:
             return stack
         assert self.model.moe is not None, "the pattern has E, the configuration no moe section"
-        each = [self.at(layer, f"mlp.experts.experts.{number}.{name}") for number in range(self.model.moe.num_experts)]
+        numbers = range(self.model.moe.num_experts)
+        each = [self.at(layer, place, f"mlp.experts.experts.{number}.{name}") for number in numbers]
         present = [source for source in each if source is not None]
         return stacked(present) if len(present) == len(each) else None
 
@@ -227,39 +214,7 @@ class Reading:
         return join([(source, 0, source.num_rows) for source in present]) if len(present) == len(sources) else None
 
     def head_rows(self, fused: Source, name: str) -> Source:
-        """Rows of queries, keys or values out of `linear_qkv`, whose groups are those of the key-value heads."""
-        attention = self.model.attention
-        assert attention is not None, "the pattern has *, the configuration no attention section"
-        dim, groups = attention.head_dim, attention.num_kv_heads
-        return part_of(fused, [attention.num_heads * dim, groups * dim, groups * dim], "qkv".index(name[0]), groups)
-
-
-def check_fits(model: ModelConfig, path: Path) -> None:
-    """Raise ValueError for blocks that Megatron-Core does not have in this form."""
-    unknown = sorted(set(model.letters) - set(NORMS))
-    if unknown or model.num_depths:
-        what = f"blocks {', '.join(unknown)}" if unknown else "MTP layers"
-        raise ValueError(f"{path}: model.pattern={model.pattern} has {what}; of Megatron-Core M, *, - and E are read")
-    if model.attention is not None and model.attention.gate != "none":
-        raise ValueError(
-            f"{path}: model.attention.gate={model.attention.gate} is not read from Megatron-Core; leave it out"
-        )
-    if model.norm_placement != "before" or (model.attention is not None and model.attention.qk_norm == "wide"):
-        raise ValueError(
-            f"{path}: norms after blocks or over all heads are not read from Megatron-Core; use the defaults"
-        )
-    for key, section in (("attention", model.attention), ("moe", model.moe)):
-        if section is not None and section.bias:
-            raise ValueError(f"{path}: model.{key}.bias=true is not read from Megatron-Core; leave it out")
-    factored = any(section is not None and kind != "dense" for section, kind in _structures(model))
-    if factored:
-        raise ValueError(f"{path}: Megatron-Core has no factored matrices; use linear_kind: dense")
-
-
-def _structures(model: ModelConfig) -> list[tuple[object, str]]:
-    """Sections with feed-forwards, and the form of their matrices."""
-    dense, moe = model.feed_forward, model.moe
-    return [
-        (dense, dense.linear_kind if dense is not None else "dense"),
-        (moe, moe.shared_expert_linear_kind if moe is not None else "dense"),
-    ]
+        """Rows of queries, gates, keys or values of `linear_qkv`, whose groups are those of the key-value heads."""
+        rows = fused_rows(self.model)
+        assert self.model.attention is not None, "the pattern has *, the configuration no attention section"
+        return part_of(fused, list(rows.values()), list(rows).index(name), self.model.attention.num_kv_heads)

@@ -44,13 +44,17 @@ ONE_RANK = {"world_size": 1, "axes": {"dp": 1}, "zero_stage": 0}
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Master weights and moments by kind (`weight`, `exp_avg`, ...) and name, buffers, rank 0's generators, and the record."""
+    """Master weights and moments by kind (`weight`, `exp_avg`, ...) and name, buffers, rank 0's generators, and the record.
+
+    warnings: what continuing with it means, in sentences.
+    """
 
     origin: str
     tensors: Mapping[str, Mapping[str, Source]]
     buffers: Mapping[str, Source]
     random: Mapping[str, Tensor]
     record: dict[str, Any]
+    warnings: tuple[str, ...] = ()
 
     def keyed(self) -> Iterator[tuple[str, str, Source]]:
         """Iterate over kind, name and source of all master weights and moments."""
@@ -142,13 +146,14 @@ def export_state(
 
 @dataclass(frozen=True)
 class WrittenRun:
-    """A run directory that was written: its checkpoint, step, and how many tensors and bytes."""
+    """A run directory that was written: its checkpoint, step, how many tensors and bytes, and the state's warnings."""
 
     path: Path
     checkpoint: Path
     step: int
     num_tensors: int
     num_bytes: int
+    warnings: tuple[str, ...] = ()
 
 
 def write_run(out: Path, state: TrainingState, report: Report = silent) -> WrittenRun:
@@ -169,7 +174,7 @@ def write_run(out: Path, state: TrainingState, report: Report = silent) -> Writt
         sync_files(temporary)
         put_in_place(temporary, out)
     checkpoint = out / "checkpoints" / saved.name
-    return WrittenRun(out, checkpoint, state.record["step"], state.num_tensors(), state.num_bytes())
+    return WrittenRun(out, checkpoint, state.record["step"], state.num_tensors(), state.num_bytes(), state.warnings)
 
 
 def _write_tensors(folder: Path, state: TrainingState, report: Report) -> dict[str, Any]:

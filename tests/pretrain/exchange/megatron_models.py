@@ -9,6 +9,7 @@ allocate on a GPU too; what they do to save is called here on its own: `get_para
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -24,10 +25,14 @@ from megatron.core.dist_checkpointing.optimizer import (
 )
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.models.mamba import MambaModel
-from megatron.core.ssm import mamba_mixer
+from megatron.core.ssm import gated_delta_net, mamba_mixer
 from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
@@ -38,7 +43,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe import moe_layer, moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -46,6 +51,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 VOCAB, WIDTH, LENGTH = 448, 32, 48
 STEPS = 2
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def transformer_config(**settings: Any) -> TransformerConfig:
@@ -90,6 +96,9 @@ def on_cpu() -> Iterator[None]:
         patch.setattr(sys.modules[MambaStack.__module__], "TENorm", WrappedTorchNorm)
         # Of Transformer Engine, asked for without looking whether it is there.
         patch.setattr(moe_utils, "te_general_gemm", None, raising=False)
+        patch.setattr(moe_layer, "HAVE_TE", True)
+        patch.setattr(moe_layer, "TELinear", Duplicated, raising=False)
+        patch.setattr(gated_delta_net, "HAVE_FLA", True)
         yield
 
 
@@ -105,6 +114,61 @@ class GatedNorm(torch.nn.Module):
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True), prefix, {"weight": 0}, sharded_offsets
         )
+
+
+class Duplicated(torch.nn.Module):
+    """The weight of a matrix that all ranks have whole, as Transformer Engine's layer with `duplicated` saves it."""
+
+    def __init__(self, inputs: int, outputs: int, **_: Any) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(outputs, inputs))
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
+        """Whole, on every rank."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True), prefix, None, sharded_offsets
+        )
+
+
+def gpt_of_newer_blocks(config: TransformerConfig) -> GPTModel:
+    """GPTModel whose first layer mixes by Gated DeltaNet and whose second attends, with depths of prediction."""
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
+    delta = gated_delta_net.GatedDeltaNetSubmodules(
+        in_proj=ColumnParallelLinear, out_norm=WrappedTorchNorm, out_proj=RowParallelLinear
+    )
+    first = copy.deepcopy(spec.layer_specs[0])
+    first.submodules.self_attention = ModuleSpec(module=gated_delta_net.GatedDeltaNet, submodules=delta)
+    # Local layers are saved under the names of Transformer Engine's fused ones, which fuse the norm with in_proj here.
+    renamed = first.submodules.sharded_state_dict_keys_map | {"input_layernorm.": "self_attention.in_proj.layer_norm_"}
+    first.submodules.sharded_state_dict_keys_map = renamed
+    depths = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)
+    spec.layer_specs[0] = first
+    return GPTModel(
+        config,
+        spec,
+        vocab_size=VOCAB,
+        max_sequence_length=LENGTH,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+        mtp_block_spec=depths,
+    )
+
+
+def load_and_save(model: torch.nn.Module, source: Path, target: Path) -> None:
+    """Load weights and moments from a folder, as its content says they are laid out, and save both again."""
+    moments = {kind: {name: torch.zeros_like(value) for name, value in model.named_parameters()} for kind in MOMENTS}
+    optimizer = adamw(model, moments)
+    whole = sharded(model, optimizer, **dist_checkpointing.load_content_metadata(str(source)))
+    # What layers keep for other precisions is not exported: `--dist-ckpt-strictness log_unexpected` leaves it out.
+    extra = {name: None for name in whole["model"] if name.endswith("_extra_state")}
+    whole["model"] = {name: value for name, value in whole["model"].items() if name not in extra}
+    loaded = dist_checkpointing.load(whole, str(source))
+    model.load_state_dict(loaded["model"] | extra)
+    of_parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for index, weight in enumerate(of_parameters):
+        optimizer.state[weight] |= {kind: loaded["optimizer"]["state"][index][kind] for kind in MOMENTS}
+    assert loaded["iteration"] == STEPS
+    save(model, target, optimizer)
 
 
 def hybrid(config: TransformerConfig, pattern: str) -> MambaModel:
@@ -196,16 +260,21 @@ def adamw(model: torch.nn.Module, moments: Mapping[str, Mapping[str, torch.Tenso
 def save(model: torch.nn.Module, folder: Path, optimizer: torch.optim.AdamW | None = None, **metadata: Any) -> None:
     """Write a distributed checkpoint of the model, and of the optimizer if there is one, into a new folder."""
     folder.mkdir()
-    sharded = model.sharded_state_dict(metadata={**metadata, "dp_cp_group": dp_cp_group()})
-    whole: dict[str, Any] = {"model": sharded, "iteration": STEPS}
+    dist_checkpointing.save(sharded(model, optimizer, **metadata), str(folder))
+
+
+def sharded(model: torch.nn.Module, optimizer: torch.optim.AdamW | None, **metadata: Any) -> dict[str, Any]:
+    """What is saved and loaded: tensors of the model and moments with their places, and counters."""
+    of_model = model.sharded_state_dict(metadata={**metadata, "dp_cp_group": dp_cp_group()})
+    whole: dict[str, Any] = {"model": of_model, "iteration": STEPS}
     if optimizer is not None:
         state = optimizer.state_dict()
         of_parameters = (weight for group in optimizer.param_groups for weight in group["params"])
-        places = get_param_id_to_sharded_param_map(sharded, of_parameters)
+        places = get_param_id_to_sharded_param_map(of_model, of_parameters)
         optim_state_to_sharding_state(state, places, exclude_keys=("step",))
         state["state"]["common_step"] = STEPS
         whole["optimizer"] = state
-    dist_checkpointing.save(whole, str(folder))
+    return whole
 
 
 def dp_cp_group() -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from amfm.data_pipeline.config import DataConfig
+from amfm.data_pipeline.loader.loader import SourceUse
 from amfm.launch.cli import run
+from amfm.model.on_demand import Source, source_of
 from amfm.model.packing import PackMeta
 from amfm.pretrain.checkpoint.inspect import diff_checkpoints
 from amfm.pretrain.checkpoint.manifest_file import read_manifest
 from amfm.pretrain.config.file import resolved_yaml
+from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.exchange.adopt import Expected, adopt, describe_position, import_state
 from amfm.pretrain.exchange.common_file import read_common
+from amfm.pretrain.exchange.megatron_write import export_megatron
+from amfm.pretrain.exchange.state import WrittenRun, write_run
 from amfm.pretrain.inference.weights import read_weights
 from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.patience import PATIENCE_SECONDS
@@ -36,6 +43,27 @@ MOE: dict[str, Any] = {
     "moe_router_enable_expert_bias": True,
     "moe_router_load_balancing_type": "none",
     "moe_token_dispatcher_type": "allgather",
+}
+MAMBA: dict[str, Any] = {
+    "gated_linear_unit": False,
+    "num_layers": 4,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "mamba_state_dim": 16,
+    "mamba_num_groups": 2,
+    "is_hybrid_model": True,
+}
+NEWER: dict[str, Any] = {
+    "moe_layer_freq": [0, 1],
+    "moe_latent_size": 16,
+    "attention_output_gate": True,
+    "qk_layernorm": True,
+    "mtp_num_layers": 1,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
 }
 IDS_BT = torch.randint(0, 448, (1, 24), generator=torch.Generator().manual_seed(5))
 
@@ -79,8 +107,7 @@ def write_hybrid(checkpoint: str, folder: str) -> None:
         kind: in_their_layout({name: saved[f"{kind}/{name}/0"].view(shape) for name, shape in shapes.items()})
         for kind in ("weight", "exp_avg", "exp_avg_sq")
     }
-    settings = MOE | {"gated_linear_unit": False, "num_layers": 4, "mamba_num_heads": 4, "mamba_head_dim": 16}
-    settings |= {"mamba_state_dim": 16, "mamba_num_groups": 2, "is_hybrid_model": True}
+    settings = MOE | MAMBA
     with megatron.on_cpu():
         model = megatron.hybrid(megatron.transformer_config(**settings), "ME*-")
         for name, weight in model.named_parameters():
@@ -122,14 +149,122 @@ def hybrid(unbroken: Unbroken, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-def test_a_run_goes_on_from_a_hybrid_of_megatron(unbroken: Unbroken, hybrid: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_from_a_hybrid_of_megatron(
+    unbroken: Unbroken, hybrid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file, back = tmp_path / "config.yaml", tmp_path / "back"
     file.write_text(resolved_yaml(unbroken.config))
     assert run(["import", str(hybrid.parent), str(back), "--config", str(file)]) == 0
+    assert "tokens that are left of this epoch" in capsys.readouterr().out
     found = diff_checkpoints(unbroken.checkpoint, back / "checkpoints" / "step-00000002")
     assert not found["tensors"] and not found["optimizer_steps"], found
     assert not found["only_in_first"] and not found["only_in_second"]
     unbroken.goes_on_in(back)
+
+
+# What GPTModel of megatron-core has on a CPU, and what only a hybrid has.
+PAIRS = "G-*E/*E"
+HYBRID = "MG*-E/*E"
+
+
+def drawn(config: RunConfig, out: Path) -> Path:
+    """A checkpoint of step 2 with drawn weights, moments and biases, all different."""
+    expected, draw = Expected(config), torch.Generator().manual_seed(3)
+
+    def sources(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Source]:
+        return {name: source_of(torch.randn(shape, generator=draw).abs()) for name, shape in shapes.items()}
+
+    tensors = {kind: sources(expected.shapes) for kind in ("weight", "exp_avg", "exp_avg_sq")}
+    state = adopt(config, "drawn", tensors, sources(expected.buffers), 2)
+    return write_run(out, state).checkpoint
+
+
+def newer_blocks(config: RunConfig, pattern: str) -> RunConfig:
+    """The same run of a model with Gated DeltaNet, gates of attention, latent experts and depths of prediction."""
+    model = config.model.model_dump(mode="json", exclude_unset=True) | {"pattern": pattern}
+    model["attention"] |= {"gate": "element", "qk_norm": True}
+    model["moe"] |= {"latent_size": 16, "activation": "swiglu"}
+    model["feed_forward"] |= {"activation": "swiglu"}
+    model["mixers"] = {"gated_deltanet": {"num_heads": 4, "num_key_heads": 2, "head_dim": 8, "value_head_dim": 8}}
+    return RunConfig.model_validate(config.model_dump(mode="json", exclude={"model"}) | {"model": model})
+
+
+def same_tensors(first: Path, second: Path) -> bool:
+    """Whether two checkpoints have the same weights, moments and buffers."""
+    found = diff_checkpoints(first, second)
+    names = ("tensors", "optimizer_steps", "only_in_first", "only_in_second")
+    return not any(found[name] for name in names)
+
+
+@pytest.mark.parametrize(("pattern", "is_gpt", "precision"), [(PAIRS, True, "bf16"), (HYBRID, False, "float32")])
+def test_what_is_exported_comes_back_bit_equal(
+    unbroken: Unbroken, tmp_path: Path, pattern: str, *, is_gpt: bool, precision: str
+) -> None:
+    config = newer_blocks(unbroken.config, pattern)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
+    checkpoint = drawn(config, tmp_path / "drawn")
+    exported = export_megatron(checkpoint, tmp_path / "there", is_gpt=is_gpt)
+    back = import_state(exported.path, tmp_path / "back", config)
+    assert isinstance(back, WrittenRun) and back.step == 2
+    assert same_tensors(checkpoint, back.checkpoint)
+
+
+@pytest.mark.slow
+def test_a_run_goes_there_and_back(unbroken: Unbroken, tmp_path: Path) -> None:
+    there, back, file = tmp_path / "there", tmp_path / "back", tmp_path / "config.yaml"
+    file.write_text(resolved_yaml(unbroken.config))
+    assert run(["export", str(unbroken.checkpoint), str(there), "--format", "torch-dist"]) == 0
+    assert run(["import", str(there), str(back), "--config", str(file)]) == 0
+    assert same_tensors(unbroken.checkpoint, back / "checkpoints" / "step-00000002")
+    unbroken.goes_on_in(back)
+
+
+def test_what_is_read_twice_and_never_is_a_number() -> None:
+    uses = [SourceUse(0, "web", 30, 3000, 0.75), SourceUse(0, "books", 10, 1000, 2.0)]
+    (web,) = describe_position(uses, 5, 5)
+    assert "source 'web': 0.75 epochs (3,000 tokens)" in web
+    assert "Of the 1,000 tokens that are left of this epoch about 750 were read before" in web
+    again = list(describe_position([], 2, 5))
+    assert again == [
+        "the other program made 5 steps and the run counts it as step 2: what it read in the 3 steps between comes again"
+    ]
+
+
+def test_models_without_a_place_there_are_refused(
+    unbroken: Unbroken, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["export", str(unbroken.checkpoint), str(tmp_path / "out"), "--format", "torch-dist-gpt"]) == 2
+    assert "model.pattern=ME*- has no layers of GPTModel" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def through_megatron(folders: list[tuple[str, str, str]]) -> None:
+    """Load exports into models and optimizers of megatron-core, and save what they hold in its own form."""
+    from tests.pretrain.exchange import megatron_models as megatron
+
+    initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1)
+    for kind, source, target in folders:
+        with megatron.on_cpu():
+            if kind == "gpt":
+                model: torch.nn.Module = megatron.gpt_of_newer_blocks(megatron.transformer_config(**MOE, **NEWER))
+            else:
+                model = megatron.hybrid(megatron.transformer_config(**MOE, **MAMBA), "ME*-")
+            megatron.load_and_save(model, Path(source), Path(target))
+
+
+@pytest.mark.slow
+def test_megatron_core_loads_exports_and_saves_the_same_numbers(unbroken: Unbroken, tmp_path: Path) -> None:
+    config = newer_blocks(unbroken.config, PAIRS)
+    runs = {"gpt": (config, drawn(config, tmp_path / "drawn")), "hybrid": (unbroken.config, unbroken.checkpoint)}
+    folders = []
+    for kind, (_, checkpoint) in runs.items():
+        exported = export_megatron(checkpoint, tmp_path / kind, is_gpt=kind == "gpt")
+        folders.append((kind, str(exported.path / "iter_0000002"), str(tmp_path / f"{kind}-saved")))
+    run_ranks(through_megatron, folders, num_ranks=1)
+    for kind, (config, checkpoint) in runs.items():
+        back = import_state(tmp_path / f"{kind}-saved", tmp_path / f"{kind}-back", config)
+        assert isinstance(back, WrittenRun)
+        assert same_tensors(checkpoint, back.checkpoint), kind
 
 
 def test_missing_shards_other_shapes_and_unknown_names_are_named(
