@@ -42,7 +42,7 @@ class SourceConfig(Section):
     )
     paths: tuple[str, ...] = Field(
         min_length=1,
-        description="Files, folders, globs, URLs (s3://, gs://, az://; https:// of one file) or data sets of the Hub (hub:OWNER/NAME): .txt, .md (a file is a document), .jsonl, .parquet, .arrow (a Hugging Face dataset on disk), .mds (MosaicML), and token ids: .idx (Megatron, with .bin next to it), .npy (Dolma), .ds (datatrove), chunk-*.bin (litdata), .bin (nanoGPT); all but those also as .gz, .zst.",
+        description="Files, folders, globs, URLs (s3://, gs://, az://; https:// of one file) or data sets of the Hub (hub:OWNER/NAME): .txt, .md (a file is a document), .jsonl, .parquet, .arrow (a Hugging Face dataset on disk), .mds (MosaicML), and token ids: .idx (Megatron, with .bin next to it; or their --data-path prefix), .npy (Dolma), .ds (datatrove), chunk-*.bin (litdata), .bin (nanoGPT); all but those also as .gz, .zst.",
     )
     text_column: str = Field(
         "text", description="Field that holds the text in jsonl and parquet, or token ids (`input_ids`)."
@@ -218,6 +218,11 @@ class DataConfig(Section):
     )
     validation_fraction: float = Field(
         0.02, ge=0, lt=1, description="Part of the documents of each source kept for validation."
+    )
+    megatron_split: str | None = Field(
+        None,
+        pattern=r"^[0-9.]+(,[0-9.]+){0,2}$",
+        description="Megatron-LM's --split of each .idx, such as 98,2,0: its first documents train, the next validate, the last are left out; null: by validation_fraction.",
     )
     packing: Literal["concatenate", "best_fit"] = Field(
         "concatenate", description="Rows cut from the joined documents, or documents fitted whole into rows."

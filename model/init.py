@@ -74,7 +74,7 @@ def fill_part(
     seed: int,
 ) -> None:
     """Fill this rank's part of a parameter of `shape`, a piece after the other, of those that it holds anything of."""
-    special = _special_values(name, shape, seed)
+    special = _special_values(name, shape, config, seed)
     if special is not None:
         part.copy_(shard.shard(special, groups))
         return
@@ -135,7 +135,7 @@ def initial_values(name: str, shape: tuple[int, ...], config: ModelConfig, seed:
     1 / sqrt(W), a low-rank update at 0 (its first factor of unit gain), everything else normal; what a mixer draws itself
     (`Mixer.init_parameter`) is not asked for here.
     """
-    special = _special_values(name, shape, seed)
+    special = _special_values(name, shape, config, seed)
     if special is not None:
         return special
     pieces = _pieces(shape, dim)
@@ -157,11 +157,15 @@ def _normal_piece(
     return torch.empty(size).normal_(0.0, _deviation(name, config), generator=generator)
 
 
-def _special_values(name: str, shape: tuple[int, ...], seed: int) -> Tensor | None:
+def _special_values(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor | None:
     """The first value of a parameter that is not drawn from `_deviation`'s normal distribution; None for one that is."""
     generator = _generator(seed, name)
     if name.endswith(("norm.weight", ".D")):
         return torch.ones(shape)
+    if name.endswith("conv.bias") and config.megatron_init:
+        assert config.mamba is not None, "Mamba2's convolution alone has a bias"
+        bound = config.mamba.conv_kernel**-0.5
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
     if name.endswith(("conv.bias", "lora.up")):
         return torch.zeros(shape)
     if name.endswith("lora.down"):
@@ -186,8 +190,8 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 
 def _deviation(name: str, config: ModelConfig) -> float:
-    has_latent = config.moe is not None and config.moe.latent_size is not None
-    is_output = name.endswith(_OUTPUT_PROJECTIONS) or (".experts.down." in name and not has_latent)
+    is_inside = config.moe is not None and config.moe.latent_size is not None and not config.megatron_init
+    is_output = name.endswith(_OUTPUT_PROJECTIONS) or (".experts.down." in name and not is_inside)
     deviation = config.initializer_range * width_scales(name, config).deviation
     if config.depth_scaled_init and is_output:
         return deviation / math.sqrt(len(config.letters))

@@ -142,7 +142,7 @@ def plan_source(source: SourceConfig, config: DataConfig, files: Sequence[InputF
     segments = [
         replace(segment, split="validation" if file.name in validating else "train") if file.kind == "text" else segment
         for file in files
-        for segment in cut_segments(file, segment_bytes)
+        for segment in cut_segments(file, segment_bytes, config.megatron_split)
     ]
     if not segments:
         raise ValueError(

@@ -21,7 +21,8 @@ FOOTER_SHARE = 8  # a segment of parquet is at least so many times its file's fo
 class Segment:
     """What is read in one go: bytes [start, stop) of jsonl, row groups of parquet, documents of an .idx, or the file.
 
-    text_bytes: estimated text, for planning. split: of text files, decided by the plan; None: by content.
+    text_bytes: estimated text, for planning. split: of text files, and of .idx by `data.megatron_split`, decided by the
+    plan; None: by content.
     """
 
     file: InputFile
@@ -31,8 +32,8 @@ class Segment:
     split: Literal["train", "validation"] | None = None
 
 
-def cut_segments(file: InputFile, segment_bytes: int) -> list[Segment]:
-    """Cut a file into segments of about segment_bytes that together cover it exactly once.
+def cut_segments(file: InputFile, segment_bytes: int, megatron_split: str | None = None) -> list[Segment]:
+    """Cut a file into segments of about segment_bytes that together cover it exactly once, but for what a split leaves out.
 
     Plain jsonl by byte ranges, parquet by runs of row groups, Megatron by documents; other files are one segment. Empty
     files have none.
@@ -50,7 +51,14 @@ def cut_segments(file: InputFile, segment_bytes: int) -> list[Segment]:
     if file.kind == "megatron":
         index = read_megatron_index(file.path, file.open_next, file.num_bytes)
         index.check()
-        return [Segment(file, first, stop, num_bytes) for first, stop, num_bytes in index.cut(segment_bytes)]
+        if megatron_split is None:
+            return [Segment(file, first, stop, num_bytes) for first, stop, num_bytes in index.cut(segment_bytes)]
+        train, valid = index.split(megatron_split)
+        cuts: tuple[tuple[Literal["train", "validation"], int, int], ...]
+        cuts = (("train", 0, train), ("validation", train, valid))
+        return [
+            Segment(file, *run, split) for split, first, end in cuts for run in index.cut(segment_bytes, first, end)
+        ]
     if file.kind == "mds" and file.compression == "none":
         return _cut_mds(file, segment_bytes)
     if file.kind == "jsonl" and file.compression == "none":

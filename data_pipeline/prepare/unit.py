@@ -161,7 +161,7 @@ class _UnitWriter:
                 if isinstance(item, Reject):
                     self.rejects.append(item)
                 elif isinstance(item, TokenDocument):
-                    self._collect_ids(item.tokens)
+                    self._collect_ids(item.tokens, segment.split)
                     self._write_full_parts()
                 elif self._is_duplicate():
                     self.rejects.append(Reject(item.position, "filter: the text came before, exact_duplicates=drop"))
@@ -210,10 +210,10 @@ class _UnitWriter:
         self._collect([split], np.array(ids), np.array([len(ids)]), [document.num_bytes])
         self.collected[split].counted.append(np.array(counted))
 
-    def _collect_ids(self, ids: npt.NDArray[np.signedinteger]) -> None:
-        """Keep a document that came as tokens."""
+    def _collect_ids(self, ids: npt.NDArray[np.signedinteger], planned: Split | None) -> None:
+        """Keep a document that came as tokens; planned: its split, where the plan decided it."""
         self.knows_text = False
-        split = self._split_of(ids[:SPLIT_LENGTH].tobytes(), ids.nbytes)
+        split = planned or self._split_of(ids[:SPLIT_LENGTH].tobytes(), ids.nbytes)
         end = self.unit.settings.eos_id
         ended = ids if ids[-1] == end else np.append(ids, np.array(end, ids.dtype))  # another type would widen the ids
         self._collect([split], ended, np.array([len(ended)]), [ids.nbytes])

@@ -57,18 +57,36 @@ class MegatronIndex:
             raise self._disordered()
         return offsets
 
-    def cut(self, num_bytes: int) -> Iterator[tuple[int, int, int]]:
-        """First and stop of runs of documents of about `num_bytes`, one document at least, and the bytes of each."""
-        first, width = 0, 2**12
-        while first < self.num_documents:
-            stop = min(first + width, self.num_documents)
+    def cut(self, num_bytes: int, first: int = 0, end: int | None = None) -> Iterator[tuple[int, int, int]]:
+        """First and stop of runs of documents of about `num_bytes`, one document at least, and the bytes of each.
+
+        Of the documents in [first, end); end None: of all behind `first`.
+        """
+        width, end = 2**12, self.num_documents if end is None else end
+        while first < end:
+            stop = min(first + width, end)
             offsets = self.offsets(first, stop)
             reach = max(1, int(np.searchsorted(offsets, offsets[0] + num_bytes, side="right")) - 1)
-            if first + reach == stop < self.num_documents:
+            if first + reach == stop < end:
                 width *= 2
                 continue
             yield first, first + reach, int(offsets[reach] - offsets[0])
             first += reach
+
+    def split(self, shares: str) -> tuple[int, int]:
+        """The document at which Megatron's `--split` begins to validate, and that at which it begins to test.
+
+        Raises ValueError if documents are of several sequences, which it would cut apart.
+        """
+        if self.num_sequences != self.num_documents:
+            raise ValueError(
+                f"{self.path} has {self.num_sequences} sequences in {self.num_documents} documents, and Megatron's split cuts "
+                "sequences; remove data.megatron_split, or write the dataset with a sequence per document"
+            )
+        numbers = [float(number) for number in shares.split(",")]
+        train = numbers[0] / sum(numbers)
+        valid = train + (numbers[1] / sum(numbers) if len(numbers) > 1 else 0.0)
+        return round(train * self.num_documents), round(valid * self.num_documents)
 
     def check(self) -> None:
         """Read all of it, a piece at a time. Raises ValueError if it is damaged or does not fit the .bin."""

@@ -104,6 +104,11 @@ class MoeConfig(MixerOptions):
         description="Choices over capacity are lost, or go to a random expert with room (Hunyuan-Large, arXiv 2411.02265).",
     )
 
+    forced_balance: bool = Field(
+        False,
+        description="For benchmarks alone: in training each token gets the next top_k experts whatever the router would choose, so that all loads are equal.",
+    )
+
     def shared_structure(self) -> Structure:
         """Form of the shared expert's matrices."""
         return Structure(

@@ -148,6 +148,10 @@ class ModelConfig(Section):
     depth_scaled_init: bool = Field(
         True, description="Divide the deviation of output projections by sqrt(number of blocks)."
     )
+    megatron_init: bool = Field(
+        False,
+        description="Initial values as Megatron-LM has them where ours differ: experts.down of latent experts is an output projection too, and biases of convolutions are uniform within 1 / sqrt(width).",
+    )
     mamba: Mamba2Config | None = Field(None, description="Needed by M.")
     attention: AttentionConfig | None = Field(None, description="Needed by * (A).")
     moe: MoeConfig | None = Field(None, description="Needed by E (F).")

@@ -157,6 +157,10 @@ class MoeMixer(Mixer):
         """Logits of the router, what it chose, and what a capacity leaves of that."""
         logits_RE = gather_stream(self._logits(x_BTD), self.groups).flatten(0, 1)
         moe = self.section
+        given_RK = None if meta.own_choices_BTK is None else meta.own_choices_BTK.flatten(0, 1)
+        if self.training and moe.forced_balance:
+            places_RK = torch.arange(len(logits_RE) * moe.top_k, device=logits_RE.device).view(-1, moe.top_k)
+            given_RK = places_RK % moe.num_experts
         routing = route(
             logits_RE,
             self.expert_bias,
@@ -167,7 +171,7 @@ class MoeMixer(Mixer):
             num_groups=moe.num_router_groups,
             group_top_k=moe.router_group_top_k,
             group_merit=moe.group_score_top_k,
-            choices_RK=None if meta.own_choices_BTK is None else meta.own_choices_BTK.flatten(0, 1),
+            choices_RK=given_RK,
             backend=self.backend,
         )
         anywhere_RK = routing.expert_ids_RK

@@ -22,7 +22,7 @@ RARELY_SET: dict[str, dict[str, str]] = {
         "convert.upcycle": "num_copies num_slices top_copies router noise reset",
     },
     "docs/data.md": {
-        "data": "skip skip_steps packing shuffle mask_document_boundaries on_corruption",
+        "data": "skip skip_steps megatron_split packing shuffle mask_document_boundaries on_corruption",
         "data.cache": "folder max_bytes block_bytes",
         "data.sources.*": "text_column messages_column prompt_column completion_column max_bytes max_tokens",
         "data.sources.*.fim": "rate kind tokens",
@@ -58,7 +58,7 @@ RARELY_SET: dict[str, dict[str, str]] = {
     },
     "docs/metrics.md": {"train": "inspect_every_steps"},
     "docs/mixers.md": {
-        "model": "depth_scaled_init head norm_placement residual_in_fp32 logits_z_loss_weight",
+        "model": "depth_scaled_init megatron_init head norm_placement residual_in_fp32 logits_z_loss_weight",
         "model.mamba": "conv_kernel conv_bias a_init_min a_init_max time_step_min time_step_max time_step_floor",
         "stages.*": "indexer",
         "model.attention.indexer": "top_k num_heads head_dim rope_fraction loss_weight stage",
@@ -66,7 +66,7 @@ RARELY_SET: dict[str, dict[str, str]] = {
         "model.attention.rope.llama3": "factor original_length slow_turns fast_turns",
         "model.feed_forward": "activation_limit",
         "model.attention": "bias",
-        "model.moe": "bias balance_counts group_score_top_k z_loss_weight",
+        "model.moe": "bias forced_balance balance_counts group_score_top_k z_loss_weight",
         "model.mixers.deltanet": "conv_kernel chunk_size value_head_dim num_key_heads",
         "model.mixers.gated_deltanet": "allow_negative_eigenvalues head_norm_epsilon",
         "model.mixers.deltaproduct": "conv_kernel chunk_size value_head_dim num_key_heads",

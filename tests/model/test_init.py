@@ -51,6 +51,17 @@ def test_a_latent_expert_scales_only_its_last_matrix():
     assert parameters["blocks.2.mixer.latent_up.weight"].std().item() == pytest.approx(0.01, rel=0.1)
 
 
+def test_megatron_scales_both_last_matrices_of_latent_experts_and_draws_biases_of_convolutions():
+    moe = WIDE.moe.model_copy(update={"latent_size": 48})
+    parameters = values(WIDE.model_copy(update={"moe": moe, "megatron_init": True}))
+    for name in ("experts.down", "latent_up.weight"):
+        assert parameters[f"blocks.2.mixer.{name}"].std().item() == pytest.approx(0.01, rel=0.1)
+    bias = parameters["blocks.0.mixer.conv.bias"]
+    assert bias.abs().max() <= 0.5 and bias.std().item() == pytest.approx(1 / math.sqrt(12), rel=0.15)
+    same = values(WIDE)
+    assert torch.equal(parameters["blocks.0.mixer.in_proj.weight"], same["blocks.0.mixer.in_proj.weight"])
+
+
 def test_decay_and_time_step_start_in_their_ranges():
     parameters = values(WIDE)
     decay_H = parameters["blocks.0.mixer.A_log"].exp()

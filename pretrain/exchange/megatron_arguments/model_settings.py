@@ -42,6 +42,8 @@ def model_lines(given: Arguments) -> Iterator[Line]:
         yield activation_line(given, "feed_forward")
     if "E" in letters:
         yield from expert_lines(given)
+    if not given.is_record and ("M" in letters or given["moe_latent_size"]):
+        yield line("model.megatron_init", True, "init_method_std")
 
 
 def read_pattern(given: Arguments) -> tuple[str, list[str]]:

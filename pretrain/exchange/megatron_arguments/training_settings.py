@@ -244,12 +244,10 @@ def data_lines(given: Arguments) -> Iterator[Line]:
     paths = paths.split() if isinstance(paths, str) else list(paths or ())
     if paths:
         yield line("data.sources", read_sources(paths), "data_path")
-    split = given.get("split")
-    if isinstance(split, str) and re.fullmatch(r"[\d.,/ ]+", split):
-        parts = [float(each) for each in re.split(r"[,/ ]+", split) if each] + [0.0, 0.0]
-        note = "chosen by hash, there the last documents"
-        share = parts[1] / (sum(parts) or 1.0)
-        yield approximated("data.validation_fraction", round(share, 9), note, "split")
+    split = given["split"] if given["data_path"] else given.get("split")
+    shares = re.findall(r"[\d.]+", split)[:3] if isinstance(split, str) else []
+    if any(float(share) for share in shares):
+        yield line("data.megatron_split", ",".join(shares), "split")
     masked = bool(given["reset_attention_mask"] or given["dataloader_inter_document_masking"])
     partly = not masked and bool(given["reset_position_ids"] or given["eod_mask_loss"])
     note = "positions and the loss at borders are reset with the mask alone" if partly else ""

@@ -30,7 +30,7 @@ REQUIRED: dict[str, Any] = {
 ALWAYS = (
     "the loss is the mean over the tokens of the global batch (there of micro-batch means without --calculate-per-token-loss)",
     "the first update has the rate peak / warmup_steps, there 0: step k here is iteration k + 1 there",
-    "documents are held out by hash, there the last ones (--split), and samples come in another order",
+    "samples come in another order",
     "`D` in a pattern is a dense feed-forward here, there DeepSeek sparse attention: it was translated",
     "balance losses are logged as a sum over blocks times the weight, there as a mean over layers without it",
 )

@@ -1,6 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from amfm.data_pipeline.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
@@ -76,6 +80,32 @@ def test_what_megatron_core_writes_is_imported_without_tokenizing(tiny, tmp_path
     expected = [document if document[-1] == 2 else [*document, 2] for document in documents]
     assert sorted(found) == sorted(expected)
     assert store.layout.dtype == "uint16" and verify_store(config.store) == []
+
+
+@pytest.mark.parametrize("split", ["98,2,0", "969,30,1", "1,1", "7,2,1"])
+def test_documents_are_held_out_as_megatron_core_does(tiny, tmp_path, split):
+    random = np.random.default_rng(1)
+    builder = IndexedDatasetBuilder(str(tmp_path / "web.bin"), dtype=np.int32)
+    for number in range(203):
+        document = [4 + number, *random.integers(4, 400, size=20).tolist(), 2]
+        builder.add_document(torch.tensor(document), [len(document)])
+    builder.finalize(str(tmp_path / "web.idx"))
+    config = import_config(tiny, tmp_path, tmp_path / "web").model_copy(update={"megatron_split": split})
+    prepare(config, runner=run_in_process)
+    store = TokenStore.open(config.store)
+    matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
+    for name, bounds in zip(("train", "validation"), matrix):
+        begin, end = (round(edge * 203) for edge in bounds)
+        assert sorted(document[0] - 4 for document in documents_of(store, "web", name)) == list(range(begin, end))
+
+
+def test_a_split_that_cuts_documents_is_refused(tmp_path):
+    builder = IndexedDatasetBuilder(str(tmp_path / "web.bin"), dtype=np.int32)
+    builder.add_document(torch.arange(8), [4, 4])
+    builder.finalize(str(tmp_path / "web.idx"))
+    index = read_megatron_index(tmp_path / "web.idx")
+    with pytest.raises(ValueError, match="2 sequences in 1 documents"):
+        index.split("98,2,0")
 
 
 def test_export_of_an_import_gives_the_same_documents(tiny, tmp_path):

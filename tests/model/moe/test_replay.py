@@ -101,3 +101,16 @@ def test_weights_and_counts_are_of_the_given_choices() -> None:
 def test_choices_that_no_router_makes_are_refused(choices_RK: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         route(torch.zeros(5, 4), None, choices_RK=choices_RK, **SETTINGS)
+
+
+def test_forced_balance_gives_each_expert_as_many_tokens_in_training_alone() -> None:
+    forced = small_model(small_config("E", moe=MOE.model_copy(update={"forced_balance": True})), dtype=torch.float32)
+    tokens_BT, labels_BT, ids_BT = packed_batch(((7, 8), (15,)))  # 30 rows of two choices, five experts
+    output, choices = trace(forced, tokens_BT, meta_of(ids_BT), labels_BT)
+    assert output.expert_counts[0].tolist() == [12.0] * 5
+    assert choices[0].flatten().tolist() == [place % 5 for place in range(60)]
+    assert bool(backward(forced, output)["blocks.0.mixer.router.weight"].any())
+    plain = small_model(small_config("E", moe=MOE), dtype=torch.float32)
+    plain.load_state_dict(forced.state_dict())
+    logits = [model.eval()(tokens_BT, meta_of(ids_BT)).logits_BTV for model in (forced, plain)]
+    assert torch.equal(*logits)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[3]
 FIELDS = """
 run.dir run.name run.initial_weights run.tensorboard run.wandb_project
 model.pattern model.vocab_size model.hidden_size model.norm_epsilon model.norm_placement model.tie_embeddings model.head model.initializer_range
-model.depth_scaled_init model.residual_in_fp32 model.logits_z_loss_weight
+model.depth_scaled_init model.megatron_init model.residual_in_fp32 model.logits_z_loss_weight
 model.mamba.num_heads model.mamba.head_dim model.mamba.state_size model.mamba.num_groups model.mamba.conv_kernel
 model.mamba.conv_bias model.mamba.chunk_size model.mamba.keep_states model.mamba.a_init_min model.mamba.a_init_max
 model.mamba.time_step_min model.mamba.time_step_max model.mamba.time_step_floor
@@ -35,7 +35,7 @@ model.moe.shared_expert_gate model.moe.shared_expert_linear_kind model.moe.share
 model.moe.shared_expert_linear_blocks model.moe.activation model.moe.activation_limit model.moe.bias model.moe.router model.moe.normalize_probabilities model.moe.routed_scaling
 model.moe.num_router_groups model.moe.router_group_top_k model.moe.group_score_top_k model.moe.expert_bias model.moe.bias_rule model.moe.bias_update_rate
 model.moe.auxiliary_loss_weight model.moe.sequence_loss_weight model.moe.balance_counts model.moe.z_loss_weight model.moe.latent_size
-model.moe.capacity_factor model.moe.overflow
+model.moe.capacity_factor model.moe.overflow model.moe.forced_balance
 model.feed_forward.hidden_size model.feed_forward.activation model.feed_forward.activation_limit model.feed_forward.linear_kind
 model.feed_forward.linear_rank model.feed_forward.linear_blocks
 model.mixers.deltanet.conv_kernel model.mixers.deltanet.chunk_size model.mixers.deltanet.num_heads
@@ -79,7 +79,7 @@ model.lora_mixer.num_experts model.lora_mixer.top_k model.lora_mixer.rank model.
 model.lora_mixer.balance_weight model.lora_mixer.specialization_weight model.lora_mixer.hard_from_step
 model.multipliers.embedding model.multipliers.residual model.multipliers.logits model.mup.base_hidden_size
 model.mtp.loss_weight model.mtp.shared model.mtp.detach
-data.store data.skip data.skip_steps data.validation_fraction data.packing data.shuffle data.mask_document_boundaries data.num_workers
+data.store data.skip data.skip_steps data.validation_fraction data.megatron_split data.packing data.shuffle data.mask_document_boundaries data.num_workers
 data.on_corruption
 data.cache.folder data.cache.max_bytes data.cache.block_bytes
 data.sources.*.name data.sources.*.paths data.sources.*.text_column data.sources.*.messages_column
