@@ -128,7 +128,8 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
 }
 VOLATILE = {"time", "seconds", "tokens_per_second", "mfu", "memory_bytes", "saved_at"}
-VOLATILE |= {"tokens_per_second_per_gpu", "tflops_per_gpu"}
+VOLATILE |= {"tokens_per_second_per_gpu", "tflops_per_gpu", "megatron_tflops_per_gpu"}
+VOLATILE |= {"auxiliary_mean"}  # computed from `auxiliary`, and not in earlier lines
 VOLATILE |= {
     "validation_seconds",
     "tasks_seconds",

@@ -15,6 +15,7 @@ import torch
 
 from amfm.data_pipeline.loader.loader import SourceUse
 from amfm.model.flops import flops_per_token
+from amfm.model.megatron_flops import mean_auxiliary, megatron_flops_per_token
 from amfm.pretrain.event_log import log_time
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.monitor.environment import describe_allocator, read_peak_memory
@@ -135,6 +136,10 @@ def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
         "data": describe_data(run.loader.ledger()),
         "skipped": not result.applied,
     }
+    if (theirs := megatron_flops_per_token(run.model.config, result.sequence_length)) is not None:
+        metrics["megatron_tflops_per_gpu"] = per_rank * theirs / 1e12
+    if means := mean_auxiliary(run.model.config, result.auxiliary, len(result.expert_counts)):
+        metrics["auxiliary_mean"] = {name: finite(value) for name, value in means.items()}
     if result.mtp_losses:
         metrics["mtp_loss"] = [finite(loss) for loss in result.mtp_losses]
     if result.damaged_samples:

@@ -44,9 +44,11 @@ METRICS = {
     "tokens_per_second",
     "tokens_per_second_per_gpu",
     "tflops_per_gpu",
+    "megatron_tflops_per_gpu",
     "mfu",
     "seconds",
     "auxiliary",
+    "auxiliary_mean",
     "expert_load",
     "memory_bytes",
     "data",
@@ -68,7 +70,8 @@ def test_run_directory_holds_config_environment_metrics_and_events(data: DataCon
     assert [sum(line["data"]["tokens"].values()) for line in lines] == [192, 384, 576, 768]
     assert lines[0]["loss"] == pytest.approx(math.log(448), abs=0.1), "an untrained model knows nothing"
     assert lines[0]["lr"] == pytest.approx(1.5e-3) and lines[1]["lr"] == pytest.approx(3e-3)
-    assert set(lines[0]["auxiliary"]) == {"balance", "router_z"}
+    assert set(lines[0]["auxiliary"]) == {"balance", "router_z"} == set(lines[0]["auxiliary_mean"])
+    assert lines[0]["auxiliary_mean"]["balance"] == pytest.approx(lines[0]["auxiliary"]["balance"] / 0.01)
     assert 1 <= lines[0]["expert_load"]["1"] <= 4
     assert all(line["mfu"] > 0 and line["tokens_per_second"] > 0 for line in lines)
     assert all(2**24 < line["memory_bytes"] < 2**40 for line in lines)

@@ -16,6 +16,7 @@ from tests.pretrain.tiny_run import read_metrics, tiny_config
 # Measured by a clock, or of one process: all else is computed.
 MEASURED = {
     *("time", "seconds", "tokens_per_second", "tokens_per_second_per_gpu", "tflops_per_gpu", "mfu"),
+    *("megatron_tflops_per_gpu",),
     *("memory_bytes", "validation_seconds"),
 }
 
