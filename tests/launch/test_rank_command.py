@@ -37,7 +37,7 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_local_ranks_and_torchruns_ranks_are_apart_from_the_working_directory(planted: Path) -> None:
-    assert run_command(rank_command(["--help"]), 2) == 0
+    assert run_command(rank_command(["--help"]), 1) == 0
     of_one = {"nodes": 1, "ranks_per_node": 1, "node_rank": 0, "master": "localhost", "port": 0, "max_restarts": 0}
     assert run_here(torchrun_command(["--help"], **of_one), node_rank=0, master="localhost", port=of_one["port"]) == 0
 
@@ -58,7 +58,10 @@ def test_every_process_of_ours_is_started_apart_from_the_working_directory() -> 
     found = set()
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
-            tree = ast.parse(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            if "sys.executable" not in text:
+                continue
+            tree = ast.parse(text)
             uses = sum(is_interpreter(node) for node in ast.walk(tree))
             apart = sum(starts_apart(node) for node in ast.walk(tree))
             if uses > apart:
@@ -79,6 +82,7 @@ def starts_apart(node: ast.AST) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_a_clone_that_is_not_installed_runs_with_pythonpath_alone(tmp_path: Path) -> None:
     script = (
         "import sys; from amfm.launch.cluster.local import run_command; from amfm.launch.rank_command import rank_command; "

@@ -13,7 +13,7 @@ from amfm.launch.bench.numerics import find_excess, last_loss
 from amfm.launch.cli import run
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 
-STEPS, SEEDS = 4, 2
+STEPS, SEEDS = 2, 2
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow
@@ -40,20 +41,30 @@ SAID = {"3m": 3e6, "20m": 20e6, "150m": 150e6, "1b": 1e9, "8b": 8e9, "30b": 30e9
 HARDWARE = {"3m": "cpu", "20m": "cpu", "150m": "1xh100", "1b": "1xh100", "8b": "8xh100", "30b": "64xh100"}
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     chooser = random.Random(0)
     words = ["".join(chooser.choices("abcdefghiklmnoprstu", k=chooser.randint(2, 9))) for _ in range(2_000)]
-    path = tmp_path / "text.jsonl"
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
     documents = (" ".join(chooser.choices(words, k=60)) for _ in range(800))
     path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
     return path
 
 
-@pytest.fixture(autouse=True)
-def short_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def short_passes() -> Iterator[None]:
     """Time passes of one row: what a processor is timed with to be told a user is four times as much."""
-    monkeypatch.setattr(write, "TIMED_TOKENS", 256)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(write, "TIMED_TOKENS", 256)
+        yield
+
+
+@pytest.fixture(scope="module")
+def for_a_cpu(short_passes: None, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smallest run, for this machine."""
+    folder = tmp_path_factory.mktemp("cpu") / "run"
+    assert call(folder, text, "3m", "nemotron", "cpu") == 0
+    return folder / "run.yaml"
 
 
 def call(folder: Path, text: Path, size: str, style: str, hardware: str) -> int:
@@ -97,7 +108,7 @@ def test_an_unknown_accelerator_is_named_by_the_option_that_was_given() -> None:
 
 
 def test_a_config_passes_and_its_plan_fits(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    check_written(tmp_path / "new" / "folder", text, "8b", "granite", "8xh100", capsys)
+    check_written(tmp_path / "new" / "folder", text, "1b", "granite", "1xh100", capsys)
 
 
 @pytest.mark.slow
@@ -210,14 +221,13 @@ def test_records_are_counted_by_the_length_of_the_first(tmp_path: Path, text: Pa
     assert look_at(str(tmp_path / "a.parquet")).documents == pytest.approx(300)
 
 
-def test_time_of_a_run_is_that_of_passes_on_one_core(tmp_path: Path, text: Path) -> None:
+def test_time_of_a_run_is_that_of_passes_on_one_core(for_a_cpu: Path) -> None:
     """And of a model that is too large to try, by the operations that a smaller one makes."""
     small, large = (ModelConfig.model_validate(model_section(size, "granite")) for size in ("3m", "150m"))
     seconds = cpu_seconds_per_token(small, 256, small)
     ratio = sum(flops_per_token(large, 256).values()) / sum(flops_per_token(small, 256).values())
     assert cpu_seconds_per_token(large, 256, small) / seconds == pytest.approx(ratio, rel=0.9), "two measurements"
-    assert call(tmp_path / "run", text, "3m", "granite", "cpu") == 0
-    head = (tmp_path / "run" / "run.yaml").read_text()
+    head = for_a_cpu.read_text()
     assert re.search(r"# 400 steps take about [\d.]+ (minutes|hours) on \d+ cores that do nothing else", head)
 
 
@@ -238,12 +248,11 @@ def test_the_column_with_the_text_is_found_and_a_folder_s_name_is_quoted(
     assert "has no text; its fields are a, b" in capsys.readouterr().err
 
 
-def test_a_short_run_balances_its_experts_in_big_steps(tmp_path: Path, text: Path) -> None:
-    assert call(tmp_path / "run", text, "3m", "nemotron", "cpu") == 0
-    short = load_config(tmp_path / "run/run.yaml")
+def test_a_short_run_balances_its_experts_in_big_steps(for_a_cpu: Path) -> None:
+    short = load_config(for_a_cpu)
     assert short.model.moe is not None and short.model.moe.bias_update_rate == 2e-2
     # Fewer steps than planned still leave a schedule that fits: the decay is a share of them.
-    load_checked(tmp_path / "run/run.yaml", ["train.steps=60"], world_size=1)
+    load_checked(for_a_cpu, ["train.steps=60"], world_size=1)
 
 
 @pytest.mark.slow

@@ -39,12 +39,12 @@ def kept_by(config):
     return sum(storage.nbytes() for storage in kept.values()) / TOKENS
 
 
-# The longest, half of the time of all; others of their families are quick.
-SLOW = ("mom", "deltaproduct", "kda", "gdn2", "plstm")
+# A decay, a scan by channels, attention with a window, latent attention; a delta rule takes seconds.
+QUICK = ("retnet", "mamba1", "window", "mla")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in registered_kinds()]
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in registered_kinds()]
 )
 def test_kept_bytes_of_a_registered_mixer_are_those_of_a_real_pass(name):
     config = mixer_config(name, blocks=1)
@@ -63,7 +63,14 @@ def test_kept_bytes_of_a_core_block_are_those_of_a_real_pass(letter):
     assert block_bytes(config, letter, PLAIN).kept == pytest.approx(kept_by(config), rel=0.03)
 
 
-@pytest.mark.parametrize("name", ["retnet", "gla", "gated_deltanet", "kda", "mamba1", "mla", "window"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gla",
+        "window",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("retnet", "gated_deltanet", "kda", "mamba1", "mla")),
+    ],
+)
 def test_what_triton_kernels_keep_is_counted_without_a_card_and_tensor_ranks_cut_it(name):
     config = mixer_config(name, blocks=1)
     symbol, options = registered_kinds()[name].symbol, getattr(config.mixers, name)

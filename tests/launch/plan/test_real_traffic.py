@@ -37,7 +37,7 @@ TWO_RANKS = [
     f"expert=2 model.moe.capacity_factor=1.5 {FEWER_ROWS}",
     f"tensor=2 sequence_parallel=true zero_stage=2 model.attention.qk_norm=true {FEWER_ROWS}",
     f"context=2 model.moe.auxiliary_loss_weight=0.1 model.moe.sequence_loss_weight=0.1 {FEWER_ROWS}",
-    "pipeline=2 model.tie_embeddings=true",
+    "pipeline=2 model.tie_embeddings=true train.global_batch_size=12",
 ]
 TWO_RANKS_MORE = [
     "expert=2 model.moe.num_experts=2",

@@ -14,6 +14,30 @@ from amfm.pretrain.stages import resolve_stages
 from tests.launch.plan.presets import CONFIGS, H100, preset
 
 
+def test_a_search_has_each_layout_once_as_it_is_estimated_alone(capsys):
+    small = "train.global_batch_size=8"
+    arguments = ["plan", str(CONFIGS / "ladder_1b_a300m.yaml"), "--gpus", "4", "--search", "--json", small]
+    assert run(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert_once_and_as_alone(found, preset("ladder_1b_a300m", small), 4, found["layouts"][:2])
+    assert {item["parallel"].get("schedule", "1f1b") for item in found["layouts"]} > {"1f1b"}
+    why = {entry["what"]: entry for entry in found["left_out"]}
+    assert why["parallel.offload_optimizer"]["count"] is None
+
+
+def assert_once_and_as_alone(found, config, ranks, chosen):
+    """A search asks once for what it needs several times; a layout on its own has the same memory and seconds."""
+    layouts = [(str(item["parallel"]), item["train"]["micro_batch_size"]) for item in found["layouts"]]
+    assert len(layouts) == len(set(layouts)), "once: with the least recomputation that fits"
+    for item in chosen:
+        train = config.train.model_copy(update=item["train"])
+        parallel = ParallelConfig.model_validate(item["parallel"])
+        alone = config.model_copy(update={"parallel": parallel, "train": train})
+        again = estimate_as_dict(estimate(alone, Layout.of(alone, ranks), H100, Assumptions()))
+        assert again["memory"] == item["memory"] and again["step"] == item["step"]
+
+
+@pytest.mark.slow
 def test_a_search_recomputes_no_more_than_it_must_and_tries_every_schedule(capsys):
     small = "train.global_batch_size=32"  # fewer sizes of micro-batches to try than of its 3,072 rows
     arguments = ["plan", str(CONFIGS / "nemotron3_nano_30b.yaml"), "--gpus", "16", "--search", "--json", small]
@@ -23,23 +47,13 @@ def test_a_search_recomputes_no_more_than_it_must_and_tries_every_schedule(capsy
     schedules = {item["parallel"].get("schedule", "1f1b") for item in found["layouts"]}
     assert schedules == {"1f1b", "interleaved", "zero_bubble"}
     assert {item["train"]["recompute"] for item in found["layouts"]} == {"none", "selective", "full"}
-    # A layout appears once: with the least recomputation that fits.
-    layouts = [(str(item["parallel"]), item["train"]["micro_batch_size"]) for item in found["layouts"]]
-    assert len(layouts) == len(set(layouts))
     # Experts in halves, and rows in turns, only where experts are spread, and where that is faster.
     ways = {item["parallel"].get("overlap_experts", False): item for item in found["layouts"]}
     assert {False} < ways.keys() <= {False, True, "rows"}
     assert all(item["parallel"]["expert"] > 1 for way, item in ways.items() if way)
     turns = [item for item in found["layouts"] if item["parallel"].get("overlap_experts") == "rows"]
     assert all(item["train"]["micro_batch_size"] % 2 == 0 for item in turns)
-    # A search asks once for what it needs several times; a layout on its own has the same memory and seconds.
-    config = preset("nemotron3_nano_30b", small)
-    for item in ways.values():
-        train = config.train.model_copy(update=item["train"])
-        parallel = ParallelConfig.model_validate(item["parallel"])
-        alone = config.model_copy(update={"parallel": parallel, "train": train})
-        again = estimate_as_dict(estimate(alone, Layout.of(alone, 16), H100, Assumptions()))
-        assert again["memory"] == item["memory"] and again["step"] == item["step"]
+    assert_once_and_as_alone(found, preset("nemotron3_nano_30b", small), 16, ways.values())
     # Why not the others: counted, with an example, or not tried, with a reason.
     why = {entry["what"]: entry for entry in found["left_out"]}
     broken = [entry for what, entry in why.items() if what.startswith("breaks a rule of parallel.")]

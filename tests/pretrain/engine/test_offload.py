@@ -34,7 +34,7 @@ def train_with_and_without(data: DataConfig, folder: str, stage: int, precision:
     return trained
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(3, "bf16"), pytest.param(1, "float32", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("stage", "precision"), [(1, "float32"), pytest.param(3, "bf16", marks=pytest.mark.slow)])
 def test_offloaded_training_is_the_same_and_resumes_to_the_bit(
     data: DataConfig, tmp_path: Path, stage: int, precision: str
 ) -> None:
@@ -48,21 +48,17 @@ def test_offloaded_training_is_the_same_and_resumes_to_the_bit(
         assert torch.equal(weight, resumed.weights[name]), name
 
 
-def skip_offloaded(data: DataConfig, folder: str) -> list[tuple[bool, bool]]:
-    seen = []
-    for stage in (2, 3):
-        config = tiny_config(
-            data, Path(folder, str(stage)), parallel__zero_stage=stage, parallel__offload_optimizer=True
-        )
-        with SignalWatch() as signals:
-            run = start_run(config, signals)
-            before = collect_weights(run)
-            result = poison_gradient(run)
-            after: dict[str, Any] = collect_weights(run)
-            close_run(run)
-        seen.append((result.applied, all(torch.equal(before[name], after[name]) for name in before)))
-    return seen
+def skip_offloaded(data: DataConfig, folder: str, stage: int) -> tuple[bool, bool]:
+    config = tiny_config(data, Path(folder), parallel__zero_stage=stage, parallel__offload_optimizer=True)
+    with SignalWatch() as signals:
+        run = start_run(config, signals)
+        before = collect_weights(run)
+        result = poison_gradient(run)
+        after: dict[str, Any] = collect_weights(run)
+        close_run(run)
+    return result.applied, all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_bad_gradient_moves_nothing_on_the_host(data: DataConfig, tmp_path: Path) -> None:
-    assert run_ranks(skip_offloaded, data, str(tmp_path), num_ranks=2) == [[(False, True)] * 2] * 2
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_bad_gradient_moves_nothing_on_the_host(data: DataConfig, tmp_path: Path, stage: int) -> None:
+    assert run_ranks(skip_offloaded, data, str(tmp_path), stage, num_ranks=2) == [(False, True)] * 2
