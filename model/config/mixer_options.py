@@ -154,9 +154,23 @@ class ChannelDeltaOptions(VectorGateOptions):
 class KdaOptions(ChannelDeltaOptions):
     """Kimi Delta Attention (Kimi Team 2025, arXiv 2510.26692): the delta rule with a decay per key channel; letter `K`."""
 
+    gates: Literal["low_rank", "full"] = Field(
+        "low_rank", description="Projections of decay and output gate: two thin matrices each, or a whole one (Ling 3)."
+    )
+    decay_floor: float | None = Field(
+        None,
+        lt=0,
+        description="Logarithm of the strongest decay, which a sigmoid approaches (Ling 3: -5); null: a softplus without bound.",
+    )
     allow_negative_eigenvalues: bool = Field(
         False, description="beta in (0, 2) and not (0, 1), so that a state may change sign (arXiv 2411.12537)."
     )
+
+    def broken_rules(self) -> Iterator[tuple[str, str]]:
+        """A rank is that of thin matrices."""
+        yield from super().broken_rules()
+        if self.gates == "full" and self.gate_rank is not None:
+            yield "gate_rank", "is only read with gates: low_rank; remove it, or use that"
 
 
 class ShortConvOptions(MixerOptions):

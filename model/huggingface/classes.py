@@ -14,6 +14,7 @@ from amfm.model.config.mup import without_mup
 from amfm.model.config.plugins import describe_entry, installed_specs
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface import (
+    bailing_hybrid,
     deepseek_v2,
     deepseek_v3,
     deepseek_v32,
@@ -50,6 +51,7 @@ CLASSES: tuple[HfClass, ...] = (
     deepseek_v2.CLASS,
     glm_moe_dsa.CLASS,
     olmo_hybrid.CLASS,
+    bailing_hybrid.CLASS,
     lfm2.CLASS,
     lfm2_moe.CLASS,
     gpt_oss.CLASS,

@@ -54,6 +54,7 @@ OurTarget = Literal[
     "deepseek_v2",
     "glm_moe_dsa",
     "olmo_hybrid",
+    "bailing_hybrid",
 ]
 OURS: tuple[str, ...] = get_args(OurTarget)
 # Of packages by name alone: their code imports this file.

@@ -65,6 +65,13 @@ def _unfit_delta(options: KdaOptions) -> list[str]:
     if options.allow_negative_eigenvalues:
         rule = "beta of kimi_linear is below 1; use false"
         reasons.append(f"{key}.allow_negative_eigenvalues=true: {rule}, or target own")
+    if options.gates != "low_rank":
+        reasons.append(
+            f"{key}.gates=full: gates of kimi_linear are of low rank; use that, or target bailing_hybrid or own"
+        )
+    if options.decay_floor is not None:
+        rule = "decays of kimi_linear have no bound; leave it out"
+        reasons.append(f"{key}.decay_floor={options.decay_floor}: {rule}, or target bailing_hybrid or own")
     if not options.conv_kernel:
         reasons.append(f"{key}.conv_kernel=0: kimi_linear always convolves; use 2 to 4, or target own")
     return reasons

@@ -134,8 +134,9 @@ def unit_length(x: Tensor) -> Tensor:
 class KdaMixer(LinearMixer):
     """S <- diag(e^g) S, then S <- (I - beta k k^T) S + beta k v^T, with q, k and v as Gated DeltaNet has them.
 
-    g = -exp(A_log) softplus(W2 W1 x + dt_bias), a rate a head and a time step a key channel; each head's output is normed
-    and multiplied by sigmoid(U2 U1 x). Source: Kimi Team 2025, arXiv 2510.26692, section 3.
+    g = -exp(A_log) softplus(W2 W1 x + dt_bias), a rate a head and a time step a key channel, or with a floor
+    floor sigmoid(exp(A_log) (W2 W1 x + dt_bias)); each head's output is normed and multiplied by sigmoid(U2 U1 x). W2 W1 and U2 U1 may
+    be a matrix each. Source: Kimi Team 2025, arXiv 2510.26692, section 3.
     """
 
     options: ChannelDeltaOptions
@@ -143,27 +144,31 @@ class KdaMixer(LinearMixer):
 
     def __init__(self, options: ChannelDeltaOptions, build: BuildContext) -> None:
         super().__init__(options, build)
-        heads = options.num_heads
+        heads, self.floor = options.num_heads, options.decay_floor if isinstance(options, KdaOptions) else None
         by_key = ShardSpec(0, "tp", (heads * self.key_dim,), (heads,))
         by_value = ShardSpec(0, "tp", (heads * self.value_dim,), (heads,))
         self.A_log = nn.Parameter(torch.empty(self.num_heads))
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads * self.key_dim))
-        self.decay_proj = nn.Parameter(torch.empty(self.num_heads * self.key_dim, options.rank()))
-        self.gate_proj = nn.Parameter(torch.empty(self.num_heads * self.value_dim, options.rank()))
-        self.shards |= {
-            "A_log": Shard((ShardSpec(0, "tp", (heads,)),)),
-            "dt_bias": Shard((by_key,)),
-            "decay_proj": Shard((by_key,)),
-            "gate_proj": Shard((by_value,)),
-        }
+        self.shards |= {"A_log": Shard((ShardSpec(0, "tp", (heads,)),)), "dt_bias": Shard((by_key,))}
+        if not self.has_whole_gates:
+            self.decay_proj = nn.Parameter(torch.empty(self.num_heads * self.key_dim, options.rank()))
+            self.gate_proj = nn.Parameter(torch.empty(self.num_heads * self.value_dim, options.rank()))
+            self.shards |= {"decay_proj": Shard((by_key,)), "gate_proj": Shard((by_value,))}
         self.norm = GatedHeadNorm(self.value_dim, build, activate=torch.sigmoid)
 
+    @property
+    def has_whole_gates(self) -> bool:
+        """Whether decay and output gate have one matrix each."""
+        return isinstance(self.options, KdaOptions) and self.options.gates == "full"
+
     def parts(self) -> dict[str, Part]:
-        """q, k, v and beta by head; the insides of the decay's and the output gate's projections whole."""
+        """q, k, v and beta by head; the insides of the decay's and the output gate's projections whole, or both by head."""
         heads, inside = self.options.num_heads, Part(self.options.rank(), None)
         keys, values = Part(heads * self.key_dim, heads), Part(heads * self.value_dim, heads)
-        shared = {"decay_inside": inside, "gate_inside": inside}
-        return {"q": keys, "k": keys, "v": values, **self.strengths(), **shared}
+        own = {"q": keys, "k": keys, "v": values, **self.strengths()}
+        if self.has_whole_gates:
+            return own | {"decay": keys, "gate": values}
+        return own | {"decay_inside": inside, "gate_inside": inside}
 
     def strengths(self) -> dict[str, Part]:
         """What says how strongly a token erases and writes: beta by head."""
@@ -176,8 +181,12 @@ class KdaMixer(LinearMixer):
         q_BTHK = unit_length(self.heads(parts["q"])) * self.key_dim**-0.5
         k_BTHK = unit_length(self.heads(parts["k"]))
         wide = torch.promote_types(q_BTHK.dtype, torch.float32)
-        step_BTX = linear(parts["decay_inside"], self.decay_proj).to(wide) + self.dt_bias.to(wide)
-        g_BTHK = -self.A_log.to(wide).exp()[:, None] * self.heads(functional.softplus(step_BTX))
+        raw_BTX = parts["decay"] if self.has_whole_gates else linear(parts["decay_inside"], self.decay_proj)
+        step_BTX, rate_H1 = raw_BTX.to(wide) + self.dt_bias.to(wide), self.A_log.to(wide).exp()[:, None]
+        if self.floor is None:
+            g_BTHK = -rate_H1 * self.heads(functional.softplus(step_BTX))
+        else:
+            g_BTHK = self.floor * (rate_H1 * self.heads(step_BTX)).sigmoid()
         return self.written(q_BTHK, k_BTHK, self.heads(parts["v"]), g_BTHK, parts)
 
     def written(
@@ -192,7 +201,8 @@ class KdaMixer(LinearMixer):
 
     def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
         """Norm o by head, times the gate's sigmoid."""
-        return self.norm(o_BTHV, linear(parts["gate_inside"], self.gate_proj))
+        gate_BTI = parts["gate"] if self.has_whole_gates else linear(parts["gate_inside"], self.gate_proj)
+        return self.norm(o_BTHV, gate_BTI)
 
     def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
         """Draw A_log and dt_bias as Mamba2's: rates by head, time steps by key channel."""

@@ -70,7 +70,7 @@ RARELY_SET: dict[str, dict[str, str]] = {
         "model.mixers.deltanet": "conv_kernel chunk_size value_head_dim num_key_heads",
         "model.mixers.gated_deltanet": "allow_negative_eigenvalues head_norm_epsilon",
         "model.mixers.deltaproduct": "conv_kernel chunk_size value_head_dim num_key_heads",
-        "model.mixers.kda": "chunk_size value_head_dim gate_rank allow_negative_eigenvalues",
+        "model.mixers.kda": "chunk_size value_head_dim gate_rank gates decay_floor allow_negative_eigenvalues",
         "model.mixers.mla": "gate sinks latent_norm_epsilon",
         "model.mixers.mla.yarn": "factor original_length beta_fast beta_slow truncate mscale",
         "model.mixers.mla.indexer": "top_k num_heads head_dim rope_fraction loss_weight stage",

@@ -44,7 +44,7 @@ class LatentClass:
     is_dense_first: dense layers stand before sparse ones. ties_head: head and embedding may be one matrix. moe_place: the module
     of the experts. expert_matrices: gate, up and down of one expert. experts, top_k, shared, groups, normalize: fields of
     config.json; None: chosen scores stay as they are. router: what scores experts, a sigmoid with a bias. group_score_top_k: best
-    experts that rank a group.
+    experts that rank a group. gate: of latent attention.
     """
 
     name: str
@@ -63,6 +63,7 @@ class LatentClass:
     normalize: str | None
     router: Literal["softmax", "sigmoid"] = "sigmoid"
     group_score_top_k: int = 2
+    gate: Literal["none", "head"] = "none"
 
 
 def unfit_layers(config: ModelConfig, kind: LatentClass) -> list[str]:
@@ -98,8 +99,11 @@ def _unfit_latents(options: MlaOptions, kind: LatentClass) -> list[str]:
     if options.positions != kind.positions:
         rule = f"latent attention of {target} has positions {kind.positions}"
         reasons.append(f"{key}.positions={options.positions}: {rule}; use that, or target {kind.other} or own")
-    if options.gate != "none":
-        reasons.append(f"{key}.gate={options.gate}: latent attention of {target} has no gate; use none, or target own")
+    if options.gate != kind.gate:
+        rule = (
+            f"latent attention of {target} has {'no gate' if kind.gate == 'none' else 'a gate a head'}; use {kind.gate}"
+        )
+        reasons.append(f"{key}.gate={options.gate}: {rule}, or target own")
     if options.latent_norm_epsilon != LATENT_EPSILON:
         rule = f"norms of latents in {target} have {LATENT_EPSILON} whatever rms_norm_eps says; use that"
         reasons.append(f"{key}.latent_norm_epsilon={options.latent_norm_epsilon}: {rule}, or target own")
@@ -234,6 +238,7 @@ def _mla_section(fields: Mapping[str, Any], kind: LatentClass) -> dict[str, Any]
         "rope_head_dim": fields["qk_rope_head_dim"],
         "value_head_dim": fields["v_head_dim"],
         "positions": kind.positions,
+        "gate": kind.gate,
     }
 
 

@@ -98,6 +98,8 @@ def _latent_entries(config: ModelConfig, ours: str, theirs: str, *, is_rotary: b
         yield WeightEntry(f"{ours}q_norm.weight", (f"{theirs}q_a_layernorm.weight",))
     query = f"{theirs}{'q_b_proj' if has_latent else 'q_proj'}.weight"
     yield _rows(f"{ours}q_proj.weight", query, options.num_heads, rotary)
+    if options.gate != "none":
+        yield WeightEntry(f"{ours}g_proj.weight", (f"{theirs}g_proj.weight",))
     yield WeightEntry(f"{ours}out_proj.weight", (f"{theirs}o_proj.weight",))
 
 

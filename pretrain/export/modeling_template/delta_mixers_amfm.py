@@ -65,31 +65,43 @@ class GatedDeltaNet(DeltaNet):
 
 
 class Kda(DeltaNet):
-    """With a decay a key channel and a sigmoid as output gate, both of low rank (Kimi Team 2025, arXiv 2510.26692)."""
+    """With a decay a key channel and a sigmoid as output gate (Kimi Team 2025, arXiv 2510.26692), of low rank or whole."""
 
     def set_sizes(self) -> None:
         """Add the low-rank weights of the decay and of the output gate; as many key heads as value heads."""
         self.options = self.options | {"num_key_heads": None}
         super().set_sizes()
+        # Exports of earlier versions have neither.
+        self.is_whole, self.floor = self.options.get("gates") == "full", self.options.get("decay_floor")
         rank = self.options["gate_rank"] or self.key_dim
         self.A_log = nn.Parameter(torch.zeros(self.heads, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.zeros(self.heads * self.key_dim, dtype=torch.float32))
-        self.decay_proj = nn.Parameter(torch.zeros(self.heads * self.key_dim, rank))
-        self.gate_proj = nn.Parameter(torch.zeros(self.heads * self.value_dim, rank))
+        if not self.is_whole:
+            self.decay_proj = nn.Parameter(torch.zeros(self.heads * self.key_dim, rank))
+            self.gate_proj = nn.Parameter(torch.zeros(self.heads * self.value_dim, rank))
+
+    def part_sizes(self) -> dict[str, int]:
+        """q, k, v, beta; whole projections of decay and gate."""
+        sizes = super().part_sizes()
+        if self.is_whole:
+            sizes |= {"decay": self.heads * self.key_dim, "gate": self.heads * self.value_dim}
+        return sizes
 
     def shared_sizes(self) -> dict[str, int]:
         """Inner widths of the low-rank projections of decay and gate."""
-        return dict.fromkeys(("decay_inside", "gate_inside"), self.decay_proj.shape[1])
+        return {} if self.is_whole else dict.fromkeys(("decay_inside", "gate_inside"), self.decay_proj.shape[1])
 
     def rows(self, parts: dict[str, Tensor], positions_BT: Tensor) -> tuple[Tensor, ...]:
         """g [B, T, H, K]."""
         q, k, v, _, beta = super().rows(parts, positions_BT)
-        time = F.softplus(F.linear(parts["decay_inside"], self.decay_proj).float() + self.dt_bias.float())
-        return q, k, v, self.by_head(time) * -self.A_log.float().exp()[:, None], beta
+        raw = parts["decay"] if self.is_whole else F.linear(parts["decay_inside"], self.decay_proj)
+        time, rate = self.by_head(raw.float() + self.dt_bias.float()), self.A_log.float().exp()[:, None]
+        g = -rate * F.softplus(time) if self.floor is None else self.floor * (rate * time).sigmoid()
+        return q, k, v, g, beta
 
     def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
         """Norm each head and multiply by the gate's sigmoid: [B, T, H, V] -> [B, T, H * V]."""
-        gate = F.linear(parts["gate_inside"], self.gate_proj).float()
+        gate = (parts["gate"] if self.is_whole else F.linear(parts["gate_inside"], self.gate_proj)).float()
         return (self.norm(o_BTHV).flatten(-2).float() * gate.sigmoid()).to(o_BTHV.dtype)
 
 

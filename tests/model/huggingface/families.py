@@ -71,6 +71,22 @@ DELTA = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
+BAILING = {
+    "num_experts": 8,
+    "num_experts_per_token": 2,
+    "moe_intermediate_size": 16,
+    "num_shared_experts": 2,
+    "num_expert_group": 4,
+    "topk_group": 2,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "short_conv_kernel_size": 3,
+    "kda_lower_bound": -2.0,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 7,
+}
 LISTED = {
     "use_sliding_window": True,
     "sliding_window": 5,
@@ -210,6 +226,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "norm_topk_prob": False,
             **ROPE,
         },
+        "bailing_hybrid, bounded decays, groups, latent queries": {
+            **BAILING,
+            "q_lora_rank": 9,
+            "moe_renormalize": False,
+            "routed_scaling_factor": 1.7,
+            "num_hidden_layers": 3,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "rope_parameters": YARN,
+        },
+        "bailing_hybrid, decays without a bound, no latent queries": {
+            **BAILING,
+            "kda_safe_gate": False,
+            "layer_types": ["linear_attention", "full_attention"],
+            "mlp_layer_types": ["sparse", "dense"],
+            **ROPE,
+        },
         "olmo_hybrid, biases, beta above 1, no positions": {
             **DELTA,
             "linear_value_head_dim": 3,
@@ -287,6 +320,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3_5_text", {"hidden_act": "gelu"}, "hidden_act=gelu cannot be imported"),
     ("deepseek_v2", {**LATENT, "topk_method": "noaux"}, "topk_method=noaux cannot be imported"),
     ("glm_moe_dsa", {**LATENT, "indexer_types": ["full", "shared"]}, r"indexer_types=\['full', 'shared'\] cannot"),
+    ("bailing_hybrid", {**BAILING, "attention_bias": True}, "attention_bias=True cannot be imported"),
     ("olmo_hybrid", {"hidden_act": "gelu"}, "hidden_act=gelu cannot be imported"),
     ("hy_v3", {"mlp_bias": True}, "mlp_bias=True cannot be imported"),
 ]

@@ -62,7 +62,8 @@ ROTARY_FORMS = (
 
 
 # Mixers with an option that changes their parts, and two side by side.
-OTHERS = ("mla with sinks", "window with sinks", "gated_deltanet next to window")
+OTHERS = ("mla with sinks", "window with sinks", "kda with whole gates", "gated_deltanet next to window")
+WITH: dict[str, dict[str, Any]] = {"sinks": {"sinks": True}, "whole gates": {"gates": "full", "decay_floor": -2.0}}
 
 
 def sample_options(name: str) -> dict[str, Any]:
@@ -88,11 +89,10 @@ def mixer_config(sample: str, blocks: int = 2) -> ModelConfig:
         names = sample.split(" next to ")
         symbols = "&".join(registered_kinds()[name].symbol for name in names)
         return small_config(f"({symbols})" * blocks, mixers={name: sample_options(name) for name in names})
-    if sample.endswith(" with sinks"):
-        name = registered_name(sample)
-        return small_config(
-            registered_kinds()[name].symbol * blocks, mixers={name: sample_options(name) | {"sinks": True}}
-        )
+    if " with " in sample:
+        name, _, added = sample.partition(" with ")
+        mixers = {name: sample_options(name) | WITH[added]}
+        return small_config(registered_kinds()[name].symbol * blocks, mixers=mixers)
     name, _, inside = sample.partition(" over ")
     mixers = {name: sample_options(name)}
     if name == "mom":

@@ -51,7 +51,7 @@ model.mixers.deltaproduct.decay
 model.mixers.hgrn2.conv_kernel model.mixers.hgrn2.chunk_size model.mixers.hgrn2.num_heads model.mixers.hgrn2.head_dim
 model.mixers.hgrn2.value_head_dim
 model.mixers.kda.conv_kernel model.mixers.kda.chunk_size model.mixers.kda.num_heads model.mixers.kda.head_dim
-model.mixers.kda.value_head_dim model.mixers.kda.gate_rank model.mixers.kda.allow_negative_eigenvalues
+model.mixers.kda.value_head_dim model.mixers.kda.gate_rank model.mixers.kda.gates model.mixers.kda.decay_floor model.mixers.kda.allow_negative_eigenvalues
 model.mixers.short_conv.conv_kernel
 model.mixers.mla.num_heads model.mixers.mla.latent_size model.mixers.mla.query_latent_size
 model.mixers.mla.nope_head_dim model.mixers.mla.rope_head_dim model.mixers.mla.value_head_dim model.mixers.mla.positions
