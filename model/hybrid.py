@@ -18,7 +18,7 @@ cut. Its owner calls `embed`, `pass_blocks` and `finish` itself and sends residu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -104,6 +104,8 @@ class HybridModel(nn.Module):
         indices = [index for piece in self.pieces for index in piece.blocks]
         # Called with the part whose weights per pass comes to: an engine may still be gathering them.
         self.before_use: Callable[[str], None] = use_at_once
+        # Called in training with what the head reads, its matrix and the labels; give auxiliary losses by name.
+        self.losses_at_head: list[Callable[[Tensor, Tensor, Tensor], Mapping[str, Tensor]]] = []
         self.embedding: VocabEmbedding | None = None
         self.final_norm: RMSNorm | None = None
         self.head: ColumnLinear | Head | None = None
@@ -237,12 +239,7 @@ class HybridModel(nn.Module):
         ahead, with the layout of the rows: MTP layers continue from the normed stream. Every rank
         of `groups.tp` must call, with depths those of the blocks' groups too; all get the same result.
         """
-        assert self.final_norm is not None, "the last piece of the pipeline has the head"
-        assert stream.delta_BTD is not None, "a piece has at least one block"
-        self.before_use("head")
-        if self.head is None:
-            self.before_use("embedding")
-        hidden_BTD = self.final_norm.add(stream.delta_BTD, stream.residual_BTD)[0].to(self.final_norm.weight.dtype)
+        hidden_BTD = self._norm_last(stream)
         if isinstance(self.head, Head):  # a package's, which has no matrix for what follows
             return _finish_with(self.head, hidden_BTD, labels_BT, stream, predicts)
         read_BTD = self._enter_head(hidden_BTD)
@@ -250,6 +247,8 @@ class HybridModel(nn.Module):
             logits_BTV = head_logits(read_BTD, self.head_weight(), self.groups)
             return ModelOutput(logits_BTV, None, stream.auxiliary, stream.expert_counts)
         loss = self._loss(read_BTD, self.head_weight(), labels_BT)
+        for more in self.losses_at_head if self.training else ():
+            stream = replace(stream, auxiliary={**stream.auxiliary, **more(read_BTD, self.head_weight(), labels_BT)})
         predictions_BT = None
         if predicts:
             predictions_BT = head_logits(read_BTD.detach(), self.head_weight(), self.groups).argmax(-1)
@@ -258,6 +257,18 @@ class HybridModel(nn.Module):
             return output
         assert meta is not None, "MTP layers read the layout of the rows"
         return self._look_ahead(output, hidden_BTD, ahead, meta)
+
+    def read_head(self, stream: Stream) -> Tensor:
+        """What the head multiplies of the stream after the last block, [B, T, D] of all tokens; the model has a matrix for it."""
+        return self._enter_head(self._norm_last(stream))
+
+    def _norm_last(self, stream: Stream) -> Tensor:
+        assert self.final_norm is not None, "the last piece of the pipeline has the head"
+        assert stream.delta_BTD is not None, "a piece has at least one block"
+        self.before_use("head")
+        if self.head is None:
+            self.before_use("embedding")
+        return self.final_norm.add(stream.delta_BTD, stream.residual_BTD)[0].to(self.final_norm.weight.dtype)
 
     def _look_ahead(
         self, output: ModelOutput, hidden_BTD: Tensor, ahead: Sequence[Ahead], meta: PackMeta

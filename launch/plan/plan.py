@@ -218,11 +218,17 @@ def search_stages(
     return [known[shape] for shape in shapes]
 
 
+UNPLANNED_TEACHER = (
+    "the teacher of distill is not planned: its weights (2 bytes per parameter in bf16, cut over tensor and expert ranks) and a "
+    "forward pass of it come on top"
+)
+
+
 def advise(plan: Plan) -> str:
     """What to do when a stage does not fit in the configuration's own layout, or a save in the hosts; empty when all do."""
     misfits = [entry for entry in plan.stages if not entry.estimate.fits()]
     if not misfits:
-        return plan.host.problem() or ""
+        return plan.host.problem() or (UNPLANNED_TEACHER if plan.config.distill is not None else "")
     where = f"stage {misfits[0].stage.name} of " if len(plan.stages) > 1 else ""
     if plan.layouts:
         best = plan.layouts[0].layout.describe()

@@ -142,7 +142,8 @@ def traced_config(config: RunConfig, ranks: int, stage_name: str | None) -> RunC
     for count in range(min(most, run.parallel.pipeline + 1), most + 1):
         updates = {"global_batch_size": count * unit, "batch_ramp": None, "compile": False}
         section = run.run.model_copy(update={"initial_weights": None})
-        traced = run.model_copy(update={"train": run.train.model_copy(update=updates), "run": section})
+        # As the plan, without a teacher.
+        traced = run.model_copy(update={"train": run.train.model_copy(update=updates), "run": section, "distill": None})
         if not any(micro_batch_problems(traced, ranks)):
             return traced
     raise AssertionError("check_run was not called: no number of micro-batches suits the schedule")

@@ -74,6 +74,10 @@ def check_run(
 
         problems += evaluate_problems(config)
     problems += [*conversion_problems(config), *routed_problems(config)]
+    if config.distill is not None:
+        from amfm.pretrain.checks.distill import distill_problems
+
+        problems += distill_problems(config)
     if not declared:
         stages = resolve_stages(config)
         steps = stages[-1].last_step

@@ -1,7 +1,7 @@
 """Hooks as configurations see them: the table of those that a section asks for, ours and those of installed packages.
 
 A package registers a hook with an entry point of the group `amfm.hooks` that names a `HookSpec`, and its options become
-the section `hooks.NAME`. Ours, `prune`, `forget`, `qk_clip` and `ema`, have their own sections. As with mixers, a spec names the class
+the section `hooks.NAME`. Ours, such as `prune`, `distill` and `ema`, have their own sections. As with mixers, a spec names the class
 by its import path, because configurations are read where torch is not imported.
 
 A hook is a subclass of `amfm.pretrain.hook.Hook`, built as `Class(options, run)` on every rank at every start. Nothing
@@ -17,7 +17,14 @@ from typing import Any, ClassVar
 
 from amfm.model.config.plugins import list_packages, load_named, specs_by_name, until_registered
 from amfm.model.config.section import Section
-from amfm.pretrain.config.hook_sections import EmaConfig, ForgetConfig, PruneConfig, QkClipConfig, TraceConfig
+from amfm.pretrain.config.hook_sections import (
+    DistillConfig,
+    EmaConfig,
+    ForgetConfig,
+    PruneConfig,
+    QkClipConfig,
+    TraceConfig,
+)
 
 ENTRY_POINTS = "amfm.hooks"
 
@@ -77,6 +84,7 @@ BUILT_IN = (
     HookSpec("prune", "amfm.pretrain.hooks.prune:Prune", PruneConfig, INTERFACE),
     HookSpec("forget", "amfm.pretrain.hooks.prune:Forget", ForgetConfig, INTERFACE),
     HookSpec("qk_clip", "amfm.pretrain.hooks.qk_clip:QkClip", QkClipConfig, INTERFACE),
+    HookSpec("distill", "amfm.pretrain.hooks.distill:Distill", DistillConfig, INTERFACE),
     HookSpec("trace_choices", "amfm.pretrain.hooks.trace_choices:TraceChoices", TraceConfig, INTERFACE),
     HookSpec("ema", "amfm.pretrain.hooks.ema:Ema", EmaConfig, INTERFACE),
 )

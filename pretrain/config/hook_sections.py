@@ -1,4 +1,4 @@
-"""Sections of our own hooks: pruning, forgetting, QK-clip, a moving average of the weights, traces of choices."""
+"""Sections of our own hooks: distillation, pruning, forgetting, QK-clip, a moving average of the weights, traces of choices."""
 
 from __future__ import annotations
 
@@ -49,6 +49,30 @@ class TraceConfig(Section):
     every_steps: int = Field(1, gt=0, description="Steps from one that is written to the next.")
     max_mebibytes: float = Field(
         1024, gt=0, description="Largest size of all files together; the oldest steps are removed first."
+    )
+
+
+class DistillConfig(Section):
+    """Learn a teacher's probabilities of the next token (Hinton et al. 2015, arXiv 1503.02531), in part or in place of the text's."""
+
+    teacher: str = Field(
+        min_length=1,
+        description="A run, checkpoint or weights folder, or a folder of a transformers class that `amfm import` reads, with this run's tokenizer and vocabulary. Of a run that still trains, name a checkpoint.",
+    )
+    weight: float = Field(
+        0.5, gt=0, le=1, description="Of the divergence from the teacher; the cross entropy of the text has the rest."
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="Divides the logits of both; the divergence is multiplied by its square."
+    )
+    top_k: int | None = Field(
+        None,
+        gt=0,
+        description="Compare the teacher's most likely tokens, and what remains for all others as one; null: all tokens.",
+    )
+    kind: Literal["kl", "reverse_kl"] = Field(
+        "kl",
+        description="`kl`: expected under the teacher, so that the model covers all of it; `reverse_kl`: under the model.",
     )
 
 

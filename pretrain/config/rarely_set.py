@@ -82,6 +82,7 @@ RARELY_SET: dict[str, dict[str, str]] = {
     "docs/gpu.md": {
         "train": "cuda_graphs",
     },
+    "docs/distillation.md": {"distill": "teacher weight temperature top_k kind"},
     "docs/finetuning.md": {
         "run": "initial_weights",
     },

@@ -19,7 +19,14 @@ from amfm.model.config.schema import ModelConfig
 from amfm.model.config.section import Section
 from amfm.model.huggingface.hf_class import Target
 from amfm.pretrain.config.convert import ConvertConfig
-from amfm.pretrain.config.hook_sections import EmaConfig, ForgetConfig, PruneConfig, QkClipConfig, TraceConfig
+from amfm.pretrain.config.hook_sections import (
+    DistillConfig,
+    EmaConfig,
+    ForgetConfig,
+    PruneConfig,
+    QkClipConfig,
+    TraceConfig,
+)
 from amfm.pretrain.config.hooks import RegisteredHooks
 from amfm.pretrain.config.launch import LaunchConfig
 from amfm.pretrain.config.muon import MuonConfig
@@ -329,6 +336,9 @@ class RunConfig(Section):
     forget: ForgetConfig | None = Field(None, description="Re-initialise the embedding on the way; null: never.")
     qk_clip: QkClipConfig | None = Field(None, description="Bound the scores of attention; null: they may grow.")
     ema: EmaConfig | None = Field(None, description="Keep a moving average of the weights; null: none.")
+    distill: DistillConfig | None = Field(
+        None, description="Learn from a teacher (docs/distillation.md); null: from the text alone."
+    )
     trace_choices: TraceConfig | None = Field(None, description="Write the choices of routers; null: none.")
     hooks: RegisteredHooks = RegisteredHooks()
     plugins: tuple[str, ...] = Field(
@@ -347,4 +357,5 @@ class RunConfig(Section):
 
     def own_losses(self) -> tuple[str, ...]:
         """Auxiliary losses that the run's blocks give besides those of the section `model`."""
-        return () if self.convert is None else self.convert.own_losses()
+        own = () if self.convert is None else self.convert.own_losses()
+        return own if self.distill is None else (*own, "distill")

@@ -25,7 +25,7 @@ TROUBLE = {
     "stragglers",
 }
 # Of every run: what would cover the others.
-QUIET = {"checkpoint", "validation", "tasks", "replicas", "resume", "initial_weights", "pattern", "low_precision", "end", "stage"}  # fmt: skip
+QUIET = {"checkpoint", "validation", "tasks", "replicas", "resume", "initial_weights", "distill", "pattern", "low_precision", "end", "stage"}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -75,5 +75,5 @@ def test_a_package_of_another_interface_is_refused_with_what_changed(
 
 
 def test_pruning_and_forgetting_are_entries_of_the_table_with_sections_of_their_own() -> None:
-    assert [spec.name for spec in BUILT_IN] == ["prune", "forget", "qk_clip", "trace_choices", "ema"]
+    assert [spec.name for spec in BUILT_IN] == ["prune", "forget", "qk_clip", "distill", "trace_choices", "ema"]
     assert all(issubclass(spec.load(), Hook) and spec.explain_unfit() is None for spec in BUILT_IN)
