@@ -15,7 +15,6 @@ from amfm.pretrain.failures import describe, describe_exit
 from amfm.pretrain.hook import Hook, HookMaker
 from amfm.pretrain.hooks.metrics import Experts, Metrics, Stragglers
 from amfm.pretrain.hooks.replicas import build_replicas
-from amfm.pretrain.hooks.state_watch import build_state_watch
 from amfm.pretrain.hooks.validate import Validations
 from amfm.pretrain.run import Run
 
@@ -97,6 +96,11 @@ def build_hooks(run: Run, suite: TaskSuite | None, makers: Sequence[HookMaker] =
         from amfm.pretrain.hooks.quantization import build_kept_weights, build_quantization
 
         quantized += [*build_quantization(run), *build_kept_weights(run)]
+    states: list[Hook] = []
+    if run.config.health.check_state_every_steps is not None:
+        from amfm.pretrain.hooks.state_watch import StateWatchHook
+
+        states.append(StateWatchHook(run, run.config.health.check_state_every_steps))
     validations, sets = Validations(run), list[Hook]()
     if run.config.validation:
         from amfm.pretrain.hooks.validation_sets import ValidationSets
@@ -131,7 +135,7 @@ def build_hooks(run: Run, suite: TaskSuite | None, makers: Sequence[HookMaker] =
     watched = [
         FirstNonfinite(run),
         Divergence(run),
-        *build_state_watch(run),
+        *states,
         *quantized,
         validations,
         *sets,

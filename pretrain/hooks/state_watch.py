@@ -16,12 +16,6 @@ from amfm.pretrain.step import forward_micro_batch, forward_only
 from amfm.pretrain.step_sums import StepResult
 
 
-def build_state_watch(run: Run) -> list[Hook]:
-    """Build the hook if the run asks for it."""
-    every = run.config.health.check_state_every_steps
-    return [] if every is None else [StateWatchHook(run, every)]
-
-
 class StateWatchHook(Hook):
     """Compares the state at rest, its copies, and a micro-batch that is run twice."""
 
