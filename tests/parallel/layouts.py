@@ -67,7 +67,7 @@ MODEL: dict[str, Any] = {
     },
     "logits_z_loss_weight": 1e-4,
 }
-# The same with what other settings of the blocks bring.
+# The same with what other settings of the blocks bring, or with two blocks alone.
 VARIANTS: dict[str, dict[str, Any]] = {
     "core": MODEL,
     "latent": MODEL
@@ -124,6 +124,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "mtp": MODEL | {"pattern": "ME*-/*E/*E"},
     "mtp_shared": MODEL | {"pattern": "MEM*-/*E/*E", "tie_embeddings": True, "mtp": {"shared": True}},
+    "experts": MODEL | {"pattern": "*E"},
     "recycle": MODEL | {"moe": MODEL["moe"] | {"capacity_factor": 1.0, "overflow": "recycle"}},
     "quantile": MODEL | {"moe": MODEL["moe"] | {"bias_rule": "quantile"}},
 }
@@ -296,7 +297,7 @@ LAYOUTS = [
     Layout(2, {"tensor": 2, "sequence_parallel": True, "zero_stage": 0}),
     Layout(2, {"tensor": 2}, settings={"train__compile": True}),
     Layout(2, {"tensor": 2, "sequence_parallel": True}, settings={"train__compile": True}),
-    Layout(4, {"tensor": 4, "sequence_parallel": True}, "latent", quick=True),
+    Layout(4, {"tensor": 4, "sequence_parallel": True}, "latent"),
     Layout(4, {"tensor": 2, "sequence_parallel": True, "zero_stage": 2}),
     Layout(4, {"tensor": 2, "sequence_parallel": True, "zero_stage": 3}),
     Layout(4, {"tensor": 2, "sequence_parallel": True, "zero_stage": 2, "offload_optimizer": True}),
@@ -311,7 +312,7 @@ LAYOUTS = [
     Layout(4, {"tensor": 2, "expert": 2, "zero_stage": 2}, "latent"),
     Layout(4, {"tensor": 2, "sequence_parallel": True, "expert": 4}),
     Layout(4, {"tensor": 2, "sequence_parallel": True, "expert": 2, "expert_tensor": 2}, "recycle"),
-    Layout(4, {"pipeline": 2, "expert": 2, "zero_stage": 2}, "latent", quick=True),
+    Layout(4, {"pipeline": 2, "expert": 2, "zero_stage": 2}, "latent"),
     Layout(8, {"tensor": 2, "sequence_parallel": True, "expert": 4, "zero_stage": 2}),
     Layout(8, {"tensor": 2, "expert": 2, "expert_tensor": 2}, "latent"),
     Layout(8, {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "expert": 2}, "recycle"),
@@ -345,7 +346,7 @@ LAYOUTS = [
     Layout(2, {"expert": 2, "zero_stage": 2}, "padded_recycle"),
     Layout(4, {"context": 2, "expert": 2}, "padded_recycle", {"train__recompute": "full"}, quick=True),
     # Pipeline.
-    Layout(2, {"pipeline": 2}, quick=True),
+    Layout(2, {"pipeline": 2}),
     Layout(2, {"pipeline": 2, "zero_stage": 0}),
     Layout(2, {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 3}, "latent", quick=True),
     Layout(2, {"pipeline": 2, "schedule": "zero_bubble"}),
@@ -378,13 +379,13 @@ LAYOUTS = [
     Layout(8, {"context": 2, "tensor": 2, "sequence_parallel": True, "expert": 2, "zero_stage": 2}),
     Layout(8, {"context": 2, "pipeline": 2, "expert": 4}, "latent"),
     # Registered mixers together with the core blocks.
-    Layout(4, {"context": 2, "tensor": 2, "sequence_parallel": True, "expert": 2}, "mixers", quick=True),
+    Layout(4, {"context": 2, "tensor": 2, "sequence_parallel": True, "expert": 2}, "mixers"),
     Layout(4, {"tensor": 4, "zero_stage": 2}, "mixers"),
     Layout(4, {"pipeline": 2, "context": 2, "expert": 2}, "mixers"),
     Layout(4, {"zero_stage": 3}, "mixers"),
     Layout(8, {"context": 2, "tensor": 2, "expert": 2, "zero_stage": 2}, "mixers"),
     # Latent attention, whose latents are made before tensor ranks part and gathered over a row.
-    Layout(4, {"context": 2, "tensor": 2, "sequence_parallel": True}, "mla", quick=True),
+    Layout(4, {"context": 2, "tensor": 2, "sequence_parallel": True}, "mla"),
     Layout(4, {"tensor": 4, "sequence_parallel": True, "zero_stage": 2}, "mla"),
     Layout(4, {"pipeline": 2, "context": 2}, "mla"),
     # Chosen keys: tensor ranks choose alike, context ranks among the keys of whole rows.
@@ -394,7 +395,7 @@ LAYOUTS = [
     Layout(4, {"zero_stage": 3}, "chosen_keys"),
     Layout(2, {"tensor": 2, "sequence_parallel": True}, "chosen_keys", {"train__compile": True}),
     # Mixers side by side, each with ranks of its own kind.
-    Layout(2, {"context": 2}, "parallel", quick=True),
+    Layout(2, {"context": 2}, "parallel"),
     Layout(4, {"pipeline": 2, "zero_stage": 2}, "parallel", {"train__recompute": "full"}),
     Layout(4, {"zero_stage": 3}, "parallel"),
     # Matrices that Muon steps as wholes.
@@ -406,7 +407,7 @@ LAYOUTS = [
     Layout(2, {"zero_stage": 0}, "muon"),
     Layout(2, {"expert": 2}, "muon"),
     Layout(2, {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 3}, "muon"),
-    Layout(4, {"tensor": 2, "sequence_parallel": True, "zero_stage": 2}, "muon", quick=True),
+    Layout(4, {"tensor": 2, "sequence_parallel": True, "zero_stage": 2}, "muon"),
     Layout(4, {"zero_stage": 3}, "muon"),
     Layout(4, {"tensor": 4, "sequence_parallel": True}, "muon"),
     Layout(4, {"tensor": 2, "zero_stage": 3}, "muon"),
@@ -415,7 +416,7 @@ LAYOUTS = [
     Layout(8, {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "expert": 2, "zero_stage": 2}, "muon"),
     # Multi-token prediction.
     Layout(2, {"pipeline": 2}, "mtp", quick=True),
-    Layout(4, {"context": 2, "tensor": 2, "sequence_parallel": True}, "mtp_shared", quick=True),
+    Layout(4, {"context": 2, "tensor": 2, "sequence_parallel": True}, "mtp_shared"),
     Layout(2, {"zero_stage": 2}, "mtp_shared"),
     Layout(2, {"zero_stage": 3}, "mtp"),
     Layout(2, {"zero_stage": 3}, "mtp_shared"),

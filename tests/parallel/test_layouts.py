@@ -74,7 +74,7 @@ def test_a_layout_trains_as_one_rank(layout: Layout) -> None:
 
 def test_a_step_whose_rows_have_no_room_is_computed_again_and_changes_no_bit(tmp_path: Path) -> None:
     rooms = (None, 1.0, 8.0)
-    layouts = [Layout(2, {"expert": 2, "expert_buffer_factor": room}, quick=True) for room in rooms]
+    layouts = [Layout(2, {"expert": 2, "expert_buffer_factor": room}, "experts", quick=True) for room in rooms]
     counted, *others = run_ranks(run_all, layouts, tiny_data(tmp_path / "data"), str(tmp_path), num_ranks=2)[0]
     for other in others:
         assert (other.losses, other.grad_norms) == (counted.losses, counted.grad_norms)

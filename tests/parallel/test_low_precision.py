@@ -30,10 +30,11 @@ def train_schedules(data: DataConfig, folder: str, schedules: dict[str, dict[str
     }
 
 
-def test_stages_of_a_pipeline_round_at_random_as_one_rank_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("schedule", ["zero_bubble", pytest.param("1f1b", marks=pytest.mark.slow)])
+def test_stages_of_a_pipeline_round_at_random_as_one_rank_does(tmp_path: Path, schedule: str) -> None:
     data = tiny_data(tmp_path / "data")
     (alone,) = run_ranks(train_schedules, data, str(tmp_path), {"one": {}}, num_ranks=1)
-    schedules = {name: {"parallel__pipeline": 2, "parallel__schedule": name} for name in ("1f1b", "zero_bubble")}
+    schedules = {schedule: {"parallel__pipeline": 2, "parallel__schedule": schedule}}
     for rank in run_ranks(train_schedules, data, str(tmp_path), schedules, num_ranks=2):
         for name, found in rank.items():
             assert found.weights and found.weights.keys() < alone["one"].weights.keys()

@@ -27,7 +27,8 @@ BF16 = {"train__precision": "bf16"}
 @pytest.mark.parametrize(
     "parallels",
     [
-        pytest.param([TENSOR | {"zero_stage": 3}, {"context": 2}], id="tensor, context"),
+        pytest.param([TENSOR | {"zero_stage": 3}], id="tensor, whose weights are spread"),
+        pytest.param([{"context": 2}], id="context", marks=pytest.mark.slow),
         pytest.param([TENSOR | {"zero_stage": stage} for stage in (0, 1)], id="tensor", marks=pytest.mark.slow),
         pytest.param([{"expert": 2, "zero_stage": stage} for stage in (1, 2)], id="expert", marks=pytest.mark.slow),
     ],
@@ -45,12 +46,12 @@ def test_bf16_losses_and_norms_are_those_of_one_rank(parallels: list[dict[str, A
 # Layout, precision, and the weight whose gradient is bad on the last rank.
 Poisoned = list[tuple[dict[str, Any], str, str]]
 POISONED: Poisoned = [
-    (TENSOR | {"zero_stage": 0}, "bf16", "blocks.3.mixer.down_proj.weight"),
     (TENSOR | {"zero_stage": 3}, "float32", "blocks.3.mixer.down_proj.weight"),
-    ({"context": 2}, "float32", "blocks.0.mixer.out_proj.weight"),
     ({"expert": 2, "zero_stage": 2}, "bf16", "blocks.1.mixer.experts.down"),
 ]
 POISONED_MORE: Poisoned = [
+    (TENSOR | {"zero_stage": 0}, "bf16", "blocks.3.mixer.down_proj.weight"),
+    ({"context": 2}, "float32", "blocks.0.mixer.out_proj.weight"),
     (TENSOR | {"zero_stage": 0}, "float32", "blocks.3.mixer.down_proj.weight"),
     (TENSOR | {"zero_stage": 1}, "bf16", "blocks.3.mixer.down_proj.weight"),
     ({"expert": 2, "zero_stage": 1}, "float32", "blocks.1.mixer.experts.down"),
@@ -98,21 +99,25 @@ def test_a_bad_gradient_or_a_signal_on_one_rank_is_known_to_both(
             assert poisoned.skip["faults"] == [{"rank": 1, "parameter": victim, "num_parameters": 1}]
 
 
-def run_twice(data: DataConfig, folder: str, context: int) -> Trained:
-    """Two steps, a checkpoint, and the rest in a second start."""
+def run_validated(data: DataConfig, folder: str, context: int, restarts: bool) -> Trained:
+    """Four steps; where it `restarts`, two of them, a checkpoint, and the rest in a second start."""
     settings = {
         "train__validate_every_steps": 2,
         "optimizer__epsilon": 1e-5,
         "optimizer__learning_rate": 1e-3,
         "parallel__context": context,
     }
-    train_and_collect(tiny_config(data, Path(folder), **settings, train__stop_after_steps=2))
+    if restarts:
+        train_and_collect(tiny_config(data, Path(folder), **settings, train__stop_after_steps=2))
     return train_and_collect(tiny_config(data, Path(folder), **settings))
 
 
-def test_context_ranks_validate_as_one_rank_over_a_restart(data: DataConfig, tmp_path: Path) -> None:
-    (cut, _) = run_ranks(run_twice, data, str(tmp_path / "two"), 2, num_ranks=2)
-    (whole,) = run_ranks(run_twice, data, str(tmp_path / "one"), 1, num_ranks=1)
+@pytest.mark.parametrize("restarts", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_context_ranks_validate_as_one_rank_in_one_start_and_over_two(
+    data: DataConfig, tmp_path: Path, restarts: bool
+) -> None:
+    (cut, _) = run_ranks(run_validated, data, str(tmp_path / "two"), 2, restarts, num_ranks=2)
+    (whole,) = run_ranks(run_validated, data, str(tmp_path / "one"), 1, restarts, num_ranks=1)
     assert cut.code == whole.code == 0
     # float32 sums in another order.
     for key in ("loss", "grad_norm"):

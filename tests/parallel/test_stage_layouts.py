@@ -26,8 +26,8 @@ QUICK: list[dict[str, Any]] = [
     {"zero_stage": 1},
     {"tensor": 2, "sequence_parallel": True, "zero_stage": 2},
     {"pipeline": 2},
-    {"expert": 2},
 ]
+MORE: list[dict[str, Any]] = [{"pipeline": 2}, {"expert": 2}, {"context": 2}]
 FOUR: list[dict[str, Any]] = [
     {"context": 2, "tensor": 2, "sequence_parallel": True},
     {"pipeline": 2, "expert": 2, "zero_stage": 2},
@@ -88,8 +88,11 @@ def check_same_losses(data: DataConfig, root: Path, layouts: list[dict[str, Any]
     assert events == [f"stage{number}" for number in range(1, len(layouts))]
 
 
-def test_stages_of_two_ranks_in_layouts_of_their_own_train_as_one_rank(data: DataConfig, tmp_path: Path) -> None:
-    check_same_losses(data, tmp_path, QUICK, 2)
+@pytest.mark.parametrize("layouts", [QUICK, pytest.param(MORE, marks=pytest.mark.slow)], ids=["quick", "more"])
+def test_stages_of_two_ranks_in_layouts_of_their_own_train_as_one_rank(
+    data: DataConfig, tmp_path: Path, layouts: list[dict[str, Any]]
+) -> None:
+    check_same_losses(data, tmp_path, layouts, 2)
 
 
 @pytest.mark.slow
@@ -97,9 +100,9 @@ def test_stages_of_four_ranks_in_layouts_of_their_own_train_as_one_rank(data: Da
     check_same_losses(data, tmp_path, FOUR, 4)
 
 
-def go_back(data: DataConfig, run_dir: str) -> list[tuple[int, dict[str, Any]]]:
-    """Damage the checkpoint at the boundary, and start where the next stage would begin."""
-    config = staged_config(data, Path(run_dir), [{"zero_stage": 1}, {"tensor": 2}], 2)
+def go_back(data: DataConfig, run_dir: str, layouts: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
+    """Damage the last rank's part of the checkpoint at the boundary, and start where the next stage would begin."""
+    config = staged_config(data, Path(run_dir), layouts, 2)
     config = config.model_copy(update={"train": config.train.model_copy(update={"checkpoint_every_steps": 1})})
     results = []
     for start in range(3):
@@ -109,15 +112,19 @@ def go_back(data: DataConfig, run_dir: str) -> list[tuple[int, dict[str, Any]]]:
             results.append((run_steps(run), built))
             close_run(run)
         if start == 0 and run.parallel.is_main:
-            (Path(run_dir) / "checkpoints" / f"step-{STEPS:08d}" / "rank-00001.safetensors").write_bytes(b"cut")
+            last = f"rank-{run.parallel.world_size - 1:05d}.safetensors"
+            (Path(run_dir) / "checkpoints" / f"step-{STEPS:08d}" / last).write_bytes(b"cut")
     return results
 
 
+@pytest.mark.parametrize(
+    ("ranks", "target"), [(1, {"zero_stage": 2}), pytest.param(2, {"tensor": 2}, marks=pytest.mark.slow)]
+)
 def test_a_damaged_checkpoint_at_the_boundary_goes_back_into_the_layout_before_it(
-    data: DataConfig, tmp_path: Path
+    data: DataConfig, tmp_path: Path, ranks: int, target: dict[str, int]
 ) -> None:
-    (found, _) = run_ranks(go_back, data, str(tmp_path), num_ranks=2)
-    assert found == [(NEXT_LAYOUT, {}), (NEXT_LAYOUT, {}), (DONE, {"tensor": 2})]
+    found, *_ = run_ranks(go_back, data, str(tmp_path), [{"zero_stage": 1}, target], num_ranks=ranks)
+    assert found == [(NEXT_LAYOUT, {}), (NEXT_LAYOUT, {}), (DONE, target)]
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
 
 
