@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import product
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -39,10 +42,19 @@ def run(tensors: list[Tensor], ids: Tensor | None, backend: str, activation: str
     return [y, *torch.autograd.grad((y.double() * dy).sum(), tensors)]
 
 
-@pytest.mark.parametrize("W", [2, 3, 4])
-@pytest.mark.parametrize("T", [1, 2, 63])
-@pytest.mark.parametrize("window", [False, True])
-@pytest.mark.parametrize("starts", [None, (1, 2, 40)])
+def covering(*values: list[Any]) -> list[Any]:
+    """All combinations; those are quick whose last value follows from the others: with each pair of others once at least."""
+    combinations = []
+    for places in product(*(range(len(each)) for each in values)):
+        case = [each[place] for each, place in zip(values, places, strict=True)]
+        is_quick = places[-1] == sum(places[:-1]) % len(values[-1])
+        combinations.append(pytest.param(*case, marks=[] if is_quick else [pytest.mark.slow]))
+    return combinations
+
+
+@pytest.mark.parametrize(
+    ("W", "T", "window", "starts"), covering([2, 3, 4], [1, 2, 63], [False, True], [None, (1, 2, 40)])
+)
 def test_shifted_sums_equal_single_steps(
     W: int, T: int, window: bool, starts: tuple[int, ...] | None, poisoned_memory: None
 ) -> None:
@@ -104,13 +116,17 @@ def test_without_bias() -> None:
 
 
 @pytest.mark.parametrize(
-    ("B", "T", "C"), [(2, 129, 96), (1, 300, 80), (1, 1, 3000), (9, 3, 1000), (3, 5, 1), (1, 1, 1)]
+    ("sizes", "starts", "W"),
+    covering(
+        [(2, 129, 96), (1, 300, 80), (1, 1, 3000), (9, 3, 1000), (3, 5, 1), (1, 1, 1)],
+        [None, (1, 2, 64, 128)],
+        [2, 3, 4],
+    ),
 )
-@pytest.mark.parametrize("W", [2, 3, 4])
-@pytest.mark.parametrize("starts", [None, (1, 2, 64, 128)])
 def test_rows_that_the_library_convolves_stay_near_float64(
-    B: int, T: int, C: int, W: int, starts: tuple[int, ...] | None, poisoned_memory: None
+    sizes: tuple[int, int, int], starts: tuple[int, ...] | None, W: int, poisoned_memory: None
 ) -> None:
+    B, T, C = sizes
     tensors = make(B, T, C, W, torch.float32, window=False)
     exact = [t.detach().double().requires_grad_() for t in tensors]
     ids = None if starts is None else documents(T, *(s for s in starts if s < T)).repeat(B, 1)[:B]
@@ -164,7 +180,9 @@ def test_wrong_inputs_are_named(weight: Tensor, bias: Tensor | None, message: st
 
 
 # Rows longer than a block of 218 tokens, and this many short rows that one block holds some of them.
-@pytest.mark.parametrize(("B", "T", "C"), [(2, 439, 1200), (37, 20, 800)])
+@pytest.mark.parametrize(
+    ("B", "T", "C"), [(1, 221, 1200), pytest.param(2, 439, 1200, marks=pytest.mark.slow), (37, 20, 800)]
+)
 @pytest.mark.parametrize("starts", [None, (1, 17, 217, 218, 220, 437)])
 def test_blocks_join_without_a_seam(
     B: int, T: int, C: int, starts: tuple[int, ...] | None, poisoned_memory: None

@@ -67,11 +67,12 @@ def test_composition_for_the_compiler_equals_the_written_backward(lengths: tuple
     assert_all_near(results[1], results[0], FLOAT64)
 
 
-def test_compiles_into_one_graph() -> None:
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_compiles_into_one_graph(backend: str) -> None:
     case = ScanCase(B=1, T=7, H=2, chunk=4, kind="vector", lengths=(2, 5))
     inputs = make_inputs(case, torch.float64)
     expected = run_scan(case, inputs, "reference")
-    compiled = torch.compile(decay_scan, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(decay_scan, backend=backend, fullgraph=True)
     for name, value in run_scan(case, inputs, "torch", compiled).items():
         assert_near(value, expected[name], FLOAT64, name)
 

@@ -1,7 +1,7 @@
 """Runs the tests of `interpreter/` in Triton's interpreter: one process for each file, forked from one that has imported Triton.
 
 A process either interprets Triton kernels or compiles them, decided when Triton is imported. Imports take longer than most
-files, so one child imports for all of them.
+files, so one child imports for all of them what they import, at their top and when they run.
 """
 
 from __future__ import annotations
@@ -23,12 +23,20 @@ ROOT = Path(__file__).parents[2]
 # Takes a file's name and options of pytest.
 Interpreted = Callable[..., tuple[int, str]]
 
-# For each line [arguments of pytest, log] a fork runs pytest; the answer is its exit code.
+# Collects all files once; then for each line [arguments of pytest, log] a fork runs pytest, and the answer is its exit code.
 SERVER = """
-import gc, json, os, sys
+import contextlib, gc, importlib, json, os, sys
 import pytest, torch
-import tests.kernels.interpreter.races
 
+with contextlib.redirect_stdout(sys.stderr):
+    if pytest.main(["--collect-only", "-qq", "-p", "no:cacheprovider", "-m", "", sys.argv[1]]):
+        sys.exit("the tests cannot be collected; the reason is above")
+# What PyTorch and Triton import when an operation's registration is tried, or a kernel first runs.
+for name in ("torch._dynamo", "torch.testing._internal.optests", "torch.fx.experimental.validator"):
+    importlib.import_module(name)
+with contextlib.suppress(ImportError):  # of some versions of Triton
+    import triton.compiler.code_generator
+gc.collect()
 gc.freeze()
 for line in sys.stdin:
     arguments, log = json.loads(line)
@@ -49,10 +57,14 @@ def run_interpreted(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pyte
     """Exit code and output of a file's tests with certain options in a fork that interprets."""
     log = tmp_path_factory.mktemp("interpreter") / "log"
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-c", SERVER]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as server:
+    command = [sys.executable, "-c", SERVER, str(FOLDER)]
+    collected = log.with_name("collected")
+    with (
+        collected.open("w") as errors,
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as server,
+    ):
         assert server.stdin is not None and server.stdout is not None
 
         def run(file: str, *options: str) -> tuple[int, str]:
@@ -62,7 +74,7 @@ def run_interpreted(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pyte
             server.stdin.write(json.dumps([arguments, str(log)]) + "\n")
             server.stdin.flush()
             answer = server.stdout.readline()
-            assert answer, "the server ended; its message is above"
+            assert answer, f"the server ended:\n{collected.read_text()}"
             return int(answer), log.read_text()
 
         yield run

@@ -24,24 +24,24 @@ PLANTED = ["--cases", "tests.kernels.acceptance.planted", "--device", "cpu"]
 Planted = tuple[int, str, dict]
 
 
-def accept(folder: Path, *operations: str) -> Planted:
+def accept(folder: Path, *operations: str, stages: str = "compile,check") -> Planted:
     """One run over planted operations."""
     out = folder / "report.json"
     asked = [word for operation in operations for word in ("--op", operation)]
     with redirect_stderr(io.StringIO()) as said:
-        code = main([*PLANTED, "--out", str(out), "--jobs", "1", *asked])
+        code = main([*PLANTED, "--out", str(out), "--jobs", "1", "--stages", stages, *asked])
     return code, said.getvalue(), json.loads(out.read_text())
 
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
-    """One run over the operation with a wrong gradient behind a right trial."""
-    return accept(tmp_path_factory.mktemp("acceptance"), "wrong")
+    """One check of the operation with a wrong gradient behind a right trial."""
+    return accept(tmp_path_factory.mktemp("acceptance"), "wrong", stages="check")
 
 
 @pytest.fixture(scope="module")
 def crashed(tmp_path_factory: pytest.TempPathFactory) -> Planted:
-    """And over one that crashes behind a right trial."""
+    """One run over that and one that crashes behind a right trial."""
     return accept(tmp_path_factory.mktemp("acceptance"), "wrong", "crash")
 
 
@@ -54,6 +54,12 @@ def test_any_fault_ends_with_three_and_is_named(crashed: Planted) -> None:
     assert "compile _broken_kernel: BLOCK=64" in said and "does not compile with {" in said and "num_warps" in said
 
 
+@pytest.mark.slow
+def test_spills_of_a_kernel_that_compiles_are_counted(crashed: Planted) -> None:
+    _, _, report = crashed
+    assert [row["spill_bytes"] for name, row in report["compile"].items() if name.startswith("_triple_kernel:")] == [0]
+
+
 def test_a_right_trial_has_no_fault_and_numbers_of_every_tensor(planted: Planted) -> None:
     code, _, report = planted
     assert code == 3 and report["machine"]["versions"]["triton"]
@@ -61,7 +67,6 @@ def test_a_right_trial_has_no_fault_and_numbers_of_every_tensor(planted: Planted
     assert right["faults"] == []
     assert {tensor["name"] for tensor in right["tensors"]} == {"y", "d_x"}
     assert right["compiled"]
-    assert [row["spill_bytes"] for name, row in report["compile"].items() if name.startswith("_triple_kernel:")] == [0]
 
 
 @pytest.mark.slow

@@ -17,14 +17,14 @@ FLOAT32 = 1e-5  # softmax-weighted sums of at most a hundred values
     ("shape", "lengths"),
     [
         ((1, 1, 1, 1, 1, 4), None),
-        ((1, 63, 63, 4, 1, 8), None),
+        pytest.param((1, 63, 63, 4, 1, 8), None, marks=pytest.mark.slow),
         ((2, 1, 20, 4, 2, 8), None),
-        ((1, 7, 20, 4, 4, 8), None),
+        pytest.param((1, 7, 20, 4, 4, 8), None, marks=pytest.mark.slow),
         ((2, 63, 63, 2, 1, 20), [1, 30, 32]),
         ((1, 20, 20, 2, 2, 8), [1, 1, 3, 1, 2, 12]),
-        ((1, 70, 70, 2, 1, 8), [40, 30]),
+        pytest.param((1, 70, 70, 2, 1, 8), [40, 30], marks=pytest.mark.slow),
         ((2, 35, 70, 2, 1, 8), [20, 30, 19, 1]),
-        ((1, 33, 70, 2, 1, 8), [37, 33]),
+        pytest.param((1, 33, 70, 2, 1, 8), [37, 33], marks=pytest.mark.slow),
     ],
 )
 def test_tiles_equal_the_definition_twice_bitwise(shape, lengths, twice, poisoned_memory):
@@ -37,7 +37,7 @@ def test_tiles_equal_the_definition_twice_bitwise(shape, lengths, twice, poisone
 @pytest.mark.parametrize(
     ("shape", "lengths", "window"),
     [
-        ((1, 63, 63, 2, 1, 8), None, 7),
+        pytest.param((1, 63, 63, 2, 1, 8), None, 7, marks=pytest.mark.slow),
         ((2, 35, 70, 2, 1, 8), [20, 30, 19, 1], 18),
         ((1, 70, 70, 2, 1, 8), [40, 30], 1),
     ],
@@ -55,7 +55,7 @@ def test_windows_equal_the_definition_twice_bitwise(shape, lengths, window, twic
     [
         ((1, 1, 1, 1, 1, 4), None, None),
         ((1, 7, 20, 4, 2, 8), None, None),
-        ((2, 63, 63, 2, 1, 20), [1, 30, 32], None),
+        pytest.param((2, 63, 63, 2, 1, 20), [1, 30, 32], None, marks=pytest.mark.slow),
         ((2, 35, 70, 2, 1, 8), [20, 30, 19, 1], 18),
     ],
 )

@@ -24,16 +24,16 @@ GATES = pytest.mark.parametrize("channels", [(), (16,)], ids=["heads", "channels
 
 CASES = [
     ScanCase(B=1, T=1, H=1, G=1, chunk=16, initial=True),
-    ScanCase(B=1, T=63, H=1, G=1, chunk=32, lengths=(1, 1, 61)),
+    pytest.param(ScanCase(B=1, T=63, H=1, G=1, chunk=32, lengths=(1, 1, 61)), marks=pytest.mark.slow),
     ScanCase(B=2, T=40, H=2, G=1, chunk=16, lengths=(3, 30, 7), initial=True),
-    ScanCase(B=1, T=100, H=2, G=2, chunk=64, initial=True),
+    pytest.param(ScanCase(B=1, T=100, H=2, G=2, chunk=64, initial=True), marks=pytest.mark.slow),
     pytest.param(ScanCase(B=1, T=129, H=1, G=1, P=8, N=24, chunk=64, lengths=(70, 59)), marks=pytest.mark.slow),
     ScanCase(B=1, T=33, H=1, G=1, P=40, N=72, chunk=32),
     ScanCase(B=1, T=33, H=2, P=20, N=12, chunk=16, kind="decay", lengths=(17, 16), initial=True),
-    ScanCase(B=1, T=63, H=8, G=8, P=8, N=8, chunk=64, lengths=(62, 1)),
+    ScanCase(B=1, T=63, H=2, G=2, P=8, N=8, chunk=64, lengths=(62, 1)),
     ScanCase(B=1, T=63, H=8, G=1, P=8, N=8, chunk=256, lengths=(1, 1, 61)),
     # Chunks of two tiles: documents that end in either, in both, and between them.
-    ScanCase(B=1, T=129, H=1, G=1, P=8, N=16, chunk=128),
+    pytest.param(ScanCase(B=1, T=129, H=1, G=1, P=8, N=16, chunk=128), marks=pytest.mark.slow),
     ScanCase(B=1, T=100, H=2, G=1, P=16, N=16, chunk=128, lengths=(40, 30, 30), initial=True),
     pytest.param(
         ScanCase(B=1, T=193, H=2, G=2, P=40, N=16, chunk=128, lengths=(1, 63, 70, 59), initial=True),
@@ -45,8 +45,8 @@ CASES = [
         ScanCase(B=2, T=40, H=2, kind="vector", chunk=16, lengths=(3, 30, 7), initial=True), marks=pytest.mark.slow
     ),
     # Keys and values over more than one block, neither a power of two.
-    ScanCase(B=1, T=100, H=1, P=40, N=72, kind="vector", chunk=64, lengths=(70, 30), initial=True),
-    ScanCase(B=1, T=65, H=2, P=5, N=7, kind="vector", chunk=128),
+    ScanCase(B=1, T=40, H=1, P=40, N=72, kind="vector", chunk=32, lengths=(25, 15), initial=True),
+    ScanCase(B=1, T=65, H=1, P=5, N=7, kind="vector", chunk=128),
 ]
 
 

@@ -113,7 +113,7 @@ def test_tiles_span_no_two_experts_and_rows_are_gathered_activated_and_weighed(a
             assert_near(scales[place], wanted.scales.double(), EXACT)
 
 
-@pytest.mark.parametrize("inner", [200, 16])
+@pytest.mark.parametrize("inner", [200, pytest.param(16, marks=pytest.mark.slow)])
 def test_products_are_those_of_decoded_operands_of_each_expert(inner, poisoned_memory):
     generator = torch.Generator().manual_seed(0)
     total, outputs = sum(COUNTS), 144
@@ -145,12 +145,12 @@ def test_products_are_those_of_decoded_operands_of_each_expert(inner, poisoned_m
 @pytest.mark.parametrize(
     ("rows", "inputs", "outputs", "options"),
     [
-        ((1, 1), 144, 136, {"name": "fp8_block"}),
+        pytest.param((1, 1), 144, 136, {"name": "fp8_block"}, marks=pytest.mark.slow),
         ((2, 70), 144, 136, {"name": "fp8_block"}),
-        ((2, 70), 144, 136, {"name": "fp8_block", "weight_gradient": "bf16"}),
+        pytest.param((2, 70), 144, 136, {"name": "fp8_block", "weight_gradient": "bf16"}, marks=pytest.mark.slow),
         pytest.param((2, 70), 160, 96, {"name": "mxfp8"}, marks=scaled_products),
         pytest.param((2, 70), 160, 96, {"name": "nvfp4", "seed": 77}, marks=scaled_products),
-        pytest.param((1, 1), 144, 136, {"name": "fp8_block", "weight_gradient": "bf16"}, marks=pytest.mark.slow),
+        ((1, 1), 144, 136, {"name": "fp8_block", "weight_gradient": "bf16"}),
     ],
 )
 def test_linear_by_codes_is_the_emulation_twice_bitwise_and_lands_and_splits(
@@ -235,7 +235,7 @@ def run_experts(ids, leaves, activation, **how):
 
 
 @pytest.mark.parametrize(("activation", "options"), [
-    pytest.param("swiglu", {}, marks=pytest.mark.slow), ("squared_relu", {"weight_gradient": "bf16"}), ("swiglu_oai@1.5", {"saved": "fp8"}),
+    pytest.param("swiglu", {}, marks=pytest.mark.slow), ("squared_relu", {"weight_gradient": "bf16"}), pytest.param("swiglu_oai@1.5", {"saved": "fp8"}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_experts_by_codes_are_the_emulation_twice_bitwise(activation, options, twice, poisoned_memory):
     ids, leaves = expert_leaves(activation)
@@ -290,7 +290,7 @@ def test_rows_of_experts_are_read_and_written_where_they_lie(poisoned_memory):
 
 
 @pytest.mark.parametrize(("activation", "width", "dtype", "saved"), [
-    ("swiglu_oai@1.5", 128, torch.bfloat16, True), ("squared_relu", 200, torch.bfloat16, True), ("swiglu", 128, torch.float32, False),
+    ("swiglu_oai@1.5", 128, torch.bfloat16, True), pytest.param("squared_relu", 200, torch.bfloat16, True, marks=pytest.mark.slow), ("swiglu", 128, torch.float32, False),
 ])  # fmt: skip
 def test_codes_made_in_epilogues_are_those_of_passes_afterwards_to_the_bit(
     activation, width, dtype, saved, poisoned_memory

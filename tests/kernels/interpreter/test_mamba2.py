@@ -41,7 +41,7 @@ def test_operation_equals_the_definition_twice_bitwise(case: MixerCase, twice: T
 
 # Borders are after each L tokens: documents end at them, and one token before or behind.
 SEGMENTS = {
-    "documents_at_and_next_to_borders": (MixerCase(T=99, P=20, N=12, lengths=(32, 1, 33, 1, 32)), 3),
+    "documents_at_and_next_to_borders": (MixerCase(T=51, P=8, N=8, lengths=(16, 1, 17, 1, 16)), 3),
     "a_document_of_many_segments": (MixerCase(T=52, H=4, G=2, P=8, N=8, norm_groups=2, lengths=(3, 44, 5)), 4),
     "two_tiles": (MixerCase(T=200, P=8, N=8, chunk=128, lengths=(90, 110)), 2),
     "one_token": (MixerCase(T=3, width=2, lengths=(1, 2)), 3),
@@ -79,7 +79,7 @@ def test_a_rank_whose_row_is_cut_for_its_gpu_too_hands_on_the_same(monkeypatch: 
 
 @pytest.mark.parametrize("segments", [3, pytest.param(0, marks=pytest.mark.slow)])
 def test_the_gradient_of_the_outputs_weight_lands_in_its_sum_to_the_bit(segments: int, poisoned_memory: None) -> None:
-    case = MixerCase(T=33, P=20, N=12, model=7)
+    case = MixerCase(T=18, P=8, N=8, model=7)
     leaves = make_leaves(case, torch.float32)
     wanted = run_mixer(case, leaves, "triton", segments=segments)
     place = Place.of(leaves["out_weight"])
@@ -148,7 +148,7 @@ def test_little_is_kept_for_backward(keep: bool, groups: int, limit: float) -> N
     """Limits in d numbers per token, states aside; the B and C of 4 groups weigh half a d, as those of Nemotron's 8
     do.
     """
-    case = MixerCase(T=128, H=8, P=32, N=16, G=groups, chunk=64)
+    case = MixerCase(T=64, H=8, P=32, N=16, G=groups, chunk=64)
     leaves = {
         name: leaf.detach().bfloat16().requires_grad_() for name, leaf in make_leaves(case, torch.float32).items()
     }

@@ -42,7 +42,8 @@ SIZES = [
     ("sizes", "activation"),
     [
         *((sizes, "swiglu") for sizes in SIZES),
-        (SIZES[-1], "swiglu_oai@0.7"),
+        (SIZES[0] | {"hidden": 5}, "swiglu_oai@0.7"),
+        pytest.param(SIZES[-1], "swiglu_oai@0.7", marks=pytest.mark.slow),
         *((sizes, "squared_relu") for sizes in SIZES[:2]),
         *(pytest.param(sizes, "squared_relu", marks=pytest.mark.slow) for sizes in SIZES[2:]),
     ],
@@ -94,7 +95,10 @@ def test_weight_gradients_that_are_computed_later_are_the_same_to_the_bit(empty,
         assert_bitwise(one, other)
 
 
-@pytest.mark.parametrize(("is_split", "empty", "width"), [(False, (0, 3), 37), (True, (), 8)])
+@pytest.mark.parametrize(
+    ("is_split", "empty", "width"),
+    [pytest.param(False, (0, 3), 37, marks=pytest.mark.slow), (False, (0,), 17), (True, (), 8)],
+)
 def test_weight_gradients_land_in_their_sums_to_the_bit(is_split, empty, width, poisoned_memory):
     found = landed_gradients("triton", is_split=is_split, empty=empty, width=width)
     for total, (first, second) in zip(*found, strict=True):
@@ -148,7 +152,7 @@ def test_groups_are_ranked_by_one_or_three_experts_as_the_definition_ranks_them(
         assert torch.equal(*ids)
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "squared_relu"])
+@pytest.mark.parametrize("activation", ["swiglu", pytest.param("squared_relu", marks=pytest.mark.slow)])
 def test_changing_tokens_leaves_every_bit_of_the_others(activation):
     """Changed tokens move the others inside tiles, where some libraries round a row of a product by its place."""
     generator = torch.Generator().manual_seed(5)
@@ -268,7 +272,7 @@ def test_rows_by_choice_equal_the_definition_twice_bitwise(lost, poisoned_memory
         assert_bitwise(one, other)
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_slots_hold_the_rows_of_choices_and_zeros_in_gaps(parts, poisoned_memory):
     generator = torch.Generator().manual_seed(4)
     ids = torch.randint(0, 4, (19, 3), generator=generator)
@@ -312,7 +316,15 @@ def test_choices_over_capacity_are_those_of_the_definition(tokens, capacity, poi
 
 @pytest.mark.parametrize(
     ("tokens", "top_k", "experts", "capacity"),
-    [(1, 1, 1, 1), (7, 2, 5, 3), (63, 3, 8, 30), (40, 1, 2, 12), (33, 8, 16, 17), (90, 2, 13, 14), (20, 2, 4, 40)],
+    [
+        (1, 1, 1, 1),
+        (7, 2, 5, 3),
+        pytest.param(63, 3, 8, 30, marks=pytest.mark.slow),
+        (40, 1, 2, 12),
+        (33, 8, 16, 17),
+        pytest.param(90, 2, 13, 14, marks=pytest.mark.slow),
+        (20, 2, 4, 40),
+    ],
 )
 def test_recycled_choices_are_drawn_as_the_definition_draws_in_three_launches(
     tokens, top_k, experts, capacity, poisoned_memory

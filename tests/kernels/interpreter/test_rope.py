@@ -17,7 +17,7 @@ FLOAT32 = 1e-6  # a handful of operations; weights' gradients sum a few hundred
     "sizes",
     [
         {"tokens": 1},
-        {"tokens": 63},
+        {"tokens": 33},
         {"tokens": 9, "fraction": 0.5},
         {"tokens": 9, "norm": False},
         {"tokens": 9, "rotate": False},
