@@ -34,18 +34,19 @@ def loss_and_gradients(model):
 
 
 @pytest.mark.parametrize(
-    ("letters", "compiler", "placement"),
+    ("pattern", "letters", "compiler", "placement"),
     [
-        ("M", None, "before"),
-        ("*E", None, "before"),
-        ("M*E-", None, "before"),
-        ("M*E-", "aot_eager", "before"),
-        ("M*E-", None, "after_attention"),
-        ("M*E-", None, "both"),
+        ("M*E-M", "M", None, "before"),
+        ("M*E-M", "*E", None, "before"),
+        ("M*E-M", "M*E-", None, "before"),
+        ("*-", "*-", "aot_eager", "before"),
+        pytest.param("M*E-M", "M*E-", "aot_eager", "before", marks=pytest.mark.slow),
+        ("M*E-M", "M*E-", None, "after_attention"),
+        ("M*E-M", "M*E-", None, "both"),
     ],
 )
-def test_losses_and_gradients_keep_every_bit(letters, compiler, placement):
-    config = CONFIG.model_copy(update={"norm_placement": placement})
+def test_losses_and_gradients_keep_every_bit(pattern, letters, compiler, placement):
+    config = CONFIG.model_copy(update={"norm_placement": placement, "pattern": pattern})
     plain, again = build("", config), build(letters, config)
     if compiler is not None:
         plain.compile_blocks(compiler=compiler)

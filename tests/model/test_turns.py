@@ -31,12 +31,12 @@ def config_of(pattern: str = "ME*E", **changes: object) -> ModelConfig:
 
 CASES: dict[str, tuple[ParallelConfig, ModelConfig]] = {
     "counted": (ParallelConfig(expert=2), config_of()),
-    "slots, recycled": (ParallelConfig(expert=2), config_of(capacity_factor=1.0, overflow="recycle")),
+    "slots, recycled": (ParallelConfig(expert=2), config_of("ME", capacity_factor=1.0, overflow="recycle")),
     "a depth ahead": (
         ParallelConfig(expert=2),
-        config_of("ME/*E").model_copy(update={"mtp": MtpConfig(loss_weight=0.3)}),
+        config_of("E/*E").model_copy(update={"mtp": MtpConfig(loss_weight=0.3)}),
     ),
-    "context ranks": (ParallelConfig(expert=2, context=2), config_of(latent_size=6)),
+    "context ranks": (ParallelConfig(expert=2, context=2), config_of("ME", latent_size=6)),
 }
 
 

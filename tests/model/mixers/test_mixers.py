@@ -42,7 +42,8 @@ EXACT = 1e-10
 # bfloat16 weights and activations carry 2^-9 each.
 BFLOAT16 = 2e-2
 NAMES = sample_names()
-# One mixer inside another, which all have a test alone: each takes part in two quick tests, one of them in turn.
+# One mixer inside another, which all have a test alone: each takes part in one or two quick tests in turn, and every
+# third in those over ranks.
 INSIDE = [name for name in NAMES if " over " in name]
 TURNS = 6
 # Mixers that sort tokens: what one document or later token changes moves where chunks begin for others, and so rounding. The
@@ -71,15 +72,15 @@ def run_model(model: HybridModel, documents: Any = DOCUMENTS, groups: Any = None
     return {"loss": loss.detach(), "logits": logits_BTV} | gradients
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names_in_turn(0))
 def test_chunked_form_equals_the_definition_with_gradients(name: str) -> None:
-    chunked = run_model(small_model(mixer_config(name)))
-    definition = run_model(small_model(mixer_config(name), backend="reference"))
+    chunked = run_model(small_model(mixer_config(name, blocks=1)))
+    definition = run_model(small_model(mixer_config(name, blocks=1), backend="reference"))
     for key, value in definition.items():
         assert_near(chunked[key], value, EXACT, key)
 
 
-@pytest.mark.parametrize("name", names_in_turn(0))
+@pytest.mark.parametrize("name", names_in_turn(1))
 def test_bfloat16_stays_near_float64(name: str) -> None:
     exact = small_model(mixer_config(name, blocks=1))
     rounded = small_model(mixer_config(name, blocks=1), dtype=torch.bfloat16)
@@ -97,7 +98,7 @@ def assert_unmoved(name: str, actual: Tensor, expected: Tensor, what: str) -> No
 
 @pytest.mark.parametrize("name", names_in_turn(1))
 def test_no_output_depends_on_a_later_token(name: str) -> None:
-    model = small_model(mixer_config(name)).train()
+    model = small_model(mixer_config(name, blocks=1)).train()
     tokens_BT, _, _ = packed_batch(((24,),))
     before = model(tokens_BT, PackMeta.one_document_a_row(1, 24)).logits_BTV
     changed_BT = tokens_BT.clone()
@@ -123,8 +124,7 @@ def test_no_gradient_reaches_another_document_row_or_later_token(name: str) -> N
 @pytest.mark.parametrize("name", names_in_turn(3))
 def test_packed_documents_are_as_if_apart(name: str) -> None:
     lengths = (7, 1, 13, 3)
-    packed = small_model(mixer_config(name))
-    expected = small_model(mixer_config(name))
+    packed, expected = (small_model(mixer_config(name, blocks=1)) for _ in range(2))
     tokens_BT, labels_BT, ids_BT = packed_batch((lengths,))
     output = packed(tokens_BT, meta_of(ids_BT), labels_BT)
     output.loss.total.backward()
@@ -142,7 +142,7 @@ def test_packed_documents_are_as_if_apart(name: str) -> None:
 
 @pytest.mark.parametrize("name", names_in_turn(4))
 def test_rows_and_documents_do_not_feel_each_other(name: str) -> None:
-    model = small_model(mixer_config(name), dtype=torch.float64 if name in SORTED else torch.float32).train()
+    model = small_model(mixer_config(name, blocks=1), dtype=torch.float64 if name in SORTED else torch.float32).train()
     tokens_BT, _, ids_BT = packed_batch(DOCUMENTS)
     with torch.no_grad():
         before = model(tokens_BT, meta_of(ids_BT)).logits_BTV
@@ -190,7 +190,7 @@ def test_parameters_are_counted_without_the_model(name: str) -> None:
 def spread_config(name: str) -> ModelConfig:
     """The model of a sample, or of the core's mixers side by side, with sinks."""
     return (
-        mixer_config(name)
+        mixer_config(name, blocks=1)
         if name in NAMES
         else small_config(name, attention=ATTENTION.model_copy(update={"sinks": True}))
     )
@@ -229,7 +229,7 @@ LAYOUTS = [
 
 # Tensor ranks that cut tokens too do all that is done without; one mixer shows the difference, which is not its own.
 SLOW_LAYOUTS = [(name, kind) for name, kind in LAYOUTS if kind == "tensor" and name != NAMES[0]]
-SLOW_LAYOUTS += [(name, "tokens too") for number, name in enumerate(INSIDE) if number % 3]
+SLOW_LAYOUTS += [(name, kind) for number, name in enumerate(INSIDE) for kind in ("tokens too", "context") if number % 3]
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from amfm.kernels.linear.op import linear_float32
 from amfm.kernels.moe.capacity import expert_capacity
 from amfm.kernels.moe.op import route
 from amfm.launch.simulate.count_collectives import CommunicationCounter, Traffic, sum_traffic
-from amfm.model.config.core_options import AttentionConfig, Mamba2Config
+from amfm.model.config.core_options import Mamba2Config
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
@@ -50,10 +50,9 @@ BASE = MoeConfig(
 
 def config_of(**changes: object) -> ModelConfig:
     return small_config(
-        "ME*E",
+        "ME",
         moe=BASE.model_copy(update=changes),
         mamba=Mamba2Config(num_heads=4, head_dim=4, state_size=5, num_groups=2, chunk_size=8),
-        attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6),
     )
 
 
@@ -68,29 +67,35 @@ CONFIGS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """A layout of four ranks, which configs run on it, and which experts no one may choose."""
+    """A layout of four ranks, which configs run on it in `make test` and which in `make test-slow`, and which experts no
+    one may choose.
+    """
 
     section: ParallelConfig
-    configs: tuple[str, ...] = ("dropless",)
+    quick: tuple[str, ...] = ()
+    slow: tuple[str, ...] = ()
     shunned: tuple[int, ...] = ()
 
 
 LAYOUTS = {
-    "ep2": Layout(ParallelConfig(expert=2), ("dropless", "latent", "drop", "recycle", "roomy"), shunned=(1,)),
-    "ep4, a rank gets nothing": Layout(ParallelConfig(expert=4), ("dropless", "latent"), shunned=(2, 3)),
-    "tp2 ep2": Layout(ParallelConfig(tensor=2, expert=2), ("dropless", "latent", "drop")),
-    "tp2 sp ep4": Layout(ParallelConfig(tensor=2, sequence_parallel=True, expert=4), ("dropless", "latent", "recycle")),
-    "ep2 etp2": Layout(ParallelConfig(expert=2, expert_tensor=2), ("dropless", "drop")),
+    "ep2": Layout(ParallelConfig(expert=2), ("dropless", "recycle", "roomy"), ("latent", "drop"), shunned=(1,)),
+    "ep4, a rank gets nothing": Layout(ParallelConfig(expert=4), ("dropless",), ("latent",), shunned=(2, 3)),
+    "tp2 ep2": Layout(ParallelConfig(tensor=2, expert=2), ("latent",), ("dropless", "drop")),
+    "tp2 sp ep4": Layout(
+        ParallelConfig(tensor=2, sequence_parallel=True, expert=4), ("recycle",), ("dropless", "latent")
+    ),
+    "ep2 etp2": Layout(ParallelConfig(expert=2, expert_tensor=2), ("drop",), ("dropless",)),
     "tp2 sp ep2 etp2": Layout(ParallelConfig(tensor=2, sequence_parallel=True, expert=2, expert_tensor=2), ("latent",)),
     "ep2, halves": Layout(
-        ParallelConfig(expert=2, overlap_experts=True), ("dropless", "drop", "recycle"), shunned=(1,)
+        ParallelConfig(expert=2, overlap_experts=True), ("dropless",), ("drop", "recycle"), shunned=(1,)
     ),
     "tp2 sp ep2 etp2, halves": Layout(
-        ParallelConfig(tensor=2, sequence_parallel=True, expert=2, expert_tensor=2, overlap_experts=True), ("latent",)
+        ParallelConfig(tensor=2, sequence_parallel=True, expert=2, expert_tensor=2, overlap_experts=True),
+        slow=("latent",),
     ),
-    "cp2 ep2": Layout(ParallelConfig(context=2, expert=2), ("dropless", "drop", "recycle")),
+    "cp2 ep2": Layout(ParallelConfig(context=2, expert=2), ("drop",), ("dropless", "recycle")),
     "tp2 cp2 sp ep4": Layout(
-        ParallelConfig(tensor=2, context=2, sequence_parallel=True, expert=4), ("dropless", "recycle")
+        ParallelConfig(tensor=2, context=2, sequence_parallel=True, expert=4), ("dropless",), ("recycle",)
     ),
 }
 
@@ -148,11 +153,13 @@ def alone(config: str, shunned: tuple[int, ...]) -> Outcome:
     return run_batches(CONFIGS[config], Layout(ParallelConfig(), shunned=shunned), single_rank_groups())
 
 
-def run_layouts() -> dict[tuple[str, str], Outcome]:
+def run_layouts(is_slow: bool) -> dict[tuple[str, str], Outcome]:
     results = {}
     for name, layout in LAYOUTS.items():
-        parallel = initialize_parallel(layout.section, timeout_seconds=PATIENCE_SECONDS, num_threads=1)
-        for config in layout.configs:
+        configs = layout.slow if is_slow else layout.quick
+        if configs:
+            parallel = initialize_parallel(layout.section, timeout_seconds=PATIENCE_SECONDS, num_threads=1)
+        for config in configs:
             results[name, config] = run_batches(CONFIGS[config], layout, parallel.groups)
     return results
 
@@ -161,15 +168,10 @@ def call_each(functions: list[Callable[[], Any]]) -> list[Any]:
     return [function() for function in functions]
 
 
-@pytest.fixture(scope="module")
-def four_in_turn() -> list[list[Any]]:
+@cache
+def four_in_turn(is_slow: bool) -> list[list[Any]]:
     """What each of four ranks found in layouts, and of rows with room, one after the other in one set of processes."""
-    return run_ranks(call_each, [run_layouts, compare_room], num_ranks=4)
-
-
-@pytest.fixture
-def four_ranks(four_in_turn: list[list[Any]]) -> list[dict[tuple[str, str], Outcome]]:
-    return [found[0] for found in four_in_turn]
+    return run_ranks(call_each, [partial(run_layouts, is_slow), partial(compare_room, is_slow)], num_ranks=4)
 
 
 @pytest.fixture(scope="module")
@@ -178,10 +180,9 @@ def two_in_turn() -> list[list[Any]]:
     return run_ranks(call_each, [count_bytes, order_of_events, transfer_rows], num_ranks=2)
 
 
-@pytest.mark.parametrize(("name", "config"), [(name, config) for name in LAYOUTS for config in LAYOUTS[name].configs])
-def test_ranks_compute_what_one_does(name: str, config: str, four_ranks: list[dict[tuple[str, str], Outcome]]) -> None:
+def assert_as_one_rank(name: str, config: str, four: list[list[Any]]) -> None:
     expected = alone(config, LAYOUTS[name].shunned)
-    for ranks in four_ranks:
+    for ranks, _ in four:
         actual = ranks[name, config]
         # float64: only the order of sums differs.
         torch.testing.assert_close(actual.loss, expected.loss, rtol=1e-10, atol=0)
@@ -199,12 +200,21 @@ def test_ranks_compute_what_one_does(name: str, config: str, four_ranks: list[di
         assert bool(expected.gradients["blocks.1.mixer.experts.up"][expert].any()) == is_used
 
 
-def test_slots_compute_what_counted_rows_do_where_nothing_is_dropped(
-    four_ranks: list[dict[tuple[str, str], Outcome]],
-) -> None:
+@pytest.mark.parametrize(("name", "config"), [(name, config) for name in LAYOUTS for config in LAYOUTS[name].quick])
+def test_ranks_compute_what_one_does(name: str, config: str) -> None:
+    assert_as_one_rank(name, config, four_in_turn(False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "config"), [(name, config) for name in LAYOUTS for config in LAYOUTS[name].slow])
+def test_ranks_compute_what_one_does_in_further_layouts(name: str, config: str) -> None:
+    assert_as_one_rank(name, config, four_in_turn(True))
+
+
+def test_slots_compute_what_counted_rows_do_where_nothing_is_dropped() -> None:
     capacity = expert_capacity(48, BASE.top_k, BASE.num_experts, 2.0)
     assert slots_for(48, BASE.top_k, BASE.num_experts, capacity) == capacity == 36
-    for ranks in four_ranks:
+    for ranks, _ in four_in_turn(False):
         static, counted = ranks["ep2", "roomy"], ranks["ep2", "dropless"]
         torch.testing.assert_close(static.loss, counted.loss, rtol=1e-12, atol=0)
         for name, gradient in counted.gradients.items():
@@ -273,12 +283,15 @@ ROOMY = {
     "halves": ParallelConfig(expert=4, overlap_experts=True),
     "tokens of tensor ranks": ParallelConfig(tensor=2, sequence_parallel=True, expert=2),
 }
+QUICK_ROOMY = "halves"
 
 
-def compare_room() -> list[tuple[str, bool, int, int, list[str]]]:
+def compare_room(is_slow: bool) -> list[tuple[str, bool, int, int, list[str]]]:
     """Of counted rows and rows with room, as much as an even router's half more or any router's: what differs, and misses."""
     found = []
     for name, section in ROOMY.items():
+        if is_slow == (name == QUICK_ROOMY):
+            continue
         parallel = initialize_parallel(section, timeout_seconds=PATIENCE_SECONDS, num_threads=1)
         layout = Layout(section, shunned=(2, 3))  # a rank of four gets nothing
         counted = run_batches(CONFIGS["dropless"], layout, parallel.groups)
@@ -297,10 +310,9 @@ def compare_room() -> list[tuple[str, bool, int, int, list[str]]]:
     return found
 
 
-def test_rows_with_room_are_those_that_are_counted_to_the_bit_and_what_has_no_room_is_noted(
-    four_in_turn: list[list[Any]],
-) -> None:
-    ranks = [found[1] for found in four_in_turn]
+@pytest.mark.parametrize("is_slow", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["halves", "others"])
+def test_rows_with_room_are_those_that_are_counted_to_the_bit_and_what_has_no_room_is_noted(is_slow: bool) -> None:
+    ranks = [found[1] for found in four_in_turn(is_slow)]
     for number, (name, is_enough, *_) in enumerate(ranks[0]):
         used, told = (sum(found[number][place] for found in ranks) for place in (2, 3))
         # What rows with room miss is known before the host counts: where they will, a step begins again.

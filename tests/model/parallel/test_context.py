@@ -46,7 +46,11 @@ CONFIGS = {
     "tied": small_config("*M", tie_embeddings=True),
 }
 CASES = [(config, documents) for config in CONFIGS for documents in DOCUMENTS]
-COMPILED = ("whole", next(iter(DOCUMENTS)))
+CUT, WHOLE = DOCUMENTS
+COMPILED = ("whole", CUT)
+# Of each number of ranks, in float64; one of them in the number format of most runs, too.
+QUICK = {2: [("mamba", WHOLE), ("whole", CUT), ("tied", WHOLE)], 4: [("mamba", CUT), ("whole", WHOLE)]}
+QUICK_FLOAT32 = {2: [("whole", CUT)], 4: []}
 # Only the order of sums differs.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 3e-5}
 
@@ -87,26 +91,46 @@ def assert_exchange_is_that_of_autograd(groups):
     assert torch.equal(exchange.states_back(d_states, kept), d_final)
 
 
-def run_cut(num_ranks, compiled, dtypes=(torch.float64,), cases=CASES):
+def run_cut(num_ranks, compiled, cases=()):
+    """Results of cases, which are pairs of one of CASES and a number format."""
     parallel = initialize_parallel(ParallelConfig(context=num_ranks), timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     assert_exchange_is_that_of_autograd(parallel.groups)
     if compiled:
         results = {"compiled": run_model(COMPILED, parallel.groups, compiled=True)}
     else:
-        results = {(case, dtype): run_model(case, parallel.groups, dtype) for case in cases for dtype in dtypes}
+        results = {(case, dtype): run_model(case, parallel.groups, dtype) for case, dtype in cases}
     for result in results.values():
         for value in [result["loss"], *result["gradients"].values(), *result["counts"].values()]:
             dist.all_reduce(value, group=parallel.groups.cp)
     return results
 
 
-def run_and_count(num_ranks):
-    return run_cut(num_ranks, False), count_bytes(num_ranks)
+def run_and_count(num_ranks, cases):
+    return run_cut(num_ranks, False, cases), count_bytes(num_ranks)
 
 
 @functools.cache
-def cut_results(num_ranks):
-    return run_ranks(run_and_count, num_ranks, num_ranks=num_ranks)
+def cut_results(num_ranks, is_slow):
+    cases = [(case, torch.float64) for case in CASES if is_slow != (case in QUICK[num_ranks])]
+    cases += [(case, torch.float32) for case in CASES if is_slow != (case in QUICK_FLOAT32[num_ranks])]
+    return run_ranks(run_and_count, num_ranks, cases, num_ranks=num_ranks)
+
+
+def cases_of(quick):
+    """Each case for either number of ranks; those that are not quick are slow."""
+    return pytest.mark.parametrize(
+        ("num_ranks", "case"),
+        [
+            pytest.param(
+                num_ranks,
+                case,
+                id=f"{num_ranks}-{'-'.join(case)}",
+                marks=[pytest.mark.slow] * (case not in quick[num_ranks]),
+            )
+            for num_ranks in quick
+            for case in CASES
+        ],
+    )
 
 
 @functools.cache
@@ -114,22 +138,19 @@ def alone(case):
     return run_model(case, single_rank_groups())
 
 
-@pytest.mark.parametrize("case", CASES, ids="-".join)
-@pytest.mark.parametrize("num_ranks", [2, 4])
+def assert_cut_is_whole(num_ranks, case, dtype, quick):
+    ranks = cut_results(num_ranks, case not in quick[num_ranks])
+    assert_same(case, [results[case, dtype] for results, _ in ranks], TOLERANCES[dtype])
+
+
+@cases_of(QUICK)
 def test_context_ranks_compute_what_one_does(num_ranks, case):
-    assert_same(
-        case, [results[case, torch.float64] for results, _ in cut_results(num_ranks)], TOLERANCES[torch.float64]
-    )
+    assert_cut_is_whole(num_ranks, case, torch.float64, QUICK)
 
 
-# One case in the number format of most runs; all of them are slow.
-@pytest.mark.parametrize(
-    ("num_ranks", "cases"), [(2, CASES[2:3]), *(pytest.param(n, CASES, marks=pytest.mark.slow) for n in (2, 4))]
-)
-def test_context_ranks_compute_in_float32_what_one_does_in_float64(num_ranks, cases):
-    ranks = run_ranks(run_cut, num_ranks, False, (torch.float32,), tuple(cases), num_ranks=num_ranks)
-    for case in cases:
-        assert_same(case, [results[case, torch.float32] for results in ranks], TOLERANCES[torch.float32])
+@cases_of(QUICK_FLOAT32)
+def test_context_ranks_compute_in_float32_what_one_does_in_float64(num_ranks, case):
+    assert_cut_is_whole(num_ranks, case, torch.float32, QUICK_FLOAT32)
 
 
 @pytest.mark.slow
@@ -219,7 +240,7 @@ def count_bytes(num_ranks):
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_a_row_of_any_length_costs_a_mamba_block_the_same_bytes(num_ranks):
-    ranks = [counts for _, counts in cut_results(num_ranks)]
+    ranks = [counts for _, counts in cut_results(num_ranks, False)]
     mamba, attention = small_config("M").mamba, small_config("*").attention
     for length in LENGTHS:
         # Once forward and once backward: the states of all segments, and the inputs before them.
