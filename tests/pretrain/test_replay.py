@@ -125,6 +125,7 @@ def test_what_cannot_be_computed_again_is_one_message(
     assert "do not show which starts trained steps 4 to 4" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_steps_before_the_first_checkpoint_are_computed_from_the_beginning_start_after_start(
     data: DataConfig, tmp_path: Path, replay: Replayed
 ) -> None:

@@ -107,6 +107,7 @@ def test_a_setting_goes_back_once_and_fetches_what_only_the_store_has(
         train(back.model_copy(update={"train": back.train.model_copy(update={"resume_step": 3})}))
 
 
+@pytest.mark.slow
 def test_a_store_that_was_rolled_back_stays_so_for_an_empty_run_directory(
     data: DataConfig, tmp_path: Path, url: str
 ) -> None:

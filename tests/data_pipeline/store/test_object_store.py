@@ -168,6 +168,7 @@ def test_a_missing_object_is_found_at_the_start(copied):
     assert loader.quarantined and f"{config.store}/{shard} is missing" in loader.quarantined[0].reason
 
 
+@pytest.mark.slow
 def test_a_truncated_object_names_both_sizes(copied):
     config, client, shard = copied
     content = bytes(obstore.get(client, shard).bytes())
@@ -198,6 +199,7 @@ def test_an_altered_object_is_an_error_and_does_not_stay_in_the_cache(copied):
     assert verify_store(config.store) == []
 
 
+@pytest.mark.slow
 def test_a_changed_manifest_and_another_tokenizer_are_noticed(copied):
     config, client, _ = copied
     manifest = json.loads(bytes(obstore.get(client, "manifest.json").bytes()))
@@ -267,7 +269,9 @@ def every_kind(folder):
     return folder
 
 
-@pytest.mark.parametrize("pattern", ["", "/**/*.*", "/sub/[ce]*", "/a.jsonl"])
+@pytest.mark.parametrize(
+    "pattern", ["", "/sub/[ce]*", *(pytest.param(each, marks=pytest.mark.slow) for each in ("/**/*.*", "/a.jsonl"))]
+)
 def test_sources_behind_a_url_are_read_as_local_ones(server, tmp_path, pattern):
     folder = every_kind(tmp_path / "texts")
     upload(folder, f"s3://{BUCKET}/{tmp_path.name}")

@@ -73,7 +73,7 @@ def test_sums_stay_and_graphs_hold_a_delta_and_gradients_of_what_flows_in() -> N
     assert memory.total() - plain.total() >= memory.parts["graphs"]
 
 
-@pytest.mark.parametrize("is_wide", [False, True])
+@pytest.mark.parametrize("is_wide", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_graphs_hold_the_bytes_that_the_plan_says(tmp_path: Path, is_wide: bool) -> None:
     given = {"pattern": "MM*M", "moe": None, "residual_in_fp32": is_wide}
     given = {f"model__{key}": value for key, value in given.items()} | {"train__precision": "bf16"}

@@ -123,6 +123,7 @@ def test_a_run_goes_on_from_the_store_when_its_directory_is_lost(data: DataConfi
     assert not any(event.get("remarks") for event in read_events(tmp_path / "run", "checkpoint"))
 
 
+@pytest.mark.slow
 def test_a_step_that_someone_moved_aside_is_not_fetched_back(data: DataConfig, tmp_path: Path, url: str) -> None:
     assert train(tiny_config(data, tmp_path / "run", **settings(url, train__stop_after_steps=4))) == 0
     newest, older = list_checkpoints(tmp_path / "run/checkpoints")
@@ -216,6 +217,7 @@ def test_a_copy_that_cannot_be_sent_is_a_remark(data: DataConfig, tmp_path: Path
         RemoteCheckpoints(url).pull_newer(tmp_path / "new", ALONE)
 
 
+@pytest.mark.slow
 def test_a_start_sends_what_the_store_lacks_also_of_a_finished_run(data: DataConfig, tmp_path: Path, url: str) -> None:
     assert train(tiny_config(data, tmp_path / "run", train__steps=3, schedule__warmup_steps=1)) == 0
     config = tiny_config(data, tmp_path / "run", train__steps=3, schedule__warmup_steps=1, train__checkpoint_store=url)
@@ -225,6 +227,7 @@ def test_a_start_sends_what_the_store_lacks_also_of_a_finished_run(data: DataCon
         assert [event["problem"] for event in read_events(tmp_path / "run", "copied")] == copies * [None]
 
 
+@pytest.mark.slow
 def test_a_marked_checkpoint_stays_in_the_store(data: DataConfig, tmp_path: Path, url: str) -> None:
     config = tiny_config(data, tmp_path / "run", train__steps=3, train__checkpoint_every_steps=1, train__keep_last=3)
     assert train(config) == 0
@@ -260,6 +263,7 @@ def test_a_run_whose_last_copy_cannot_be_sent_fails_and_the_same_command_sends_i
     assert list(RemoteCheckpoints(url).list_objects()) == ["step-00000004"]
 
 
+@pytest.mark.slow
 def test_a_large_file_is_sent_in_parts_and_appears_as_a_whole(tmp_path: Path, url: str) -> None:
     content = os.urandom(2 * PART_BYTES + 12345)
     (tmp_path / "large").write_bytes(content)

@@ -68,6 +68,7 @@ def test_routed_updates_are_tuned_resume_to_the_bit_and_stay_in_the_result(
     check_what_sources_choose(config, result, capsys)
 
 
+@pytest.mark.slow
 def test_updates_trained_elsewhere_stay_as_they_are_while_the_router_is_trained(
     data: DataConfig, tmp_path: Path
 ) -> None:

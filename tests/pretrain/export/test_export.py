@@ -28,6 +28,10 @@ from tests.helpers.tiny_store import make_text
 from tests.pretrain.export.exported_models import MODELS, QWEN3_NEXT, random_weights, weights_folder
 from tests.pretrain.tiny_run import MODEL, tiny_config
 
+# What all share is in these two; each target's names and sizes are compared by its import, which is quick for all.
+QUICK_TARGETS = ("own", "nemotron_h")
+OTHERS = ("granitemoehybrid", "qwen3_next")
+
 
 def sample_text() -> str:
     return make_text(np.random.default_rng(5), 40)
@@ -78,7 +82,7 @@ def test_other_targets_are_proved_in_a_fresh_process(data: DataConfig, tmp_path:
 
 
 # The quick verification of the target own in a fresh process is in tests/pretrain/export/test_modeling_mixers.py.
-@pytest.mark.parametrize("target", ["own", "granitemoehybrid", "qwen3_next"])
+@pytest.mark.parametrize("target", ["own", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_the_card_says_why_a_target_was_taken(data: DataConfig, tmp_path: Path, target: str) -> None:
     report = export_checkpoint(weights_folder(data, tmp_path / "weights", target), tmp_path / "out", verify=False)
     assert report.target == target
@@ -204,7 +208,9 @@ def test_a_damaged_or_wrong_source_is_refused(data: DataConfig, tmp_path: Path) 
         export_checkpoint(tmp_path, tmp_path / "out")
 
 
-@pytest.mark.parametrize("target", MODELS)
+@pytest.mark.parametrize(
+    "target", [pytest.param(name, marks=[] if name in QUICK_TARGETS else [pytest.mark.slow]) for name in MODELS]
+)
 def test_transformers_generates_what_we_generate(data: DataConfig, tmp_path: Path, target: str) -> None:
     from amfm.pretrain.inference.generate import Sampling, generate_tokens
 

@@ -45,7 +45,10 @@ def test_the_import_of_an_export_is_bit_equal(data: DataConfig, tmp_path: Path, 
     assert sum(tensor.numel() for tensor in after.state.values()) == report.num_parameters
 
 
-@pytest.mark.parametrize("target", MODELS)
+@pytest.mark.parametrize(
+    "target",
+    [pytest.param(name, marks=[] if name in ("own", "nemotron_h") else [pytest.mark.slow]) for name in MODELS],
+)
 def test_what_transformers_saves_again_is_read_without_our_description(
     data: DataConfig, tmp_path: Path, target: str
 ) -> None:

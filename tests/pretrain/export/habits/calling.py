@@ -50,7 +50,7 @@ def documents_of_a_packed_row_are_named_by_positions_alone(export: Exported) -> 
     )
 
 
-@habit()
+@habit(slow=True)
 def documents_of_a_packed_row_are_named_by_seq_idx(export: Exported) -> None:
     ids = tokens(1)
     with refused_by_name():
@@ -73,7 +73,7 @@ def documents_of_a_packed_row_are_named_by_their_lengths(export: Exported) -> No
         assert_documents_alone(export, packed, ids, bits=is_own(export))
 
 
-@habit()
+@habit(slow=True)
 def rows_of_a_flattening_collator_train_as_rows_apart(export: Exported) -> None:
     from transformers import DataCollatorWithFlattening
 
@@ -114,7 +114,7 @@ def embeddings_stand_in_for_ids(export: Exported) -> None:
         export.model()(tokens(), inputs_embeds=embeds)
 
 
-@habit()
+@habit(slow=True)
 def hidden_states_are_the_embeddings_and_each_block(export: Exported) -> None:
     output = export.model()(tokens(), output_hidden_states=True)
     base = export.model().base_model(tokens()).last_hidden_state
@@ -130,7 +130,7 @@ def logits_are_kept_of_the_tokens_asked_for(export: Exported) -> None:
     assert_near(export.model()(tokens(), logits_to_keep=torch.tensor([2, 5])).logits, whole[:, [2, 5]])
 
 
-@habit()
+@habit(slow=True)
 def a_tuple_is_returned_where_asked_for(export: Exported) -> None:
     loss, logits, *_ = export.model()(tokens(), labels=tokens(), return_dict=False)
     assert torch.equal(logits, export.model()(tokens()).logits) and loss.dim() == 0
@@ -145,7 +145,7 @@ def the_loss_is_that_of_the_next_token_where_labels_count(export: Exported) -> N
     assert_near(output.loss, expected)
 
 
-@habit()
+@habit(slow=True)
 def the_loss_of_a_piece_is_divided_by_the_items_of_all(export: Exported) -> None:
     mean = export.model()(tokens(), labels=tokens()).loss
     for count in (44, torch.tensor(44)):

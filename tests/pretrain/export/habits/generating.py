@@ -21,13 +21,13 @@ def greedy_tokens_are_the_same_with_and_without_a_cache(export: Exported) -> Non
     assert torch.equal(generate(export, tokens(2, 7)), generate(export, tokens(2, 7), use_cache=False))
 
 
-@habit()
+@habit(slow=True)
 def beams_are_the_same_with_and_without_a_cache(export: Exported) -> None:
     found = generate(export, tokens(1, 7), num_beams=3, num_return_sequences=2)
     assert torch.equal(found, generate(export, tokens(1, 7), num_beams=3, num_return_sequences=2, use_cache=False))
 
 
-@habit()
+@habit(slow=True)
 def samples_are_drawn_in_several_rows(export: Exported) -> None:
     torch.manual_seed(1)
     first = generate(export, tokens(2, 5), do_sample=True, num_return_sequences=3, top_k=20)
@@ -47,7 +47,7 @@ def prompts_padded_on_the_left_go_on_as_alone(export: Exported) -> None:
     assert torch.equal(together, torch.cat(alone))
 
 
-@habit()
+@habit(slow=True)
 def scores_and_hidden_states_come_with_the_tokens(export: Exported) -> None:
     asked = {"return_dict_in_generate": True, "output_scores": True, "output_hidden_states": True}
     found = generate(export, tokens(1, 5), **asked)
@@ -57,7 +57,7 @@ def scores_and_hidden_states_come_with_the_tokens(export: Exported) -> None:
     assert found.hidden_states[1][-1].shape[1] == 1, "later steps read one token"
 
 
-@habit()
+@habit(slow=True)
 def arguments_of_the_forward_pass_go_through_generate(export: Exported) -> None:
     assert torch.equal(generate(export, tokens(1, 5), logits_to_keep=1), generate(export, tokens(1, 5)))
     with pytest.raises(ValueError, match="are not used by the model"):
@@ -72,7 +72,7 @@ def generation_begins_with_embeddings(export: Exported) -> None:
     assert torch.equal(found, generate(export, tokens(1, 5))[:, 5:])
 
 
-@habit()
+@habit(slow=True)
 def a_text_goes_on_from_the_cache_of_its_beginning(export: Exported) -> None:
     ids = tokens(1, 9)
     cache = export.model()(ids[:, :6], use_cache=True).cache
@@ -84,7 +84,7 @@ def a_text_goes_on_from_the_cache_of_its_beginning(export: Exported) -> None:
     assert found.cache.get_seq_length() == expected.cache.get_seq_length() == 9 + 5
 
 
-@habit()
+@habit(slow=True)
 def tokens_are_streamed_as_they_come(export: Exported) -> None:
     class Streamer:
         def __init__(self) -> None:

@@ -40,7 +40,7 @@ def saved_and_loaded_logits_are_equal(export: Exported) -> None:
     assert torch.equal(again(tokens()).logits, export.model()(tokens()).logits)
 
 
-@habit()
+@habit(slow=True)
 def saved_in_shards_the_model_loads(export: Exported) -> None:
     export.model().save_pretrained(export.place("shards"), max_shard_size="20KB")
     assert len(list(export.place("shards").glob("model-*.safetensors"))) > 2
@@ -48,7 +48,7 @@ def saved_in_shards_the_model_loads(export: Exported) -> None:
     assert torch.equal(again(tokens()).logits, export.model()(tokens()).logits)
 
 
-@habit()
+@habit(slow=True)
 def the_base_model_gives_the_stream_that_the_head_reads(export: Exported) -> None:
     base = export.load("AutoModel").eval()
     hidden = base(tokens()).last_hidden_state
@@ -68,7 +68,7 @@ def a_classifier_reads_the_last_token_of_padded_rows(export: Exported) -> None:
     assert model(ids, labels=torch.tensor([0, 2])).loss.isfinite()
 
 
-@habit()
+@habit(slow=True)
 def bf16_keeps_what_rounding_would_change_and_stays_near(export: Exported) -> None:
     model = export.load(dtype=torch.bfloat16).eval()
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
@@ -114,7 +114,7 @@ def a_model_made_without_memory_takes_its_weights(export: Exported) -> None:
     assert torch.equal(model.eval()(tokens()).logits, loaded(tokens()).logits)
 
 
-@habit()
+@habit(slow=True)
 def a_fresh_model_begins_near_a_uniform_guess(export: Exported) -> None:
     torch.manual_seed(0)
     model = type(export.model())(export.model().config)
@@ -123,7 +123,7 @@ def a_fresh_model_begins_near_a_uniform_guess(export: Exported) -> None:
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-@habit()
+@habit(slow=True)
 def more_tokens_leave_the_logits_of_the_others(export: Exported) -> None:
     model = export.fresh()
     before = model(tokens()).logits
@@ -135,7 +135,7 @@ def more_tokens_leave_the_logits_of_the_others(export: Exported) -> None:
     assert model(torch.full((1, 3), size + 7), labels=torch.full((1, 3), size + 7)).loss.isfinite()
 
 
-@habit()
+@habit(slow=True)
 def weights_of_another_shape_are_made_anew_where_allowed(export: Exported) -> None:
     size = export.model().config.vocab_size + 16
     model = export.load(vocab_size=size, ignore_mismatched_sizes=True).eval()
