@@ -38,9 +38,12 @@ def list_resumed(run_dir: Path) -> list[str]:
 
 
 def kill_and_resume(
-    data: DataConfig, place: str, settings: dict[str, Any], num_ranks: int, num_kills: int
+    data: DataConfig, place: str, settings: dict[str, Any], num_ranks: int, num_kills: int, num_steps: int = 1
 ) -> dict[str, Any]:
-    """A run that no one kills, and one that is killed so often; returns what differs between their ends."""
+    """A run that no one kills, and one that is killed so often; returns what differs between their ends.
+
+    num_steps: after how many steps of a start it is killed, but for each fourth, which is killed while it starts.
+    """
     settings = {"train__steps": STEPS, **settings}
     moments = random.Random(len(settings) - 1 + num_ranks)
     straight = Attempt(data, Path(place, "straight"), settings, num_ranks)
@@ -59,7 +62,7 @@ def kill_and_resume(
         if kills % 4 == 3:
             time.sleep(moments.uniform(0, seconds / 2))
         else:
-            while count_lines(metrics) <= lines and not attempt.has_ended():
+            while count_lines(metrics) < lines + num_steps and not attempt.has_ended():
                 time.sleep(0.001)
             time.sleep(moments.uniform(0, 2.5 * seconds / (STEPS + 10)))
         victim = moments.randrange(num_ranks)
@@ -94,9 +97,14 @@ def check_same_end(result: dict[str, Any]) -> None:
     assert result["resumed"], "no start continued from a checkpoint"
 
 
-def test_a_run_killed_three_times_ends_in_the_same_weights(data: DataConfig, tmp_path: Path) -> None:
-    settings = {"train__checkpoint_every_steps": 1, "train__precision": "bf16", "train__keep_last": 2}
-    result = run_ranks(kill_and_resume, data, str(tmp_path), settings, 1, 3, num_ranks=1)[0]
+@pytest.mark.parametrize(
+    ("num_kills", "num_steps", "precision"), [(1, 4, "float32"), pytest.param(3, 1, "bf16", marks=pytest.mark.slow)]
+)
+def test_a_run_that_is_killed_ends_in_the_same_weights(
+    data: DataConfig, tmp_path: Path, num_kills: int, num_steps: int, precision: str
+) -> None:
+    settings = {"train__checkpoint_every_steps": 1, "train__precision": precision, "train__keep_last": 2}
+    result = run_ranks(kill_and_resume, data, str(tmp_path), settings, 1, num_kills, num_steps, num_ranks=1)[0]
     check_same_end(result)
 
 

@@ -113,10 +113,16 @@ def run_steps(engine: ZeroEngine, first: int, last: int) -> list[tuple[float, fl
     return results
 
 
-def save_and_go_on(folder: str) -> tuple[list[Any], set[torch.dtype], str]:
+# The ZeRO stage, the layout, and the stage that loads it.
+Cases = list[tuple[int, dict[str, int], int]]
+QUICK: Cases = [(1, {"tensor": 2}, 3)]
+MORE: Cases = [(2, {}, 1), (3, {}, 2)]
+
+
+def save_and_go_on(folder: str, cases: Cases) -> tuple[list[Any], set[torch.dtype], str]:
     """Under each ZeRO stage steps straight and through a checkpoint; and that checkpoint saved again by another layout."""
     root, results, dtypes = Path(folder), [], set()
-    for stage, axes, other in ((1, {"tensor": 2}, 3), (2, {}, 1), (3, {}, 2)):
+    for stage, axes, other in cases:
         here = root / str(stage)
         engine = make_engine(stage, 0, **axes)
         straight = run_steps(engine, 0, 2)
@@ -133,14 +139,15 @@ def save_and_go_on(folder: str) -> tuple[list[Any], set[torch.dtype], str]:
         assert load(here / "first", moved, **SETTINGS) is not None
         save(here / "moved", 2, moved, **SETTINGS)
     with pytest.raises(ValueError) as refused:
-        load(here / "first", again, train__precision="bf16")
+        load(here / "first", moved, train__precision="bf16")
     return results, dtypes, str(refused.value)
 
 
-def test_a_run_goes_on_bit_for_bit_and_moves_between_layouts(tmp_path: Path) -> None:
-    results, dtypes, refused = run_ranks(save_and_go_on, str(tmp_path), num_ranks=2)[0]
+@pytest.mark.parametrize("cases", [QUICK, pytest.param(MORE, marks=pytest.mark.slow)], ids=["quick", "more"])
+def test_a_run_goes_on_bit_for_bit_and_moves_between_layouts(tmp_path: Path, cases: Cases) -> None:
+    results, dtypes, refused = run_ranks(save_and_go_on, str(tmp_path), cases, num_ranks=2)[0]
     assert dtypes == {torch.bfloat16}
-    for stage, (straight, resumed) in enumerate(results, start=1):
+    for (stage, _, _), (straight, resumed) in zip(cases, results, strict=True):
         assert straight == resumed
         here = tmp_path / str(stage)
         assert diff_checkpoints(here / "straight/step-00000003", here / "resumed/step-00000003")["same"]

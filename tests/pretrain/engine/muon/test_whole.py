@@ -173,6 +173,11 @@ def assert_as_published(cases: dict[str, list[Case]], num_ranks: int) -> None:
                 assert error < 1e-10, f"{rule}, {case}: {name} is off by {error}"
 
 
+def test_published_rules_step_whole_matrices_on_one_rank() -> None:
+    assert_as_published({rule: [({}, "flat", True)] for rule in RULES}, 1)
+
+
+@pytest.mark.slow
 def test_published_rules_step_cut_matrices_as_whole_ones() -> None:
     assert_as_published(CASES, 4)
 
