@@ -24,6 +24,8 @@ from amfm.pretrain.monitor.metrics import flatten_numbers
 from amfm.pretrain.report.verdict import Verdicts
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# Numbers of which a step has several, and the label that tells them apart: one panel then serves every model.
+PARTS = {"expert_load": "block", "mtp_loss": "module", "validation_by_source": "source"}
 
 
 def collect(verdicts: Verdicts) -> tuple[dict[str, str], dict[str, float], Seen]:
@@ -72,28 +74,36 @@ def describe_otlp(verdicts: Verdicts) -> dict[str, Any]:
     def attributes(labels: Mapping[str, str]) -> list[dict[str, Any]]:
         return [{"key": key, "value": {"stringValue": value}} for key, value in labels.items()]
 
-    def gauge(name: str, value: float, **labels: str) -> dict[str, Any]:
-        point = {"timeUnixNano": moment, "asDouble": value, "attributes": attributes(labels)}
-        return {"name": metric_name(name), "gauge": {"dataPoints": [point]}}
-
-    gauges = [gauge(name, value) for name, value in numbers.items()] + [gauge("state", 1.0, state=seen.state)]
+    points: dict[str, list[dict[str, Any]]] = {}
+    for number, value in numbers.items():
+        name, parts = metric_name(number)
+        point = {"timeUnixNano": moment, "asDouble": value, "attributes": attributes(parts)}
+        points.setdefault(name, []).append(point)
+    now = {"timeUnixNano": moment, "asDouble": 1.0, "attributes": attributes({"state": seen.state})}
+    points["amfm_state"] = [now]
+    gauges = [{"name": name, "gauge": {"dataPoints": of_name}} for name, of_name in points.items()]
     scope = {"scope": {"name": "amfm"}, "metrics": gauges}
     resource = {"attributes": attributes({"service.name": "amfm"} | place)}
     return {"resourceMetrics": [{"resource": resource, "scopeMetrics": [scope]}]}
 
 
-def metric_name(name: str) -> str:
-    """A number's name for programs that allow letters, digits and underscores."""
-    return f"amfm_{re.sub('[^a-zA-Z0-9_]', '_', name)}"
+def metric_name(name: str) -> tuple[str, dict[str, str]]:
+    """A number's name for programs that allow letters, digits and underscores, and the label that says of which part it is."""
+    kind, _, part = name.partition("/")
+    labels = {PARTS[kind]: part} if kind in PARTS and part else {}
+    return f"amfm_{re.sub('[^a-zA-Z0-9_]', '_', kind if labels else name)}", labels
 
 
 def format_gauges(run_name: str, numbers: Mapping[str, float], **labels: str) -> str:
-    """Two lines of the text format for each number of a run: its type, and its value with these labels."""
-    named = {metric_name(name): value for name, value in numbers.items()}
-    place = format_labels({"run": run_name} | labels)
+    """Lines of the text format for the numbers of a run: the type of each name, and its values with these labels."""
+    lines: dict[str, list[str]] = {}
+    for number, value in numbers.items():
+        name, parts = metric_name(number)
+        line = f"{name}{format_labels({'run': run_name} | labels | parts)} {value!r}\n"
+        lines.setdefault(name, []).append(line)
     return "".join(
-        f"# TYPE {name} {'counter' if name == 'amfm_restarts' else 'gauge'}\n{name}{place} {value!r}\n"
-        for name, value in named.items()
+        f"# TYPE {name} {'counter' if name == 'amfm_restarts' else 'gauge'}\n{''.join(of_name)}"
+        for name, of_name in lines.items()
     )
 
 

@@ -25,4 +25,4 @@ def test_a_run_leaves_the_numbers_of_its_newest_step(tmp_path: Path) -> None:
     newest = read_metrics(run.directory)[-1]
     assert found['amfm_step{run="run"}'] == "2.0"
     assert float(found['amfm_loss{run="run"}']) == newest["loss"]
-    assert float(found['amfm_expert_load_1{run="run"}']) == newest["expert_load"]["1"]
+    assert float(found['amfm_expert_load{run="run",block="1"}']) == newest["expert_load"]["1"]

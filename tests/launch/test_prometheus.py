@@ -22,7 +22,7 @@ from tests.pretrain.report.test_report import line, make_run
 
 METRICS = {
     "step": 7, "loss": 2.5, "grad_norm": 0.5, "lr": 1e-3, "tokens": 700, "tokens_per_second": 10.0, "mfu": 0.25,
-    "memory_bytes": 5, "step_seconds": 1.0, "seconds": 9.0, "skipped": False, "time": time.time() - 200.0, "expert_load": {"1": 1.25},
+    "memory_bytes": 5, "step_seconds": 1.0, "seconds": 9.0, "skipped": False, "time": time.time() - 200.0, "expert_load": {"1": 1.25, "3": 1.5},
 }  # fmt: skip
 
 
@@ -48,7 +48,8 @@ def test_a_collector_gets_the_same_numbers_until_the_run_has_ended(
     names = {each["key"]: each["value"]["stringValue"] for each in resource["resource"]["attributes"]}
     assert names == {"service.name": "amfm", "run": "/".join(directory.parts[-2:]), "dir": str(directory)}
     metrics = {each["name"]: each["gauge"]["dataPoints"][0] for each in resource["scopeMetrics"][0]["metrics"]}
-    assert metrics["amfm_loss"]["asDouble"] == 2.5 and metrics["amfm_expert_load_1"]["asDouble"] == 1.25
+    assert metrics["amfm_loss"]["asDouble"] == 2.5 and metrics["amfm_expert_load"]["asDouble"] == 1.25
+    assert metrics["amfm_expert_load"]["attributes"] == [{"key": "block", "value": {"stringValue": "1"}}]
     assert metrics["amfm_state"]["attributes"] == [{"key": "state", "value": {"stringValue": "finished"}}]
     assert metrics["amfm_step"]["timeUnixNano"].isdecimal()
     assert amfm(["watch", str(directory), "--otlp", url]) == 0  # nothing listens there any more
@@ -72,7 +73,8 @@ def test_a_scrape_gets_the_newest_numbers_and_the_state_and_a_foreign_page_nothi
     lines = text.splitlines()
     found = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     name = f'run="{"/".join(directory.parts[-2:])}",dir="{directory}"'
-    assert found[f"amfm_loss{{{name}}}"] == "2.5" and found[f"amfm_expert_load_1{{{name}}}"] == "1.25"
+    assert found[f"amfm_loss{{{name}}}"] == "2.5" and found[f'amfm_expert_load{{{name},block="1"}}'] == "1.25"
+    assert text.count("# TYPE amfm_expert_load gauge") == 1 and f'amfm_expert_load{{{name},block="3"}} 1.5' in text
     assert found[f"amfm_step{{{name}}}"] == "7.0" and found[f"amfm_checkpoint_step{{{name}}}"] == "5.0"
     states = {key: value for key, value in found.items() if key.startswith("amfm_state")}
     assert [key for key, value in states.items() if value == "1"] == [f'amfm_state{{{name},state="running"}}']
@@ -84,7 +86,7 @@ def test_a_scrape_gets_the_newest_numbers_and_the_state_and_a_foreign_page_nothi
     assert types.keys() == names and [key for key, kind in types.items() if kind != "gauge"] == ["amfm_restarts"]
     assert "amfm_well" not in text, "without a configuration there is no verdict"
     dashboard = (Path(__file__).parents[2] / "recipes/grafana_dashboard.json").read_text()
-    asked = {word for word in re.findall(r"amfm_[a-z_]+", dashboard) if not word.endswith("_load_")}
+    asked = set(re.findall(r"amfm_[a-z_]+", dashboard))
     assert asked - {"amfm_validation_loss", "amfm_last_step"} <= {key.partition("{")[0] for key in found}
 
 
