@@ -1,7 +1,9 @@
-"""The table of docs/layouts.md: presets of each size with the layout that `amfm plan --search` found for them.
+"""The table of docs/layouts.md: for presets of each size the fastest layout that `amfm plan --search` finds.
 
-The layout is the one of the preset's file, and GPUs, memory and MFU are those of the header that `amfm plan` predicts for it
-(`python -m tests.launch.plan.presets` writes headers), so nothing is measured or searched here.
+`python -m benchmarks.layouts --search NAME --gpus 64 --write docs/layouts.md` searches on H100 with the defaults of
+`amfm plan configs/NAME.yaml --gpus 64 --gpu h100 --search` and puts one row into the page. Rows that were searched stay in
+the page; a preset that was not searched for the GPUs of its header has the layout of its file and the numbers of its header
+(`python -m tests.launch.plan.presets` writes headers). Nothing is measured.
 """
 
 from __future__ import annotations
@@ -12,13 +14,19 @@ from typing import Annotated
 
 import typer
 
-from amfm.launch.console import print_rows, say
+from amfm.launch.console import print_rows, say, show_progress
+from amfm.launch.plan.estimate import Assumptions, Estimate
+from amfm.launch.plan.hardware import GIB, HARDWARE
+from amfm.launch.plan.plan import make_plan
+from amfm.launch.plan.search import with_layout
 from amfm.model.flops import count_parameters
 from amfm.pretrain.checks.load import load_checked
 from amfm.pretrain.config.schema import RunConfig
 from benchmarks.command import main
 
-COLUMNS = ("preset", "parameters", "active", "GPUs", "layout", "GiB per GPU", "MFU")
+Row = tuple[str, ...]
+COLUMNS = ("preset", "parameters", "active", "GPUs", "found by", "layout", "GiB per GPU", "MFU")
+SEARCHED, OWN = "search", "preset"
 HEADER = re.compile(
     r"for ([\d,]+) H100, planned by `amfm plan`: ([\d.]+) GiB at most per GPU with 10% headroom, ([\d.]+%) MFU"
 )
@@ -26,44 +34,86 @@ TABLE = re.compile(r"(?<=<!-- table -->\n).*?(?=<!-- end of the table -->)", re.
 
 
 def describe_layout(config: RunConfig) -> str:
-    """The settings of a layout that differ from their defaults, as overrides."""
+    """The settings of a layout that differ from their defaults, as overrides without their section."""
     settings = config.parallel.model_dump(mode="json", exclude_defaults=True)
-    settings |= {name: getattr(config.train, name) for name in ("micro_batch_size", "recompute")}
-    words = (f"{name}={str(value).lower()}" for name, value in settings.items() if value not in ("none", None))
+    settings |= {name: getattr(config.train, name) for name in ("micro_batch_size", "recompute", "recompute_blocks")}
+    words = (f"{name}={str(value).lower()}" for name, value in settings.items() if value not in ("none", None, ""))
     return " ".join(words)
 
 
-def read_presets(folder: Path) -> list[tuple[str, ...]]:
-    """A row for each preset whose header has a plan, by the number of its parameters."""
+def row_of(name: str, config: RunConfig, gpus: str, found_by: str, gib: str, mfu: str) -> Row:
+    """The cells of a preset with its layout."""
+    counts = count_parameters(config.model)
+    sizes = tuple(f"{n / 1e6:.1f}M" if n < 5e8 else f"{n / 1e9:.1f}B" for n in (counts.total, counts.active))
+    return (name, *sizes, gpus, found_by, f"`{describe_layout(config)}`", gib, mfu)
+
+
+def searched_row(name: str, config: RunConfig, best: Estimate) -> Row:
+    """The cells of a layout that a search found."""
+    gib, mfu = f"{best.memory.total() / GIB:.1f}", f"{best.mfu:.1%}"
+    return row_of(name, with_layout(config, best.layout), f"{best.layout.ranks:,}", SEARCHED, gib, mfu)
+
+
+def search(folder: Path, name: str, gpus: int) -> Row:
+    """The row of the fastest layout of a preset's first training stage. Raises ValueError if none fits."""
+    config = load_checked(folder / f"{name}.yaml", [])
+    with show_progress(f"layouts of {name}", every_seconds=10) as progress:
+        made = make_plan(config, HARDWARE["h100"], gpus, Assumptions(), search=True, progress=progress)
+    best = made.stages[0].chosen
+    if best is None:
+        raise ValueError(f"--search {name}: no layout fits on {gpus} H100; give more with --gpus")
+    return searched_row(name, config, best)
+
+
+def read_presets(folder: Path) -> list[Row]:
+    """The row of each preset whose header has a plan."""
     rows = []
     for path in sorted(folder.glob("*.yaml")):
         words = " ".join(line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line[:1] == "#")
         if planned := HEADER.search(words):
-            config = load_checked(path, [])
-            counts = count_parameters(config.model)
-            sizes = tuple(f"{n / 1e6:.1f}M" if n < 5e8 else f"{n / 1e9:.1f}B" for n in (counts.total, counts.active))
-            cells = (path.stem, *sizes, planned[1], f"`{describe_layout(config)}`", planned[2], planned[3])
-            rows.append((counts.total, cells))
-    return [cells for _, cells in sorted(rows)]
+            rows.append(row_of(path.stem, load_checked(path, []), planned[1], OWN, planned[2], planned[3]))
+    return rows
 
 
-def write_table(page: Path, rows: list[tuple[str, ...]]) -> None:
-    """Put rows into the page's table. Raises ValueError if the page has no place for it."""
-    text = page.read_text(encoding="utf-8")
-    if TABLE.search(text) is None:
+def read_table(page: Path) -> list[Row]:
+    """The rows of the page's table. Raises ValueError if the page has no place for it."""
+    table = TABLE.search(page.read_text(encoding="utf-8"))
+    if table is None:
         raise ValueError(f"{page} has no lines <!-- table --> and <!-- end of the table -->; use docs/layouts.md")
+    lines = [tuple(line.strip("| ").split(" | ")) for line in table[0].strip().splitlines()]
+    return lines[2:]
+
+
+def write_table(page: Path, rows: list[Row]) -> None:
+    """Put rows into the page's table. Raises ValueError if the page has no place for it."""
+    read_table(page)
     lines = (COLUMNS, ("---",) * len(COLUMNS), *rows)
     table = "\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + "\n"
-    page.write_text(TABLE.sub(lambda _: table, text), encoding="utf-8")
+    page.write_text(TABLE.sub(lambda _: table, page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def joined(own: list[Row], searched: list[Row]) -> list[Row]:
+    """Rows by size and GPUs: those that were searched, and presets that were not searched for as many GPUs."""
+    found = {(row[0], row[3]): row for row in (*own, *searched)}
+    sizes = {"M": 1e6, "B": 1e9}
+    return sorted(
+        found.values(),
+        key=lambda row: (float(row[1][:-1]) * sizes[row[1][-1]], row[0], int(row[3].replace(",", ""))),
+    )
 
 
 def layouts(
     presets: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the presets are.")] = Path("configs"),
     *,
+    search_for: Annotated[
+        list[str] | None, typer.Option("--search", metavar="NAME", help="Search this preset.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="With --search: number of H100.")] = 8,
     write: Annotated[Path | None, typer.Option(metavar="PAGE", help="Write the table into this page.")] = None,
 ) -> None:
     """Print the layouts of presets by size, with what the plan predicts for them."""
-    rows = read_presets(presets)
+    kept = [row for row in read_table(write) if row[4] == SEARCHED] if write is not None else []
+    rows = joined(read_presets(presets), [*kept, *(search(presets, name, gpus) for name in search_for or ())])
     if write is not None:
         write_table(write, rows)
         say(f"wrote {write}")
