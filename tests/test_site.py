@@ -5,6 +5,7 @@ Skipped where the extra `site` or Chromium is not installed.
 
 import functools
 import http.server
+import importlib.util
 import os
 import re
 import shutil
@@ -83,6 +84,35 @@ def test_every_page_of_the_repository_is_in_the_navigation():
     assert sorted(listed) == sorted(pages)
 
 
+def test_code_in_tables_shows_a_bar_without_its_backslash():
+    path = ROOT / "docs/site/stage_pages.py"
+    stage = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("stage_pages", path))
+    spec.loader.exec_module(stage)
+    assert stage.escape_bars("| `a \\| <b>` | `c` or d \\| e |\n`f \\| g`") == (
+        "| <code>a &#124; &lt;b&gt;</code> | `c` or d \\| e |\n`f \\| g`"
+    )
+
+
+@pytest.mark.slow
+def test_no_page_shows_a_backslash_before_a_bar(site):
+    shown = [
+        f"{page.relative_to(site)}: {code}"
+        for page in site.rglob("*.html")
+        for code in re.findall(r"<td[^>]*>.*?</td>", page.read_text())
+        if "\\|" in code
+    ]
+    assert shown == []
+
+
+@pytest.mark.slow
+def test_figures_turn_dark_with_the_page(browser):
+    browser.get(f"{browser.root}/")
+    filtered = "getComputedStyle(document.querySelector('img[src$=\".svg\"]')).filter"
+    assert wait_for(browser, filtered) == "none"
+    browser.execute_script("document.body.setAttribute('data-md-color-scheme', 'slate')")
+    assert "invert" in wait_for(browser, filtered)
+
+
 @pytest.mark.slow
 def test_diagrams_are_drawn(browser):
     browser.get(f"{browser.root}/docs/architecture/")
@@ -114,6 +144,7 @@ def test_pages_link_to_the_repository_and_show_the_version(site):
     assert "edit/main/docs/data.md" in page and "0." in re.search(r'md-copyright__highlight">\s*([^<]*)', page)[1]
 
 
+@pytest.mark.slow
 def test_the_front_page_shows_where_to_begin_and_a_report_that_works(browser):
     browser.get(f"{browser.root}/")
     assert wait_for(browser, "document.querySelectorAll('article table td a').length >= 3")

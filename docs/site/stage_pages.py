@@ -8,6 +8,7 @@ address under [project.urls] in pyproject.toml. Prints the variables that mkdocs
 from __future__ import annotations
 
 import contextlib
+import html
 import re
 import shutil
 import subprocess
@@ -18,6 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "build" / "site" / "pages"
+BAR = "\\|"
+CODE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 LINK = re.compile(r"(\]\()([^)#\s]+)(#[^)\s]*)?(\))")
 FENCE = re.compile(r"^(```.*?^```)", re.DOTALL | re.MULTILINE)
 VERSION = re.compile(r'^__version__ = "(.+)"', re.MULTILINE)
@@ -33,7 +36,10 @@ FRONT = """| On a laptop | On a node | On a cluster |
 The page above is what `amfm report` writes, of a synthetic run: point at curves, drag to zoom.
 
 """
-WRAPPED = ".md-typeset pre > code { white-space: pre-wrap; }\n"  # comments of commands are not cut at the edge
+# Comments of commands are not cut at the edge, and figures, which are drawn on white, turn dark with the page.
+STYLE = """.md-typeset pre > code { white-space: pre-wrap; }
+[data-md-color-scheme="slate"] img:is([src$=".svg"], [src$=".png"]) { filter: invert(0.88) hue-rotate(180deg); }
+"""
 
 
 def stage() -> None:
@@ -49,8 +55,9 @@ def stage() -> None:
             if name == "README.md":
                 parts[0] = parts[0].replace("\n## ", f"\n{FRONT}## ", 1)
             head = UNSEARCHED if name.startswith("docs/log/") else ""
-            write(name, head + "".join(part if part.startswith("```") else resolve_links(part, name) for part in parts))
-    write("stylesheets/site.css", WRAPPED)
+            pages = (part if part.startswith("```") else escape_bars(resolve_links(part, name)) for part in parts)
+            write(name, head + "".join(pages))
+    write("stylesheets/site.css", STYLE)
     draw_report(PAGES / "report.html")
     (PAGES / "javascripts").mkdir()
     shutil.copyfile(MERMAID, PAGES / "javascripts" / MERMAID.name)
@@ -65,6 +72,16 @@ def draw_report(out: Path) -> None:
 
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         write_report([staged(Path(), 1200)], out)
+
+
+def escape_bars(text: str) -> str:
+    """Code in tables, whose `\\|` GitHub shows as a bar and Markdown in Python with its backslash."""
+
+    def escape(span: re.Match[str]) -> str:
+        return f"<code>{html.escape(span[1]).replace(BAR, '&#124;')}</code>" if BAR in span[1] else span[0]
+
+    lines = text.split("\n")
+    return "\n".join(CODE.sub(escape, line) if line.startswith("|") and BAR in line else line for line in lines)
 
 
 def resolve_links(text: str, page: str) -> str:
