@@ -19,7 +19,6 @@ import torch
 import typer
 
 from amfm.launch.arguments import JsonOption
-from amfm.launch.bench.hardware import processor_name
 from amfm.launch.console import print_json, print_rows, say
 from amfm.model.config.core_options import AttentionConfig, Mamba2Config
 from amfm.model.config.kinds import CORE, describe_symbol, find_kind, kind_of, registered_kinds
@@ -28,6 +27,7 @@ from amfm.model.config.pattern import block_kind
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
+from amfm.pretrain.monitor.environment import read_processor_name
 from amfm.pretrain.parallel import initialize_parallel
 from benchmarks.command import main
 
@@ -138,7 +138,7 @@ def bench_lengths(
         "judged_by": clock,
         "tolerance": TOLERANCE,
         "hardware": {
-            "processor": processor_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
+            "processor": read_processor_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -16,7 +16,7 @@ import typer
 
 from amfm.launch.arguments import JsonOption
 from amfm.launch.console import print_json, say
-from benchmarks.command import main
+from benchmarks.command import describe_run, main
 
 
 def clients(
@@ -34,9 +34,7 @@ def clients(
     as_json: JsonOption = False,
 ) -> None:
     """Train a small model of each class, export it, and compare what other programs make of it with transformers."""
-    from amfm.launch.bench.hardware import processor_name
     from amfm.pretrain.export.clients.check import CLIENTS, check_installed
-    from amfm.pretrain.parallel import count_cores
     from benchmarks.clients.bench import Environments, bench_clients, choose_models, to_page
     from benchmarks.clients.models import MODELS
     from benchmarks.clients.page import merge, read_page, to_markdown
@@ -49,7 +47,7 @@ def clients(
         check_installed(client, environments.of(client))
     bench = bench_clients(folder.absolute(), environments, names, say)
     command = f"make clients ONLY='{' '.join(only)}'" if only else "make clients"
-    page = to_page(bench, f"{count_cores()} cores of an {processor_name()}", command)
+    page = to_page(bench, describe_run(), command)
     text = to_markdown(page if old is None else merge(old, page, list(MODELS)))
     if out is not None:
         out.write_text(text, encoding="utf-8")

@@ -29,7 +29,7 @@ from amfm.data_pipeline.prepare.plan import plan_source
 from amfm.data_pipeline.prepare.python_sources import collect_python_sources
 from amfm.data_pipeline.store.store import TokenStore
 from amfm.data_pipeline.tokenizer.tokenizer import train_tokenizer
-from amfm.launch.bench.hardware import processor_name
+from amfm.pretrain.monitor.environment import read_processor_name
 from benchmarks.data.cold import measure_cold_reads
 from benchmarks.data.files import PRESETS, BenchData, export_for_megatron, make_huge_store, recode_store
 from benchmarks.data.prepare import measure_preparation
@@ -183,7 +183,7 @@ def measure_first_batch(settings: BenchData, store: TokenStore) -> dict[str, Any
 def describe_machine() -> dict[str, Any]:
     """Processor and versions that the numbers were taken with."""
     return {
-        "processor": processor_name(),
+        "processor": read_processor_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "python": platform.python_version(),
         "numpy": np.__version__,

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from amfm.kernels.linear.op import linear
-from amfm.launch.bench.hardware import multiplies_bf16, processor_name
+from amfm.launch.bench.hardware import multiplies_bf16
 from amfm.launch.plan.hardware import GIB, HARDWARE, Hardware
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.memory import storage_of
@@ -42,6 +42,7 @@ from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
 from amfm.pretrain.config.schema import OptimizerConfig, RunConfig
 from amfm.pretrain.engine.engine import Precision, build_engine
+from amfm.pretrain.monitor.environment import read_processor_name
 from amfm.pretrain.parallel import Parallel, initialize_parallel
 
 LEAST = 1e-3  # of an efficiency
@@ -264,7 +265,7 @@ def measure_peaks(device: torch.device) -> Hardware:
             if key.upper() in name.upper():
                 return known.model_copy(update={"name": name, "memory_gib": round(memory, 1)})
     else:
-        memory, name = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, processor_name()
+        memory, name = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, read_processor_name()
     copied = copied_bytes_per_second(device)
     return Hardware(
         name=f"{name}, {torch.get_num_threads()} thread(s)" if device.type == "cpu" else name,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from amfm.pretrain.monitor.environment import read_processor_name
 
 
 def multiplies_bf16(device: torch.device) -> bool:
@@ -18,20 +19,10 @@ def multiplies_bf16(device: torch.device) -> bool:
 def describe_hardware() -> dict[str, Any]:
     """Processor, threads and versions that the numbers were taken with."""
     return {
-        "processor": processor_name(),
+        "processor": read_processor_name(),
         "threads": torch.get_num_threads(),
         "bf16_products": multiplies_bf16(torch.device("cpu")),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": importlib.metadata.version("transformers"),
     }
-
-
-def processor_name() -> str:
-    """Model name of the CPU, from /proc/cpuinfo if there is one."""
-    description = Path("/proc/cpuinfo")
-    if description.exists():
-        for line in description.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

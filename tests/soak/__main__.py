@@ -46,8 +46,8 @@ def soak(
     Ends with 3 when a round's losses differ, or a start does not end as its fault says. Needs Linux, a C compiler, two cores.
     """
     check_options(minutes, seed, only_round, folder, picture)
-    from amfm.launch.bench.hardware import processor_name
     from amfm.launch.cluster.local import forward_signals
+    from amfm.pretrain.monitor.environment import read_processor_name
     from tests.soak.disk import build_library
     from tests.soak.soak import Soak
 
@@ -63,7 +63,7 @@ def soak(
     except RuntimeError as error:
         failure = str(error)
     failure = failure or describe_difference(work.rounds)
-    result = summarize(work.rounds, seed, failure) | {"processor": processor_name(), "folder": str(place)}
+    result = summarize(work.rounds, seed, failure) | {"processor": read_processor_name(), "folder": str(place)}
     if as_json:
         print_json(result)
     else:

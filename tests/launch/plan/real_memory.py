@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-from amfm.launch.bench.hardware import processor_name
 from amfm.launch.cluster.local import run_command
 from amfm.launch.console import print_rows, say
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.memory import estimate_memory, storage_of
 from amfm.pretrain.checks.load import load_checked
 from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.monitor.environment import read_processor_name
 from amfm.pretrain.parallel import Parallel
 from benchmarks.small_steps import begin_ranks, build_for_steps, take_step
 
@@ -93,7 +93,7 @@ def bench_memory(config: RunConfig) -> dict[str, Any]:
         "error": memory.total() / max(measured) - 1,
         "fullest_in": memory.phase,
         "by_part": {name: round(size) for name, size in memory.parts.items()},
-        "hardware": processor_name() if parallel.device.type == "cpu" else torch.cuda.get_device_name(),
+        "hardware": read_processor_name() if parallel.device.type == "cpu" else torch.cuda.get_device_name(),
     }
 
 
