@@ -144,7 +144,7 @@ def prepare(
         "text": f"{report.text_bytes / 1e6:.1f} MB, {report.rejects:,} records rejected",
         **{f"first rejected of {name}": text for name, text in report.first_rejects.items()},
         **({"all rejected": f"{report.store}/rejects"} if report.rejects else {}),
-        "parts": f"{report.units_written} written, {report.units_total} in all",
+        "units of work": f"{report.units_written} written now, {report.units_total} in the store",
         "time": f"{report.seconds:.1f} s",
     }
     print_pairs("Token store", pairs.items())

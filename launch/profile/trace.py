@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from amfm.data_pipeline.durable.foreign_files import take, understood
-from amfm.pretrain.monitor.profile import PREFIX
+from amfm.pretrain.config.train_section import PREFIX
 
 BACKWARD = "autograd::engine::evaluate_function: "
 COMMUNICATION = ("c10d::", "gloo:", "nccl:", "record_param_comms", "ncclDevKernel", "ncclKernel")

@@ -6,6 +6,8 @@ from pydantic import Field
 
 from amfm.model.config.section import Section
 
+PREFIX = "amfm "  # of every range of ours in a trace of `train.profile`
+
 
 class BatchRampConfig(Section):
     """A global batch that grows in equal shares of the first steps (as the batch ramp of GPT-3, arXiv 2005.14165)."""

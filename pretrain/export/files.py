@@ -34,12 +34,11 @@ from amfm.model.huggingface.hf_class import HfTarget, Target
 from amfm.model.huggingface.targets import explain_unfit
 from amfm.model.on_demand import Shape, on_demand
 from amfm.pretrain.export.plugin_files import PLUGIN_FOLDER, export_refusals, is_served, write_plugin
-from amfm.pretrain.export.tokenizer import write_tokenizer
+from amfm.pretrain.export.tokenizer import OUR_DESCRIPTION, write_tokenizer
 from amfm.pretrain.inference.released import Released
 from amfm.pretrain.inference.weights import Weights
 from amfm.pretrain.tensor_files import TensorWriter
 
-OUR_DESCRIPTION = "amfm_model.json"
 # Name of a temporary folder: `delete` rejects any other.
 UNFINISHED = re.compile(r"\..+\.amfm-export", re.DOTALL)
 LOCK = re.compile(r"\..+\.amfm-export-lock", re.DOTALL)

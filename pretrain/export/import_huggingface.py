@@ -31,9 +31,9 @@ from amfm.model.huggingface.own import OWN_MODEL_TYPE
 from amfm.model.huggingface.targets import explain_unfit
 from amfm.model.on_demand import OnDemand
 from amfm.model.on_demand import Source as OnDemandSource
-from amfm.pretrain.export.files import OUR_DESCRIPTION, begin_export, put_in_place, sync_files
+from amfm.pretrain.export.files import begin_export, put_in_place, sync_files
 from amfm.pretrain.export.quantized import read_quantized
-from amfm.pretrain.export.tokenizer import MODEL_FILE, ORIGINAL_JSON
+from amfm.pretrain.export.tokenizer import MODEL_FILE, ORIGINAL_JSON, OUR_DESCRIPTION
 from amfm.pretrain.inference.own_part import DEPTH_PREFIX
 from amfm.pretrain.inference.released import read_released
 from amfm.pretrain.inference.weights import Weights, check_shapes, write_weights

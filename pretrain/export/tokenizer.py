@@ -25,6 +25,8 @@ from amfm.data_pipeline.tokenizer.sentencepiece_model import (
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
 from amfm.pretrain.inference.released import Released
 
+# Files of an export that transformers does not have.
+OUR_DESCRIPTION = "amfm_model.json"
 MODEL_FILE = "tokenizer.model"
 ORIGINAL_JSON = "amfm_tokenizer.json"
 SPACE = "\u2581"

@@ -50,13 +50,25 @@ def test_settings_are_refused_and_folders_inspected_without_torch(tmp_path: Path
     data = tiny_data(tmp_path / "data")
     path = tmp_path / "run.yaml"
     path.write_text(resolved_yaml(tiny_config(data, tmp_path / "run")), encoding="utf-8")
+    (tmp_path / "run").mkdir()
+    (export := tmp_path / "export").mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (export / name).write_text("{}", encoding="utf-8")
+    (python := tmp_path / "python").write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    python.chmod(0o755)
     refused = [
         ["train", str(path), change] for change in ("train.steps=0", "train.micro_batch_size=3", "model.pattern=q")
     ]
+    refused += [
+        ["profile", str(tmp_path / "run")],
+        ["export", str(export), "--check", "vllm", "--client-python", str(python)],
+    ]
+    refused += [["launch", str(path), "--on", "slurm", "--nodes", "0"]]
     others = [["config", str(path)], ["inspect", data.store, "--quick"], ["doctor", "--quick"]]
-    found = run_each(*refused, *others)
-    assert [code for code, _ in found] == [2, 2, 2, 0, 0, 0]
-    assert not found[-1][1] & HEAVY
+    found = run_each(*refused, *others, ["train", str(path), "export.target=lfm2_moe"])
+    assert [code for code, _ in found] == [2] * 6 + [0] * 3 + [2]
+    assert not found[-2][1] & HEAVY
+    assert "deepspeed" not in found[-1][1], "maps of a class need torch, and no engine"
 
 
 @pytest.mark.skipif(

@@ -22,9 +22,7 @@ from typing import Any, Literal
 from amfm.data_pipeline.durable.foreign_files import read_object
 from amfm.model.config.schema import ModelConfig, read_saved_model
 from amfm.model.huggingface.refusals import ClientName, Refusal
-from amfm.pretrain.export.files import OUR_DESCRIPTION
-from amfm.pretrain.export.plugin_files import PLUGIN_FOLDER, export_refusals
-from amfm.pretrain.export.tokenizer import MODEL_FILE
+from amfm.pretrain.export.tokenizer import MODEL_FILE, OUR_DESCRIPTION
 
 SCRIPTS = Path(__file__).parent
 NUM_SCORED = 64
@@ -114,6 +112,8 @@ def check_export(export: str | Path, name: ClientName, *, python: str | None = N
     config = read_export(folder)
     interpreter = python or sys.executable
     check_installed(name, interpreter)
+    from amfm.pretrain.export.plugin_files import PLUGIN_FOLDER
+
     known = known_faults(folder, name)
     expected = "; ".join(refusal.rule for refusal in known) or None
     is_bf16 = name == "vllm" and needs_bf16(config)
@@ -184,6 +184,8 @@ def known_faults(folder: Path, name: ClientName) -> list[Refusal]:
         model = ModelConfig.model_validate(read_saved_model(description["model"], {}))
     except (KeyError, ValueError):
         return []  # written by another version, of which nothing is known
+    from amfm.pretrain.export.plugin_files import export_refusals
+
     kind = "sentencepiece" if (folder / MODEL_FILE).is_file() else "huggingface"
     found = export_refusals(model, description["target"], kind)
     return [refusal for refusal in found if refusal.client == name and not refusal.by_setting]

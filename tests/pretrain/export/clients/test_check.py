@@ -24,7 +24,7 @@ from amfm.pretrain.export.clients.check import (
 from amfm.pretrain.export.clients.convert_gguf import with_pre_tokenizer
 from amfm.pretrain.export.clients.gguf_file import write_gguf
 from amfm.pretrain.export.export import export_checkpoint
-from amfm.pretrain.export.files import OUR_DESCRIPTION
+from amfm.pretrain.export.tokenizer import OUR_DESCRIPTION
 from tests.pretrain.export.exported_models import weights_folder
 
 ABSENT = "vllm"  # pins libraries that exclude ours, so it is never installed next to us
