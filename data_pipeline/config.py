@@ -162,7 +162,7 @@ class PrepareConfig(Section):
 
 
 class CacheConfig(Section):
-    """Where a node keeps what it read of a store behind a URL; its ranks share the folder."""
+    """Where a node keeps what it read of a store at a URL; its ranks share the folder."""
 
     folder: str = Field("~/.cache/amfm", description="Folder on a disk of the node.")
     max_bytes: int = Field(
@@ -197,7 +197,7 @@ class DataConfig(Section):
         None,
         description="Token store: the folder that `amfm prepare` writes; training also reads a copy at s3://, gs:// or az://. Needed unless data.synthetic is given.",
     )
-    cache: CacheConfig = Field(CacheConfig(), description="Node cache of a store behind a URL.")
+    cache: CacheConfig = Field(CacheConfig(), description="Node cache of a store at a URL.")
     sources: tuple[SourceConfig, ...] = Field(
         (), description="Bodies of text and their weights; one at least, unless data.synthetic is given."
     )

@@ -1,4 +1,4 @@
-"""One block, its norm and mixer, and how the stream passes several of them.
+"""One block, its norm and mixer, and how the residual stream passes several of them.
 
 Residual and delta: a block does not add its output to the stream. Between blocks the stream is a pair, the residual and
 the newest mixer's output (delta), because the next norm must read both and adds them in the same pass over memory. The
@@ -201,7 +201,7 @@ class Block(nn.Module):
         return mixed if norm is None else mixed._replace(y_BTD=norm(mixed.y_BTD))
 
     def _norm(self, residual_BTD: Tensor) -> Tensor:
-        """What the mixer reads of the stream, in the dtype of the weights."""
+        """What the mixer reads of the residual stream, in the dtype of the weights."""
         normed_BTD: Tensor = residual_BTD if self.norm_after else self.norm(residual_BTD)
         return normed_BTD.to(self.norm.weight.dtype)
 
@@ -264,7 +264,7 @@ class Stream:
     states: list[BlockState] = field(default_factory=list)
 
     def add(self, index: int, residual_BTD: Tensor, mixed: MixerOutput) -> None:
-        """Continue after the block of this index, which made this of the stream."""
+        """Continue after the block of this index, which made this of the residual stream."""
         self.residual_BTD, self.delta_BTD = residual_BTD, mixed.y_BTD
         self.states.append(mixed.state)
         if mixed.expert_counts_E is not None:

@@ -63,7 +63,7 @@ class FeedForward(nn.Module):
             self.down_proj = StructuredDown(inner_size, (outer_size,), structure, groups, name=name, guide=guide)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map the stream x [B, T, D] -> [B, T, D]; under sequence parallelism T is this rank's share, in and out."""
+        """Map the residual stream x [B, T, D] -> [B, T, D]; under sequence parallelism T is this rank's share, in and out."""
         return self.project_down(self.project_up(x))
 
     def project_up(self, x: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class FeedForward(nn.Module):
         return inner
 
     def project_down(self, inner: Tensor) -> Tensor:
-        """The second half: activation and down projection of inner rows, back to the stream [B, T, D]."""
+        """The second half: activation and down projection of inner rows, back to the residual stream [B, T, D]."""
         if isinstance(self.down_proj, StructuredDown):
             return self.down_proj.to_stream(self._activate(inner))
         if keeps_codes(self.down_proj.weight):

@@ -195,7 +195,7 @@ class HybridModel(nn.Module):
         return replace(output, state=DecodeState(tuple(stream.states), state.length + tokens_BT.shape[1]))
 
     def embed(self, tokens_BT: Tensor) -> Stream:
-        """Embed tokens [B, T] (int64): the stream before the first block. Every rank of `groups.tp` must call."""
+        """Embed tokens [B, T] (int64): the residual stream before the first block. Every rank of `groups.tp` must call."""
         assert self.embedding is not None, "the first piece of the pipeline embeds"
         self.before_use("embedding")
         residual_BTD = multiply(self.embedding(tokens_BT), self.config.multipliers.embedding)
@@ -209,7 +209,7 @@ class HybridModel(nn.Module):
     def pass_blocks(
         self, stream: Stream, indices: Iterable[int], meta: PackMeta, state: DecodeState | None = None
     ) -> Stream:
-        """Pass the stream through the blocks of these indices, adding their auxiliary losses, counts and states to it.
+        """Pass the residual stream through the blocks of these indices, adding their auxiliary losses, counts and states to it.
 
         Returns a new Stream; the one given is not changed. Raises ValueError if `meta` is cut for another number of
         context ranks than the model's. Every rank of `groups.tp`, `groups.cp` and the expert groups must call.
@@ -389,7 +389,7 @@ def _check_cut(meta: PackMeta, groups: ProcessGroupCollection) -> None:
 
 def _check_continues(meta: PackMeta, state: DecodeState) -> None:
     if not meta.single_document:
-        raise ValueError("a decode state holds one document a row; pass rows without document boundaries")
+        raise ValueError("a decode state holds one document per row; pass rows without document boundaries")
     if meta.first_continues != (state.length > 0):
         raise ValueError(
             f"the decode state has seen {state.length} tokens but the rows {'continue' if meta.first_continues else 'begin'} "

@@ -8,7 +8,7 @@ and drawing takes the less time the more ranks share it. Values are drawn in flo
 the same numbers on every machine, and are then copied into the parameter's dtype and device.
 
 Matrices are normal with deviation `initializer_range`; those that write into the residual stream are divided by the square
-root of the number of blocks if `depth_scaled_init` is set, so that the stream's variance does not grow with depth
+root of the number of blocks if `depth_scaled_init` is set, so that the residual stream's variance does not grow with depth
 (Radford et al. 2019, Language Models are Unsupervised Multitask Learners, section 2.3). `model.mup` scales them by the
 model's width (mup.py).
 """

@@ -22,7 +22,7 @@ from torch import nn
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.model.parallel.shards import Axis, Shard, ShardSpec, parameter_shards
 
-# Parts of a model whose matrices map the stream between blocks; embedding and head read or write one row per token.
+# Parts of a model whose matrices map the residual stream between blocks; embedding and head read or write one row per token.
 INSIDE = ("blocks", "mtp")
 # Inside them, by the end of the name, after a dot or _: numbers in the shape of a matrix that are not.
 NO_MATRICES = ("bias", "A_log", "conv.weight", "router", "router.weight")
@@ -69,7 +69,7 @@ class MatrixStack:
 
 
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a parameter of this name and whole shape is one or several matrices that map the stream inside blocks.
+    """Whether a parameter of this name and whole shape is one or several matrices that map the residual stream inside blocks.
 
     Not: norms, biases, convolutions, decays, routers, and what has one row or column, which is a vector.
     """

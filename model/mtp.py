@@ -23,7 +23,7 @@ other, so one half can continue while the other waits: each half runs until it w
     half 2                        | mixers, router, send     | wait, experts, send home           | wait, next mixers ...
 
 So a half's rows are sent out next to the other's mixers or experts, and home next to its experts or next mixers. Autograd
-runs the nodes that were made last first, which is the same turns backwards: gradients are sent in parallel with computing
+runs the nodes in reverse creation order, which is the same turns backwards: gradients are sent in parallel with computing
 as well.
 
 Every number is that of two micro-batches of half the rows: capacities and balance losses are a half's, and losses are averaged.
@@ -58,7 +58,7 @@ def pass_rows(
     *,
     training: bool,
 ) -> Stream:
-    """Pass the stream through blocks as `pass_through` does, in training in turns where `meta` has halves.
+    """Pass the residual stream through blocks as `pass_through` does, in training in turns where `meta` has halves.
 
     `blocks`: gives them from the first one, at each call.
     """
@@ -146,7 +146,7 @@ class MtpDepth(nn.Module):
     def forward(self, start: Stream, hidden_BTD: Tensor, meta: PackMeta) -> tuple[Stream, Tensor]:
         """Pass the embedded tokens ahead, as the residual of `start`, and the normed stream before, [B, T, D] both.
 
-        Returns the stream after the depth's blocks, with the losses and counts of `start` and theirs, and its norm.
+        Returns the residual stream after the depth's blocks, with the losses and counts of `start` and theirs, and its norm.
         """
         dtype = self.norm.weight.dtype
         embedded_BTD = self.embed_norm(start.residual_BTD).to(dtype)

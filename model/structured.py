@@ -3,10 +3,10 @@
 How tensor ranks share them: the factor between the stream and the factors' middle stays whole on every rank, next to the
 stream; the other one is cut as the dense matrix would be.
 
-    up     h = first(x) on the stream's own tokens; h enters the tensor region; each rank has its rows of the second,
+    up     h = first(x) on the residual stream's own tokens; h enters the tensor region; each rank has its rows of the second,
            for block shuffle its blocks
     down   each rank has the columns, or blocks, of the first that its channels feed. Low rank sums h and has the whole
-           second on the stream; the block kinds have the columns of the second that these blocks feed, and sum y
+           second on the residual stream; the block kinds have the columns of the second that these blocks feed, and sum y
 
 So there are as many collectives as around dense matrices, and low rank sends r numbers per token in place of the
 stream's width. The order of a block shuffle's inner channels is ours to choose: channel = (block, row), without the
@@ -130,7 +130,7 @@ class StructuredLinear(nn.Module):
 
 
 class StructuredUp(StructuredLinear):
-    """Stands for a `ColumnLinear` that reads the stream: [B, T, in] -> [B, T, out of this rank]."""
+    """Stands for a `ColumnLinear` that reads the residual stream: [B, T, in] -> [B, T, out of this rank]."""
 
     is_up = True
 
@@ -162,7 +162,7 @@ class StructuredUp(StructuredLinear):
 
 
 class StructuredDown(StructuredLinear):
-    """Stands for a `RowLinear` and the end of the tensor region: [B, T, in of this rank] -> the stream [B, T, out]."""
+    """Stands for a `RowLinear` and the end of the tensor region: [B, T, in of this rank] -> the residual stream [B, T, out]."""
 
     is_up = False
 

@@ -65,7 +65,7 @@ class PieceModule(nn.Module):
         self._model = (model,)  # not registered again
 
     def forward(self, *received: Tensor, index: Tensor) -> Tensor:
-        """Compute the stream [B, T, D] after this piece.
+        """Compute the residual stream [B, T, D] after this piece.
 
         In the last piece the loss that the schedule differentiates.
         """
@@ -197,7 +197,7 @@ class PieceStage(pipelining.PipelineStage):
         return found
 
     def _make_buffers(self, received: Sequence[Any]) -> None:
-        """Make buffers of the stream's shape if there are none."""
+        """Make buffers of the residual stream's shape if there are none."""
         for entry in received:
             buffer = getattr(entry, "buffer", None)
             if isinstance(buffer, Tensor) and not buffer.numel():

@@ -87,7 +87,7 @@ def _attend_documents(
     starts = torch.ones_like(document_ids_BS, dtype=torch.bool)
     starts[:, 1:] = document_ids_BS[:, 1:] != document_ids_BS[:, :-1]
     first = starts.reshape(-1).nonzero()[:, 0]
-    # One document a row: the call without mask, which may use PyTorch's flash kernel.
+    # One document per row: the call without mask, which may use PyTorch's flash kernel.
     if first.numel() == batch:
         return _attend_last(q_BTHK, k_BSJK, v_BSJK, scale, sinks_H)
     if first.numel() * _SHORT_DOCUMENT_TOKENS > batch * keys:

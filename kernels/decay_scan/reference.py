@@ -21,7 +21,7 @@ def scan_by_steps(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """S_t = e^(g_t) S_(t-1) + k_t v_t^T, o_t = S_t^T q_t, with S = 0 before the first token of each document.
 
-    The gate is one number a head, [B, T, H], or one for each key channel (row of the state), [B, T, H, K].
+    The gate is one number per head, [B, T, H], or one for each key channel (row of the state), [B, T, H, K].
 
     Returns o [B, T, H, V], the last state [B, H, K, V], and the factor ([B, H] or [B, H, K]) by which the initial state
     enters the last one (0 where the row's last token is in another document than its first).

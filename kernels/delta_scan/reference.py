@@ -21,7 +21,7 @@ def delta_by_steps(
     S <- diag(e^(g_t)) S, then S <- (I - beta k k^T) S + beta k v^T for each of a token's N steps, then o_t =
     S^T q_t.
 
-    q [B, T, G, K], k [B, T, N, G, K], v [B, T, N, H, V], beta [B, T, N, H]; g has one number a head, [B, T, H],
+    q [B, T, G, K], k [B, T, N, G, K], v [B, T, N, H, V], beta [B, T, N, H]; g has one number per head, [B, T, H],
     or, as [B, T, H, K], one per key channel. erase [B, T, H, K], with N = 1 and G = H, is what the state is asked with
     in place of k. S = 0 before the first token of each document. Returns o [B, T, H,
     V] and the state [B, H, K, V] after the last token, in the dtype of the inputs, differentiable by autograd.

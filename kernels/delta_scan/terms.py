@@ -103,7 +103,7 @@ class ChunkedRows:
 
 @dataclass
 class Terms(ChunkedRows):
-    """What chunks contribute where a gate is a number a token and head. J gates per token: H, or one (zero) where
+    """What chunks contribute where a gate is a number per token and head. J gates per token: H, or one (zero) where
     nothing decays.
     """
 
@@ -205,7 +205,7 @@ class Terms(ChunkedRows):
         return self._spread(self.documents.keep_last(self.b_nJQ[..., -1:] - self.b_nJQ).exp2(), like)
 
     def _spread(self, x_nJQ: Tensor, like: Tensor) -> Tensor:
-        """One number a token as one for each of its rows in `like`, [c, B, J, Q or M, 1]."""
+        """One number per token as one for each of its rows in `like`, [c, B, J, Q or M, 1]."""
         x_cBJQ = x_nJQ.unflatten(0, (self.sizes.chunks, self.sizes.B))
         repeats = like.shape[-2] // self.sizes.Q
         return (x_cBJQ if repeats == 1 else x_cBJQ.repeat_interleave(repeats, dim=-1)).unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""Rows as codes in one buffer of bytes: what an exchange sends in place of bfloat16, a byte a number and one for each 128.
+"""Rows as codes in one buffer of bytes: what an exchange sends in place of bfloat16, one byte per element plus a scale byte per 128.
 
 A row has its e4m3 codes, the e8m0 byte of each run of 128 (fp8_block's scales, powers of two), and nothing more up to a multiple of
 16 bytes. Scales are powers of two, so rounding twice is rounding once: by fp8_block products along rows give the bits that they give of

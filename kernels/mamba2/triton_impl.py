@@ -1,6 +1,6 @@
 """Mamba2's mixer as one custom operation each way, out of the kernels of its parts.
 
-Forward: convolution, walk, norm, product. Kept: the projection, one number a row and group of the norm, and where asked y
+Forward: convolution, walk, norm, product. Kept: the projection, one number per row and group of the norm, and where asked y
 before the norm and the states that enter chunks. Backward: convolution again, and the walk where its results were not kept;
 the norm's gradient, which also writes the normed rows again for the weight of the product; the scan's walk back; the
 convolution's gradient (passes.py). Rows that are segments of longer ones take another way (segments.py).

@@ -109,5 +109,5 @@ def norm_bytes(
 
 
 def norm_flops(values: int, *, gated: bool = False, backward: bool = False) -> int:
-    """Approximate floating-point operations: 4 a value forward and 8 backward, and 5 more each for a gate."""
+    """Approximate floating-point operations: 4 per value forward and 8 backward, and 5 more each for a gate."""
     return values * ((8 if backward else 4) + (5 if gated else 0))

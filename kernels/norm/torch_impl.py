@@ -89,7 +89,7 @@ def _normalize_backward(do: Tensor, a: Tensor, r: Tensor, weight: Tensor, out: T
 
 
 class _RmsNorm(torch.autograd.Function):
-    """Saves x and one number a row.
+    """Saves x and one number per row.
 
     That number is r = 1 / rms; the normed rows are made again in backward.
     """
@@ -133,7 +133,7 @@ class _RmsNorm(torch.autograd.Function):
 
 
 class _GatedRmsNorm(torch.autograd.Function):
-    """Saves y, z and one number a row and group.
+    """Saves y, z and one number per row and group.
 
     Groups are a dimension of rows, [rows, G, size], so that the plain norm's helpers serve both.
     """

@@ -1,7 +1,7 @@
 """The Triton norms as operations that autograd, torch.compile and meta tensors know.
 
 One custom operation serves the plain norm, the norm of a sum, and the gated norm: `other` is the residual or
-the gate. Forward saves r, one float32 a row and group; backward recomputes the rest from inputs that are kept
+the gate. Forward saves r, one float32 per row and group; backward recomputes the rest from inputs that are kept
 for other reasons. Weight gradients are summed by each program over its rows and then over programs, in a fixed
 order, instead of by atomics. `norm_rows` and `norm_rows_backward` launch the kernels, for the operation that is
 Mamba2's mixer too (`kernels/mamba2`).

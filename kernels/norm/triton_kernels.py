@@ -1,4 +1,4 @@
-"""Root-mean-square norms as Triton kernels: one pass over memory each way, one number a row saved."""
+"""Root-mean-square norms as Triton kernels: one pass over memory each way, one number per row saved."""
 
 # Triton reads a kernel's parameters from the call: they carry no types.
 # mypy: disable-error-code="no-untyped-def"

@@ -213,7 +213,7 @@ def now(device: torch.device) -> float:
 
 
 def run_config(model: ModelConfig, precision: Precision, rows: int, tokens: int = TOKENS) -> RunConfig:
-    """Configuration of one micro-batch a step on one rank; its data are never read."""
+    """Configuration of one micro-batch per step on one rank; its data are never read."""
     tree = {
         "run": {"dir": "unused", "tensorboard": False},
         "model": model.model_dump(),

@@ -57,7 +57,7 @@ def read_hosts(path: Path) -> list[str]:
     lines = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
     hosts = [line for line in lines if line]
     if not hosts:
-        raise ValueError(f"{path} names no host; write one host a line")
+        raise ValueError(f"{path} names no host; write one host per line")
     twice = {host for host in hosts if hosts.count(host) > 1}
     if twice:
         raise ValueError(f"{path} names {', '.join(sorted(twice))} more than once; one line per host")

@@ -65,7 +65,7 @@ def doctor_cluster(shared: Path | None, nproc: int, *, as_json: bool) -> int:
         return run_local(["doctor", "--cluster", *folder, *(["--json"] if as_json else [])], nproc)
     if "RANK" not in os.environ:
         raise ValueError(
-            "--cluster compares ranks, and this is none; add --nproc 2, start it with torchrun or srun, or "
+            "--cluster compares ranks, and this process is not a rank; add --nproc 2, start it with torchrun or srun, or "
             "amfm launch CONFIG.yaml --on ... --doctor"
         )
     from amfm.launch.doctor.machine import examine_packages

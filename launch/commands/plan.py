@@ -321,12 +321,12 @@ def print_sparse(made: Plan) -> None:
     from amfm.launch.plan.plan import sparse_from
 
     rows = [
-        (name, "never" if length is None else f"rows of about {length:,} tokens")
+        (name, "never" if length is None else f"sequences of about {length:,} tokens")
         for name, length in sparse_from(made).items()
     ]
     if rows:
         print_pairs(
-            f"Chosen keys take less time than all on {made.hardware.name} from (predicted, never measured)", rows
+            f"Sparse attention is faster than dense on {made.hardware.name} from (predicted, never measured)", rows
         )
 
 

@@ -1,4 +1,4 @@
-"""Activation memory around the blocks by formula: the stream between them, the head, and MTP layers.
+"""Activation memory around the blocks by formula: the residual stream between them, the head, and MTP layers.
 
 What a block keeps and works with is measured (`measured.py`). Sizes are bytes per token of one rank, but those of the
 head, whose slices of logits do not grow with the tokens.
@@ -65,7 +65,7 @@ def depth_bytes(config: ModelConfig, storage: Storage, tensor: int, stream_ranks
     """Bytes per token that an MTP layer keeps around its blocks.
 
     The embedding of the token ahead and the two normed streams, joined; where tensor ranks cut the projection, its part of
-    them; and at the end the summed stream, its norm, and one number a row for each of the three norms.
+    them; and at the end the summed stream, its norm, and one number per row for each of the three norms.
     """
     e, hidden = storage.element_bytes, config.hidden_size
     stream = FLOAT32_BYTES if config.residual_in_fp32 else e

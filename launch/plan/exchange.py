@@ -41,7 +41,7 @@ def crossing(config: RunConfig, layout: Layout, width: int, *, times: int, again
     """A stream of `width` numbers per token enters or leaves a tensor region `times` times, backward passes included.
 
     Without sequence parallel a crossing is one sum: forward where a region ends, backward where it begins. With it a
-    crossing is a gather and a scatter, and projections gather the stream `again` in backward rather than keep it.
+    crossing is a gather and a scatter, and projections gather the residual stream `again` in backward rather than keep it.
     """
     dtype, size = element_type(config)
     whole = layout.stage_ranks * layout.tokens(config) * width * size
@@ -70,6 +70,6 @@ def part_crossings(config: RunConfig, layout: Layout, part: FeedForwardPart, tim
     yield from crossing(config, layout, enters, times=times, again=times if structure.kind != "blockshuffle" else 0)
     yield from crossing(config, layout, leaves, times=times)
     if config.model.self_guided_training is not None:
-        # The dense matrix reads the stream on its own; under low rank alone its output leaves on its own too.
+        # The dense matrix reads the residual stream on its own; under low rank alone its output leaves on its own too.
         yield from crossing(config, layout, width, times=times, again=times)
         yield from crossing(config, layout, width, times=times if structure.kind == "lowrank" else 0)

@@ -192,7 +192,7 @@ def add_part(line: Roofline, model: ModelConfig, layout: Layout, tokens: float, 
 
 
 def _add_factored(line: Roofline, model: ModelConfig, layout: Layout, tokens: float, part: FeedForwardPart) -> None:
-    """A feed-forward of two factors per matrix: the factor at the stream is whole on every rank, the other is cut."""
+    """A feed-forward of two factors per matrix: the factor at the residual stream is whole on every rank, the other is cut."""
     inner, structure = part.inner, part.structure
     width, rows = model.hidden_size, up_rows(inner, part.activation)
     blocks, own = structure.blocks or 1, tokens / layout.stream_ranks

@@ -138,7 +138,7 @@ class Mamba2Config(MixerOptions):
         return DECAY_LIMITS, self.chunk_size, (self.state_size, self.head_dim)
 
     def recurrence_flops(self) -> int:
-        """Of the recurrence itself, whatever the chunk: a state number a token takes decay, times B, add, times C, add."""
+        """Of the recurrence itself, whatever the chunk: a state number per token takes decay, times B, add, times C, add."""
         # Then D x on each channel.
         return 5 * self.inner_size() * self.state_size + 2 * self.inner_size()
 
@@ -169,7 +169,7 @@ class AttentionConfig(MixerOptions):
     )
     sinks: bool = Field(
         False,
-        description="One learned score per head that takes a share of every query's attention and has no value, as in gpt-oss.",
+        description="One learned logit per head in the softmax denominator, without a value vector, as in gpt-oss.",
     )
     indexer: IndexerConfig | None = Field(None, description="Chooses the keys that a token attends to; null: all.")
 

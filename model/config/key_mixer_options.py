@@ -65,7 +65,7 @@ class WindowOptions(SharedKeyOptions):
     )
     sinks: bool = Field(
         False,
-        description="One learned score per head that takes a share of every query's attention and has no value, as in gpt-oss.",
+        description="One learned logit per head in the softmax denominator, without a value vector, as in gpt-oss.",
     )
 
     def broken_rules(self) -> Iterator[tuple[str, str]]:
@@ -118,7 +118,7 @@ class MlaOptions(MixerOptions):
 
     sinks: bool = Field(
         False,
-        description="One learned score per head that takes a share of every query's attention and has no value, as in gpt-oss.",
+        description="One learned logit per head in the softmax denominator, without a value vector, as in gpt-oss.",
     )
     indexer: IndexerConfig | None = Field(
         None, description="Chooses the tokens whose latents a token attends to, as in DeepSeek-V3.2; null: all."

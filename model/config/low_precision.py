@@ -1,4 +1,4 @@
-"""The section of products in 8 or 4 bits, and which blocks and weights take them. No torch here.
+"""The section of 8-bit and 4-bit matrix multiplication, and to which blocks and weights it applies. No torch here.
 
 Which weights of a kind of block can take a recipe says its row of the table of kinds; here the pattern and the settings say
 which of them do. So a checkpoint holds nothing of it, and whoever asks (the model, checks, the plan) gets the same answer.
@@ -55,10 +55,10 @@ class LowPrecisionConfig(Section):
     )
     emulate: bool = Field(
         False,
-        description="Quantise, then multiply wide: the same numbers on any device, slowly; for studies and tests.",
+        description="Quantize, then multiply in high precision: the same values on any device, slowly; for studies and tests.",
     )
     measure_every_steps: int = Field(
-        100, gt=0, description="Steps between measurements of what quantising loses, in metrics.jsonl and the report."
+        100, gt=0, description="Steps between measurements of what quantizing loses, in metrics.jsonl and the report."
     )
 
     def chosen(self, letters: tuple[str, ...]) -> frozenset[str]:
@@ -66,7 +66,7 @@ class LowPrecisionConfig(Section):
         return parse_letters(self.block_types) & set(letters) if self.recipe != "none" else frozenset()
 
     def wide_at_end(self, num_blocks: int) -> int:
-        """Blocks at the end of so many that stay wide."""
+        """Blocks at the end of so many that are kept in bf16."""
         return (
             math.ceil(self.bf16_last_layers * num_blocks) if self.bf16_last_layers < 1 else int(self.bf16_last_layers)
         )

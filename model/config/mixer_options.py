@@ -174,7 +174,7 @@ class KdaOptions(ChannelDeltaOptions):
 
 
 class ShortConvOptions(MixerOptions):
-    """Gated short convolution of LFM2 (Liquid AI 2025, arXiv 2511.23404), as wide as the stream; letter `C`."""
+    """Gated short convolution of LFM2 (Liquid AI 2025, arXiv 2511.23404), as wide as the residual stream; letter `C`."""
 
     conv_kernel: Literal[2, 3, 4] = Field(3, description="Width of the causal depthwise convolution between two gates.")
 

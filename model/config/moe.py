@@ -101,7 +101,7 @@ class MoeConfig(MixerOptions):
     )
     overflow: Literal["drop", "recycle"] = Field(
         "drop",
-        description="Choices over capacity are lost, or go to a random expert with room (Hunyuan-Large, arXiv 2411.02265).",
+        description="Tokens over an expert's capacity are dropped, or go to a random expert with free capacity (Hunyuan-Large, arXiv 2411.02265).",
     )
 
     forced_balance: bool = Field(
@@ -254,5 +254,5 @@ class MoeConfig(MixerOptions):
         if self.bias:
             yield "does not go with model.moe.bias=true, whose biases it does not remove yet", "use false"
         if self.overflow == "recycle":
-            rule = "does not go with model.moe.overflow=recycle, which sends tokens to any expert with room"
+            rule = "does not go with model.moe.overflow=recycle, which sends tokens to any expert with free capacity"
             yield rule, "use overflow: drop"

@@ -52,7 +52,7 @@ class MixerOptions(Section):
         yield from ()
 
     def broken_widths(self, hidden_size: int) -> Iterator[tuple[str, str]]:
-        """Fields that do not go with the width of the stream, likewise."""
+        """Fields that do not go with the width of the residual stream, likewise."""
         for part in self.feed_forwards():
             yield from part.broken_rules(hidden_size)
 

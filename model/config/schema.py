@@ -106,7 +106,7 @@ class MupConfig(Section):
 
 
 class MtpConfig(Section):
-    """Multi-token prediction: what the depths behind `/` in the pattern learn (DeepSeek-V3, arXiv 2412.19437, section 2.2)."""
+    """Multi-token prediction: what the MTP layers after `/` in the pattern learn (DeepSeek-V3, arXiv 2412.19437, section 2.2)."""
 
     loss_weight: float = Field(0.3, gt=0, description="Of the mean of all depths' losses; the main loss has 1.")
     shared: bool = Field(
@@ -137,7 +137,7 @@ class ModelConfig(Section):
     norm_epsilon: float = Field(1e-5, gt=0, description="Epsilon of every RMSNorm.")
     norm_placement: Literal["before", "after", "both", "after_attention"] = Field(
         "before",
-        description="The norm of a block: `before` it, or `after` it, on what it adds to the stream (OLMo 2); `both`: two norms (Gemma 3); `after_attention`: after attention and the feed-forward behind it, before other blocks (OLMo Hybrid).",
+        description="The norm of a block: `before` it, or `after` it, on what it adds to the residual stream (OLMo 2); `both`: two norms (Gemma 3); `after_attention`: after attention and the feed-forward after it, before other blocks (OLMo Hybrid).",
     )
     tie_embeddings: bool = Field(False, description="Head shares the embedding's weights.")
     head: str | None = Field(
@@ -167,7 +167,8 @@ class ModelConfig(Section):
     multipliers: MultipliersConfig = Field(MultipliersConfig(), description="Constant factors in the forward pass.")
     mup: MupConfig | None = Field(None, description="Carry the learning rate over widths; null: one rate for all.")
     mtp: MtpConfig | None = Field(
-        None, description="Multi-token prediction; of depths behind `/` in the pattern alone, which have its defaults."
+        None,
+        description="Multi-token prediction; of MTP layers after `/` in the pattern only, which have its defaults.",
     )
     residual_in_fp32: bool = Field(False, description="Keep the residual stream in float32 when weights are bf16.")
     logits_z_loss_weight: float = Field(
@@ -277,7 +278,7 @@ class ModelConfig(Section):
         return tuple(found)
 
     def norms_per_block(self) -> int:
-        """Norms of the stream that each block has."""
+        """Norms of the residual stream that each block has."""
         return 2 if self.norm_placement == "both" else 1
 
     @property

@@ -68,7 +68,7 @@ class Structure:
     def broken_rules(self, width: int, inner: int, up_outputs: int) -> Iterator[tuple[str, str]]:
         """Yield the field and the rule that it breaks, as the end of a sentence, for matrices between these widths.
 
-        `width`: of the stream; `inner`: of the feed-forward; `up_outputs`: rows of the stacked up matrix.
+        `width`: of the residual stream; `inner`: of the feed-forward; `up_outputs`: rows of the stacked up matrix.
         """
         for field, value, kinds in (
             ("linear_rank", self.rank, ("lowrank", "blockdense")),

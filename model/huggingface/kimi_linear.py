@@ -141,7 +141,7 @@ class ConvEntry(RowsEntry):
 
 @dataclass(frozen=True)
 class HeadsEntry(WeightEntry):
-    """One number a head, [H], stored as [1, 1, H, 1]."""
+    """One number per head, [H], stored as [1, 1, H, 1]."""
 
     def pieces(self, shapes: Mapping[str, Shape]) -> Iterator[Piece]:
         """One piece."""

@@ -2,7 +2,7 @@
 
 Read from transformers 5.24 (`configuration_lfm2.py`, `modeling_lfm2.py`). Every layer is a convolution or attention and a
 feed-forward, each after a norm; attention norms its query and key heads and rotates whole heads, whose halves are paired as
-ours. The class has no field for the size of a head: it is the stream's width over the heads.
+ours. The class has no field for the size of a head: it is the residual stream's width over the heads.
 """
 
 from __future__ import annotations

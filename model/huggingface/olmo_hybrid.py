@@ -80,7 +80,7 @@ def unfit_for_olmo_hybrid(config: ModelConfig) -> list[str]:
     reasons += unfit_settings("model.feed_forward", config.feed_forward, NAME, GATED)
     reasons += unfit_softmax_scale(attention, NAME)
     if attention.num_heads * attention.head_dim != config.hidden_size:
-        rule = f"heads of {NAME} together are as wide as the stream, {config.hidden_size}"
+        rule = f"heads of {NAME} together are as wide as the residual stream, {config.hidden_size}"
         reasons.append(f"model.attention.head_dim={attention.head_dim}: {rule}; change it, or target own")
     if attention.bias == "qkv":
         reasons.append(f"model.attention.bias=qkv: {NAME} has all four biases or none; use true, or target own")

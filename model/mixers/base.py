@@ -125,7 +125,7 @@ class LinearMixer(SequenceMixer):
         return MixerOutput(leave_tensor_region(self.out_proj(y_BTI), self.build.groups), next_state)
 
     def project(self, x_BTD: Tensor, others: Sequence[Tensor] = ()) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-        """Project the stream to the parts [B, T, channels of this rank], and to its products with other weights.
+        """Project the residual stream to the parts [B, T, channels of this rank], and to its products with other weights.
 
         Every rank of `groups.tp` must call.
         """

@@ -228,7 +228,7 @@ class DecodeState(NamedTuple):
 
 
 class MixerOutput(NamedTuple):
-    """What a mixer gives: y_BTD [B, T, D], the addend of the stream, before the residual multiplier.
+    """What a mixer gives: y_BTD [B, T, D], the addend of the residual stream, before the residual multiplier.
 
     state: the new one where one was given. auxiliary: weighted auxiliary losses by name, scalars. expert_counts_E [E] int64:
     the choices of each expert, of MoE blocks.

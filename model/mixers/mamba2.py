@@ -2,7 +2,7 @@
 
 With decay a_t = exp(dt_t A) a head, dt_t = softplus(dt + dt_bias) and A = -exp(A_log), the state h [P, N] of a head follows
 h_t = a_t h_(t-1) + dt_t x_t B_t^T and gives y_t = h_t C_t + D x_t. The scan computes it chunk by chunk with matrix products
-(kernels/decay_scan/README.md). z, x, B, C and dt come from one projection, so that the stream is read once.
+(kernels/decay_scan/README.md). z, x, B, C and dt come from one projection, so that the residual stream is read once.
 
 It is a decay recurrence like those of `LinearMixer`, but has its own class: its kernel applies dt, A and D inside the
 scan, where tensors of their products need not be written to memory.
@@ -293,7 +293,7 @@ class GatedNorm(nn.Module):
         return normed
 
     def _over_ranks(self, y_BTI: Tensor, z_BTI: Tensor) -> Tensor:
-        """This rank has a part of one group: the squares of all groups are summed over ranks, one number a token and group."""
+        """This rank has a part of one group: the squares of all groups are summed over ranks, one number per token and group."""
         dtype = torch.promote_types(y_BTI.dtype, torch.float32)
         gated_BTI = y_BTI.to(dtype) * functional.silu(z_BTI.to(dtype))
         own = self.groups.tp.rank() * self.num_groups // self.groups.tp.size()

@@ -1,6 +1,6 @@
 """Mixers side by side: parallel heads of attention and a state space model, as in Falcon-H1.
 
-The mixers read one norm of the stream, and their outputs are added to it together. Each is the mixer that it is in its
+The mixers read one norm of the residual stream, and their outputs are added to it together. Each is the mixer that it is in its
 own block, with its ranks, documents and decode state: a block of two costs what both cost, less a norm and an addition.
 """
 

@@ -20,7 +20,7 @@ from amfm.model.parallel.shards import divide
 
 
 class ShortConvMixer(SequenceMixer):
-    """[B; C; x] = W_in u, y = W_out (C * conv(B * x)), each of the stream's width; no SiLU and no norm inside.
+    """[B; C; x] = W_in u, y = W_out (C * conv(B * x)), each of the residual stream's width; no SiLU and no norm inside.
 
     Channels are cut over the tensor ranks. Every rank of `groups.tp` and `groups.cp` must call.
     Source: Liquid AI 2025, "LFM2 technical report", arXiv 2511.23404, section 2.

@@ -4,7 +4,7 @@ It keeps the weights of softmax attention (q, k, v, o, under the same names), an
 computes the same. What is behind the window costs a state of fixed size. With s the scaled scores of the window, m the
 largest of them, and l = phi(q_i) phi(k_j) e^(g_(j+1) + ... + g_i) for older tokens of the same document:
 
-    joint      o = (a sum e^(s - m) v + sum l v) / (a sum e^(s - m) + sum l), a = sigmoid of one number a head
+    joint      o = (a sum e^(s - m) v + sum l v) / (a sum e^(s - m) + sum l), a = sigmoid of one number per head
     average    o = (1 - c) softmax(s) v + c sum l v, with l over all tokens and no denominator
 
 `joint` with hedgehog features is LoLCATs (Zhang et al. 2024, arXiv 2410.10254), `average` with decays made of the keys
@@ -160,7 +160,7 @@ class WindowLinearMixer(SequenceMixer):
         )
 
     def _project(self, x_BTD: Tensor, meta: PackMeta) -> tuple[Rows, Tensor | None]:
-        """Project the stream to what mixing reads, and to the gate of the output, if there is one."""
+        """Project the residual stream to what mixing reads, and to the gate of the output, if there is one."""
         layers = [self.q_proj, self.k_proj, self.v_proj]
         layers += [layer for layer in (self.decay_proj, self.g_proj) if layer is not None]
         q_BTX, k_BTX, v_BTX, *others = project_layers(x_BTD, layers, self.build.groups)

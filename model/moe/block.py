@@ -278,7 +278,7 @@ class MoeMixer(Mixer):
         return torch.cat([x_BTD, one_C.expand(*x_BTD.shape[:-1], -1)], dim=-1)
 
     def _add_down_bias(self, y_BTD: Tensor, chosen: Choices) -> Tensor:
-        """Add the biases of each token's experts by weight to the sums of the stream's tokens, [B, T, D]."""
+        """Add the biases of each token's experts by weight to the sums of the residual stream's tokens, [B, T, D]."""
         if self.down_bias is None:
             return y_BTD
         # A lost choice has weight 0, and any expert will do.
@@ -290,7 +290,7 @@ class MoeMixer(Mixer):
         return y_BTD + linear(weights_BTE.to(y_BTD.dtype), self.down_bias.T)
 
     def _gate_shared(self, x_BTD: Tensor, y_BTD: Tensor) -> Tensor:
-        """Output of the shared expert times sigmoid of its gate, one number a token, where it has one."""
+        """Output of the shared expert times sigmoid of its gate, one number per token, where it has one."""
         return y_BTD if self.shared_gate is None else y_BTD * torch.sigmoid(self.shared_gate(x_BTD))
 
     def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:

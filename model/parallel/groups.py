@@ -12,7 +12,7 @@ router fills, and no more than any router can. Counts stay on the device, empty 
 each rank notes there whether rows or choices had no place. The step reads that with everything else that it reports: where it
 happened on any rank, all gradients of the step are thrown away and its passes taken again with counted rows
 (pretrain/step.py). So no token is ever dropped, and a router that turns uneven costs time alone. After that, rows are counted
-until they would have fitted for some steps in a row.
+until the buffers would have sufficed for some consecutive steps.
 """
 
 from __future__ import annotations

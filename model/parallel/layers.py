@@ -82,7 +82,7 @@ class ColumnLinear(megatron_layers.ColumnParallelLinear):
 
     `segments` are the whole row counts of the matrices stacked in W, `units` what cannot be cut in each (see `ShardSpec`).
     Its input comes from `enter_tensor_region`; `project_layers` enters and multiplies, once for all layers that read it.
-    `bias`: one number a row, cut as the rows. `lora`: what a fine-tune adds to W (model/lora.py).
+    `bias`: one number per row, cut as the rows. `lora`: what a fine-tune adds to W (model/lora.py).
     """
 
     lora: LowRankUpdate | None
@@ -135,7 +135,7 @@ def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
 def project_layers(x_BTD: Tensor, layers: Sequence[ColumnLinear], groups: ProcessGroupCollection) -> tuple[Tensor, ...]:
     """Enter the tensor region and multiply all tokens by each layer, as `project_stream` does by weights: [B, T, out].
 
-    The first factor of a low-rank update reads the stream next to the layer's own weight.
+    The first factor of a low-rank update reads the residual stream next to the layer's own weight.
     """
     read = [
         weight
@@ -201,14 +201,14 @@ class RowLinear(megatron_layers.RowParallelLinear):
         return y if self.lora is None else y + self.lora(x)
 
     def leave(self, x: Tensor, groups: ProcessGroupCollection) -> Tensor:
-        """Multiply, sum over ranks into the stream, and add the bias. Every rank of `groups.tp` must call."""
+        """Multiply, sum over ranks into the residual stream, and add the bias. Every rank of `groups.tp` must call."""
         return add_bias(leave_tensor_region(self(x), groups), self.bias)
 
 
 class VocabEmbedding(megatron_layers.VocabParallelEmbedding):
     """Embedding table [V, D], the vocabulary sharded over the tensor-parallel ranks: ids [B, T] -> the stream [B, T, D].
 
-    Under sequence parallel the stream has this rank's share of the tokens. Every rank of `groups.tp` must call.
+    Under sequence parallel the residual stream has this rank's share of the tokens. Every rank of `groups.tp` must call.
     """
 
     extra_repr = own_shapes
@@ -244,7 +244,7 @@ def stream_shard(groups: ProcessGroupCollection) -> Shard:
 
 
 class Linear(nn.Module):
-    """y = x W^T (plus a bias) with the whole W on every rank, over the stream between blocks.
+    """y = x W^T (plus a bias) with the whole W on every rank, over the residual stream between blocks.
 
     For narrow outputs (router logits, latents), where a collective would cost more than computing them on every rank.
     """
@@ -263,7 +263,7 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm of the stream (Zhang and Sennrich 2019, arXiv 1910.07467, section 4), float32 inside."""
+    """Root-mean-square norm of the residual stream (Zhang and Sennrich 2019, arXiv 1910.07467, section 4), float32 inside."""
 
     extra_repr = own_shapes
 

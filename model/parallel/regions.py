@@ -1,6 +1,6 @@
-"""Tensor and sequence parallelism: how the stream enters and leaves what tensor-parallel ranks compute together.
+"""Tensor and sequence parallelism: how the residual stream enters and leaves what tensor-parallel ranks compute together.
 
-Between blocks every rank of `groups.tp` has the stream alike, [B, T, D], or under sequence parallel its share of the
+Between blocks every rank of `groups.tp` has the residual stream alike, [B, T, D], or under sequence parallel its share of the
 tokens, [B, T / ranks, D] (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2). Inside, every rank has all tokens and a
 part of the heads or of the inner width. Every rank of `groups.tp` must call these functions; on one rank they do nothing.
 Megatron-core's mappings cut along dim 0, so tokens are brought there and back.
@@ -23,7 +23,7 @@ from amfm.model.parallel.groups import ProcessGroupCollection
 
 
 def enter_tensor_region(x_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
-    """Give every rank the stream with all tokens; backward sums the ranks' gradients, each a part of the whole."""
+    """Give every rank the residual stream with all tokens; backward sums the ranks' gradients, each a part of the whole."""
     if groups.tp.size() > 1 and groups.sequence_parallel:
         return _gather(x_BTD, groups.tp)
     return sum_gradients(x_BTD, groups)
@@ -82,14 +82,14 @@ def _reduce_scatter(part_BTD: Tensor, group: Any) -> Tensor:
 
 
 def leave_tensor_region(part_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
-    """Sum what the ranks computed into the stream: all tokens, or under sequence parallelism this rank's."""
+    """Sum what the ranks computed into the residual stream: all tokens, or under sequence parallelism this rank's."""
     if groups.tp.size() > 1 and groups.sequence_parallel:
         return _reduce_scatter(part_BTD, groups.tp)
     return _reduce(part_BTD, groups)
 
 
 def gather_stream(x_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
-    """Give every rank the stream with all tokens for a replicated computation; backward keeps this rank's part."""
+    """Give every rank the residual stream with all tokens for a replicated computation; backward keeps this rank's part."""
     if groups.tp.size() == 1 or not groups.sequence_parallel:
         return x_BTD
     return _gather(x_BTD, groups.tp, gradients_are_parts=False)
@@ -126,9 +126,9 @@ def _reduce(part: Tensor, groups: ProcessGroupCollection) -> Tensor:
 
 
 def scatter_tokens(x_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
-    """Take this rank's share of the stream's tokens, [B, T / ranks, D], for work that ranks divide by token.
+    """Take this rank's share of the residual stream's tokens, [B, T / ranks, D], for work that ranks divide by token.
 
-    Under sequence parallel the stream is that already. Backward gathers the shares' gradients. Raises ValueError if
+    Under sequence parallel the residual stream is that already. Backward gathers the shares' gradients. Raises ValueError if
     the ranks do not divide T.
     """
     if groups.tp.size() == 1 or groups.sequence_parallel:
@@ -144,7 +144,7 @@ def scatter_tokens(x_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
 
 
 def gather_tokens(own_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
-    """Gather every rank's share of the tokens into the stream; backward keeps this rank's part of the gradient."""
+    """Gather every rank's share of the tokens into the residual stream; backward keeps this rank's part of the gradient."""
     if groups.tp.size() == 1 or groups.sequence_parallel:
         return own_BTD
     return _gather(own_BTD, groups.tp, gradients_are_parts=False)

@@ -29,7 +29,7 @@ What happens to a gradient in a step:
                                         matrices meet at their owners in between (engine/muon); master weights may be bf16
                                         (engine/bf16_adamw.py), and DeepSpeed then hands over gradients rounded to bf16
 
-DeepSpeed's own accumulation is not used (it sees one micro-batch a step): it would reduce after every micro-batch under
+DeepSpeed's own accumulation is not used (it sees one micro-batch per step): it would reduce after every micro-batch under
 ZeRO 2 and 3, add up in bf16, and know nothing of partial gradients. Where it reduces (ZeRO 0 and 3) it averages over data
 ranks, and `scale` multiplies losses by their number.
 """

@@ -102,7 +102,7 @@ class Inspection(Hook):
 
     @staticmethod
     def note_output(sums: Tensor, block: nn.Module, inputs: Any, output: Any) -> None:
-        """Add squares and number of what a block adds to the stream, in training."""
+        """Add squares and number of what a block adds to the residual stream, in training."""
         if output is not None and block.training:
             y_BTD = output[1].y_BTD.detach()
             sums[0] += torch.linalg.vector_norm(y_BTD, dtype=torch.float32).square()

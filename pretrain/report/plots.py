@@ -241,7 +241,7 @@ INSPECTED = (
     ("weight", "Weights by block", "norm", "L2 norm of the weights of each block.", True),
     ("gradient", "Gradients by block", "norm", "L2 norm of the gradients of each block, before clipping.", True),
     ("update", "Updates by block", "norm", "L2 norm of what the optimizer changed in each block.", True),
-    ("activation", "Activations by block", "root mean square", "What each block adds to the stream.", True),
+    ("activation", "Activations by block", "root mean square", "What each block adds to the residual stream.", True),
     ("max_logit", "Largest attention logit", "nats", "Largest log-sum-exp of scores, by block with attention.", False),
     ("router_entropy", "Router entropy", "nats", "Mean entropy of a token's scores; 0 is one expert.", False),
     ("bias_range", "Range of balancing biases", "", "Highest minus lowest bias of each MoE block.", False),

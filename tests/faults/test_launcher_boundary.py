@@ -25,7 +25,7 @@ from tests.helpers.srun import NODES, write_programs
 from tests.parallel.test_stage_layouts import run_layouts, staged_config
 from tests.pretrain.tiny_run import read_events, read_metrics, tiny_data
 
-# The last stage has one micro-batch a step for each of its ranks, and so runs on one of two nodes.
+# The last stage has one micro-batch per step for each of its ranks, and so runs on one of two nodes.
 LAYOUTS: list[dict[str, Any]] = [{"zero_stage": 1}, {"tensor": 2, "zero_stage": 2}, {"zero_stage": 2}]
 RANKS = [2, 2, 1]
 

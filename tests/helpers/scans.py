@@ -10,7 +10,7 @@ from torch import Tensor
 
 from amfm.kernels.decay_scan.op import decay_scan, mamba2_scan
 
-# Gradients that are one number a head.
+# Gradients that are one number per head.
 SUMS = ("d_A_log", "d_dt_bias")
 
 
@@ -106,7 +106,7 @@ def run_scan(
 def tolerance_of(name: str, expected: dict[str, Tensor], tolerance: float) -> float:
     """The tolerance for one of the values of `run_scan`, wider for d_A_log and d_dt_bias where they cancel.
 
-    Each is one number a head, the sum of a gradient over all tokens: where it cancels to a tenth or less of what is
+    Each is one number per head, the sum of a gradient over all tokens: where it cancels to a tenth or less of what is
     summed it keeps fewer digits in any implementation, so its error is compared with the size of what is summed.
     """
     if name not in SUMS:

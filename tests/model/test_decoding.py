@@ -51,7 +51,7 @@ def test_a_state_is_not_changed_by_going_on_from_it():
 def test_rows_that_do_not_follow_the_state_are_refused():
     model = small_model(small_config("M"))
     tokens_BT, _, ids_BT = packed_batch()
-    with pytest.raises(ValueError, match="one document a row"):
+    with pytest.raises(ValueError, match="one document per row"):
         model(tokens_BT, PackMeta.from_document_ids(ids_BT), state=model.empty_state(2))
     with pytest.raises(ValueError, match="has seen 0 tokens but the rows continue"):
         meta = PackMeta.one_document_a_row(2, 23, start=4)

@@ -8,7 +8,7 @@ R(phi_t) (norm(B_t) + B_bias) and C' alike, lambda a sigmoid, and a < 0 of the i
     h_t = e^(a_t dt_t) (h_(t-1) + (1 - lambda_t) dt_t B'_(t-1) x_(t-1)^T) + lambda_t dt_t B'_t x_t^T
     y_t = (h_t^T C'_t + D x_t) * silu(z_t)
 
-It is a decay scan between two maps. Let each token write what the token before it leaves behind in all,
+It is a decay scan between two maps. Let each token add what the token before it contributed,
 
     S_t = e^(a_t dt_t) S_(t-1) + e^(a_t dt_t) (lambda_(t-1) dt_(t-1) + (1 - lambda_t) dt_t) B'_(t-1) x_(t-1)^T
 

@@ -149,7 +149,7 @@ class PlannedFeedForward(PlannedBlock):
 
 
 class PlannedParallel(PlannedBlock):
-    """A block of mixers side by side: what each costs in its own block; each gathers the stream on its own."""
+    """A block of mixers side by side: what each costs in its own block; each gathers the residual stream on its own."""
 
     options: ParallelOptions
 

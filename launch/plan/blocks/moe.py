@@ -67,7 +67,7 @@ class PlannedMoe(PlannedBlock):
         """The shared expert is its own region, routed experts in some layouts.
 
         Without an expert axis every tensor rank holds a slice of each expert, and the routed part is a region too. With
-        one, tensor ranks split the tokens instead, and results are gathered unless the stream is split already.
+        one, tensor ranks split the tokens instead, and results are gathered unless the residual stream is split already.
         """
         moe, tokens = self.options, layout.tokens(self.config)
         share = layout.stage_ranks * (tokens // layout.tensor)

@@ -231,7 +231,9 @@ def unfit_for_plain(family: Family, config: ModelConfig) -> list[str]:
     reasons = _unfit_pattern(family, config) or list(_changed_settings(family, config))
     reasons += _unfit_factors(family, config)
     if family.mamba is not None and config.mamba is not None and config.mamba.inner_size() % config.hidden_size:
-        rule = f"Mamba2 of {family.name} is a whole number of times as wide as the stream, {config.hidden_size}"
+        rule = (
+            f"Mamba2 of {family.name} is a whole number of times as wide as the residual stream, {config.hidden_size}"
+        )
         reasons.append(f"model.mamba.num_heads={config.mamba.num_heads}: {rule}; change head_dim, or target own")
     if config.moe is not None and "E" in config.letters:
         reasons += unfit_expert_sizes(config, config.moe)

@@ -18,7 +18,7 @@ from tests.helpers.registration import assert_registered
 from tests.kernels.twice import Twice
 
 FLOAT32 = 1e-5
-# One number a head, a sum over all tokens that cancels: float32 keeps fewer digits of it (docs/kernels.md).
+# One number per head, a sum over all tokens that cancels: float32 keeps fewer digits of it (docs/kernels.md).
 SUMS = 4e-5
 
 CASES = {

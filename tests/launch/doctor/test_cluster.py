@@ -214,7 +214,7 @@ def test_a_clock_off_the_middle_of_the_hosts_warns_also_when_it_is_rank_0s() -> 
     [
         (["--shared", "runs"], "--shared runs belongs to --cluster"),
         (["--nproc", "2"], "--nproc 2 belongs to --cluster"),
-        (["--cluster"], "--cluster compares ranks, and this is none; add --nproc 2"),
+        (["--cluster"], "--cluster compares ranks, and this process is not a rank; add --nproc 2"),
     ],
 )
 def test_options_that_cannot_take_effect_are_refused(

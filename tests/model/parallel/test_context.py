@@ -38,7 +38,7 @@ DOCUMENTS = {
         (2, 1, 20, 1),
         (11, 1, 1, 11),
     ),
-    "one document a row": ((24,), (24,)),
+    "one document per row": ((24,), (24,)),
 }
 CONFIGS = {
     "mamba": small_config("MM"),
