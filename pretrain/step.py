@@ -54,7 +54,7 @@ def train_step(run: Run) -> StepResult:
     room = run.parallel.groups.row_room
     if room is not None and room.settle(report.missed):
         run.engine.step(work.rate)  # rejected on all ranks: it lets go of the gradients
-        run.tell("recount", "experts' rows had too little room: this step is computed again, with counted rows")
+        run.tell("dispatch_overflow", "expert buffers overflowed: this step is computed again with exact counts")
         sums, report, anomaly = take_passes(run, batches, counts, share)
         room.settle(report.missed)
     for hook in run.hooks:

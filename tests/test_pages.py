@@ -286,3 +286,13 @@ def test_tests_that_the_pages_of_trials_name_exist() -> None:
     named = {pair for page in pages for pair in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page)}
     assert len(named) > 32
     assert not [each for each in named if f"def {each[1]}" not in (ROOT / each[0]).read_text()]
+
+
+def test_every_section_of_the_reference_is_listed_once_with_its_table() -> None:
+    sections = re.split(r"\n(?=## )", read(ROOT / "docs/configuration.md"))[1:]
+    headings = [section.splitlines()[0] for section in sections]
+    assert len(headings) == len(set(headings)) > 60
+    without = {heading for heading, section in zip(headings, sections) if "| key | type |" not in section}
+    of_packages = {"## `model.mixers`", "## `optimizer.options`", "## `schedule.options`", "## `hooks`"}
+    assert without == of_packages
+    assert not re.search(r"^\| `[^|]+` \| text ", read(ROOT / "docs/configuration.md"), re.MULTILINE)

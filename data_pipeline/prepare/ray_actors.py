@@ -302,7 +302,7 @@ class Dispatcher:
         self.failures[unit.name] = self.failures.get(unit.name, 0) + 1
         if self.failures[unit.name] >= ATTEMPTS:
             raise RuntimeError(
-                f"the process that writes part {unit.name} died {ATTEMPTS} times ({str(error).splitlines()[0]}); its inputs are "
+                f"the process that writes part {unit.name} was killed {ATTEMPTS} times ({str(error).splitlines()[0]}); its inputs are "
                 f"{', '.join(sorted({item.file.shown for item in unit.segments}))}. Out of memory? Then lower "
                 "data.prepare.part_bytes or num_actors; what is done is kept"
             ) from error

@@ -83,7 +83,7 @@ def read_mds_shard(file: IO[bytes], num_bytes: int) -> MdsShard:
         raise DamagedShardError(f"{num_bytes} bytes cannot hold its {number} samples")
     offsets = np.frombuffer(file.read(header - ITEM), "<u4").astype(np.int64)
     if len(offsets) != number + 1 or offsets[-1] != num_bytes or (np.diff(offsets, prepend=header) < 0).any():
-        raise DamagedShardError("its samples must lie one behind the other, up to its end")
+        raise DamagedShardError("its samples must follow one another, up to its end")
     if offsets[0] - header > MOST_HEADER_BYTES:
         raise DamagedShardError(f"{offsets[0] - header:,} bytes describe its columns, more than {MOST_HEADER_BYTES:,}")
     try:

@@ -128,7 +128,7 @@ class MegatronIndex:
 
     def _disordered(self) -> ValueError:
         return ValueError(
-            f"{self.path} is damaged: its documents must begin one behind the other and hold all of its {self.num_sequences} "
+            f"{self.path} is damaged: its documents must begin one after the other and hold all of its {self.num_sequences} "
             "sequences; restore it from a copy"
         )
 

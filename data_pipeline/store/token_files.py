@@ -166,7 +166,7 @@ def _litdata(path: str, num_bytes: int, open_file: Open) -> FlatTokens:
     bounds = np.frombuffer(content[: len(content) // 4 * 4], "<u4").astype(np.int64)
     if len(bounds) != number + 1 or bounds[0] != header or bounds[-1] != num_bytes or (np.diff(bounds) < 0).any():
         raise ValueError(
-            f"{path} is damaged: its {number} items must lie one behind the other, up to its end; restore it from a copy"
+            f"{path} is damaged: its {number} items must follow one another, up to its end; restore it from a copy"
         )
     if ((bounds - header) % size).any():
         raise ValueError(

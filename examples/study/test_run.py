@@ -110,6 +110,6 @@ def test_a_signal_lets_the_running_cell_save_and_the_rest_wait(tmp_path, name):
         process.terminate()
     _, remarks = process.communicate()
     assert process.returncode == 0
-    assert "stopped as a signal asked; the same command continues" in remarks
+    assert "stopped by a signal; the same command continues" in remarks
     assert len(read_events(first, "signal")) == 1 and not second.exists()
     assert list((first / "checkpoints").glob("step-*"))

@@ -259,7 +259,7 @@ class Allocation:
             if self.was_signalled:  # before there were ranks
                 return interrupt.outcome(Outcome(DONE, began=False))
             if attempt.number and self.is_ending():
-                say("amfm launch: too little is left of the job's time to start again")
+                say("amfm launch: remaining job time is too short to restart")
                 return Outcome(DONE, began=False)
             return interrupt.outcome(self._run_ranks(attempt))
 

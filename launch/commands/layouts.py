@@ -106,7 +106,7 @@ def print_layouts(made: Plan) -> None:
         for item, own in zip(shown, words)
     ]
     what = f"Layouts, fastest first; then near misses{'. All have ' + ' '.join(shared) if shared else ''}"
-    print_rows(what, ("layout", "GiB", "a step", "MFU", "most of the step, or why it does not fit"), rows)
+    print_rows(what, ("layout", "GiB", "a step", "MFU", "bottleneck, or why it does not fit"), rows)
 
 
 def print_left_out(made: Plan, *, whole: bool) -> None:

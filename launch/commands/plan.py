@@ -44,7 +44,7 @@ OverlapOption = Annotated[
     typer.Option(min=0, max=1, help="Fraction of ZeRO-3's gathers and of pipeline sends that overlaps with compute."),
 ]
 ImbalanceOption = Annotated[
-    float, typer.Option(min=1, help="Routed rows of the most loaded expert rank, relative to the mean.")
+    float, typer.Option(min=1, help="Tokens on the busiest expert-parallel rank, relative to the mean.")
 ]
 FailuresOption = Annotated[
     float | None,

@@ -148,7 +148,7 @@ WAIT_COLOURS = {
     "pipeline bubble": "#f2f2f2",
     "gradient reduction, exposed": "#b2182b",
     "weight gathers, exposed": "#f4a582",
-    "optimizer and sums of gradients": "#404040",
+    "optimizer and gradient accumulation": "#404040",
     "host, exposed": "#737373",
     "multiprocessors of collectives": "#a6a6a6",
     "waits for the slowest rank": "#d9d9d9",

@@ -74,7 +74,7 @@ class StepTime:
             ("weight gathers, exposed", self.exposed_gathers),
             ("pipeline bubble", self.bubble),
             ("gradient reduction, exposed", self.reduction),
-            ("optimizer and sums of gradients", self.optimizer),
+            ("optimizer and gradient accumulation", self.optimizer),
             ("host, exposed", self.host),
             ("multiprocessors of collectives", self.shared),
             ("waits for the slowest rank", self.jitter),

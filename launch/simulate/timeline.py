@@ -212,7 +212,7 @@ def compare_seconds(line: Timeline, planned: StepTime) -> dict[str, tuple[float,
     for kind in dict.fromkeys([*planned.compute, *line.busy]):
         if kind != OUTSIDE:
             found[kind] = planned.compute.get(kind, 0.0), line.busy[kind]
-    found["optimizer and sums of gradients"] = planned.optimizer, line.busy[OUTSIDE]
+    found["optimizer and gradient accumulation"] = planned.optimizer, line.busy[OUTSIDE]
     waited = defaultdict(float, line.waited)
     for part in dict.fromkeys(PARTS.values()):
         own = sum(waited.pop(axis, 0.0) for axis, name in PARTS.items() if name == part)

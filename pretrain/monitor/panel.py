@@ -136,7 +136,7 @@ class RunState:
             *self.describe_mfu(metrics),
         ]
         if metrics["expert_load"]:
-            parts.append(f"expert load {max(metrics['expert_load'].values()):.2f}")
+            parts.append(f"max expert load {max(metrics['expert_load'].values()):.2f}")
         if "validation_loss" in metrics:
             parts.append(f"validation loss {show_number(metrics['validation_loss'], '.4f')}")
         for name, loss in metrics.get("validation_sets", {}).items():

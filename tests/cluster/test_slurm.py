@@ -119,7 +119,7 @@ def test_a_job_whose_limit_is_near_is_queued_again_instead_of_started(
         wait_for_steps(folder / "run", 13, log)
         with watch("Slurm", "rank killed shortly before the time limit"):
             signal_ranks(nodes, 1, "KILL")
-            wait_until(lambda: "too little is left" in log.read_text(), 400, log)
+            wait_until(lambda: "remaining job time is too short" in log.read_text(), 400, log)
             finish(nodes, job, log)
     assert len(events(folder / "run", "start")) == 2
     check_losses(folder / "run", undisturbed)

@@ -22,7 +22,7 @@ from tests.cluster.cluster import PATH, events, metrics
 POLL_SECONDS = 0.25
 # What launcher, ranks or Slurm say of a fault; a run that nothing disturbs says none of it.
 TELLING = re.compile(
-    r"no progress for|lost|not seen any more|failed at checkpoint|is left out|does not answer|queued again|too little is left|"
+    r"no progress for|lost|not seen any more|failed at checkpoint|is left out|does not answer|queued again|remaining job time is too short|"
     r"restarted|srun: error|Node failure|Connection closed|ended by|Traceback|cannot be read|other rank"
 )
 HEAD = (

@@ -80,5 +80,5 @@ def test_a_step_whose_rows_have_no_room_is_computed_again_and_changes_no_bit(tmp
         assert (other.losses, other.grad_norms) == (counted.losses, counted.grad_norms)
         assert all(torch.equal(other.weights[name], weight) for name, weight in counted.weights.items())
     events = [(tmp_path / f"run{number}" / "events.jsonl").read_text().splitlines() for number in range(len(rooms))]
-    recounts = [sum(json.loads(line)["event"] == "recount" for line in lines) for lines in events]
+    recounts = [sum(json.loads(line)["event"] == "dispatch_overflow" for line in lines) for lines in events]
     assert recounts == [0, 1, 0], "rows are counted after one step, as they would not have fitted for eight"

@@ -170,7 +170,7 @@ def run_study(
     for name, end in failures.items():
         say(f"amfm study: cell {name} failed: {end.cause}")
     if not went_through:
-        say("amfm study: stopped as a signal asked; the same command continues")
+        say("amfm study: stopped by a signal; the same command continues")
     raise typer.Exit(RUN_FAILED if failures else DONE)
 
 

@@ -74,7 +74,7 @@ def test_damaged_shards_and_other_columns_are_named(tiny: DataConfig, tmp_path: 
     (number,) = struct.unpack("<I", content[:4])
     begin = struct.unpack("<I", content[4:8])[0]
     bad = {
-        content[:-1]: "its samples must lie one behind the other, up to its end",
+        content[:-1]: "its samples must follow one another, up to its end",
         struct.pack("<I", 2**31) + content[4:]: "656 bytes cannot hold its 2147483648 samples",
         content[:20] + b"[" + content[21:]: "what describes its columns cannot be read",
         content.replace(
@@ -136,7 +136,7 @@ def test_damage_of_litdata_is_named(tmp_path: Path) -> None:
         read(chunk, "text")
     described.write_text(json.dumps(index))
     chunk.write_bytes(content[:-2])
-    with pytest.raises(ValueError, match="its 3 items must lie one behind the other"):
+    with pytest.raises(ValueError, match="its 3 items must follow one another"):
         read(chunk, "text")
     chunk.write_bytes(struct.pack("<I", 2**31) + content[4:])
     with pytest.raises(ValueError, match="its 2147483648 items must lie"):

@@ -121,7 +121,7 @@ def test_the_parts_of_both_sides_add_up():
     planned, found = parts.pop("all")
     assert planned == pytest.approx(sum(said for said, _ in parts.values()))
     assert found == pytest.approx(sum(own for _, own in parts.values())) == pytest.approx(line.seconds)
-    assert parts["optimizer and sums of gradients"][1] == pytest.approx(0.5)
+    assert parts["optimizer and gradient accumulation"][1] == pytest.approx(0.5)
 
 
 def assert_trace_events(document):

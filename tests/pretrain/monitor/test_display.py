@@ -62,9 +62,9 @@ def test_piped_output_is_plain_lines_at_the_configured_pace(data: DataConfig, tm
     assert "\x1b" not in out.getvalue()
     assert [line.split(",")[0] for line in lines] == ["step 1/20", "step 5/20", "step 7/20", "[not markup]"]
     assert lines[0] == (
-        "step 1/20, loss 5.5000, grad norm 1.250, lr 1.00e-03, 1,234 tokens/s, MFU 25.0%, expert load 1.50"
+        "step 1/20, loss 5.5000, grad norm 1.250, lr 1.00e-03, 1,234 tokens/s, MFU 25.0%, max expert load 1.50"
     ), "one step, which warms up, gives no pace"
-    assert lines[1].endswith("expert load 1.50, 30s left")
+    assert lines[1].endswith("max expert load 1.50, 30s left")
     assert "SKIPPED" in lines[2] and "loss -" in lines[2]
 
 
