@@ -139,7 +139,7 @@ def test_damage_of_litdata_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="its 3 items must follow one another"):
         read(chunk, "text")
     chunk.write_bytes(struct.pack("<I", 2**31) + content[4:])
-    with pytest.raises(ValueError, match="its 2147483648 items must lie"):
+    with pytest.raises(ValueError, match="its 2147483648 items must follow"):
         read(chunk, "text")
 
 
