@@ -67,25 +67,34 @@ def test_files_keep_to_their_size_the_newest_and_first_rows_first(data: DataConf
     assert 0 < len(tokens_BT) < 4
 
 
-def train_layouts(data: DataConfig, folder: str) -> None:
-    for name, axes in (("one", {"tensor": 2}), ("two", {"pipeline": 2}), ("three", {"context": 2})):
-        overrides = {f"parallel__{axis}": ranks for axis, ranks in axes.items()}
-        assert (
-            train(
-                traced(data, Path(folder, name), {}, train__stop_after_steps=1, train__micro_batch_size=1, **overrides)
-            )
-            == 0
-        )
+ONE_STEP: dict[str, Any] = {"train__stop_after_steps": 1, "train__micro_batch_size": 1}
+
+
+def train_layouts(data: DataConfig, folder: str, axes: list[str]) -> None:
+    for axis in axes:
+        assert train(traced(data, Path(folder, axis), {}, **ONE_STEP, **{f"parallel__{axis}": 2})) == 0
+
+
+def train_alone(data: DataConfig, folder: Path) -> tuple[Tensor, dict[int, Tensor]]:
+    assert train(traced(data, folder, {}, **ONE_STEP)) == 0
+    (found,) = files(folder).values()
+    return found
+
+
+@pytest.mark.slow
+def test_ranks_that_have_all_rows_write_them_once(data: DataConfig, tmp_path: Path) -> None:
+    axes = ["tensor", "pipeline"]
+    run_ranks(train_layouts, data, str(tmp_path), axes, num_ranks=2)
+    tokens_BT, choices = train_alone(data, tmp_path / "alone")
+    for axis in axes:
+        ((own_BT, own),) = files(tmp_path / axis).values()
+        assert torch.equal(own_BT, tokens_BT) and torch.equal(own[1], choices[1])
 
 
 def test_ranks_write_their_own_rows_and_blocks_once(data: DataConfig, tmp_path: Path) -> None:
-    run_ranks(train_layouts, data, str(tmp_path), num_ranks=2)
-    assert train(traced(data, tmp_path / "alone", {}, train__stop_after_steps=1, train__micro_batch_size=1)) == 0
-    ((tokens_BT, choices),) = files(tmp_path / "alone").values()
-    for name in ("one", "two"):
-        ((own_BT, own),) = files(tmp_path / name).values()
-        assert torch.equal(own_BT, tokens_BT) and torch.equal(own[1], choices[1])
-    rows = zip(*(files(tmp_path / "three")[f"step-00000001/rank-0000{rank}"] for rank in (0, 1)), strict=True)
+    run_ranks(train_layouts, data, str(tmp_path), ["context"], num_ranks=2)
+    tokens_BT, choices = train_alone(data, tmp_path / "alone")
+    rows = zip(*(files(tmp_path / "context")[f"step-00000001/rank-0000{rank}"] for rank in (0, 1)), strict=True)
     tokens, blocks = rows
     meta = PackMeta.one_document_a_row(*tokens_BT.shape)
     for rank in (0, 1):
