@@ -70,6 +70,12 @@ def browser(site):
     server.shutdown()
 
 
+def keep_picture(browser, name):
+    """A screenshot in the folder of `SITE_PICTURES`, where it is named."""
+    if folder := os.environ.get("SITE_PICTURES"):
+        browser.save_screenshot(Path(folder, f"{name}.png"))
+
+
 def wait_for(browser, script):
     from selenium.webdriver.support.ui import WebDriverWait
 
@@ -111,6 +117,7 @@ def test_figures_turn_dark_with_the_page(browser):
     assert wait_for(browser, filtered) == "none"
     browser.execute_script("document.body.setAttribute('data-md-color-scheme', 'slate')")
     assert "invert" in wait_for(browser, filtered)
+    keep_picture(browser, "dark")
 
 
 @pytest.mark.slow
@@ -119,6 +126,7 @@ def test_diagrams_are_drawn(browser):
     sources = (ROOT / "docs/architecture.md").read_text().count("```mermaid")
     drawn = "[...document.querySelectorAll('div.mermaid')].filter(found => found.offsetHeight > 100).length"
     assert wait_for(browser, f"{drawn} === {sources}")
+    keep_picture(browser, "diagrams")
 
 
 @pytest.mark.slow
@@ -129,6 +137,7 @@ def test_typed_search_finds_the_page_of_a_term_of_the_field(browser):
         browser.execute_script("arguments[0].focus()", field)
         field.send_keys(term)
         assert wait_for(browser, f"document.querySelector('.md-search-result__link[href*=\"docs/{page}/\"]') !== null")
+        keep_picture(browser, f"search_{page}")
 
 
 @pytest.mark.slow
@@ -151,3 +160,7 @@ def test_the_front_page_shows_where_to_begin_and_a_report_that_works(browser):
     assert wait_for(
         browser, "document.querySelector('iframe').contentDocument.querySelectorAll('.plot > svg').length > 5"
     )
+    keep_picture(browser, "front")
+    for page in ("configuration", "api"):
+        browser.get(f"{browser.root}/docs/{page}/")
+        keep_picture(browser, page)
