@@ -85,9 +85,11 @@ def test_a_step_has_the_gradients_of_a_plain_loop(
 
 
 def test_a_resume_continues_to_the_bit_and_logs_the_divergence(data: DataConfig, tmp_path: Path, teacher: str) -> None:
-    for folder, stops in (("straight", [None]), ("resumed", [2, None])):
+    for folder, stops in (("straight", [None]), ("resumed", [1, None])):
         for stop in stops:
-            assert train(distilling(data, tmp_path / folder, teacher, train__stop_after_steps=stop)) == 0
+            assert (
+                train(distilling(data, tmp_path / folder, teacher, train__steps=3, train__stop_after_steps=stop)) == 0
+            )
     straight, resumed = (read_metrics(tmp_path / name) for name in ("straight", "resumed"))
     assert [line["loss"] for line in straight] == [line["loss"] for line in resumed]
     assert [line["divergence"] for line in straight] == [line["divergence"] for line in resumed]
@@ -96,9 +98,6 @@ def test_a_resume_continues_to_the_bit_and_logs_the_divergence(data: DataConfig,
     for name in ends[0]:
         assert_bitwise(ends[0][name], ends[1][name], name)
     assert "step 12" in read_events(tmp_path / "straight", "distill")[0]["teacher"]
-    plain = tiny_config(data, tmp_path / "plain")
-    assert train(plain) == 0
-    assert read_metrics(tmp_path / "plain")[-1]["loss"] != straight[-1]["loss"]
 
 
 LAYOUTS: list[dict[str, Any]] = [
