@@ -7,10 +7,12 @@ which is 2.2 of a rank's 7.4 seconds before its first step.
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from amfm.data_pipeline.progress import Waiting
+from amfm.launch.wait_policy import choose_wait_policy
 
 
 @contextmanager
@@ -30,4 +32,5 @@ def loading(verb: str, what: str = "PyTorch") -> Iterator[None]:
     """Heavy imports of a verb, which says so where they take longer than a second."""
     with Waiting(f"amfm {verb}") as waiting, heavy_imports():
         waiting(f"loading {what}")
+        choose_wait_policy(os.environ)
         yield

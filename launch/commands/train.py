@@ -24,6 +24,7 @@ from amfm.launch.console import print_json, print_pairs, say
 from amfm.launch.existing import require_all_exist
 from amfm.launch.heavy_imports import heavy_imports
 from amfm.launch.presets import choose_config
+from amfm.launch.wait_policy import choose_wait_policy
 from amfm.pretrain.extras import require_extra
 from amfm.pretrain.launcher_protocol import GOES_ON
 
@@ -48,7 +49,11 @@ def train(
         from amfm.pretrain.checks.early import check_early
         from amfm.pretrain.config.file import load_config
 
-        check_early(load_config(path, overrides), describe_prepare(path, overrides, preset))
+        config = load_config(path, overrides)
+        check_early(config, describe_prepare(path, overrides, preset))
+        note = choose_wait_policy(os.environ, nproc, config.train.num_threads)
+        if note:
+            say(f"amfm train: {note}")
     with Waiting("amfm train", speaks=is_first) as waiting, heavy_imports():
         waiting("loading PyTorch and DeepSpeed")
         from amfm.pretrain.checks.load import load_checked

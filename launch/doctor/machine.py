@@ -148,8 +148,10 @@ def examine_devices() -> list[Finding]:
     from amfm.kernels.runtime.backend import refuse_triton
 
     if not torch.cuda.is_available():
+        waits = "sleep" if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive" else "spin"
         threads = (
-            f"CPU only, {torch.get_num_threads()} threads (torch {torch.__version__}); kernels.backend auto is torch"
+            f"CPU only, {torch.get_num_threads()} threads, which {waits} while they wait (torch {torch.__version__}); "
+            "kernels.backend auto is torch"
         )
         return [Finding("devices", "ok", threads)]
     findings = []

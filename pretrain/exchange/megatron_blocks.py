@@ -7,7 +7,6 @@ hybrid depths of Megatron-LM's main branch of August 2026, `mtp.layers.D.mtp_mod
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
 
 from amfm.model.config.mixer_options import GatedDeltaNetOptions
 from amfm.model.config.schema import ModelConfig
@@ -72,15 +71,15 @@ DEPTH = {
 
 def part_rows(model: ModelConfig, symbol: str) -> dict[str, int]:
     """Rows of the parts that a block's projection and convolution are cut into."""
-    if symbol == "M":
-        mamba = model.mamba
-        assert mamba is not None, "the pattern has M, the configuration no mamba section"
-        inner, group = mamba.inner_size(), mamba.num_groups * mamba.state_size
-        return {"z": inner, "x": inner, "B": group, "C": group, "dt": mamba.num_heads}
-    options = cast("GatedDeltaNetOptions", model.block_options(symbol))
-    heads, keys = options.num_heads, options.key_heads() * options.key_dim()
-    values = heads * options.value_dim()
-    return {"query": keys, "key": keys, "value": values, "beta": heads, "alpha": heads, "z": values}
+    options = model.block_options(symbol)
+    if isinstance(options, GatedDeltaNetOptions):
+        heads, keys = options.num_heads, options.key_heads() * options.key_dim()
+        values = heads * options.value_dim()
+        return {"query": keys, "key": keys, "value": values, "beta": heads, "alpha": heads, "z": values}
+    mamba = model.mamba
+    assert mamba is not None, "the pattern has M, the configuration no mamba section"
+    inner, group = mamba.inner_size(), mamba.num_groups * mamba.state_size
+    return {"z": inner, "x": inner, "B": group, "C": group, "dt": mamba.num_heads}
 
 
 def fused_rows(model: ModelConfig) -> dict[str, int]:

@@ -147,8 +147,8 @@ def block_tensors(model: ModelConfig, symbol: str, block: Mapping[str, Source]) 
                 piece = join([(source, begin, begin + rows[part])])
                 yield f"{base}.{part}", with_channel_dim(piece) if name == "conv.weight" else piece
                 begin += rows[part]
-    if symbol == "*" and "q_proj.weight" in block:
-        assert model.attention is not None, "the pattern has *, the configuration no attention section"
+    if "q_proj.weight" in block:
+        assert model.attention is not None, "only * has q_proj, of the blocks that move"
         yield FUSED, interleave([block[name] for name in fused_rows(model)], model.attention.num_kv_heads)
 
 

@@ -6,7 +6,8 @@ be shortened: a kept one serves when all its tokens are at the beginning of the 
 the end of a prompt (the last piece may be split otherwise when text follows), at its end and after the answer. The least
 recently used ones go first. A kept state changes the speed of an answer, not the answer.
 
-Several requests take turns, a token or a piece of a prompt at a time; each has its own state.
+Several requests share the model: pieces of prompts take turns, and the next tokens of all texts that are being continued are
+computed in one pass (rows.py). Texts join and leave between two tokens.
 """
 
 from __future__ import annotations
@@ -14,19 +15,24 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from amfm.model.hybrid import HybridModel
 from amfm.model.mixers.interface import DecodeState
-from amfm.model.packing import PackMeta
 from amfm.model.state_size import count_bytes
 from amfm.pretrain.inference.generate import Sampling, choose_token
+from amfm.pretrain.inference.rows import advance, advance_rows
 
-PROMPT_PIECE = 256  # tokens of a prompt in one pass: other requests get a turn between two, and logits stay small
+PROMPT_PIECE = 256  # tokens of a prompt in one pass: other requests get a turn between two
 TAIL_TOKENS = 8
+JOIN_SECONDS = (
+    0.005  # that a pass waits for texts which are about to ask; one whose client is slow does not hold up the others
+)
 
 
 @dataclass(frozen=True)
@@ -76,13 +82,25 @@ def state_bytes(state: DecodeState) -> int:
     return count_bytes(state.blocks)
 
 
+class NextToken(NamedTuple):
+    """A token that a text continues with, and what the model makes of it: the state after it, and the logits."""
+
+    state: DecodeState
+    token: int
+    answer: Future[tuple[DecodeState, Tensor]]
+
+
 class SharedModel:
     """A model that several threads ask for continuations; `max_state_bytes` bounds what is kept between requests."""
 
     def __init__(self, model: HybridModel, *, vocab_size: int, max_state_bytes: int) -> None:
         self.model, self.vocab_size = model, vocab_size
         self.kept = KeptStates(max_state_bytes)
-        self._turn = threading.Lock()
+        # One thread computes: each that does would have threads of its own, and they would wait for the same processors.
+        self._computer = ThreadPoolExecutor(1, "amfm-model")
+        self._asked: list[NextToken] = []
+        self._joins = threading.Condition()
+        self._num_texts = 0
 
     def generate(
         self, ids: Sequence[int], max_new_tokens: int, sampling: Sampling, end_ids: Collection[int]
@@ -94,6 +112,8 @@ class SharedModel:
         seen = list(ids)
         state, logits_V = self._read_prompt(seen)
         generator = torch.Generator().manual_seed(sampling.seed)
+        with self._joins:
+            self._num_texts += 1
         try:
             for number in range(max_new_tokens):
                 token = choose_token(logits_V, sampling, generator)
@@ -101,33 +121,58 @@ class SharedModel:
                     return
                 yield token
                 if number + 1 < max_new_tokens:
-                    with self._turn:
-                        state, logits_V = self._advance(state, [token])
+                    state, logits_V = self._read_token(state, token)
                     seen.append(token)
         finally:
-            with self._turn:
-                self.kept.keep(seen, state, logits_V)
+            with self._joins:
+                self._num_texts -= 1
+                self._joins.notify_all()
+            self._computer.submit(self.kept.keep, seen, state, logits_V).result()
 
     def _read_prompt(self, ids: list[int]) -> tuple[DecodeState, Tensor]:
         """Bring a state to the end of a prompt, from the longest kept beginning, and keep it there and shortly before."""
-        with self._turn:
-            done, kept = self.kept.find(ids)
+        done, kept = self._computer.submit(self.kept.find, ids).result()
         state, logits_V = (kept.state, kept.logits_V) if kept is not None else (self.model.empty_state(1), None)
         stops = {len(ids) - TAIL_TOKENS, len(ids)}
         while done < len(ids):
             stop = min([done + PROMPT_PIECE, *(stop for stop in stops if stop > done)])
-            with self._turn:
-                state, logits_V = self._advance(state, ids[done:stop])
-                if stop in stops:
-                    self.kept.keep(ids[:stop], state, logits_V)
+            state, logits_V = self._computer.submit(
+                self._read_piece, state, ids, done, stop, keeps=stop in stops
+            ).result()
             done = stop
         assert logits_V is not None, "a prompt has a token"
         return state, logits_V
 
-    @torch.inference_mode()
-    def _advance(self, state: DecodeState, ids: Sequence[int]) -> tuple[DecodeState, Tensor]:
-        device = self.model.head_weight().device
-        meta = PackMeta.one_document_a_row(1, len(ids), start=state.length, device=device)
-        output = self.model(torch.tensor([list(ids)], device=device), meta, state=state)
-        assert output.logits_BTV is not None and output.state is not None, "a state was given and no labels"
-        return output.state, output.logits_BTV[0, -1, : self.vocab_size].float().cpu().clone()
+    def _read_piece(
+        self, state: DecodeState, ids: list[int], done: int, stop: int, *, keeps: bool
+    ) -> tuple[DecodeState, Tensor]:
+        state, logits_V = advance(self.model, state, ids[done:stop])
+        logits_V = logits_V[: self.vocab_size]
+        if keeps:
+            self.kept.keep(ids[:stop], state, logits_V)
+        return state, logits_V
+
+    def _read_token(self, state: DecodeState, token: int) -> tuple[DecodeState, Tensor]:
+        """Read one more token of a text, in one pass with those of all texts that ask meanwhile."""
+        asked = NextToken(state, token, Future())
+        with self._joins:
+            self._asked.append(asked)
+            self._joins.notify_all()
+        self._computer.submit(self._answer_all)
+        return asked.answer.result()
+
+    def _answer_all(self) -> None:
+        """Compute one more token of each text that asks; nothing if the pass before this one did it."""
+        with self._joins:
+            if not self._asked:
+                return
+            self._joins.wait_for(lambda: len(self._asked) >= self._num_texts, timeout=JOIN_SECONDS)
+            asked, self._asked = self._asked, []
+        try:
+            answers = advance_rows(self.model, [each.state for each in asked], [each.token for each in asked])
+        except Exception as error:  # noqa: BLE001 - each of the threads that wait raises it
+            for each in asked:
+                each.answer.set_exception(error)
+        else:
+            for each, (state, logits_V) in zip(asked, answers, strict=True):
+                each.answer.set_result((state, logits_V[: self.vocab_size]))

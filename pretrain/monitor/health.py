@@ -110,7 +110,10 @@ def compare(metrics: Lines, newest: Lines, key: str, limit: float) -> Iterator[F
         return
     name, remedy = {
         "grad_norm": ("the gradient norm", "lower optimizer.learning_rate, or look at the text of these steps"),
-        "seconds": ("a step", "look for slow ranks and a busy machine: amfm watch, events stragglers"),
+        "seconds": (
+            "a step",
+            "slow ranks: amfm watch; other programs on a CPU: end them, or start with OMP_WAIT_POLICY=passive",
+        ),
     }[key]
     yield Finding(key, f"{name} is {median(now) / median(usual):.1f} times its median over the run", remedy)
 

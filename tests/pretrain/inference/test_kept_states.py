@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.model.hybrid import HybridModel
+from amfm.model.state_size import state_tensors
 from amfm.pretrain.inference.generate import Sampling, generate_tokens
 from amfm.pretrain.inference.kept_states import TAIL_TOKENS, KeptStates, SharedModel
+from amfm.pretrain.inference.rows import advance, advance_rows
 from tests.pretrain.export.exported_models import MODELS, random_weights
 
+ROWS = [("nemotron_h", 1), ("nemotron_h", 8), ("qwen3_next", 3), ("lfm2_moe", 5), ("gpt_oss", 2), ("falcon_h1", 4)]
 GREEDY = Sampling(temperature=0)
 PROMPT = [(7 * number + 3) % 400 for number in range(60)]
 
@@ -73,3 +78,42 @@ def test_the_least_recently_used_states_make_room(model: HybridModel) -> None:
     nothing = KeptStates(0)
     nothing.keep([1], state, logits_V)
     assert len(nothing) == 0
+
+
+def test_what_several_texts_are_answered_at_once_is_what_each_is_alone(model: HybridModel) -> None:
+    prompts = [PROMPT[: 20 + 7 * number] for number in range(6)]
+    settings = [Sampling(temperature=0.0 if number % 2 else 1.0, seed=number) for number in range(6)]
+    alone = [list(share(model).generate(*each, ())) for each in zip(prompts, [5, 12, 9, 3, 12, 8], settings)]
+    shared = share(model)
+    with ThreadPoolExecutor(6) as threads:
+        asked = [
+            threads.submit(lambda each: list(shared.generate(*each, ())), each)
+            for each in zip(prompts, [5, 12, 9, 3, 12, 8], settings)
+        ]
+        assert [each.result() for each in asked] == alone
+
+
+@pytest.mark.parametrize(("name", "number"), ROWS)
+def test_a_row_of_a_pass_does_not_depend_on_the_others(data: DataConfig, name: str, number: int) -> None:
+    model = random_weights(data, MODELS[name]).build()
+    states = [advance(model, model.empty_state(1), PROMPT[: 9 + 5 * row])[0] for row in range(number)]
+    together = advance_rows(model, states, list(range(number)))
+    for row, (state, logits_V) in enumerate(together):
+        alone, alone_V = advance_rows(model, [states[row]], [row])[0]
+        assert torch.equal(logits_V, alone_V)
+        for one, other in zip(state_tensors(state.blocks), state_tensors(alone.blocks), strict=True):
+            assert torch.equal(one, other)
+        assert torch.allclose(logits_V, advance(model, states[row], [row])[1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_pass_that_fails_ends_every_text_of_it_and_the_next_goes_on(
+    model: HybridModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = share(model)
+    answer = shared.generate(PROMPT, 12, GREEDY, ())
+    next(answer)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.embedding, "forward", lambda *_: exec("raise RuntimeError('out of memory')"))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            next(answer)
+    assert len(list(shared.generate(PROMPT, 12, GREEDY, ()))) == 12

@@ -1,0 +1,54 @@
+"""How threads wait is chosen before PyTorch is loaded, from what other programs use."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+CHOOSE = """
+import os, sys, time
+from amfm.launch import wait_policy
+environment = dict(pair.split("=") for pair in sys.argv[2:])
+time.sleep(0.3)
+print(wait_policy.choose_wait_policy(environment, 1, eval(sys.argv[1])), environment.get("OMP_WAIT_POLICY"))
+"""
+
+
+def choose(threads, *variables):
+    """The line and the variable of a program that starts now."""
+    answer = subprocess.run(
+        [sys.executable, "-c", CHOOSE, str(threads), *variables], check=False, capture_output=True, text=True
+    )
+    assert answer.returncode == 0, answer.stderr
+    return answer.stdout.strip()
+
+
+@pytest.fixture
+def busy_processors():
+    """Another program on each processor, so that any machine is busy."""
+    count = len(os.sched_getaffinity(0))
+    programs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    yield count
+    for program in programs:
+        program.kill()
+        program.wait()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux' processor times")
+def test_threads_sleep_next_to_other_programs_unless_the_user_or_a_launcher_decided(busy_processors):
+    if busy_processors > 1:
+        line = choose(None)
+        assert line.startswith("other programs use ") and line.endswith("(OMP_WAIT_POLICY) passive"), line
+    for threads, *variables in ((1,), (None, "OMP_WAIT_POLICY=active"), (None, "GOMP_SPINCOUNT=5"), (None, "RANK=0")):
+        assert not choose(threads, *variables).startswith("other"), variables
+
+
+def test_few_threads_on_many_processors_spin_as_before(monkeypatch):
+    from amfm.launch import wait_policy
+
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(wait_policy.os, "sched_getaffinity", lambda _: range(64))
+    monkeypatch.setattr(wait_policy, "measure_others", lambda _: 3.0)
+    environment = {}
+    assert wait_policy.choose_wait_policy(environment, 2, 4) == "" and not environment
