@@ -23,7 +23,8 @@ import pyarrow.parquet
 import typer
 
 from amfm.data_pipeline.config import SourceConfig
-from amfm.data_pipeline.prepare.documents import Reject, SegmentReader
+from amfm.data_pipeline.prepare.documents import SegmentReader
+from amfm.data_pipeline.prepare.records import Reject
 from amfm.data_pipeline.prepare.segments import cut_segments
 from amfm.data_pipeline.prepare.sources import list_files
 from amfm.data_pipeline.store.megatron_files import HEADER, MAGIC

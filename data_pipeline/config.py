@@ -34,6 +34,24 @@ class FimConfig(Section):
     )
 
 
+class CutConfig(Section):
+    """Cuts each file of text into documents: at lines, or by size. One of the three."""
+
+    separator: str | None = Field(
+        None,
+        description="Regular expression of a line between documents, such as `<\\|endoftext\\|>` or `^$`; no document has it.",
+    )
+    first_line: str | None = Field(
+        None, description="Regular expression of the first line of a document, such as `^# `."
+    )
+    size: int | None = Field(
+        None,
+        ge=1000,
+        le=2**28,
+        description="Documents of about this many bytes, cut at the end of a line (or at a space).",
+    )
+
+
 class SourceConfig(Section):
     """One named body of text."""
 
@@ -45,7 +63,20 @@ class SourceConfig(Section):
         description="Files, folders, globs, URLs (s3://, gs://, az://; https:// of one file) or data sets of the Hub (hub:OWNER/NAME): .txt, .md (a file is a document), .jsonl, .parquet, .arrow (a Hugging Face dataset on disk), .mds (MosaicML), and token ids: .idx (Megatron, with .bin next to it; or their --data-path prefix), .npy (Dolma), .ds (datatrove), chunk-*.bin (litdata), .bin (nanoGPT); all but those also as .gz, .zst.",
     )
     text_column: str = Field(
-        "text", description="Field that holds the text in jsonl and parquet, or token ids (`input_ids`)."
+        "text",
+        description="Field that holds the text in jsonl and parquet, or token ids (`input_ids`); `doc.text` is a field inside of `doc`.",
+    )
+    template: str | None = Field(
+        None, description='Instead of text_column: text from several fields, such as `"{title}\\n\\n{doc.body}"`.'
+    )
+    encoding: str = Field("utf-8", description="Encoding of files of text and of jsonl, by its name in Python.")
+    errors: Literal["strict", "replace", "ignore"] = Field(
+        "strict",
+        description="Bytes that are not of the encoding: the record is a reject, or they are U+FFFD, or left out.",
+    )
+    cut: CutConfig | None = Field(None, description="Cut files of text into documents; null: a file is a document.")
+    steps: tuple[str, ...] = Field(
+        (), description="Filters and transforms of packages or of `plugins`, by name, in this order, after `filters`."
     )
     messages_column: str | None = Field(
         None,
@@ -83,6 +114,12 @@ class SourceConfig(Section):
             raise ValueError("prompt_column and completion_column belong together; give both, or none")
         if self.messages_column is not None and self.prompt_column is not None:
             raise ValueError("messages_column and prompt_column exclude each other; give one of the two")
+        if self.template is not None and (self.has_loss_spans or self.text_column != "text"):
+            raise ValueError(
+                "template takes the place of text_column and of columns of conversations; give one of them"
+            )
+        if self.has_loss_spans and self.steps:
+            raise ValueError("steps are for text, and conversations have parts that count; remove one of the two")
         if self.has_loss_spans and self.fim is not None:
             raise ValueError("fim is for text all of which is learned; remove it, or the columns of conversations")
         return self

@@ -24,9 +24,10 @@ import torch
 
 from amfm.data_pipeline.config import SourceConfig
 from amfm.data_pipeline.durable.files import write_file_atomically
-from amfm.data_pipeline.prepare.documents import Document, SegmentReader
+from amfm.data_pipeline.prepare.documents import SegmentReader
 from amfm.data_pipeline.prepare.plan import plan_source
 from amfm.data_pipeline.prepare.python_sources import collect_python_sources
+from amfm.data_pipeline.prepare.records import Document
 from amfm.data_pipeline.store.store import TokenStore
 from amfm.data_pipeline.tokenizer.tokenizer import train_tokenizer
 from amfm.pretrain.monitor.environment import read_processor_name

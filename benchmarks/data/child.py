@@ -81,8 +81,9 @@ def tokenize(settings: dict[str, Any], answer: Callable[[object], None]) -> None
 
 def _read_batches(config: DataConfig, share: int, shares: int) -> Iterator[list[str]]:
     """Every `shares`-th segment of the plan, at most MAX_CHARACTERS of text."""
-    from amfm.data_pipeline.prepare.documents import Document, SegmentReader
+    from amfm.data_pipeline.prepare.documents import SegmentReader
     from amfm.data_pipeline.prepare.plan import plan_source
+    from amfm.data_pipeline.prepare.records import Document
     from amfm.data_pipeline.prepare.unit import BATCH_CHARACTERS, BATCH_DOCUMENTS
 
     (source,) = config.sources

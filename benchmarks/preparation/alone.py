@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from amfm.data_pipeline.prepare.documents import Document, SegmentReader
+from amfm.data_pipeline.prepare.documents import SegmentReader
+from amfm.data_pipeline.prepare.records import Document
 from amfm.data_pipeline.prepare.segments import Segment
 from amfm.data_pipeline.prepare.sources import InputFile
 from amfm.launch.cluster.child import open_answers

@@ -15,8 +15,10 @@ from amfm.data_pipeline.config import DataConfig, SourceConfig
 from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.data_pipeline.durable.foreign_files import read_object
 from amfm.data_pipeline.prepare.dialogues import describe_columns, dialogues_of
-from amfm.data_pipeline.prepare.documents import NAME_TOKENIZER, Document, Reject, SegmentReader, TokenDocument
+from amfm.data_pipeline.prepare.documents import NAME_TOKENIZER, SegmentReader
 from amfm.data_pipeline.prepare.filters import make_filter
+from amfm.data_pipeline.prepare.reading import reading_of
+from amfm.data_pipeline.prepare.records import Document, Reject, TokenDocument
 from amfm.data_pipeline.prepare.rejects import place_of
 from amfm.data_pipeline.prepare.segments import Segment
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer, read_tokenizer_file, tokenizer_files, train_tokenizer
@@ -71,9 +73,10 @@ def _read_records(
     source: SourceConfig, plan: Sequence[Segment], config: DataConfig
 ) -> Iterator[Document | TokenDocument | Reject]:
     reason_to_drop, dialogues = make_filter(source.filters, source.name), dialogues_of(source, config.tokenizer, None)
+    reading = reading_of(source, (segment.file for segment in plan))
     for segment in plan:
         if segment.split != "validation":
-            yield from SegmentReader(segment, source.text_column, reason_to_drop, dialogues=dialogues)
+            yield from SegmentReader(segment, source.text_column, reason_to_drop, dialogues=dialogues, reading=reading)
 
 
 TOKENIZER_SETTINGS = "tokenizer_settings.json"

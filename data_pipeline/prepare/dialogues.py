@@ -113,6 +113,8 @@ def columns_of(source: SourceConfig) -> dict[str, str]:
 
 def describe_columns(source: SourceConfig) -> str:
     """The settings that say which fields a source reads."""
+    if source.template is not None:
+        return f"template={source.template!r}"
     return " and ".join(f"{setting}={name!r}" for setting, name in columns_of(source).items())
 
 

@@ -8,20 +8,15 @@ range that holds its first byte, so ranges need no knowledge of each other and c
 
 from __future__ import annotations
 
-import gzip
 import io
-import json
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import IO, Any, cast
+from dataclasses import replace
+from typing import IO, Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
-import pydantic_core
 
 from amfm.data_pipeline.prepare.columns import (
     check_offsets,
@@ -31,63 +26,44 @@ from amfm.data_pipeline.prepare.columns import (
 )
 from amfm.data_pipeline.prepare.dialogues import Dialogues
 from amfm.data_pipeline.prepare.filters import Filter
+from amfm.data_pipeline.prepare.reading import (
+    AS_IT_IS,
+    Reading,
+    cut_stream,
+    find_field,
+    top_field,
+)
+from amfm.data_pipeline.prepare.records import (
+    DAMAGED,
+    MAX_DOCUMENT_BYTES,
+    MAX_UNPACKED_BYTES,
+    STREAM_ERRORS,
+    TOO_LONG,
+    Document,
+    Record,
+    Reject,
+    TokenDocument,
+    check_ids,
+    check_text,
+    load_json,
+    open_input,
+    open_seekable,
+    read_at_most,
+    read_line,
+)
 from amfm.data_pipeline.prepare.segments import Segment
-from amfm.data_pipeline.prepare.sources import BUFFER_BYTES, TOKEN_KINDS, InputFile
+from amfm.data_pipeline.prepare.sources import TOKEN_KINDS
 from amfm.data_pipeline.store.mds_files import DamagedShardError, MdsShard, read_mds_shard
 from amfm.data_pipeline.store.megatron_files import read_megatron_documents, read_megatron_index
 from amfm.data_pipeline.store.token_files import read_flat_documents, read_flat_tokens
-from amfm.data_pipeline.tokenizer.chat_template import Span
 
-MAX_DOCUMENT_BYTES = 2**28  # of a text, decompressed; a small file can hold one that takes a node's memory
-MAX_UNPACKED_BYTES = 2**31  # of a compressed parquet or arrow file, which is held in memory
-TOO_LONG = f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB, the most that a document may have"
 NAME_TOKENIZER = ", which mean nothing to a tokenizer trained here; name the file of the tokenizer that made them in data.tokenizer.model"
 NO_FILTERS = "filters need text; remove them"
 BATCH_ROWS = 1024  # of parquet that memory holds at once: a small file may unpack to 10^9 equal cells
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One text, its size in UTF-8 and where it came from: a byte of plain jsonl, a line of compressed, a row.
-
-    spans: of characters, rising, of which the tokens count; None: all of them.
-    """
-
-    text: str
-    num_bytes: int
-    position: str
-    spans: Sequence[Span] | None = None
-
-
-@dataclass(frozen=True)
-class TokenDocument:
-    """A document that is token ids already."""
-
-    tokens: npt.NDArray[np.int64]
-    position: str
-
-
-@dataclass(frozen=True, slots=True)
-class Reject:
-    """One record that gives no document; position as in `Document`."""
-
-    position: str
-    reason: str
-
-
-Record = Document | TokenDocument | Reject
-
-
-# What gzip, zlib and zstd raise for broken streams; an OSError with a number is the disk's and is not for us.
-DAMAGED = "damaged"  # begins the reason of each reject that stands for a file, or the rest of one
-_STREAM_ERRORS = (EOFError, OSError, zlib.error)
-
-
 class SegmentReader:
-    """Iterate over a segment's documents and rejects; `covered_bytes` then says how much of a plain jsonl it read.
-
-    OSError of the disk passes through.
-    """
+    """Iterate over a segment's documents and rejects; `covered_bytes`: of a plain jsonl that was read. Errors of the disk pass."""
 
     def __init__(
         self,
@@ -96,9 +72,14 @@ class SegmentReader:
         reason_to_drop: Filter | None = None,
         end_id: int | None = None,
         dialogues: Dialogues | None = None,
+        reading: Reading = AS_IT_IS,
     ) -> None:
+        self.reading, template = reading, reading.template
         self.segment, self.text_column, self.end_id, self.dialogues = segment, text_column, end_id, dialogues
         self.columns = (text_column,) if dialogues is None else dialogues.columns
+        if template is not None:
+            self.columns = template.columns
+        self.reads_records = dialogues is not None or template is not None or bool(reading.steps)
         self.reason_to_drop = reason_to_drop
         self.covered_bytes = 0
 
@@ -113,30 +94,104 @@ class SegmentReader:
             "parquet": self._parquet,
             "arrow": self._arrow,
             "mds": self._mds,
+            "own": self._own,
         }
         for item in readers[kind]():
-            if self.reason_to_drop and isinstance(item, TokenDocument):
+            if (self.reason_to_drop or self.reading.steps) and isinstance(item, TokenDocument):
                 raise ValueError(f"{self.segment.file.shown} holds tokens in {self.text_column!r}; {NO_FILTERS}")
             reason = self.reason_to_drop(item.text) if self.reason_to_drop and isinstance(item, Document) else None
-            yield item if reason is None else Reject(item.position, reason)
+            yield self._take_steps(item) if reason is None else Reject(item.position, reason)
+
+    def _take_steps(self, item: Record) -> Record:
+        """Filters and transforms of users, in order; errors of theirs pass."""
+        for step in self.reading.steps:
+            if not isinstance(item, Document):
+                break
+            record = item.record or {}
+            found = step.function(item.text, record)
+            if not step.is_filter:
+                changed = check_text(found, self.text_column, item.position)
+                item = replace(changed, record=record) if isinstance(changed, Document) else changed
+            elif found is not None:
+                item = Reject(item.position, f"filter: {step.name}: {found}")
+        return item
 
     def _text(self) -> Iterator[Record]:
         file = self.segment.file
+        if self.reading.cut is not None:
+            yield from self._cut_text()
+            return
         try:
             with open_input(file) as stream:
-                content = _read_at_most(stream, MAX_DOCUMENT_BYTES + 1)
+                content = read_at_most(stream, MAX_DOCUMENT_BYTES + 1)
                 if len(content) > MAX_DOCUMENT_BYTES:
                     yield Reject(file.name, TOO_LONG)
                     return
-                text = content.decode()
+                text = self.reading.decode(content)
         except UnicodeDecodeError as error:
-            yield Reject(file.name, f"not UTF-8: {error.reason} at byte {error.start}")
-        except _STREAM_ERRORS as error:
+            yield self._undecodable(file.name, error)
+        except STREAM_ERRORS as error:
             if is_of_the_disk(error):
                 raise
             yield Reject(file.name, f"{DAMAGED} compressed file: {error}")
         else:
-            yield self._check_text(text, file.name)
+            yield check_text(text, self.text_column, file.name)
+
+    def _undecodable(self, position: str, error: UnicodeDecodeError) -> Reject:
+        name = "UTF-8" if self.reading.encoding == "utf-8" else self.reading.encoding
+        return Reject(position, f"not {name}: {error.reason} at byte {error.start}")
+
+    def _cut_text(self) -> Iterator[Record]:
+        """The documents that a file of text is cut into, of which the first bytes are in the segment."""
+        file, cut = self.segment.file, self.reading.cut
+        assert cut is not None, "asked by who knows"
+        start, stop = self.segment.start, self.segment.stop
+        try:
+            with open_input(file) as opened:
+                stream: IO[bytes] = opened
+                if file.compression != "none":
+                    stream = io.BytesIO(read_at_most(opened, MAX_UNPACKED_BYTES + 1))
+                    start, stop = 0, stream.getbuffer().nbytes
+                    if stop > MAX_UNPACKED_BYTES:
+                        yield Reject(
+                            file.name, f"unpacks to more than {MAX_UNPACKED_BYTES >> 30} GiB; decompress it first"
+                        )
+                        return
+                for offset, content in cut_stream(stream, start, stop, cut, self.reading.encoding):
+                    if content.isspace() or not content:
+                        continue
+                    position = f"{file.name}:byte {offset}"
+                    try:
+                        text = self.reading.decode(content)
+                    except UnicodeDecodeError as error:
+                        yield self._undecodable(position, error)
+                        continue
+                    is_whole = len(content) <= MAX_DOCUMENT_BYTES
+                    yield check_text(text, self.text_column, position) if is_whole else Reject(position, TOO_LONG)
+        except STREAM_ERRORS as error:
+            if is_of_the_disk(error):
+                raise
+            yield Reject(file.name, f"{DAMAGED} compressed file: {error}")
+
+    def _own(self) -> Iterator[Record]:
+        """What a user's reader makes of a file: texts, or records with fields."""
+        file = self.segment.file
+        number, read = 0, dict(self.reading.readers)[file.suffix].function
+        try:
+            with open_input(file) as stream:
+                for found in read(stream):
+                    position = f"{file.name}:document {number}"
+                    number += 1
+                    is_text = isinstance(found, str)
+                    yield (
+                        check_text(found, self.text_column, position)
+                        if is_text
+                        else self._check_record(found, position)
+                    )
+        except (ValueError, *STREAM_ERRORS) as error:
+            if is_of_the_disk(error):
+                raise
+            yield Reject(f"{file.name}:document {number}", f"{DAMAGED} file, the rest is lost: {error}")
 
     def _jsonl(self) -> Iterator[Record]:
         file = self.segment.file
@@ -151,7 +206,7 @@ class SegmentReader:
                     position = f"{file.name}:{f'line {number}' if offset is None else f'byte {offset}'}"
                     is_whole = len(line) <= MAX_DOCUMENT_BYTES
                     yield self._parse(line, position) if is_whole else Reject(position, TOO_LONG)
-        except _STREAM_ERRORS as error:
+        except STREAM_ERRORS as error:
             if is_of_the_disk(error):
                 raise
             yield Reject(f"{file.name}:line {number + 1}", f"{DAMAGED} compressed file, the rest is lost: {error}")
@@ -162,7 +217,7 @@ class SegmentReader:
         Of a line that is longer than MAX_DOCUMENT_BYTES one byte more than that is given, and the rest read over.
         """
         if self.segment.file.compression != "none":
-            while (found := self._line(stream))[1]:
+            while (found := read_line(stream))[1]:
                 yield None, found[0]
             return
         offset = self.segment.start
@@ -175,33 +230,27 @@ class SegmentReader:
                 return
             offset += len(before) - 1
         while offset < self.segment.stop:
-            line, num_bytes = self._line(stream)
+            line, num_bytes = read_line(stream)
             if not line:
                 return
             self.covered_bytes += num_bytes
             yield offset, line
             offset += num_bytes
 
-    def _line(self, stream: IO[bytes]) -> tuple[bytes, int]:
-        """A line, as far as it may be long, and its whole length."""
-        line = stream.readline(MAX_DOCUMENT_BYTES + 1)
-        num_bytes = len(line)
-        while num_bytes > MAX_DOCUMENT_BYTES and not line.endswith(b"\n") and (rest := stream.readline(BUFFER_BYTES)):
-            num_bytes += len(rest)
-            if rest.endswith(b"\n"):
-                break
-        return line, num_bytes
-
     def _parse(self, line: bytes, position: str) -> Record:
         try:
-            record = load_json(line)
+            record = load_json(self.reading.decode(line).encode() if self.reading.recodes else line)
+        except UnicodeDecodeError as error:
+            return (
+                self._undecodable(position, error) if self.reading.recodes else Reject(position, f"not JSON: {error}")
+            )
         except (ValueError, RecursionError) as error:
             return Reject(position, f"not JSON: {error}")
-        if not isinstance(record, dict) or self.columns[0] not in record:
+        if not isinstance(record, dict):
             return Reject(position, f"no field {self.columns[0]!r}")
-        if self.dialogues is not None:
+        if self.reads_records or self.text_column not in record:
             return self._check_record(record, position)
-        return self._check_text(record[self.text_column], position)
+        return check_text(record[self.text_column], self.text_column, position)
 
     def _parquet(self) -> Iterator[Record]:
         file = self.segment.file
@@ -219,7 +268,7 @@ class SegmentReader:
                         for cells in zip(*(batch.column(name) for name in columns)):
                             yield self._check_cells(columns, cells, f"{file.name}:group {group} row {row}")
                             row += 1
-        except (pyarrow.ArrowException, *_STREAM_ERRORS) as error:
+        except (pyarrow.ArrowException, *STREAM_ERRORS) as error:
             if is_of_the_disk(error):
                 raise
             yield Reject(file.name, f"damaged parquet: {error}")
@@ -240,7 +289,7 @@ class SegmentReader:
                     for cells in zip(*held):
                         yield self._check_cells(columns, cells, f"{file.name}:row {row}")
                         row += 1
-        except (pyarrow.ArrowException, *_STREAM_ERRORS) as error:
+        except (pyarrow.ArrowException, *STREAM_ERRORS) as error:
             if is_of_the_disk(error):
                 raise
             yield Reject(file.name, f"damaged arrow stream: {error}")
@@ -250,7 +299,7 @@ class SegmentReader:
         try:
             with open_seekable(file) as opened:
                 shard = read_mds_shard(opened, opened.size() if file.compression != "none" else file.num_bytes)
-                columns = [*self.columns, *(name for name in self._more_columns() if name in shard.names)]
+                columns = self._columns_among(shard.names)
                 problems = filter(None, map(shard.column_problem, columns))
                 if (problem := next(problems, None)) is not None:
                     yield Reject(file.name, problem)
@@ -258,7 +307,7 @@ class SegmentReader:
                 whole = file.compression != "none"
                 for number in range(shard.num_samples) if whole else range(self.segment.start, self.segment.stop):
                     yield self._check_sample(shard, opened, number, columns)
-        except (DamagedShardError, pyarrow.ArrowException, *_STREAM_ERRORS) as error:
+        except (DamagedShardError, pyarrow.ArrowException, *STREAM_ERRORS) as error:
             if is_of_the_disk(error):
                 raise
             yield Reject(file.name, f"{DAMAGED} MDS shard: {error}")
@@ -270,10 +319,14 @@ class SegmentReader:
             values = shard.read(opened, number, columns)
         except UnicodeDecodeError as error:
             return Reject(position, f"not UTF-8: {error.reason} at byte {error.start}")
-        if self.dialogues is not None:
+        if self.reads_records or columns[0] != self.text_column:
             return self._check_record(dict(zip(columns, values)), position)
-        (value,) = values
-        return self._check_ids(value, position) if isinstance(value, np.ndarray) else self._check_text(value, position)
+        value = values[0]
+        return (
+            check_ids(value, self.text_column, position)
+            if isinstance(value, np.ndarray)
+            else check_text(value, self.text_column, position)
+        )
 
     def _more_columns(self) -> Sequence[str]:
         """Columns that are read where a file has them."""
@@ -297,16 +350,23 @@ class SegmentReader:
             yield Reject(position, "empty document") if is_empty else TokenDocument(tokens, position)
 
     def _column_problem(self, schema: pyarrow.Schema) -> str | None:
-        found = (column_problem(schema, name) for name in self.columns)
+        found = (column_problem(schema, top_field(name, schema.names)) for name in self.columns)
         return next((problem for problem in found if problem is not None), None)
 
     def _columns_of(self, schema: pyarrow.Schema) -> list[str]:
         """The columns to read of a table."""
-        return [*self.columns, *(name for name in self._more_columns() if schema.names.count(name) == 1)]
+        return self._columns_among([name for name in schema.names if schema.names.count(name) == 1])
+
+    def _columns_among(self, names: Sequence[str]) -> list[str]:
+        """The columns to read: those of the fields, and for conversations and steps the others that there are."""
+        more = names if self.reading.steps else self._more_columns()
+        return list(
+            dict.fromkeys((*(top_field(name, names) for name in self.columns), *(n for n in more if n in names)))
+        )
 
     def _check_cells(self, columns: Sequence[str], cells: Sequence[Any], position: str) -> Record:
         """Check the cells of a row: one with text or ids, or those of a dialogue."""
-        if self.dialogues is None:
+        if not self.reads_records and columns[0] == self.text_column:
             return self._check_cell(cells[0], position)
         try:
             return self._check_record({name: cell.as_py() for name, cell in zip(columns, cells)}, position)
@@ -314,84 +374,25 @@ class SegmentReader:
             return Reject(position, f"not UTF-8: {error.reason} at byte {error.start}")
 
     def _check_record(self, record: Mapping[str, Any], position: str) -> Record:
-        """Make a document of a conversation, or of a prompt and its completion."""
-        assert self.dialogues is not None, "a record is read where a part of it counts"
+        """Make a document of a field, of a template's fields, of a conversation, or of a prompt and its completion."""
+        spans, template = None, self.reading.template
         try:
-            text, spans = self.dialogues.read(record)
+            if self.dialogues is not None:
+                text, spans = self.dialogues.read(record)
+            else:
+                text = find_field(record, self.text_column) if template is None else template.read(record)
         except (ValueError, RecursionError) as error:
             return Reject(position, str(error))
-        found = self._check_text(text, position)
-        return replace(found, spans=spans) if isinstance(found, Document) else found
+        found = check_text(text, self.text_column, position)
+        return replace(found, spans=spans, record=record) if isinstance(found, Document) else found
 
     def _check_cell(self, cell: Any, position: str) -> Record:
         """Check a cell of a column; Arrow's own type says text, and no one held its bytes to that."""
         if holds_ids(cell.type):
             ids = None if cell.values is None else cell.values.to_numpy(zero_copy_only=False)
-            return self._check_ids(ids, position)
+            return check_ids(ids, self.text_column, position)
         try:
             text = cell.as_py()
         except UnicodeDecodeError as error:
             return Reject(position, f"not UTF-8: {error.reason} at byte {error.start}")
-        return self._check_text(text, position)
-
-    def _check_ids(self, ids: Any, position: str) -> TokenDocument | Reject:
-        """Make a document of token ids."""
-        if ids is None or not len(ids):
-            return Reject(position, "empty document")
-        if ids.dtype.kind not in "iu":
-            return Reject(position, f"field {self.text_column!r} has a token that is missing, or none")
-        return TokenDocument(ids.astype(np.int64), position)
-
-    def _check_text(self, text: object, position: str) -> Record:
-        """Make a document of a text that is not blank and has a UTF-8 form, which JSON's escapes may lack; or of token ids."""
-        if isinstance(text, list) and all(type(item) is int and abs(item) < 2**63 for item in text):
-            return self._check_ids(np.array(text, np.int64), position)
-        if not isinstance(text, str):
-            return Reject(position, f"field {self.text_column!r} is {type(text).__name__}, not text")
-        if not text or text.isspace():
-            return Reject(position, "empty text")
-        if len(text) > MAX_DOCUMENT_BYTES:
-            return Reject(position, TOO_LONG)
-        if text.isascii():  # known without looking, as in most of the text
-            return Document(text, len(text), position)
-        try:
-            return Document(text, len(text.encode()), position)
-        except UnicodeEncodeError:
-            return Reject(position, "text holds half a surrogate pair")
-
-
-def load_json(line: bytes) -> Any:
-    """As json.loads, in half the time; what the fast parser rejects the other one judges and explains."""
-    try:
-        return pydantic_core.from_json(line)
-    except ValueError:
-        return json.loads(line)
-
-
-def open_input(file: InputFile) -> IO[bytes]:
-    """Open a file for reading, decompressed."""
-    if file.compression == "gz":
-        return cast(IO[bytes], gzip.open(file.open()))
-    if file.compression == "zst":
-        stream: Any = pyarrow.CompressedInputStream(file.open_arrow(), "zstd")
-        return cast(IO[bytes], io.BufferedReader(stream))
-    return file.open()
-
-
-def _read_at_most(stream: IO[bytes], most: int) -> bytearray:
-    """Read a stream up to so many bytes; in pieces, because it makes room for all that it is asked for."""
-    content = bytearray()
-    while piece := stream.read(min(most - len(content), BUFFER_BYTES)):
-        content += piece
-    return content
-
-
-def open_seekable(file: InputFile) -> Any:
-    """Open a file for pyarrow's readers, which seek: a compressed one is decompressed into memory."""
-    if file.compression == "none":
-        return file.open_arrow()
-    with open_input(file) as stream:
-        content = _read_at_most(stream, MAX_UNPACKED_BYTES + 1)
-    if len(content) > MAX_UNPACKED_BYTES:
-        raise pyarrow.ArrowInvalid(f"it unpacks to more than {MAX_UNPACKED_BYTES >> 30} GiB; decompress it first")
-    return pyarrow.BufferReader(content)
+        return check_text(text, self.text_column, position)

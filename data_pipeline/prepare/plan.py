@@ -21,6 +21,7 @@ from amfm.data_pipeline.memory import no_garbage_collection
 from amfm.data_pipeline.prepare.columns import check_column, holds_tokens
 from amfm.data_pipeline.prepare.dialogues import Dialogues, columns_of
 from amfm.data_pipeline.prepare.documents import NAME_TOKENIZER, NO_FILTERS
+from amfm.data_pipeline.prepare.reading import AS_IT_IS, Reading, Template, check_reading
 from amfm.data_pipeline.prepare.segments import Segment, cut_segments
 from amfm.data_pipeline.prepare.sources import TOKEN_KINDS, InputFile, list_files
 from amfm.data_pipeline.samples.permutation import derive_key, permute
@@ -49,6 +50,7 @@ class UnitSettings:
     vocab_size: int
     eos_id: int
     dialogues: Dialogues | None = None
+    reading: Reading = AS_IT_IS
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,12 @@ class Unit:
             (item.file.name, item.file.num_bytes, item.file.modified_ns, item.start, item.stop, item.split)
             for item in self.segments
         ]
-        settings = asdict(self.settings) | {"filters": self.settings.filters.model_dump()}
+        settings = asdict(replace(self.settings, reading=AS_IT_IS)) | {"filters": self.settings.filters.model_dump()}
         if self.settings.dialogues is None:
             del settings["dialogues"]  # as it was before there were any
+        settings["reading"] = self.settings.reading.facts()
+        if not settings["reading"]:
+            del settings["reading"]
         facts = [UNIT_FORMAT, self.source, self.number, inputs, settings, self.stage, self.duplicates]
         return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
@@ -125,24 +130,31 @@ def plan_source(source: SourceConfig, config: DataConfig, files: Sequence[InputF
     ValueError for missing or empty input.
     """
     files = _choose_files(source, config, {}) if files is None else files
-    for column in columns_of(source).values():
-        check_column(files, column, holds_text=source.messages_column is None)
+    template = None if source.template is None else Template.parse(source.template)
+    for column in columns_of(source).values() if template is None else template.columns:
+        check_column(files, column, holds_text=source.messages_column is None and template is None)
+    check_reading(source, has_lines=source.cut is not None or any(file.kind == "jsonl" for file in files))
     if source.has_loss_spans and any(file.kind in ("text", *TOKEN_KINDS) for file in files):
         raise ValueError(
             f"source {source.name!r} has columns of conversations, and files without columns; name .jsonl, .parquet or .arrow"
         )
     if holds_tokens(files, source.text_column):
-        if source.filters != FilterConfig():
+        if source.filters != FilterConfig() or source.steps or template is not None:
             raise ValueError(f"source {source.name!r} holds tokens; {NO_FILTERS}")
         if config.tokenizer.model is None:
             raise ValueError(f"source {source.name!r} holds tokens{NAME_TOKENIZER}")
     part_bytes = part_bytes_of(source, config)
     segment_bytes = max(part_bytes // SEGMENTS_PER_PART, min(part_bytes, MIN_SEGMENT_BYTES))
-    validating = _choose_validation(source, [file for file in files if file.kind == "text"], config)
+    if source.max_bytes is not None and source.max_bytes < segment_bytes:
+        segment_bytes = max(1, source.max_bytes // PARTS_OF_A_LIMIT)
+    whole = [file for file in files if file.kind == "text" and source.cut is None]
+    whole_names, validating = {file.name for file in whole}, _choose_validation(source, whole, config)
     segments = [
-        replace(segment, split="validation" if file.name in validating else "train") if file.kind == "text" else segment
+        replace(segment, split="validation" if file.name in validating else "train")
+        if file.name in whole_names
+        else segment
         for file in files
-        for segment in cut_segments(file, segment_bytes, config.megatron_split)
+        for segment in cut_segments(file, segment_bytes, config.megatron_split, source.cut)
     ]
     if not segments:
         raise ValueError(

@@ -25,6 +25,7 @@ from amfm.data_pipeline.prepare.duplicates import mark_duplicates, units_to_hash
 from amfm.data_pipeline.prepare.hub import pin_revisions, read_pins, write_pins
 from amfm.data_pipeline.prepare.journal import Journal
 from amfm.data_pipeline.prepare.plan import Unit, UnitSettings, make_units, part_bytes_of, plan_sources
+from amfm.data_pipeline.prepare.reading import reading_of
 from amfm.data_pipeline.prepare.rejects import count_rejects, describe_first_damage, describe_first_reject
 from amfm.data_pipeline.prepare.report import PrepareReport, Progress, ShowProgress, make_report
 from amfm.data_pipeline.prepare.segments import Segment
@@ -90,7 +91,9 @@ def prepare(
         tokenizer = _tokenizer_of(store, config, plans, progress)
         layout = Layout.for_vocabulary(tokenizer.vocab_size, config.prepare.chunk_tokens, config.prepare.preset)
         units: dict[str, Sequence[Unit]] = {
-            source.name: make_units(source.name, plans[source.name], _unit_settings(source, config, tokenizer, layout))
+            source.name: make_units(
+                source.name, plans[source.name], _unit_settings(source, config, tokenizer, layout, plans[source.name])
+            )
             for source in config.sources
         }
         journal = Journal(store)
@@ -108,8 +111,14 @@ def prepare(
             if config.prepare.on_damage == "refuse":
                 _refuse_damage(source, reports[source.name], store, units[source.name])
         names = journal.source_names() | reports.keys()
-        identity, remarks = _finish(store, tokenizer, layout, reports, names, pins)
+        code = {
+            name: used
+            for name, of_source in units.items()
+            if of_source and (used := of_source[0].settings.reading.code())
+        }
+        identity, remarks = _finish(store, tokenizer, layout, reports, names, pins, code)
     remarks += _describe_short_sources(reports, limits)
+    remarks += _describe_passed_limits(config, reports)
     remarks += _describe_unheld_sources(config, reports)
     remarks += _describe_files_read_twice(plans)
     remarks += _describe_unlearned(config, store, units)
@@ -137,6 +146,19 @@ def _describe_short_sources(reports: Mapping[str, Sequence[UnitReport]], limits:
             yield f"source {name!r} has {tokens:,} tokens of max_tokens={limit:,}: there is no more text in the files chosen"
 
 
+def _describe_passed_limits(config: DataConfig, reports: Mapping[str, Sequence[UnitReport]]) -> Iterator[str]:
+    """Report which sources have more than a limit by over a tenth, since documents are taken whole."""
+    for source in config.sources:
+        for name, limit in (("max_tokens", source.max_tokens), ("max_bytes", source.max_bytes)):
+            field = "tokens" if name == "max_tokens" else "text_bytes"
+            number = sum(getattr(report, field) for report in reports[source.name])
+            if limit is not None and number > 1.1 * limit:
+                yield (
+                    f"source {source.name!r} has {number:,} {field.replace('_', ' ')} at {name}={limit:,}: documents are taken whole; "
+                    "cut large files of text with sources.*.cut"
+                )
+
+
 def _describe_unheld_sources(config: DataConfig, reports: Mapping[str, Sequence[UnitReport]]) -> Iterator[str]:
     """Report of which sources no document was kept for validation, although some were to be."""
     fractions = {source.name: config.held_out(source) for source in config.sources}
@@ -146,7 +168,7 @@ def _describe_unheld_sources(config: DataConfig, reports: Mapping[str, Sequence[
         ):
             yield (
                 f"source {name!r} has no validation documents at data.validation_fraction={fractions[name]}, and a run "
-                "that validates will reject it: give more documents (one file of text is one document) or raise the fraction"
+                "that validates will reject it: give more documents (one file of text is one document, unless sources.*.cut cuts it) or raise the fraction"
             )
 
 
@@ -167,7 +189,9 @@ def _describe_files_read_twice(plans: Mapping[str, Sequence[Segment]]) -> Iterat
             yield f"source {name!r} has {path} {times} times, by its paths or by links, and so each of its documents"
 
 
-def _unit_settings(source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, layout: Layout) -> UnitSettings:
+def _unit_settings(
+    source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, layout: Layout, plan: Sequence[Segment]
+) -> UnitSettings:
     return UnitSettings(
         text_column=source.text_column,
         filters=source.filters,
@@ -179,6 +203,7 @@ def _unit_settings(source: SourceConfig, config: DataConfig, tokenizer: Tokenize
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
         dialogues=dialogues_of(source, config.tokenizer, tokenizer),
+        reading=reading_of(source, (segment.file for segment in plan)),
     )
 
 
@@ -331,6 +356,7 @@ def _finish(
     reports: Mapping[str, Sequence[UnitReport]],
     source_names: set[str],
     revisions: Mapping[str, str],
+    code: Mapping[str, Mapping[str, str]],
 ) -> tuple[str, list[str]]:
     """Write the manifest if it is not there already, then delete what we wrote and no part holds; identity and warnings.
 
@@ -350,7 +376,7 @@ def _finish(
         pad_id=tokenizer.pad_id,
     )
     with _explain_full_disk(store, len(reports), len(reports)):
-        identity = write_manifest(store, record, layout, sources, revisions)
+        identity = write_manifest(store, record, layout, sources, revisions, code)
     kept = {part.path for by_split in sources.values() for parts in by_split.values() for part in parts}
     left = [
         folder

@@ -26,6 +26,7 @@ from typing import Any
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.data_pipeline.memory import keep_freed_memory
+from amfm.data_pipeline.prepare.own_code import local_modules
 from amfm.data_pipeline.prepare.plan import Unit
 from amfm.data_pipeline.prepare.ray_token import START_RAY, choose_token, must_answer
 from amfm.data_pipeline.prepare.unit import UnitFailure, UnitReport, run_unit
@@ -138,6 +139,8 @@ def run_on_ray(
     wanted = config.prepare.num_actors or (None if address else len(os.sched_getaffinity(0)))
     with running_ray(address, min(wanted or len(units), len(units)), report):
         num_actors = min(len(units), wanted or int(ray.cluster_resources().get("CPU", 1)))
+        for module in local_modules():  # their functions go with the units: no other node needs the folder
+            ray.cloudpickle.register_pickle_by_value(module)
         report("waiting for processes that write parts")
         yield from Dispatcher(ray, units, store, tokenizer).run(num_actors)
 

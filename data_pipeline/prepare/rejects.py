@@ -18,8 +18,8 @@ from typing import IO
 
 from amfm.data_pipeline.durable.files import replacing
 from amfm.data_pipeline.durable.lines import read_lines
-from amfm.data_pipeline.prepare.documents import DAMAGED, Reject
 from amfm.data_pipeline.prepare.plan import Unit
+from amfm.data_pipeline.prepare.records import DAMAGED, Reject
 from amfm.data_pipeline.prepare.segments import Segment
 from amfm.data_pipeline.prepare.sources import InputFile
 from amfm.data_pipeline.store.object_store import is_url

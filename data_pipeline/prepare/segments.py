@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from amfm.data_pipeline.config import CutConfig
 from amfm.data_pipeline.prepare.columns import read_footer
 from amfm.data_pipeline.prepare.sources import InputFile
 from amfm.data_pipeline.store.mds_files import DamagedShardError, read_mds_shard
@@ -32,10 +33,12 @@ class Segment:
     split: Literal["train", "validation"] | None = None
 
 
-def cut_segments(file: InputFile, segment_bytes: int, megatron_split: str | None = None) -> list[Segment]:
+def cut_segments(
+    file: InputFile, segment_bytes: int, megatron_split: str | None = None, cut: CutConfig | None = None
+) -> list[Segment]:
     """Cut a file into segments of about segment_bytes that together cover it exactly once, but for what a split leaves out.
 
-    Plain jsonl by byte ranges, parquet by runs of row groups, Megatron by documents; other files are one segment. Empty
+    Plain jsonl, and text that is cut into documents, by byte ranges, parquet by runs of row groups, Megatron by documents; other files are one segment. Empty
     files have none.
     """
     if file.num_bytes == 0:
@@ -61,7 +64,10 @@ def cut_segments(file: InputFile, segment_bytes: int, megatron_split: str | None
         ]
     if file.kind == "mds" and file.compression == "none":
         return _cut_mds(file, segment_bytes)
-    if file.kind == "jsonl" and file.compression == "none":
+    is_cut = file.kind == "text" and cut is not None
+    if is_cut and cut is not None and cut.size is not None:
+        segment_bytes = max(1, segment_bytes // cut.size) * cut.size  # the places of its cuts
+    if (file.kind == "jsonl" or is_cut) and file.compression == "none":
         starts = range(0, file.num_bytes, segment_bytes)
         stops = [min(start + segment_bytes, file.num_bytes) for start in starts]
         return [Segment(file, start, stop, stop - start) for start, stop in zip(starts, stops)]

@@ -23,10 +23,13 @@ import pyarrow
 
 from amfm.data_pipeline.config import SourceConfig
 from amfm.data_pipeline.prepare.hub import headers_for, is_hub, list_hub, pin_revisions
+from amfm.data_pipeline.prepare.own_code import find_reader
 from amfm.data_pipeline.store.http_files import HttpError, HttpFile, is_http, without_secrets
 from amfm.data_pipeline.store.object_store import RemoteFolder, is_url, split_url
 
-Kind = Literal["text", "jsonl", "parquet", "arrow", "mds", "megatron", "dolma", "datatrove", "nanogpt", "litdata"]
+Kind = Literal[
+    "text", "jsonl", "parquet", "arrow", "mds", "megatron", "dolma", "datatrove", "nanogpt", "litdata", "own"
+]
 Compression = Literal["none", "gz", "zst"]
 
 KIND_BY_SUFFIX: dict[str, Kind] = {
@@ -65,6 +68,11 @@ class InputFile:
     compression: Compression
     num_bytes: int
     modified_ns: int
+
+    @property
+    def suffix(self) -> str:
+        """That of its kind, without that of its compression."""
+        return Path(_split_suffixes(self.name)[0]).suffix
 
     @property
     def shown(self) -> str:
@@ -322,7 +330,10 @@ def _split_suffixes(name: str) -> tuple[str, Compression]:
 
 def _kind_of(name: str) -> Kind | None:
     path = Path(_split_suffixes(name)[0])
-    return "litdata" if LITDATA_NAME.fullmatch(path.name) else KIND_BY_SUFFIX.get(path.suffix)
+    if LITDATA_NAME.fullmatch(path.name):
+        return "litdata"
+    known = KIND_BY_SUFFIX.get(path.suffix)
+    return known if known is not None or find_reader(path.suffix) is None else "own"
 
 
 def _describe(found: _Found, name: str) -> InputFile:

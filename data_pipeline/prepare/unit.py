@@ -19,10 +19,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from amfm.data_pipeline.prepare.documents import Document, Reject, SegmentReader, TokenDocument
+from amfm.data_pipeline.prepare.documents import SegmentReader
 from amfm.data_pipeline.prepare.duplicates import hash_text, load_skips, write_hashes
 from amfm.data_pipeline.prepare.filters import make_filter
 from amfm.data_pipeline.prepare.plan import Unit
+from amfm.data_pipeline.prepare.records import Document, Reject, TokenDocument
 from amfm.data_pipeline.prepare.rejects import RejectList, listing_rejects
 from amfm.data_pipeline.samples.loss_spans import find_runs
 from amfm.data_pipeline.samples.permutation import derive_key, permute
@@ -92,7 +93,10 @@ def _hash_unit(unit: Unit, store: Path) -> UnitReport:
     digests: list[bytes] = []
     text_bytes = 0
     for segment in unit.segments:
-        reader = SegmentReader(segment, unit.settings.text_column, reason_to_drop, dialogues=unit.settings.dialogues)
+        settings = unit.settings
+        reader = SegmentReader(
+            segment, settings.text_column, reason_to_drop, dialogues=settings.dialogues, reading=settings.reading
+        )
         for item in reader:
             if isinstance(item, Document):
                 digests.append(hash_text(item.text.encode()))
@@ -155,7 +159,12 @@ class _UnitWriter:
         settings = self.unit.settings
         for segment in self.unit.segments:
             reader = SegmentReader(
-                segment, settings.text_column, self.reason_to_drop, settings.eos_id, settings.dialogues
+                segment,
+                settings.text_column,
+                self.reason_to_drop,
+                settings.eos_id,
+                settings.dialogues,
+                settings.reading,
             )
             for item in reader:
                 if isinstance(item, Reject):

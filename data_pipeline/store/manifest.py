@@ -158,13 +158,15 @@ def write_manifest(
     layout: Layout,
     sources: PartsBySource,
     revisions: Mapping[str, str] = {},
+    code: Mapping[str, Mapping[str, str]] = {},
 ) -> str:
     """Write manifest.json atomically, last of all, and return the identity of the store.
 
-    revisions: commits of the data sets that text came from, a note for people: the identity names tokens, not places.
+    revisions: commits of the data sets that text came from, a note for people: the identity names tokens, not places. code: digests
+    of users' filters, transforms and readers, by source and name; they are part of the identity.
     ValueError for more parts than a reader takes.
     """
-    identity = identify_store(tokenizer, layout, sources)
+    identity = identify_store(tokenizer, layout, sources, code)
     has_spans = any(part.num_spans for by_split in sources.values() for parts in by_split.values() for part in parts)
     manifest: dict[str, Any] = {
         "format": "amfm token store",
@@ -177,6 +179,8 @@ def write_manifest(
             for name in sorted(sources)
         },
     }
+    if code:
+        manifest["code"] = code
     if revisions:
         manifest["revisions"] = dict(sorted(revisions.items()))
     content = json.dumps(manifest, indent=1).encode()
@@ -198,8 +202,11 @@ def identify_source(name: str, split: Split, parts: Sequence[Part]) -> str:
     return digest.hexdigest()
 
 
-def identify_store(tokenizer: TokenizerRecord, layout: Layout, sources: PartsBySource) -> str:
+def identify_store(
+    tokenizer: TokenizerRecord, layout: Layout, sources: PartsBySource, code: Mapping[str, Any] = {}
+) -> str:
     """Digest of everything that a manifest says."""
     facts = [FORMAT_VERSION, asdict(tokenizer), asdict(layout)]
     facts += [identify_source(name, split, sources[name][split]) for name in sorted(sources) for split in SPLITS]
+    facts += [dict(code)] if code else []
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()

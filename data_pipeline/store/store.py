@@ -121,7 +121,10 @@ class TokenStore:
                 for name, by_split in manifest["sources"].items()
             }
             revisions = dict(manifest.get("revisions", {}))
-            identity, stated = identify_store(tokenizer, layout, sources), manifest["identity"]
+            identity, stated = (
+                identify_store(tokenizer, layout, sources, manifest.get("code") or {}),
+                manifest["identity"],
+            )
         if identity != stated:
             raise damaged(f"{file} says identity {stated}, but its contents give {identity}: it was edited or damaged")
         if remote is None:

@@ -15,8 +15,8 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from amfm.data_pipeline.config import SourceConfig
-from amfm.data_pipeline.prepare.documents import load_json, open_input, open_seekable
 from amfm.data_pipeline.prepare.hub import is_hub, parse_hub
+from amfm.data_pipeline.prepare.records import load_json, open_input, open_seekable
 from amfm.data_pipeline.prepare.sources import InputFile, list_files
 
 DEFAULT = "text"

@@ -39,7 +39,7 @@ PRESENT = Present()
 
 
 def register(*specs: Registered) -> None:
-    """Register kinds of block, hooks, schedules and optimizers in this process, by their specs.
+    """Register kinds of block, routers, hooks, schedules, optimizers and code about documents in this process, by their specs.
 
     A spec may have the class or function itself instead of an import path. Raises ValueError for a name that is not
     lower case, or that amfm or an installed package has.
@@ -49,6 +49,9 @@ def register(*specs: Registered) -> None:
             raise ValueError(
                 f"{type(spec).__name__} {spec.name!r} must have a lower-case name of letters, digits and _"
             )
+        if (table := getattr(spec, "registered", None)) is not None:  # of kinds that have no options
+            table[spec.name] = spec
+            continue
         section = next((each for each in _below(PluginSections) if vars(each).get("group") == spec.group), None)
         made = [] if section is None else [each for each in _below(section) if each.__base__ is section]
         before = {known.name for _, known in IN_PROCESS.get(spec.group, ())}
@@ -70,7 +73,7 @@ def _add_section(section: type[PluginSections], spec: Registered) -> None:
     section.__annotations__[spec.name] = annotation
     section.packages = {**section.packages, spec.name: PRESENT.source}
     for each in _below(Section):
-        kind = each.model_fields.get("kind")
+        kind = each.model_fields.get(section.chooser)
         names = () if kind is None else get_args(kind.annotation)
         if any(info.annotation is section for info in each.model_fields.values()) and kind and spec.name not in names:
             kind.annotation = Literal[(*names, spec.name)]

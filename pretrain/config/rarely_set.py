@@ -24,8 +24,9 @@ RARELY_SET: dict[str, dict[str, str]] = {
     "docs/data.md": {
         "data": "skip skip_steps megatron_split packing shuffle mask_document_boundaries on_corruption",
         "data.cache": "folder max_bytes block_bytes",
-        "data.sources.*": "text_column messages_column prompt_column completion_column max_bytes max_tokens",
+        "data.sources.*": "text_column template encoding errors steps messages_column prompt_column completion_column max_bytes max_tokens",
         "data.sources.*.fim": "rate kind tokens",
+        "data.sources.*.cut": "separator first_line size",
         "data.sources.*.filters": "min_characters max_characters keep_pattern drop_pattern exact_duplicates",
         "data.tokenizer": "algorithm eos_token byte_fallback control_tokens chat_template",
         "data.prepare": "preset part_bytes chunk_tokens seed on_damage",

@@ -9,10 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from amfm.data_pipeline.prepare.own_code import DocumentFilter, DocumentTransform, FileReader
     from amfm.launch.api import load, load_model, plan, prepare, read_run, train
     from amfm.launch.modules import batches, build, save_model
     from amfm.model.config.kinds import Kind
     from amfm.model.config.registering import register
+    from amfm.model.config.routed import Routed, RouterInput
+    from amfm.model.config.routers import RouterSpec
     from amfm.pretrain.config.errors import ConfigError
     from amfm.pretrain.config.hook_registry import HookSpec
     from amfm.pretrain.config.optimizers import OptimizerSpec
@@ -24,22 +27,31 @@ __version__ = "0.1.0"
 _API = ("load", "load_model", "plan", "prepare", "read_run", "train")
 _ELSEWHERE = {
     **dict.fromkeys(("batches", "build", "save_model"), "amfm.launch.modules"),
+    **dict.fromkeys(("DocumentFilter", "DocumentTransform", "FileReader"), "amfm.data_pipeline.prepare.own_code"),
     "ConfigError": "amfm.pretrain.config.errors",
     "Hook": "amfm.pretrain.hook",
     "HookSpec": "amfm.pretrain.config.hook_registry",
     "Kind": "amfm.model.config.kinds",
     "OptimizerSpec": "amfm.pretrain.config.optimizers",
     "OwnCodeError": "amfm.pretrain.failures",
+    **dict.fromkeys(("Routed", "RouterInput"), "amfm.model.config.routed"),
+    "RouterSpec": "amfm.model.config.routers",
     "ScheduleSpec": "amfm.pretrain.config.schedules",
     "register": "amfm.model.config.registering",
 }
 __all__ = [
     "ConfigError",
+    "DocumentFilter",
+    "DocumentTransform",
+    "FileReader",
     "Hook",
     "HookSpec",
     "Kind",
     "OptimizerSpec",
     "OwnCodeError",
+    "Routed",
+    "RouterInput",
+    "RouterSpec",
     "ScheduleSpec",
     "batches",
     "build",

@@ -9,9 +9,10 @@ import pyarrow.parquet
 import pytest
 
 from amfm.data_pipeline.config import SourceConfig
-from amfm.data_pipeline.prepare import documents
+from amfm.data_pipeline.prepare import documents, records
 from amfm.data_pipeline.prepare.columns import check_column
-from amfm.data_pipeline.prepare.documents import Document, Reject, SegmentReader
+from amfm.data_pipeline.prepare.documents import SegmentReader
+from amfm.data_pipeline.prepare.records import Document, Reject
 from amfm.data_pipeline.prepare.rejects import place_of
 from amfm.data_pipeline.prepare.segments import Segment, cut_segments
 from amfm.data_pipeline.prepare.sources import list_files
@@ -216,8 +217,10 @@ def test_text_that_is_not_utf8_is_rejected_with_the_byte(tmp_path):
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_a_document_beyond_the_limit_is_a_reject_and_the_rest_is_read(tmp_path, monkeypatch, suffix):
     """A small .gz may hold gigabytes in one line or text."""
-    monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 1000)
-    monkeypatch.setattr(documents, "MAX_UNPACKED_BYTES", 10**6)
+    for module in (documents, records):
+        monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 1000)
+    for module in (documents, records):
+        monkeypatch.setattr(module, "MAX_UNPACKED_BYTES", 10**6)
     pack = gzip.compress if suffix else bytes
     long, short = json.dumps({"text": "a" * 10**5}), json.dumps({"text": "short"})
     (tmp_path / f"a.jsonl{suffix}").write_bytes(pack("\n".join([short, long, short, long]).encode()))

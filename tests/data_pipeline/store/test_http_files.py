@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from amfm.data_pipeline.config import SourceConfig
-from amfm.data_pipeline.prepare.documents import Document, SegmentReader
+from amfm.data_pipeline.prepare.documents import SegmentReader
+from amfm.data_pipeline.prepare.records import Document
 from amfm.data_pipeline.prepare.segments import cut_segments
 from amfm.data_pipeline.prepare.sources import list_files
 from amfm.data_pipeline.store.http_files import Answer, HttpError, HttpFile, ask

@@ -18,8 +18,9 @@ from obstore.store import from_url
 
 from amfm.data_pipeline.config import CacheConfig, SourceConfig
 from amfm.data_pipeline.loader.loader import PretrainLoader
-from amfm.data_pipeline.prepare.documents import Document, SegmentReader
+from amfm.data_pipeline.prepare.documents import SegmentReader
 from amfm.data_pipeline.prepare.prepare import prepare
+from amfm.data_pipeline.prepare.records import Document
 from amfm.data_pipeline.prepare.segments import cut_segments
 from amfm.data_pipeline.prepare.sources import list_files
 from amfm.data_pipeline.store.node_cache import CacheSettings

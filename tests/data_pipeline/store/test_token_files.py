@@ -19,8 +19,9 @@ import pyarrow.parquet
 import pytest
 
 from amfm.data_pipeline.config import DataConfig, SourceConfig, TokenizerConfig
-from amfm.data_pipeline.prepare.documents import Reject, SegmentReader, TokenDocument
+from amfm.data_pipeline.prepare.documents import SegmentReader
 from amfm.data_pipeline.prepare.prepare import prepare
+from amfm.data_pipeline.prepare.records import Reject, TokenDocument
 from amfm.data_pipeline.prepare.segments import cut_segments
 from amfm.data_pipeline.prepare.sources import list_files
 from amfm.data_pipeline.store import token_files

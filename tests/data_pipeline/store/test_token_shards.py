@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from amfm.data_pipeline.config import DataConfig, SourceConfig
-from amfm.data_pipeline.prepare.documents import Document, SegmentReader, TokenDocument
+from amfm.data_pipeline.prepare.documents import SegmentReader
 from amfm.data_pipeline.prepare.prepare import prepare
+from amfm.data_pipeline.prepare.records import Document, TokenDocument
 from amfm.data_pipeline.prepare.segments import cut_segments
 from amfm.data_pipeline.prepare.sources import list_files
 from amfm.data_pipeline.store.mds_files import DamagedShardError, read_mds_shard

@@ -82,9 +82,10 @@ model.mtp.loss_weight model.mtp.shared model.mtp.detach
 data.store data.skip data.skip_steps data.validation_fraction data.megatron_split data.packing data.shuffle data.mask_document_boundaries data.num_workers
 data.on_corruption
 data.cache.folder data.cache.max_bytes data.cache.block_bytes
-data.sources.*.name data.sources.*.paths data.sources.*.text_column data.sources.*.messages_column
+data.sources.*.name data.sources.*.paths data.sources.*.text_column data.sources.*.template data.sources.*.encoding data.sources.*.errors data.sources.*.steps data.sources.*.messages_column
 data.sources.*.prompt_column data.sources.*.completion_column
 data.sources.*.weight data.sources.*.validation_fraction data.sources.*.max_bytes data.sources.*.max_tokens
+data.sources.*.cut.separator data.sources.*.cut.first_line data.sources.*.cut.size
 data.sources.*.fim.rate data.sources.*.fim.kind data.sources.*.fim.tokens
 data.sources.*.filters.min_characters data.sources.*.filters.max_characters data.sources.*.filters.keep_pattern
 data.sources.*.filters.drop_pattern data.sources.*.filters.exact_duplicates
