@@ -9,7 +9,8 @@ communicate here. Ties go to the lower id in every backend, so that all choose a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,7 +42,8 @@ class Routing:
     """What the router decided.
 
     `expert_ids_RK` int64, best first. `weights_RK` float32, differentiable. `counts_E` int64: choices of each expert.
-    `scores_RE` float32, differentiable, without the bias: for auxiliary losses.
+    `scores_RE` float32, differentiable, without the bias: for auxiliary losses. `bound`: ids may be E, for no expert, and no more
+    than this many are not; None: none is E. `losses`: values a token [R] that the router itself adds to the loss, by name.
 
     Ids and counts carry no gradient; weights and scores do.
     """
@@ -50,6 +52,8 @@ class Routing:
     weights_RK: Tensor
     counts_E: Tensor
     scores_RE: Tensor
+    bound: int | None = None
+    losses: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def route(

@@ -1,6 +1,6 @@
-"""What every node must see as the launcher does, besides the run directory: the token store.
+"""What every node must see as the launcher does, besides the run directory: the token store, and folders of `plugins`.
 
-A node without that mount would end the whole run as a wrong setting. It is left out instead, unless all nodes lack it.
+A node without such a mount would end the whole run as a wrong setting. It is left out instead, unless all nodes lack it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def list_inputs(config: RunConfig) -> dict[str, str]:
     from amfm.data_pipeline.store.manifest import MANIFEST  # which nodes need not import for the check
     from amfm.data_pipeline.store.object_store import is_url
 
-    if config.data.store is None or config.data.synthetic is not None or is_url(config.data.store):
-        return {}
-    manifest = Path(config.data.store, MANIFEST).absolute()
-    return {str(manifest): digest(manifest)} if manifest.is_file() else {}
+    files = [path for folder in config.plugins for path in Path(folder).expanduser().absolute().rglob("*.py")]
+    if config.data.store is not None and config.data.synthetic is None and not is_url(config.data.store):
+        files.append(Path(config.data.store, MANIFEST).absolute())
+    return {str(path): digest(path) for path in files if path.is_file()}
 
 
 def digest(path: Path) -> str:
@@ -40,11 +40,11 @@ def check_inputs(inputs: Mapping[str, str]) -> Iterator[str]:
             if digest(Path(path)) != expected:
                 yield f"it {ABSENT} {path} but another one; mount the shared storage again"
         except OSError as error:
-            yield f"it {ABSENT} {path}: {error.strerror}; mount the storage of data.store there"
+            yield f"it {ABSENT} {path}: {error.strerror}; mount its storage there"
 
 
 def blame_inputs(faults: Mapping[str, Sequence[str]]) -> None:
     """Raise ValueError if several nodes were asked and none sees the launcher's files: the setting is at fault then."""
     texts = [text for found in faults.values() for text in found if ABSENT in text]
     if len(faults) > 1 and len(texts) >= len(faults):
-        raise ValueError(f"none of {len(faults)} nodes sees data.store as this launcher does: {texts[0]}")
+        raise ValueError(f"none of {len(faults)} nodes sees the launcher's files: {texts[0]}")

@@ -174,7 +174,7 @@ def check_devices(ranks: int) -> Iterator[str]:
 
 
 def blame(faults: Mapping[str, Sequence[str]], first: str, run_dir: Path) -> dict[str, list[str]]:
-    """Faults by the node that has them. Raises OSError if the storage has them, and ValueError if data.store has."""
+    """Faults by the node that has them. Raises OSError if the storage has them, and ValueError if no node sees the launcher's files."""
     blame_storage(faults, run_dir)
     blame_inputs(faults)
     return blame_links(faults, first)

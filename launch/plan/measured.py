@@ -9,6 +9,9 @@ its working space. Gradients of weights are left out, since they are counted wit
 Why measured: a formula for each kind of block repeats what its code says and goes stale with it, and a plugin says nothing
 of what it keeps. The one number that a block reads on the host, how many rows go to which experts, is answered as an even
 router would have it. Bytes are in proportion to tokens, so a search over thousands of layouts asks for some hundred blocks.
+
+A mixer that loops over tokens in PyTorch would launch some hundred thousand operations: after MOST_OPERATIONS the pass is given
+up, and bytes and launches follow from those of three short rows, which a line reports.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from amfm.kernels.common.split_backward import Later, split_backward
 from amfm.kernels.low_precision.kept_weights import keep_weights
 from amfm.kernels.low_precision.products import codes_of
 from amfm.kernels.low_precision.recipe import recipe_of
+from amfm.launch.console import say
 from amfm.launch.plan.activations import BlockBytes, Storage
 from amfm.launch.plan.stand_ins import (
     COUNTED_TOKENS,
@@ -51,6 +55,11 @@ from amfm.model.config.schema import ModelConfig
 from amfm.model.low_precision import attach_to_block
 from amfm.model.packing import PackMeta
 
+MOST_OPERATIONS = 20_000  # of a block's forward pass, which takes about a second; ours have at most some thousand
+LOOPED_TOKENS, FEWEST_TOKENS = (
+    512,
+    64,
+)  # of the longest row on which a loop over tokens is counted, at first and at least
 QUIET = ("detach", "lift_fresh", "_unsafe_view", "alias")  # operations that launch nothing
 
 
@@ -80,8 +89,11 @@ def _block_bytes(config: ModelConfig, symbol: str, storage: Storage, cut: Cut) -
     backend = storage.backend if takes_kernels(config, symbol) else "torch"
     if backend == "torch":
         cut = replace(cut, narrow=None)
+    measure = partial(_measure, config, symbol, dtype, backend, cut)
     try:
-        return _measure(config, symbol, dtype, backend, cut)
+        return measure(most_operations=MOST_OPERATIONS)
+    except LoopOverTokensError:
+        return _count_loop(symbol, measure)
     except RuntimeError as error:
         if not lacks_fake(error):
             raise
@@ -89,6 +101,53 @@ def _block_bytes(config: ModelConfig, symbol: str, storage: Storage, cut: Cut) -
             f"model.pattern has the mixer {symbol}, which cannot be planned: {error}; its operations need fake functions "
             "(`register_fake`), as those of kernels/ have"
         ) from error
+
+
+class LoopOverTokensError(Exception):
+    """A pass has more operations than one that does not loop over tokens."""
+
+
+def _count_loop(symbol: str, measure: Callable[..., BlockBytes]) -> BlockBytes:
+    """What a loop over tokens keeps, from rows of three lengths; says so, and where the longest does not follow from the others."""
+    tokens = LOOPED_TOKENS
+    while tokens > FEWEST_TOKENS:
+        try:
+            longest = measure(tokens=tokens, most_operations=MOST_OPERATIONS)
+            break
+        except LoopOverTokensError:
+            tokens //= 2
+    else:
+        longest = measure(tokens=tokens)
+    short, middle = (measure(tokens=tokens // part) for part in (4, 2))
+    guess, found = line_through(short, middle, tokens // 4, tokens), longest.kept
+    differs = "" if abs(guess.kept - found) <= 0.05 * found else "; what it keeps is not in proportion to them"
+    say_once(f"block {symbol} launches operations token by token: counted on {tokens} tokens{differs}")
+    return line_through(middle, longest, tokens // 2, COUNTED_TOKENS)
+
+
+@lru_cache(maxsize=64)
+def say_once(text: str) -> None:
+    """Print a line that many layouts would repeat."""
+    say(text)
+
+
+def line_through(short: BlockBytes, long: BlockBytes, tokens: int, wanted: int) -> BlockBytes:
+    """What a row of `wanted` tokens has, by those of `tokens` and of twice as many; sizes are per token."""
+
+    def per_token(before: float, after: float) -> float:
+        slope = 2 * after - before
+        return max(0.0, slope + (before - slope) * tokens / wanted)
+
+    def launches(before: int, after: int) -> int:
+        return round(before + (after - before) * (wanted - tokens) / tokens)
+
+    return BlockBytes(
+        per_token(short.kept, long.kept),
+        per_token(short.working, long.working),
+        per_token(short.left, long.left),
+        (launches(short.launches[0], long.launches[0]), launches(short.launches[1], long.launches[1])),
+        long.is_graphable,
+    )
 
 
 def pass_block(config: ModelConfig, symbol: str, cut: Cut, note_launch: Callable[..., None]) -> None:
@@ -106,13 +165,18 @@ def _measure(
     backend: str,
     cut: Cut,
     note_launch: Callable[..., None] = lambda *_, **__: None,
+    *,
+    tokens: int = COUNTED_TOKENS,
+    most_operations: int | None = None,
 ) -> BlockBytes:
     """Build one block on the meta device, pass it forward and backward, and count its storages."""
-    meta = pack_meta(cut.context, has_documents=backend == "triton").map_tensors(lambda tensor: tensor.to("meta"))
+    meta = pack_meta(cut.context, tokens, has_documents=backend == "triton").map_tensors(
+        lambda tensor: tensor.to("meta")
+    )
     if config.moe is not None and not cut.in_slots:  # a limit moves choices, and no bytes to speak of
         config = config.model_copy(update={"moe": config.moe.model_copy(update={"capacity_factor": None})})
     live = LiveBytes()
-    own = COUNTED_TOKENS // (cut.tensor if cut.is_sequence_parallel else 1)
+    own = tokens // (cut.tensor if cut.is_sequence_parallel else 1)
     later: Later = []
     with ExitStack() as stack:
         if backend == "triton":
@@ -134,13 +198,15 @@ def _measure(
             stack.enter_context(split_backward(later))
         live.stacked = frozenset(weight.shape for weight in block.parameters() if weight.dim() == 3)
         stack.enter_context(live)
-        stack.enter_context(HostAnswers(config.moe, cut))
+        stack.enter_context(HostAnswers(config.moe, cut, tokens))
         if groups.row_room is not None:
             stack.enter_context(groups.row_room.opened())
         for parameter in block.parameters():
             parameter.register_hook(live.leave_out)
             parameter.register_post_accumulate_grad_hook(_forget_gradient)
+        live.most_operations = most_operations
         total_BTD, mixed = block(residual_BTD, delta_BTD, meta)
+        live.most_operations = None
         outputs = [total_BTD, mixed.y_BTD, *(mixed.auxiliary or {}).values()]
         edges, likes = [get_gradient_edge(each) for each in outputs], [(each.shape, each.dtype) for each in outputs]
         del total_BTD, mixed, outputs
@@ -151,7 +217,7 @@ def _measure(
         del edges
         left, most = live.held(begin)
     launches = forward, live.launches - forward
-    sizes = kept / COUNTED_TOKENS, (most - kept) / COUNTED_TOKENS, left / COUNTED_TOKENS
+    sizes = kept / tokens, (most - kept) / tokens, left / tokens
     return BlockBytes(*sizes, launches, block.mixer.is_graphable)
 
 
@@ -160,10 +226,10 @@ def _forget_gradient(parameter: Tensor) -> None:
 
 
 @lru_cache(maxsize=64)
-def pack_meta(context: int, *, has_documents: bool) -> PackMeta:
-    """The layout of a row of COUNTED_TOKENS on each of this many context ranks, of the first of them."""
+def pack_meta(context: int, own_tokens: int, *, has_documents: bool) -> PackMeta:
+    """The layout of a row of so many tokens on each of this many context ranks, of the first of them."""
     documents = 2 if has_documents else 1  # PyTorch's kernels read on the host where documents begin
-    tokens = COUNTED_TOKENS * context
+    tokens = own_tokens * context
     meta = PackMeta.from_document_ids((torch.arange(tokens) * documents // tokens)[None])
     return meta.cut(0, context).find_bounds()
 
@@ -214,7 +280,8 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.stacked: frozenset[torch.Size] = frozenset()
-        self.launches = 0
+        self.launches = self.operations = 0
+        self.most_operations: int | None = None
         self.log: list[tuple[int, int]] = []  # number of a storage, and its bytes, negative when it goes
         self.numbers: dict[int, int] = {}
         self.left_out: set[int] = set()
@@ -224,6 +291,9 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         """Run the operation, or the body of one of Triton kernels, and note what it gives that is not a view."""
         body, kwargs = find_body(func), kwargs or {}
+        self.operations += 1
+        if self.most_operations is not None and self.operations > self.most_operations:
+            raise LoopOverTokensError
         if body is None:
             out = func(*args, **kwargs)
             self.launches += not (func.is_view or "empty" in func._opname or func._opname in QUIET)

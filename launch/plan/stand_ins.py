@@ -214,9 +214,9 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 class HostAnswers(TorchFunctionMode):
     """Answers what the host asks of values that meta tensors do not have, and what PyTorch asks of their device."""
 
-    def __init__(self, moe: MoeConfig | None, cut: Cut) -> None:
+    def __init__(self, moe: MoeConfig | None, cut: Cut, counted_tokens: int = COUNTED_TOKENS) -> None:
         super().__init__()
-        self.cut, tokens = cut, COUNTED_TOKENS // cut.tensor
+        self.cut, tokens = cut, counted_tokens // cut.tensor
         self.sent, self.choices = tokens * cut.sent, 0 if moe is None else tokens * moe.top_k
         self.places = 0  # for choices of a part's rows, under room
         if cut.room is not None and moe is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -14,6 +14,7 @@ from amfm.model.config.options import (
     channel_dims,
     must_divide,
 )
+from amfm.model.config.routers import OURS, RegisteredRouters, RouterSpec, router_specs
 from amfm.model.config.structure import (
     DENSE,
     ExpertActivation,
@@ -22,6 +23,11 @@ from amfm.model.config.structure import (
     Structure,
     broken_limit,
 )
+
+if TYPE_CHECKING:
+    Router = str
+else:
+    Router = Literal[(*OURS, *router_specs())]
 
 # Channels by which rows of experts with biases are wider: one that is 1, and zeros up to whole 16 bytes in bf16.
 BIAS_CHANNELS = 8
@@ -53,9 +59,11 @@ class MoeConfig(MixerOptions):
     bias: bool = Field(
         False, description="Biases on the router's logits and on both products of routed experts, as in gpt-oss."
     )
-    router: Literal["softmax", "sigmoid", "sqrt_softplus"] = Field(
-        "sigmoid", description="How logits become scores; sqrt_softplus: the square root of log(1 + e^logit)."
+    router: Router = Field(
+        "sigmoid",
+        description="How logits become scores; sqrt_softplus: the square root of log(1 + e^logit). Or a router of a package or of yours (docs/hooks.md).",
     )
+    router_options: RegisteredRouters = Field(RegisteredRouters(), description="Options of a package's router.")
     normalize_probabilities: bool = Field(True, description="Divide the chosen scores by their sum.")
     routed_scaling: float = Field(1.0, gt=0, description="Factor on the chosen probabilities.")
     num_router_groups: int = Field(1, gt=0, description="Groups of experts for group-limited routing; 1: no limit.")
@@ -137,6 +145,10 @@ class MoeConfig(MixerOptions):
             yield "top_k", f"must be at most model.moe.num_experts={self.num_experts}; lower top_k"
         yield from broken_limit(self.activation, self.activation_limit)
         yield from self._broken_groups()
+        if self.router not in OURS or self.router_options.packages_used():
+            from amfm.model.config.moe_rules import broken_router
+
+            yield from broken_router(self)
         if self.shared_expert_gate and not self.shared_expert_hidden_size:
             rule = "needs model.moe.shared_expert_hidden_size above 0: there is no shared expert to gate"
             yield "shared_expert_gate", f"{rule}; set its size, or remove the gate"
@@ -147,7 +159,9 @@ class MoeConfig(MixerOptions):
             rule = "needs model.moe.router=sigmoid or sqrt_softplus, not softmax"
             yield "expert_bias", f"{rule}; use router: sigmoid, or balance with auxiliary_loss_weight"
         if self.bias_rule == "quantile":
-            yield from self._broken_quantile()
+            from amfm.model.config.moe_rules import broken_quantile
+
+            yield from broken_quantile(self)
         if self.overflow == "recycle" and self.capacity_factor is None:
             rule = "needs model.moe.capacity_factor: without it no expert is ever full"
             yield "overflow", f"{rule}; set capacity_factor: 1.5, or remove overflow"
@@ -156,25 +170,26 @@ class MoeConfig(MixerOptions):
             remedy = "experts have room for fewer choices than there are; raise it, or use overflow: drop"
             yield "overflow", f"{rule}: {remedy}"
 
-    def _broken_quantile(self) -> Iterator[tuple[str, str]]:
-        """A quantile is of scores between 0 and 1 with a bias, where any expert may be chosen and one is not."""
-        if not self.expert_bias or self.router != "sigmoid":
-            rule = "quantile sets the balancing bias of scores between 0 and 1"
-            yield "bias_rule", f"{rule}; set expert_bias: true and router: sigmoid, or use sign"
-        if self.router_group_top_k != self.num_router_groups:
-            yield "bias_rule", "quantile does not know limits of groups; use num_router_groups: 1, or sign"
-        if self.top_k == self.num_experts:
-            yield "bias_rule", "quantile needs an expert that is not chosen; lower top_k, or use sign"
+    def package_router(self) -> RouterSpec | None:
+        """The router of a package that `router` names; None for ours."""
+        return None if self.router in OURS else router_specs()[self.router]
+
+    def refuses(self) -> dict[str, str]:
+        """Context ranks, where a package's router compares the tokens of whole rows."""
+        spec = self.package_router()
+        if spec is None or not spec.compares_tokens:
+            return {}
+        return {"context": f"its router {spec.name} compares the tokens of whole rows"}
 
     def broken_training(self) -> Iterator[tuple[str, str, str]]:
         """A weight that is always 1 gives the router no gradient (Megatron-Core rejects it too)."""
-        if self.top_k == 1 < self.num_experts and self.normalize_probabilities:
+        if self.top_k == 1 < self.num_experts and self.normalize_probabilities and self.router in OURS:
             rule = "gives the one chosen expert the weight 1, with normalize_probabilities: the router gets no gradient of the loss"
             yield "top_k", rule, "use normalize_probabilities: false, or top_k of 2 or more"
 
     def routes_by_scores(self) -> bool:
-        """Whether neither a bias nor a limit of groups has a part in choosing experts."""
-        return not self.expert_bias and self.router_group_top_k == self.num_router_groups
+        """Whether neither a bias nor a limit of groups has a part in choosing experts; a package's router is not asked."""
+        return self.router not in OURS or (not self.expert_bias and self.router_group_top_k == self.num_router_groups)
 
     def _broken_groups(self) -> Iterator[tuple[str, str]]:
         """Groups of experts are of one size, and those that a token may use hold its experts."""
@@ -214,7 +229,8 @@ class MoeConfig(MixerOptions):
             "sequence_balance": self.sequence_loss_weight,
             "router_z": self.z_loss_weight,
         }
-        return tuple(name for name, weight in weights.items() if weight)
+        spec = self.package_router()
+        return (*(name for name, weight in weights.items() if weight), *(() if spec is None else spec.losses))
 
     def routed_experts(self) -> int:
         """num_experts."""
@@ -231,6 +247,8 @@ class MoeConfig(MixerOptions):
             return Prunable({"shared_expert_hidden_size": 1}, inner, channel_dims(inner), place="shared.")
         if groups != "experts":
             return None
+        from amfm.model.config.moe_rules import keeps_experts
+
         dims = {name: (0, self.num_experts, 1) for name in ("experts.up", "experts.down")}
         return Prunable(
             {"num_experts": 1},
@@ -238,21 +256,5 @@ class MoeConfig(MixerOptions):
             dims,
             rows=("router.weight", "expert_bias"),
             least="top_k",
-            refused=tuple(self._keeps_experts()),
+            refused=tuple(keeps_experts(self)),
         )
-
-    def _keeps_experts(self) -> Iterator[tuple[str, str]]:
-        """Rules, each with a fix, that keep experts from being pruned."""
-        if not self.expert_bias:
-            rule = "needs model.moe.expert_bias=true (with router: sigmoid): a router without a bias would still choose them"
-            yield rule, "set it"
-        if self.num_router_groups > 1:
-            rule = (
-                f"does not go with model.moe.num_router_groups={self.num_router_groups}: groups must stay of one size"
-            )
-            yield rule, "use 1"
-        if self.bias:
-            yield "does not go with model.moe.bias=true, whose biases it does not remove yet", "use false"
-        if self.overflow == "recycle":
-            rule = "does not go with model.moe.overflow=recycle, which sends tokens to any expert with free capacity"
-            yield rule, "use overflow: drop"

@@ -64,6 +64,10 @@ class MixerOptions(Section):
         """Sizes that the number of ranks of an axis must divide, by axis and field."""
         return {}
 
+    def refuses(self) -> Mapping[str, str]:
+        """Axes over which these options cannot be spread, with the reason; a kind's own are in its row of the table."""
+        return {}
+
     def cut_or_copied(self) -> dict[str, int]:
         """Units, by field, that may be fewer than tensor ranks: one number must divide the other."""
         return {}

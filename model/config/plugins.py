@@ -153,10 +153,11 @@ def how_to_install(name: str, otherwise: str) -> str:
 class PluginSections(Section):
     """The base of a section of sections, one a mixer or hook, which installed packages add to.
 
-    group: of the entry points. packages: name and version of the package that registers each name that is not ours.
+    group: of the entry points. chooser: the setting next to it that names one, where one does. packages: name and version of the package that registers each name that is not ours.
     """
 
     group: ClassVar[str]
+    chooser: ClassVar[str] = "kind"
     packages: ClassVar[Mapping[str, str]] = {}
 
     @model_serializer(mode="wrap")

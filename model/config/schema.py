@@ -20,6 +20,7 @@ from amfm.model.config.old_names import use_current_names
 from amfm.model.config.options import MixerOptions
 from amfm.model.config.pattern import Pattern, parse_pattern
 from amfm.model.config.plugins import PluginSections, list_packages, read_saved_sections, with_sections
+from amfm.model.config.routers import RegisteredRouters
 from amfm.model.config.section import Section
 from amfm.model.config.structure import DENSE
 
@@ -174,6 +175,13 @@ class ModelConfig(Section):
     logits_z_loss_weight: float = Field(
         0.0, ge=0, description="Squared log-sum-exp of the vocabulary logits (PaLM, arXiv 2204.02311, section 5)."
     )
+
+    def packages_used(self) -> dict[str, str]:
+        """Name and version of the package behind each mixer and router that is used, by its dotted key."""
+        found = {f"model.mixers.{name}": package for name, package in self.mixers.packages_used().items()}
+        if self.moe is not None and self.moe.router in RegisteredRouters.packages:
+            found["model.moe.router"] = RegisteredRouters.packages[self.moe.router]
+        return found
 
     def options_of(self, kind: Kind) -> MixerOptions | None:
         """The options of a kind of block; None if its section is missing."""

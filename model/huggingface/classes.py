@@ -118,7 +118,8 @@ def huggingface_config(
 def _drop_unused_sections(config: ModelConfig) -> ModelConfig:
     """Drop the sections whose letter the pattern lacks: config.json must not depend on what nothing reads."""
     letters = {part.symbol for letter in config.built_letters for part in kind_of(letter).parts}
-    used = {name: getattr(config.mixers, name) for name in registered_mixers(config).values()}
+    names = (*registered_mixers(config).values(), *([config.head] if config.head else []))
+    used = {name: getattr(config.mixers, name) for name in names}
     unused = {kind.section: None for kind in CORE if kind.symbol not in letters}
     return config.model_copy(update=unused | {"mixers": type(config.mixers)(**used)})
 

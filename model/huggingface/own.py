@@ -6,7 +6,7 @@ It holds every block of ours. Its code is `pretrain/export/modeling_template`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from amfm.model.config.kinds import BUILT_IN, find_kind
@@ -36,7 +36,16 @@ def unfit_for_own(config: ModelConfig) -> list[str]:
         "use a mixer of ours where the model must leave amfm"
         for symbol, name in registered_mixers(config).items()
         if name not in ours and not find_kind(name).modeling
-    ]
+    ] + list(_unfit_router(config))
+
+
+def _unfit_router(config: ModelConfig) -> Iterator[str]:
+    spec = config.moe.package_router() if config.moe is not None and config.routed_experts() else None
+    if spec is not None and not spec.modeling:
+        yield (
+            f"model.moe.router={spec.name}: the router of another package brings no form for our modelling file "
+            "(RouterSpec.modeling); use a router of ours where the model must leave amfm"
+        )
 
 
 def own_fields(config: ModelConfig) -> dict[str, Any]:
@@ -64,7 +73,11 @@ def own_fields(config: ModelConfig) -> dict[str, Any]:
         "attention": config.attention.model_dump() if config.attention else None,
         "moe": config.moe.model_dump() if config.moe else None,
         "feed_forward": config.feed_forward.model_dump() if config.feed_forward else None,
-        "mixers": {name: getattr(config.mixers, name).model_dump() for name in registered_mixers(config).values()},
+        "mixers": {
+            name: getattr(config.mixers, name).model_dump()
+            for name in (*registered_mixers(config).values(), *([config.head] if config.head else []))
+        },
+        **({"head": config.head} if config.head else {}),
     }
 
 
@@ -81,6 +94,7 @@ def model_config_from_own(fields: Mapping[str, Any]) -> ModelConfig:
             "initializer_range": fields["initializer_range"],
             # Exports of earlier versions have none.
             "mixers": fields.get("mixers") or {},
+            "head": fields.get("head"),
             "norm_placement": fields.get("norm_placement") or "before",
             "multipliers": fields.get("multipliers") or {},
             **sections,

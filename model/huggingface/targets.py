@@ -6,6 +6,7 @@ the file of its name.
 
 from __future__ import annotations
 
+from amfm.model.config.kinds import find_kind
 from amfm.model.config.mup import without_mup
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.classes import NATIVE_TARGETS, TARGETS, WRITTEN
@@ -36,9 +37,9 @@ def explain_unfit(config: ModelConfig, target: str) -> list[str]:
             "model.lora_mixer has low-rank updates that a router chooses among by token: no class holds them; convert without "
             "tune.routing, whose one update is merged into the weights"
         ]
-    if config.head is not None:
+    if config.head is not None and not (found.ships_code and find_kind(config.head).modeling):
         return [
-            f"model.head={config.head} is a head of another package, which no class and no file of ours has; train without it"
+            f"model.head={config.head} is a head of another package, which no class has, and no file of ours without the head's own form (Kind.modeling); train without it"
         ]
     rare = [] if found.ships_code else unfit_rare_options(config, target, found.holds)
     if config.norm_placement != "before" and not found.ships_code and "norm_placement" not in found.holds:

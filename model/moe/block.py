@@ -30,17 +30,16 @@ import torch
 from torch import Tensor, nn
 
 from amfm.kernels.linear.op import linear, linear_float32
-from amfm.kernels.moe.grouping import count_experts
 from amfm.kernels.moe.op import Routing, expert_feed_forward, route
 from amfm.kernels.swiglu.gate import name_activation
 from amfm.model.config.moe import BIAS_CHANNELS, MoeConfig
 from amfm.model.feed_forward import FeedForward, up_segments
 from amfm.model.mixers.interface import BlockState, BuildContext, Mixer, MixerOutput
-from amfm.model.moe.balance import auxiliary_losses
-from amfm.model.moe.capacity import Choices, limit_choices
+from amfm.model.moe.balance import add_entropies, auxiliary_losses
+from amfm.model.moe.choices import Choices, leave_out
 from amfm.model.moe.dispatch import Dispatched, dispatch_feed_forward, dispatch_steps
 from amfm.model.moe.transfer import HeldExperts, expected_ranks
-from amfm.model.packing import PackMeta, Padding
+from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.model.parallel.layers import Linear, add_bias, stream_shard
 from amfm.model.parallel.regions import (
@@ -55,7 +54,8 @@ from amfm.model.parallel.regions import (
 from amfm.model.parallel.shards import Shard, ShardSpec, divide, own_shapes
 
 if TYPE_CHECKING:
-    from amfm.model.moe.balance import RequiredBiases
+    from amfm.model.moe.package_router import PackageRouter
+    from amfm.model.moe.quantile import RequiredBiases
 
 # Bias of an expert that is pruned: no score reaches the others, and no update moves it within float32.
 PRUNED_BIAS = -1e9
@@ -86,8 +86,13 @@ class MoeMixer(Mixer):
         self.register_buffer("expert_bias", torch.zeros(moe.num_experts) if moe.expert_bias else None)
         self.entropy_sums: Tensor | None = None
         self.required: RequiredBiases | None = None
+        self.package_router: PackageRouter | None = None
+        if (spec := moe.package_router()) is not None:
+            from amfm.model.moe.package_router import PackageRouter
+
+            self.package_router = PackageRouter(spec, moe)
         if moe.bias_rule == "quantile":
-            from amfm.model.moe.balance import RequiredBiases
+            from amfm.model.moe.quantile import RequiredBiases
 
             self.required = RequiredBiases(moe.num_experts, moe.top_k, groups)
         width = moe.latent_size or build.hidden_size
@@ -144,7 +149,7 @@ class MoeMixer(Mixer):
     @property
     def is_graphable(self) -> bool:
         """Where rows stay on their rank, kernels read on the device how many each expert has."""
-        return not self.travels
+        return not self.travels and self.package_router is None
 
     def steps(self, x_BTD: Tensor, meta: PackMeta) -> Generator[None, None, MixerOutput]:
         """Mix as `forward` does, pausing when rows have set out to their experts, and when sums have set out home."""
@@ -157,11 +162,39 @@ class MoeMixer(Mixer):
         """Logits of the router, what it chose, and what a capacity leaves of that."""
         logits_RE = gather_stream(self._logits(x_BTD), self.groups).flatten(0, 1)
         moe = self.section
+        routing = self._route(logits_RE, meta)
+        anywhere_RK = routing.expert_ids_RK
+        if self.training and self.note_choices is not None:
+            self.note_choices(anywhere_RK)
+        if self.training and self.required is not None and self.expert_bias is not None:
+            self.required.count(routing.scores_RE, self.expert_bias, self._is_living(self.expert_bias), meta.padding)
+        if meta.padding is not None:
+            routing = leave_out(routing, meta.padding, moe.num_experts)
+        if self.training and moe.capacity_factor is not None and routing.bound is None:
+            from amfm.model.moe.capacity import limit_choices
+
+            chosen = limit_choices(routing, meta, moe, self.groups, self.draw_seed, backend=self.backend)
+            if self.groups.ep.size() == 1:
+                # A lost choice has weight 0; if nothing is sent, any expert will do.
+                chosen = replace(chosen, expert_ids_RK=chosen.expert_ids_RK.clamp(max=moe.num_experts - 1))
+        else:
+            # If nothing is sent, padding stays spread over the experts, with a weight of 0.
+            is_lost = self.travels or routing.bound is not None
+            ids_RK = routing.expert_ids_RK if is_lost else anywhere_RK
+            chosen = Choices(ids_RK, routing.weights_RK, bound=routing.bound)
+        return logits_RE, routing, chosen
+
+    def _route(self, logits_RE: Tensor, meta: PackMeta) -> Routing:
+        """What the router chooses, before padding and capacities."""
+        moe = self.section
+        if self.package_router is not None:
+            given = logits_RE, self.expert_bias, meta, self.draw_seed
+            return self.package_router.route(*given, is_training=self.training)
         given_RK = None if meta.own_choices_BTK is None else meta.own_choices_BTK.flatten(0, 1)
         if self.training and moe.forced_balance:
             places_RK = torch.arange(len(logits_RE) * moe.top_k, device=logits_RE.device).view(-1, moe.top_k)
             given_RK = places_RK % moe.num_experts
-        routing = route(
+        return route(
             logits_RE,
             self.expert_bias,
             score=moe.router,
@@ -174,22 +207,6 @@ class MoeMixer(Mixer):
             choices_RK=given_RK,
             backend=self.backend,
         )
-        anywhere_RK = routing.expert_ids_RK
-        if self.training and self.note_choices is not None:
-            self.note_choices(anywhere_RK)
-        if self.training and self.required is not None and self.expert_bias is not None:
-            self.required.count(routing.scores_RE, self.expert_bias, self._is_living(self.expert_bias), meta.padding)
-        if meta.padding is not None:
-            routing = leave_out(routing, meta.padding, moe.num_experts)
-        if self.training and moe.capacity_factor is not None:
-            chosen = limit_choices(routing, meta, moe, self.groups, self.draw_seed, backend=self.backend)
-            if self.groups.ep.size() == 1:
-                # A lost choice has weight 0; if nothing is sent, any expert will do.
-                chosen = replace(chosen, expert_ids_RK=chosen.expert_ids_RK.clamp(max=moe.num_experts - 1))
-        else:
-            # If nothing is sent, padding stays spread over the experts, with a weight of 0.
-            chosen = Choices(routing.expert_ids_RK if self.travels else anywhere_RK, routing.weights_RK)
-        return logits_RE, routing, chosen
 
     def _finish(
         self,
@@ -228,6 +245,8 @@ class MoeMixer(Mixer):
             self.experts.up,
             self.experts.down,
             activation=self.activation,
+            count=chosen.bound,
+            is_bound=chosen.bound is not None,
             backend=self.backend,
         )
         y_BTD = leave_tensor_region(y_RD[:, : self.width].unflatten(0, rows_BTD.shape[:2]), self.groups)
@@ -346,27 +365,6 @@ class MoeMixer(Mixer):
         """Put their bias if no score reaches the others', and no update moves it."""
         assert self.expert_bias is not None, "checked: experts are pruned where the router has a bias"
         self.expert_bias[is_retired_E.to(self.expert_bias.device)] = PRUNED_BIAS
-
-
-def leave_out(routing: Routing, padding: Padding, num_experts: int) -> Routing:
-    """The same choices without those of padding, which are lost (`Choices`): weight 0, and no part in the counts."""
-    is_padding_R1 = padding.is_padding_BT.reshape(-1, 1)
-    ids_RK = routing.expert_ids_RK.masked_fill(is_padding_R1, num_experts)
-    counts_E = count_experts(ids_RK, num_experts + 1)[:num_experts]
-    return replace(
-        routing, expert_ids_RK=ids_RK, weights_RK=routing.weights_RK.masked_fill(is_padding_R1, 0.0), counts_E=counts_E
-    )
-
-
-@torch.no_grad()
-def add_entropies(sums_2: Tensor, scores_RE: Tensor, padding: Padding | None) -> None:
-    """Add to sums [2] the entropies in nats of tokens' scores, made to add up to 1, and how many tokens that are."""
-    shares_RE = scores_RE / scores_RE.sum(-1, keepdim=True).clamp(min=torch.finfo(scores_RE.dtype).tiny)
-    entropies_R, number = torch.special.entr(shares_RE).sum(-1), torch.full_like(sums_2[1], len(scores_RE))
-    if padding is not None:
-        is_padding_R = padding.is_padding_BT.flatten()
-        entropies_R, number = entropies_R.masked_fill(is_padding_R, 0.0), (~is_padding_R).sum()
-    sums_2 += torch.stack([entropies_R.sum(), number.to(entropies_R.dtype)]).to(sums_2.dtype)
 
 
 class Experts(nn.Module):

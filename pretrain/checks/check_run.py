@@ -19,8 +19,8 @@ from pathlib import Path
 from amfm.data_pipeline.config import CacheConfig
 from amfm.data_pipeline.store.object_store import SCHEMES, is_url
 from amfm.model.config.checks import check_model
+from amfm.model.config.low_precision import LowPrecisionConfig
 from amfm.pretrain.checks.cuda_graphs import graph_problems
-from amfm.pretrain.checks.low_precision import low_precision_problems
 from amfm.pretrain.checks.mixers import kernel_problems, training_problems
 from amfm.pretrain.checks.parallel import layout_problems, pipeline_problems
 from amfm.pretrain.checks.pruning import editing_problems, hook_problems
@@ -119,7 +119,11 @@ def stage_problems(config: RunConfig, world_size: int | None) -> list[Problem]:
     problems += [*kernel_problems(config, config.kernels.backend)]
     if not model:
         problems += [*pipeline_problems(config), *depth_problems(config)]
-        problems += [*low_precision_problems(config), *graph_problems(config)]
+        if config.low_precision != LowPrecisionConfig():
+            from amfm.pretrain.checks.low_precision import low_precision_problems
+
+            problems += low_precision_problems(config)
+        problems += graph_problems(config)
     if world_size is None:
         problems += whole_batch_problems(config)
     else:

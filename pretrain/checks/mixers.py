@@ -28,8 +28,8 @@ def kinds_in_use(model: ModelConfig) -> list[tuple[Kind, MixerOptions]]:
 
 def refusal_problems(model: ModelConfig, section: ParallelConfig) -> Iterator[Problem]:
     """Reject axes over which a block of the pattern cannot be spread."""
-    for kind, _ in kinds_in_use(model):
-        for axis, reason in kind.refuses.items():
+    for kind, options in kinds_in_use(model):
+        for axis, reason in (*kind.refuses.items(), *options.refuses().items()):
             ranks = getattr(section, axis)
             if ranks > 1:
                 rule = f"cannot spread the mixer {kind.symbol} of model.pattern: {reason}"

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from amfm.model.config import routers
 from amfm.model.config.old_names import use_current_names
 from amfm.model.config.plugins import list_packages, read_saved_sections
 from amfm.model.config.schema import read_saved_model
@@ -23,7 +24,7 @@ from amfm.pretrain.config.schema import RunConfig
 
 
 def packages_used(config: RunConfig) -> dict[str, str]:
-    """Name and version of the package behind each mixer, hook, schedule, optimizer and export target that is used, by its dotted key."""
+    """Name and version of the package behind each mixer, router, hook, schedule, optimizer and export target that is used, by its dotted key."""
     found = {
         key: RegisteredSchedules.packages[kind]
         for key, kind in schedule_kinds(config)
@@ -33,7 +34,7 @@ def packages_used(config: RunConfig) -> dict[str, str]:
         found["optimizer.kind"] = RegisteredOptimizers.packages[config.optimizer.kind]
     if config.export.target in PACKAGED:
         found["export.target"] = list_packages(TARGETS, HfTarget)[config.export.target]
-    found |= {f"model.mixers.{name}": package for name, package in config.model.mixers.packages_used().items()}
+    found |= config.model.packages_used()
     return found | {f"hooks.{name}": package for name, package in config.hooks.packages_used().items()}
 
 
@@ -74,6 +75,7 @@ def read_saved_config(manifest: Mapping[str, Any]) -> RunConfig:
     saved, packages = copy.deepcopy(dict(manifest["config"])), manifest.get("packages", {})
     use_current_names(saved)
     saved["model"] = read_saved_model(saved.get("model"), packages)
+    check_choice(saved["model"], "moe.router", (*routers.OURS, *routers.router_specs()), routers.ENTRY_POINTS, packages)
     for section in (saved, *(saved.get("stages") or ())):
         check_schedule(section, packages)
     check_choice(saved, "optimizer.kind", (*OWN_OPTIMIZERS, *optimizer_specs()), OPTIMIZERS, packages)

@@ -133,13 +133,21 @@ def write_export(plan: ExportPlan, folder: Path) -> None:
 
 
 def write_package_mixers(model: ModelConfig, folder: Path) -> None:
-    """Write the forms of a model's mixers of packages, as modeling files next to ours, and the table that names them."""
-    forms = {kind.name: kind.modeling.split(":") for kind, _ in model.kinds_in_use() if kind.modeling}
-    lines = ['"""Mixers of packages by name."""', ""]
+    """Write the forms of a model's mixers, router and head of packages, as modeling files next to ours, and the table that names them."""
+    router = model.moe.package_router() if model.moe is not None and model.routed_experts() else None
+    used = {kind.name: kind.modeling for kind, _ in model.kinds_in_use() if kind.modeling}
+    tables = {
+        "PACKAGE_MIXERS": {name: named for name, named in used.items() if name != model.head},
+        "PACKAGE_HEADS": {name: named for name, named in used.items() if name == model.head},
+        "PACKAGE_ROUTERS": {} if router is None else {router.name: router.modeling},
+    }
+    forms = {named: named.split(":") for table in tables.values() for named in table.values()}
+    lines = ['"""Mixers, routers and heads of packages by name."""', ""]
     lines += [f"from .{module.rpartition('.')[2]} import {form}" for module, form in forms.values()]
-    lines += ["", "PACKAGE_MIXERS = {", *(f'    "{name}": {form},' for name, (_, form) in forms.items()), "}", ""]
-    (folder / "package_mixers_amfm.py").write_text("\n".join(lines), encoding="utf-8")
-    for module, _ in forms.values():
+    for title, table in tables.items():
+        lines += ["", f"{title} = {{", *(f'    "{name}": {forms[named][1]},' for name, named in table.items()), "}"]
+    (folder / "package_mixers_amfm.py").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for module in dict.fromkeys(module for module, _ in forms.values()):
         found = importlib.util.find_spec(module)
         assert found is not None and found.origin is not None, f"{module} is of an installed package"
         text = Path(found.origin).read_text(encoding="utf-8").replace(f"from {TEMPLATE}.", "from .")

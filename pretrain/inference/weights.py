@@ -241,7 +241,7 @@ def write_weights(folder: Path, weights: Weights) -> None:
         "version": WEIGHTS_VERSION,
         "origin": weights.origin,
         "model": weights.model.model_dump(mode="json"),
-        "packages": {f"model.mixers.{name}": found for name, found in weights.model.mixers.packages_used().items()},
+        "packages": weights.model.packages_used(),
         "tokenizer": {"file": tokenizer_file, "eos_id": weights.tokenizer.eos_id},
         "sha256": {name: _digest(folder / name) for name in names},
     }

@@ -23,7 +23,13 @@ def describe_unbalanced(model: ModelConfig) -> str | None:
     if moe is None or not model.routed_experts() or moe.top_k == moe.num_experts:
         return None
     bias = moe.expert_bias and moe.bias_update_rate > 0
-    if bias or moe.auxiliary_loss_weight or moe.sequence_loss_weight or moe.overflow == "recycle":
+    if (
+        moe.package_router() is not None
+        or bias
+        or moe.auxiliary_loss_weight
+        or moe.sequence_loss_weight
+        or moe.overflow == "recycle"
+    ):
         return None
     remedies = "model.moe.expert_bias=true, or " if moe.router != "softmax" else ""
     return (

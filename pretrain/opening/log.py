@@ -23,7 +23,6 @@ from amfm.model.flops import count_parameters, flops_per_token
 from amfm.model.low_precision import precision_table
 from amfm.pretrain.checkpoint.compatibility import digest_config
 from amfm.pretrain.checkpoint.load import LoadedCheckpoint
-from amfm.pretrain.checks.low_precision import warn_of_recipe
 from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.event_log import FRESH_START_EVENTS, read_events
@@ -136,9 +135,12 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None, origin: dict[str, Any]) 
     unbalanced = describe_unbalanced(run.config.model)
     if unbalanced is not None:
         run.tell("unbalanced_experts", f"warning: {unbalanced}", text=unbalanced)
-    warning = warn_of_recipe(run.config.low_precision)
-    if warning is not None:
-        run.tell("low_precision", f"warning: {warning}", text=warning)
+    if run.config.low_precision.recipe != "none":
+        from amfm.pretrain.checks.low_precision import warn_of_recipe
+
+        warning = warn_of_recipe(run.config.low_precision)
+        if warning is not None:
+            run.tell("low_precision", f"warning: {warning}", text=warning)
     if run.config.export.target == "auto":
         from amfm.model.huggingface.targets import unfit_for_all
 

@@ -19,7 +19,6 @@ from amfm.model.low_precision import attach_recipes
 from amfm.model.pipeline_split import Piece, cut_pieces, pieces_of_rank
 from amfm.pretrain.checkpoint.names import list_checkpoints
 from amfm.pretrain.checks.cuda_graphs import check_graph_device
-from amfm.pretrain.checks.low_precision import check_device
 from amfm.pretrain.checks.mixers import check_kernels
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.engine import ZeroEngine
@@ -82,7 +81,10 @@ def build_model(
     """
     backend = choose_backend(config, parallel)
     check_kernels(config, backend)
-    check_device(config, parallel.device)
+    if config.low_precision.recipe != "none":
+        from amfm.pretrain.checks.low_precision import check_device
+
+        check_device(config, parallel.device)
     check_graph_device(config, parallel.device)
     model = HybridModel(
         config.model,

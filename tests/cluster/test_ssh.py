@@ -204,7 +204,7 @@ def test_nodes_that_are_not_like_the_launcher_are_left_out_by_name_before_ranks_
         "node3": "does not see the launcher's file",
         "node5": "s ahead; set it (NTP)",
         "node6": "it does not reach node1",
-        "node7": "manifest.json: No such file or directory; mount the storage of data.store there",
+        "node7": "manifest.json: No such file or directory; mount its storage there",
     }
     with cluster(7, "ssh", folder=folder) as nodes:
         nodes.run(2, "mount", "--bind", str(folder / "other.py"), str(source))

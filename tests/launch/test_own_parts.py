@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,15 @@ import yaml
 import amfm
 from amfm.data_pipeline.config import DataConfig
 from amfm.launch.cli import run as run_verb
-from amfm.model.config import registering
 from amfm.model.config.mixer_options import HeadOptions
-from amfm.model.config.plugins import CACHES, IN_PROCESS, PluginSections
 from amfm.model.config.section import Section
 from amfm.model.mixers.base import LinearMixer, no_decay, query_key_value
 from amfm.model.mixers.recurrence import DecayRecurrence, ScanRows
+from amfm.model.packing import PackMeta
 from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.report.plots import make_plots
 from amfm.pretrain.run import Run
+from tests.helpers.registered import nothing_stays_registered  # noqa: F401 a fixture
 from tests.launch.test_modules import page_blocks
 from tests.pretrain.tiny_run import MODEL, read_events, tiny_config, tiny_data
 
@@ -30,32 +29,6 @@ from tests.pretrain.tiny_run import MODEL, read_events, tiny_config, tiny_data
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     return tiny_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(autouse=True)
-def nothing_stays_registered() -> Iterator[None]:
-    modules = set(sys.modules)
-    models = set(registering._below(Section))
-    before = {model: {name: info.annotation for name, info in model.model_fields.items()} for model in models}
-    packages = {model: model.packages for model in models if issubclass(model, PluginSections)}
-    yield
-    for model, known in before.items():
-        for name in model.model_fields.keys() - known.keys():
-            del model.model_fields[name]
-        for name, annotation in known.items():
-            model.model_fields[name].annotation = annotation
-    for section, of in packages.items():
-        section.packages = of
-        done: dict[Any, bool] = {}
-        for each in models:
-            registering._rebuild(each, section, done)
-    IN_PROCESS.clear()
-    for clear in CACHES:
-        clear()
-    registering.only_read(False)
-    for name in set(sys.modules) - modules:
-        if name.partition(".")[0].startswith("my_parts"):
-            del sys.modules[name]
 
 
 def page_parts() -> dict[str, Any]:
@@ -169,6 +142,27 @@ def test_a_folder_that_cannot_be_imported_is_refused(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(amfm.ConfigError, match=message):
         amfm.load({"plugins": [folder]})
+
+
+def test_a_router_of_a_process_leaves_out_experts_and_its_loss_is_logged(data: DataConfig, tmp_path: Path) -> None:
+    (program,) = page_blocks("docs/hooks.md", "Routers")
+    exec(compile(program, "docs/hooks.md", "exec"), {"__name__": __name__})
+    moe = {"num_experts": 4, "top_k": 3, "expert_hidden_size": 24, "router": "relu"}
+    config = tiny_config(
+        data, tmp_path / "run", train__steps=3, model__moe=moe | {"router_options": {"relu": {"l1_weight": 0.5}}}
+    )
+    line = amfm.train(config).metrics[-1]
+    assert line["auxiliary"]["relu_l1"] > 0
+    mixer = amfm.build({**MODEL, "pattern": "E", "moe": moe}).blocks[0].mixer
+    x = torch.randn(1, 8, 32)
+    output = mixer(x, PackMeta.one_document_a_row(1, 8))
+    scores = mixer._logits(x)[0].relu()
+    weights, ids = scores.topk(3, dim=-1)
+    inner = torch.einsum("td,efd->tef", x[0], mixer.experts.up).relu().square()
+    each = torch.einsum("tef,edf->ted", inner, mixer.experts.down)
+    dense = (each.gather(1, ids[..., None].expand(-1, -1, 32)) * weights[..., None]).sum(1)
+    torch.testing.assert_close(output.y_BTD[0], dense)
+    assert int(output.expert_counts_E.sum()) == int((weights > 0).sum()) < 24
 
 
 class NoOptions(Section):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache_amfm import BlockState, empty_rows
+from .package_mixers_amfm import PACKAGE_ROUTERS
 
 
 class RMSNorm(nn.Module):
@@ -209,7 +210,7 @@ class Experts(nn.Module):
                 weight_R = torch.where(ids_RK == expert, weights_RK, 0.0).sum(dim=-1, keepdim=True)
                 y_RD = y_RD + (out * weight_R).to(x_RD.dtype)
             return y_RD
-        for expert in ids_RK.unique().tolist():
+        for expert in ids_RK[ids_RK < self.up.shape[0]].unique().tolist():
             rows, choice = (ids_RK == expert).nonzero(as_tuple=True)
             out = self._run(x_RD[rows], expert, down_bias_ED)
             y_RD = y_RD.index_add(0, rows, (out * weights_RK[rows, choice, None]).to(x_RD.dtype))
@@ -289,6 +290,8 @@ class MixtureOfExperts(nn.Module):
         groups with the best scores in sum are eligible (DeepSeek-AI 2024, arXiv 2412.19437, section 2.1.2).
         """
         section = self.section
+        if section["router"] in PACKAGE_ROUTERS:
+            return PACKAGE_ROUTERS[section["router"]](logits_RE, section)
         scores_RE = SCORES[section["router"]](logits_RE)
         choice_RE = scores_RE + self.expert_bias.float() if section["expert_bias"] else scores_RE
         groups, kept = section["num_router_groups"], section["router_group_top_k"]

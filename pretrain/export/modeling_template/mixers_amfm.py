@@ -22,7 +22,7 @@ from .delta_mixers_amfm import DeltaNet, GatedDeltaNet, Kda
 from .documents_amfm import Stretch
 from .indexer_amfm import Indexer
 from .linear_mixers_amfm import Hgrn2, State
-from .package_mixers_amfm import PACKAGE_MIXERS
+from .package_mixers_amfm import PACKAGE_HEADS, PACKAGE_MIXERS
 from .rotary_amfm import factor_on_scores, rotate, rotation, yarn_rope
 from .window_linear_amfm import WindowLinear
 
@@ -223,3 +223,9 @@ def build_mixer(symbol: str, config: Any, order: int, count: int) -> nn.Module:
     if getattr(kind, "wraps_mixer", False):
         return kind(options, build_mixer(f"{{{options['mixer']}}}", config, order, count), config)
     return kind(options, config, depth)
+
+
+def build_head(config: Any) -> nn.Module:
+    """The matrix from the stream to logits, or a package's head."""
+    head = PACKAGE_HEADS.get(getattr(config, "head", None) or "")
+    return head(config) if head else nn.Linear(config.hidden_size, config.vocab_size, bias=False)

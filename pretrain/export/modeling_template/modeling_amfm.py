@@ -25,7 +25,7 @@ from .cache_amfm import AmfmCache, BlockState, as_own_cache
 from .configuration_amfm import AmfmConfig
 from .documents_amfm import Place, Stretch, by_document, count_positions, find_documents, read_text_mask
 from .first_values_amfm import give_first_values
-from .mixers_amfm import LETTERS, Mla, build_mixer
+from .mixers_amfm import LETTERS, Mla, build_head, build_mixer
 
 # Programs pass these to every model; `is_causal` true and the longest document say nothing that is not known.
 HARMLESS = ("is_causal", "max_length_q", "max_length_k", "cu_seq_lens_k")
@@ -291,7 +291,7 @@ class AmfmForCausalLM(AmfmPreTrainedModel, GenerationMixin):
     def __init__(self, config: AmfmConfig) -> None:
         super().__init__(config)
         self.model = AmfmModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = build_head(config)
         self.post_init()
 
     @can_return_tuple

@@ -73,13 +73,24 @@ def test_a_node_without_the_launcher_s_store_has_a_fault_and_where_all_lack_it_t
     manifest.unlink()
     absent = check_node(request(tmp_path, inputs=inputs), time.time())
     assert "but another one; mount the shared storage again" in other[0]
-    assert absent == [
-        f"it does not see the launcher's {manifest}: No such file or directory; mount the storage of data.store there"
-    ]
+    assert absent == [f"it does not see the launcher's {manifest}: No such file or directory; mount its storage there"]
     assert blame({"node1": [], "node2": absent}, "node1", tmp_path)["node2"] == absent
     assert blame({"node1": absent}, "node1", tmp_path)["node1"] == absent, "one node says nothing of the setting"
-    with pytest.raises(ValueError, match=r"none of 2 nodes sees data\.store as this launcher does"):
+    with pytest.raises(ValueError, match=r"none of 2 nodes sees the launcher's files"):
         blame({"node1": other, "node2": absent}, "node1", tmp_path)
+
+
+def test_a_node_without_a_folder_of_plugins_has_a_fault_with_its_name(tmp_path: Path) -> None:
+    parts = tmp_path / "my_parts"
+    (parts / "deep").mkdir(parents=True)
+    for name in ("__init__.py", "deep/mixer.py"):
+        (parts / name).write_text("")
+    config = tiny_config(tiny_data(tmp_path / "data"), tmp_path / "run").model_copy(update={"plugins": (str(parts),)})
+    inputs = list_inputs(config)
+    assert len(inputs) == 3 and check_node(request(tmp_path, inputs=inputs), time.time()) == []
+    (parts / "deep" / "mixer.py").unlink()
+    (absent,) = check_node(request(tmp_path, inputs=inputs), time.time())
+    assert "does not see the launcher's" in absent and "my_parts/deep/mixer.py" in absent
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])

@@ -5,13 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 
+import amfm
+from amfm.launch.plan import measured
 from amfm.launch.plan.activations import Storage, up_rows
 from amfm.launch.plan.blocks.block import measured_sizes
 from amfm.launch.plan.measured import _block_bytes, block_bytes, id_of
 from amfm.launch.plan.stand_ins import Cut
 from amfm.model.block import Block
 from amfm.model.config.kinds import registered_kinds
+from amfm.model.config.mixer_options import HeadOptions
+from amfm.model.mixers.base import LinearMixer, no_decay, query_key_value
+from amfm.model.mixers.recurrence import DecayRecurrence, ScanRows
 from amfm.model.packing import PackMeta
+from tests.helpers.registered import nothing_stays_registered  # noqa: F401 a fixture
 from tests.launch.plan.presets import preset
 from tests.model.mixers.samples import mixer_config
 from tests.model.small_models import small_config, small_model
@@ -160,3 +166,42 @@ def test_what_is_counted_does_not_depend_on_the_threads_of_the_process(letter):
         found.append(_block_bytes.__wrapped__(config, letter, PLAIN, Cut()))
     torch.set_num_threads(threads)
     assert found[0] == found[1]
+
+
+class LoopOptions(HeadOptions):
+    """None of its own."""
+
+
+class LoopMixer(LinearMixer):
+    """Forgets in a loop over tokens, as a first try of an idea does."""
+
+    recurrence = DecayRecurrence()
+
+    def parts(self):
+        return query_key_value(self.options)
+
+    def rows(self, parts, meta):
+        q, k, v = (self.heads(parts[name]) for name in ("q", "k", "v"))
+        state, seen = torch.zeros_like(v[:, 0]), []
+        for token in v.unbind(1):
+            state = state * 0.5 + token.sigmoid()
+            seen.append(state)
+        return ScanRows(q, k, torch.stack(seen, 1), no_decay(q))
+
+    def output(self, o_BTHV, parts):
+        return o_BTHV.flatten(-2)
+
+
+def test_a_loop_over_tokens_is_counted_on_short_rows_as_on_long_ones(monkeypatch, capsys):
+    """What ends the first pass is a number of operations, so that no loop takes long; ours are far below it."""
+    amfm.register(amfm.Kind("loop", LoopMixer, LoopOptions))
+    config = small_config("{loop}", mixers={"loop": {"num_heads": 2, "head_dim": 8}})
+    monkeypatch.setattr(measured, "COUNTED_TOKENS", 1152)
+    whole = measured._measure(config, "{loop}", torch.float32, "torch", Cut(), tokens=1152)
+    monkeypatch.setattr(measured, "MOST_OPERATIONS", 1000)
+    _block_bytes.cache_clear()
+    found = block_bytes(config, "{loop}", PLAIN)
+    _block_bytes.cache_clear()
+    assert found.kept == pytest.approx(whole.kept, rel=0.01)
+    assert found.launches == pytest.approx(whole.launches, rel=0.02)
+    assert capsys.readouterr().err.count("block {loop} launches operations token by token") == 1

@@ -10,7 +10,7 @@ import torch
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.kernels.moe.op import route
-from amfm.model.moe.block import add_entropies
+from amfm.model.moe.balance import add_entropies
 from amfm.model.packing import Padding
 from tests.pretrain.monitor.test_anomalies import train_with_a_blow
 from tests.pretrain.tiny_run import tiny_config, train_and_collect

@@ -79,7 +79,7 @@ def unserved(fields: Mapping[str, Any]) -> list[str]:
 
 def _unknown_settings(name: str, section: Mapping[str, Any]) -> Iterator[str]:
     for key, value in section.items():
-        if key not in KNOWN[name].split() and value not in (None, False):
+        if key not in KNOWN[name].split() and value not in (None, False, {}):
             shown = key if isinstance(value, Mapping) else f"{key}={value}"
             yield f"the block {name}: {shown}, which the plug-in does not compute; leave it out"
     if section.get("qk_norm") == "wide":
@@ -88,6 +88,8 @@ def _unknown_settings(name: str, section: Mapping[str, Any]) -> Iterator[str]:
         yield f"the block {name}: rope.scaling=linear, which the plug-in does not compute; use none"
     if (section.get("rope") or {}).get("yarn_truncate") is False:
         yield f"the block {name}: rope.yarn_truncate=false, which the plug-in does not compute; use true"
+    if section.get("router", "sigmoid") not in ("softmax", "sigmoid", "sqrt_softplus"):
+        yield f"the block {name}: router={section['router']}, which the plug-in does not compute"
     if section.get("activation", "swiglu") not in ("swiglu", "squared_relu"):
         yield f"the block {name}: activation={section['activation']}, which the plug-in does not compute; use swiglu"
 
