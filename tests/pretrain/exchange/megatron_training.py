@@ -100,6 +100,27 @@ class Training:
         whole = self.sharded(metadata={})
         dist_checkpointing.save(whole, str(folder))
 
+    def load(self, folder: Path) -> None:
+        """Continue from a folder: weights, moments, iteration and place in the schedule."""
+        for weight in self.model.parameters():
+            self.adamw.state[weight] = {"step": torch.tensor(0.0)} | {
+                kind: torch.zeros_like(weight) for kind in models.MOMENTS
+            }
+        whole = self.sharded(metadata=dist_checkpointing.load_content_metadata(str(folder)))
+        del whole["opt_param_scheduler"], whole["iteration"]
+        # What layers keep for other precisions is not exported: `--dist-ckpt-strictness log_unexpected` leaves it out.
+        extra = {name: None for name in whole["model"] if name.endswith("_extra_state")}
+        whole["model"] = {name: value for name, value in whole["model"].items() if name not in extra}
+        loaded = dist_checkpointing.load(whole, str(folder))
+        self.model.load_state_dict(loaded["model"] | extra)
+        (step,) = {group["step"] for group in loaded["optimizer"]["optimizer"]["param_groups"]}
+        weights = [weight for group in self.adamw.param_groups for weight in group["params"]]
+        for index, weight in enumerate(weights):
+            moments = {kind: loaded["optimizer"]["state"][index][kind] for kind in models.MOMENTS}
+            self.adamw.state[weight] = {"step": torch.tensor(float(step)), **moments}
+        self.schedule.load_state_dict(loaded["opt_param_scheduler"])
+        self.done = step
+
     def sharded(self, metadata: dict[str, Any]) -> dict[str, Any]:
         """What is saved and loaded."""
         of_model = models.sharded(self.model, None, **metadata)["model"]

@@ -1,4 +1,4 @@
-"""A run of megatron-core moves here in its middle, and the losses of both programs are one curve.
+"""A run of megatron-core moves here in its middle and back, and all three programs' losses are one curve.
 
 Every row is the same text, because the programs read rows in other orders.
 """
@@ -18,6 +18,7 @@ from amfm.data_pipeline.prepare.prepare import prepare
 from amfm.data_pipeline.store.store import TokenStore
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.exchange.adopt import import_state
+from amfm.pretrain.exchange.megatron_write import export_megatron
 from amfm.pretrain.exchange.state import WrittenRun
 from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.patience import PATIENCE_SECONDS
@@ -55,6 +56,17 @@ def train_there(prefix: str, folder: str, steps: int, saved_at: int) -> list[flo
     return losses
 
 
+def go_on_there(prefix: str, folder: str, steps: int) -> list[float]:
+    """Losses of a run that begins from a checkpoint."""
+    from tests.pretrain.exchange import megatron_training as megatron
+
+    initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1)
+    with megatron.models.on_cpu(), megatron.WithoutGpu():
+        run = megatron.Training(SETTINGS, prefix)
+        run.load(Path(folder))
+        return [run.step() for _ in range(steps)]
+
+
 def same_run(data: DataConfig, directory: Path, steps: int) -> RunConfig:
     """The configuration that continues megatron-core's run here."""
     attention = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "positions": "rope"}
@@ -70,10 +82,12 @@ def same_run(data: DataConfig, directory: Path, steps: int) -> RunConfig:
 
 
 @pytest.mark.slow
-def test_a_run_of_megatron_core_moves_here_without_a_step_in_its_losses(data: DataConfig, tmp_path: Path) -> None:
+def test_a_run_of_megatron_core_moves_here_and_back_without_a_step_in_its_losses(
+    data: DataConfig, tmp_path: Path
+) -> None:
     prefix, back = tmp_path / "web", tmp_path / "back"
     write_text(prefix)
-    unbroken = run_ranks(train_there, str(prefix), str(tmp_path / "there"), 20, 10, num_ranks=1)[0]
+    unbroken = run_ranks(train_there, str(prefix), str(tmp_path / "there"), 25, 10, num_ranks=1)[0]
     store = DataConfig(
         store=str(tmp_path / "store"),
         sources=(SourceConfig(name="web", paths=(str(prefix),)),),
@@ -92,4 +106,8 @@ def test_a_run_of_megatron_core_moves_here_without_a_step_in_its_losses(data: Da
     moved = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(back)})})
     here: Trained = run_ranks(train_and_collect, moved, num_ranks=1)[0]
     assert here.series("loss") == pytest.approx(unbroken[10:20], abs=1e-5)
+    exported = export_megatron(back, tmp_path / "again", is_gpt=True)
+    folder = exported.path / f"iter_{exported.step:07d}"
+    again = run_ranks(go_on_there, str(prefix), str(folder), 5, num_ranks=1)[0]
+    assert again == pytest.approx(unbroken[20:], abs=1e-5)
     assert unbroken[-1] < unbroken[10] < unbroken[0]  # it learned
