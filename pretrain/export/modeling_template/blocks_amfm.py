@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache_amfm import BlockState, empty_rows
-from .package_mixers_amfm import PACKAGE_ROUTERS
 
 
 class RMSNorm(nn.Module):
@@ -289,6 +288,9 @@ class MixtureOfExperts(nn.Module):
         The bias steers the choice and never the weights (Wang et al. 2024, arXiv 2408.15664). With router groups, only the
         groups with the best scores in sum are eligible (DeepSeek-AI 2024, arXiv 2412.19437, section 2.1.2).
         """
+        # Here, for forms of packages import this file.
+        from .package_mixers_amfm import PACKAGE_ROUTERS
+
         section = self.section
         if section["router"] in PACKAGE_ROUTERS:
             return PACKAGE_ROUTERS[section["router"]](logits_RE, section)
