@@ -258,7 +258,7 @@ class DataConfig(Section):
     )
     megatron_split: str | None = Field(
         None,
-        pattern=r"^[0-9.]+(,[0-9.]+){0,2}$",
+        pattern=r"^[0-9]+(\.[0-9]+)?(,[0-9]+(\.[0-9]+)?){0,2}$",
         description="Megatron-LM's --split of each .idx, such as 98,2,0: its first documents train, the next validate, the last are left out; null: by validation_fraction.",
     )
     packing: Literal["concatenate", "best_fit"] = Field(

@@ -84,6 +84,8 @@ class MegatronIndex:
                 "sequences; remove data.megatron_split, or write the dataset with a sequence per document"
             )
         numbers = [float(number) for number in shares.split(",")]
+        if not sum(numbers):
+            raise ValueError(f"data.megatron_split={shares} leaves no documents; give at least one share above 0")
         train = numbers[0] / sum(numbers)
         valid = train + (numbers[1] / sum(numbers) if len(numbers) > 1 else 0.0)
         return round(train * self.num_documents), round(valid * self.num_documents)

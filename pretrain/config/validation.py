@@ -66,7 +66,7 @@ def validation_problems(
             yield f"{key}.tokens", "and batches are both given", "remove one of the two"
         if name not in sources:
             yield f"{key}.source", f"{name} is not a name of data.sources", f"use one of {', '.join(sources)}, or paths"
-        elif data.held_out(sources[name]) == 0:
+        elif data.held_out(sources[name]) == 0 and data.megatron_split is None:
             yield f"{key}.source", f"{name} holds no documents out", "raise its validation_fraction, and prepare again"
         elif data.held_out(sources[name]) == 1:
             both = sorted(set(sources[name].paths) & trained.keys())

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -106,6 +108,8 @@ def test_a_split_that_cuts_documents_is_refused(tmp_path):
     index = read_megatron_index(tmp_path / "web.idx")
     with pytest.raises(ValueError, match="2 sequences in 1 documents"):
         index.split("98,2,0")
+    with pytest.raises(ValueError, match="megatron_split=0,0 leaves no documents"):
+        replace(index, num_documents=2).split("0,0")
 
 
 def test_export_of_an_import_gives_the_same_documents(tiny, tmp_path):
