@@ -26,7 +26,7 @@ class FilterConfig(Section):
 class FimConfig(Section):
     """Fill in the middle: pieces of the rows of training are cut in three at random, and the middle comes last (Bavarian et al. 2022, arXiv 2207.14255)."""
 
-    rate: float = Field(gt=0, le=1, description="Part of the documents, or of what a row holds of them, that is cut.")
+    rate: float = Field(gt=0, le=1, description="Part of the documents, or of their part in a sequence, that is cut.")
     kind: Literal["psm", "spm"] = Field("psm", description="Prefix, suffix, middle; or suffix, prefix, middle.")
     tokens: tuple[str, str, str] = Field(
         ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
@@ -80,17 +80,17 @@ class SourceConfig(Section):
     )
     messages_column: str | None = Field(
         None,
-        description="Instead of text: field with a conversation, written by the chat template of data.tokenizer; only what the assistant wrote is learned. A field `tools` is given to the template.",
+        description="Instead of text: field with a conversation, written by the chat template of data.tokenizer; only the turns of the assistant are learned. A field `tools` is passed to the template.",
     )
     prompt_column: str | None = Field(
-        None, description="Instead of text: field with what comes before completion_column and is not learned."
+        None, description="Instead of text: field with the text before completion_column, which is not learned."
     )
     completion_column: str | None = Field(None, description="Field with the text that is learned, after prompt_column.")
-    fim: FimConfig | None = Field(None, description="Fill in the middle, in the rows of training.")
+    fim: FimConfig | None = Field(None, description="Fill in the middle, in the sequences of training.")
     weight: float = Field(
         1.0,
         ge=0,
-        description="Share of the training samples, relative to the other sources; 0: only in phases that give it a weight, such as a source that joins a run.",
+        description="Share of the training samples, relative to the other sources; 0: only in phases that set a weight for it, such as a source that joins a run.",
     )
     filters: FilterConfig = Field(FilterConfig(), description="Documents to leave out.")
     validation_fraction: float | None = Field(
@@ -162,7 +162,9 @@ class TokenizerConfig(Section):
     algorithm: Literal["unigram", "bpe"] = Field(
         "unigram", description="Kind to train (unigram encodes several times faster)."
     )
-    vocab_size: int = Field(4096, ge=300, description="Pieces to train, control and byte pieces included.")
+    vocab_size: int = Field(
+        4096, ge=300, description="Tokens of the vocabulary to train, control and byte tokens included."
+    )
     byte_fallback: bool = Field(True, description="Unknown characters become bytes, so that no text is lost.")
     training_bytes: int = Field(20_000_000, gt=0, description="At most this much text is read to train the tokenizer.")
     control_tokens: tuple[str, ...] = Field(
@@ -190,10 +192,10 @@ class PrepareConfig(Section):
     chunk_tokens: int = Field(
         4096,
         gt=0,
-        description="Tokens per chunk: what one read verifies and decodes. Rows whose length is a multiple of it read nothing else.",
+        description="Tokens per chunk, the unit that is read, verified and decoded. Sequences whose length is a multiple of it read nothing else.",
     )
     on_damage: Literal["refuse", "keep"] = Field(
-        "refuse", description="`keep`: of a file that is cut or damaged, take what can be read; the rest is lost."
+        "refuse", description="`keep`: of a file that is cut or damaged, use the readable part; the rest is lost."
     )
     seed: int = Field(0, description="Order of documents inside a part, and which documents validate.")
 
@@ -206,7 +208,7 @@ class CacheConfig(Section):
         64_000_000_000, gt=0, description="Most bytes of blocks; the least recently used are deleted first."
     )
     block_bytes: int = Field(
-        4 * 2**20, ge=2**16, description="Bytes per request: a block of `data.shuffle=block` has 256 rows."
+        4 * 2**20, ge=2**16, description="Bytes per request: a block of `data.shuffle=block` has 256 sequences."
     )
 
 
@@ -219,11 +221,11 @@ class SyntheticConfig(Section):
     task: TaskName = Field(
         description="Recall of pairs, of the last of several writes, copying past noise, parity, or products in a group (symmetric S_n, alternating A_n)."
     )
-    num_pairs: int = Field(8, gt=0, description="mqar, overwriting: keys that a row writes and then queries.")
-    num_writes: int = Field(3, gt=0, description="overwriting: how often a row writes each key.")
-    num_keys: int = Field(32, gt=0, description="mqar, overwriting: number of keys; a row uses num_pairs of them.")
+    num_pairs: int = Field(8, gt=0, description="mqar, overwriting: keys that a sequence writes and then queries.")
+    num_writes: int = Field(3, gt=0, description="overwriting: how often a sequence writes each key.")
+    num_keys: int = Field(32, gt=0, description="mqar, overwriting: number of keys; a sequence uses num_pairs of them.")
     num_values: int = Field(32, gt=1, description="mqar, overwriting: number of values.")
-    num_copied: int = Field(16, gt=0, description="selective_copying: tokens to copy in a row.")
+    num_copied: int = Field(16, gt=0, description="selective_copying: tokens to copy in a sequence.")
     num_symbols: int = Field(16, gt=1, description="selective_copying: number of different tokens to copy.")
 
 
@@ -244,11 +246,12 @@ class DataConfig(Section):
     tokenizer: TokenizerConfig = Field(TokenizerConfig(), description="How text becomes tokens.")
     prepare: PrepareConfig = Field(PrepareConfig(), description="How the store is written.")
     phases: tuple[PhaseConfig, ...] = Field(
-        (), description="Changes of the weights during the run, in order; append, never edit what has been trained."
+        (),
+        description="Changes of the weights during the run, in order; append, never edit entries that have been trained.",
     )
     skip: tuple[tuple[int, int], ...] = Field(
         (),
-        description="Ranges [a, b) of global samples that are left out, by the numbers of the run: what would follow comes in their place. Append; what has been trained stays.",
+        description="Ranges [a, b) of global samples that are left out, by the numbers of the run: the following samples come in their place. Append; entries that have been trained stay.",
     )
     skip_steps: tuple[tuple[int, int], ...] = Field(
         (), description="The same by steps [a, b], from 1: of those steps, all samples are left out."
@@ -262,13 +265,13 @@ class DataConfig(Section):
         description="Megatron-LM's --split of each .idx, such as 98,2,0: its first documents train, the next validate, the last are left out; null: by validation_fraction.",
     )
     packing: Literal["concatenate", "best_fit"] = Field(
-        "concatenate", description="Rows cut from the joined documents, or documents fitted whole into rows."
+        "concatenate", description="Sequences cut from the joined documents, or documents fitted whole into sequences."
     )
     shuffle: Literal["full", "block"] = Field(
         "full", description="`block` reads long runs in order, for object stores."
     )
     mask_document_boundaries: bool = Field(
-        True, description="Documents in a row do not see each other, and no label crosses between them."
+        True, description="Documents in a sequence do not see each other, and no label crosses between them."
     )
     num_workers: int = Field(1, ge=0, description="Processes that read ahead; 0: read in the training process.")
     on_corruption: Literal["raise", "quarantine"] = Field(

@@ -6,7 +6,7 @@
 #   recipes/one_gpu.sh WORK --toy                  the same steps on a CPU in minutes, with a text that needs no network
 #
 # From the environment: SIZE (150m; of a budget its own), STYLE (nemotron), HARDWARE (1xh100), AMFM_OVERRIDES (KEY=VALUE ...) for training.
-# Stopped at any point, the same command continues with what is missing.
+# Stopped at any point, the same command continues with the missing steps.
 set -euo pipefail
 
 work=${1:?usage: recipes/one_gpu.sh WORK TEXT|20m|150m|1b|--toy}

@@ -5,7 +5,7 @@
 #   recipes/one_node_8gpu.sh WORK --toy                  the same steps on two CPU ranks, with a text that needs no network
 #
 # From the environment: STYLE (nemotron), HARDWARE (8xh100), RANKS (8), AMFM_OVERRIDES (KEY=VALUE ...) for training.
-# Stopped at any point, the same command continues with what is missing. Text: hub:HuggingFaceFW/fineweb-edu (ODC-By), as much of
+# Stopped at any point, the same command continues with the missing steps. Text: hub:HuggingFaceFW/fineweb-edu (ODC-By), as much of
 # it as the budget trains on, at the commit of the first call. HF_ENDPOINT names a mirror.
 set -euo pipefail
 

@@ -209,7 +209,7 @@ def inspect(
     spike: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help="Of a run: the rows of step N by loss, and the text of its worst documents."
+            min=1, metavar="N", help="Of a run: the sequences of step N by loss, and the text of its worst documents."
         ),
     ] = None,
     config: Annotated[

@@ -52,7 +52,7 @@ SettingsOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="A setting of the synthetic task (data.synthetic); repeatable."),
 ]
-RowsOption = Annotated[int | None, typer.Option(min=1, help="Rows of the synthetic task; default: 256.")]
+RowsOption = Annotated[int | None, typer.Option(min=1, help="Sequences of the synthetic task; default: 256.")]
 NprocOption = Annotated[
     int, typer.Option(min=1, help="Ranks per node, which share the text and, where memory asks for it, the model.")
 ]

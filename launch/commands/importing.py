@@ -51,7 +51,7 @@ def import_(
     ] = None,
     *,
     pattern: Annotated[
-        str | None, typer.Option(help="For a .tiktoken file: regular expression that splits text into pieces.")
+        str | None, typer.Option(help="For a .tiktoken file: regular expression that splits text before BPE.")
     ] = None,
     special: Annotated[
         list[str] | None, typer.Option(metavar="TOKEN=ID", help="For a .tiktoken file: a special token; repeatable.")

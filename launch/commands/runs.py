@@ -19,7 +19,7 @@ Column = Literal["run", "state", "step", "loss", "best", "tokens", "tokens_per_s
 
 def runs(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="The folder that holds run directories, at any depth.")
+        Path, typer.Argument(metavar="FOLDER", help="The folder that contains run directories, at any depth.")
     ],
     *,
     sort: Annotated[

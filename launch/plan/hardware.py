@@ -57,7 +57,7 @@ class Hardware(BaseModel):
         0.0, ge=0, lt=1, description="Of the multiprocessors, while a collective runs at the same time."
     )
     launch_seconds: float = Field(0.0, ge=0, description="Host time of one operation.")
-    wait_seconds: float = Field(0.0, ge=0, description="Lost where the host waits for the device once.")
+    wait_seconds: float = Field(0.0, ge=0, description="Lost each time the host waits for the device.")
     jitter: float = Field(0.0, ge=0, description="Standard deviation of a rank's step over its mean.")
     context_gib: float = Field(0.0, ge=0, description="Memory of the CUDA context and of libraries' workspaces.")
     communicator_gib: float = Field(0.0, ge=0, description="Memory of one communicator.")

@@ -21,7 +21,7 @@ class IndexerConfig(Section):
     )
     head_dim: int = Field(64, gt=0, description="Channels of its query heads and of its one key head.")
     rope_fraction: float = Field(
-        0.5, gt=0, le=1, description="Part of each of its heads that is rotated, where attention is rotary."
+        0.5, gt=0, le=1, description="Part of each of its heads that is rotated, if attention is rotary."
     )
     loss_weight: float = Field(
         1.0,

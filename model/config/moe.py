@@ -90,11 +90,11 @@ class MoeConfig(MixerOptions):
         0.0, ge=0, description="Balance over a micro-batch (Fedus et al. 2021, arXiv 2101.03961, section 2.2)."
     )
     sequence_loss_weight: float = Field(
-        0.0, ge=0, description="Balance inside each row (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."
+        0.0, ge=0, description="Balance inside each sequence (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."
     )
     balance_counts: Literal["routed", "scores"] = Field(
         "scores",
-        description="Load in both balance losses: the choices that `scores` alone would make, as the equations of both papers, or choices as `routed`, with bias and groups.",
+        description="Load in both balance losses: the routes that `scores` alone would choose, as the equations of both papers, or routes as `routed`, with bias and groups.",
     )
     z_loss_weight: float = Field(
         0.0, ge=0, description="Squared log-sum-exp of the router logits (Zoph et al. 2022, arXiv 2202.08906)."
@@ -105,7 +105,7 @@ class MoeConfig(MixerOptions):
     capacity_factor: float | None = Field(
         None,
         gt=0,
-        description="While training, an expert takes this many times its even share of a micro-batch's choices; null: no limit.",
+        description="While training, an expert takes this many times its even share of a micro-batch's token-expert assignments; null: no limit.",
     )
     overflow: Literal["drop", "recycle"] = Field(
         "drop",

@@ -46,7 +46,7 @@ class LoraMixerConfig(Section):
     specialization_weight: float = Field(
         0.0,
         ge=0,
-        description="Weight of the mean entropy of a token's choice, as lora_specialization: tokens decide, the more the choices of all are balanced.",
+        description="Weight of the mean entropy of a token's routing probabilities, as lora_specialization: routing gets sharper, the more the routes of all are balanced.",
     )
     hard_from_step: int | None = Field(
         None,
@@ -92,7 +92,7 @@ class MultipliersConfig(Section):
     """Constant factors in the forward pass, as Granite 4 and Falcon-H1 train with; the factor on scores is attention.softmax_scale."""
 
     embedding: float = Field(1.0, gt=0, description="On the output of the embedding; not on a tied head.")
-    residual: float = Field(1.0, gt=0, description="On what each block adds to the residual stream.")
+    residual: float = Field(1.0, gt=0, description="On the output that each block adds to the residual stream.")
     logits: float = Field(
         1.0, gt=0, description="On the logits (Granite: 1 / logits_scaling; Falcon-H1: lm_head_multiplier)."
     )
@@ -109,12 +109,14 @@ class MupConfig(Section):
 class MtpConfig(Section):
     """Multi-token prediction: what the MTP layers after `/` in the pattern learn (DeepSeek-V3, arXiv 2412.19437, section 2.2)."""
 
-    loss_weight: float = Field(0.3, gt=0, description="Of the mean of all depths' losses; the main loss has 1.")
+    loss_weight: float = Field(
+        0.3, gt=0, description="Of the mean of the losses of all MTP layers; the main loss has 1."
+    )
     shared: bool = Field(
-        False, description="One module for all depths, as Nemotron 3 Super and Ultra; else one for each."
+        False, description="One module for all MTP layers, as Nemotron 3 Super and Ultra; else one for each."
     )
     detach: bool = Field(
-        False, description="Depths give the main model no gradient: they are trained on a model as it is."
+        False, description="MTP layers pass no gradient to the main model: they are trained on a model as it is."
     )
 
 
@@ -131,14 +133,14 @@ class ModelConfig(Section):
 
     pattern: str = Field(
         min_length=1,
-        description="Blocks in order: M Mamba2, * attention, E MoE, - dense; or Hunyuan's A, M, F, D; other mixers by letter or `{name}`, several side by side as `(M&*)` (docs/mixers.md). `(MF)*8 AF` or `((ME)x8 *E)x7 ME` repeats, `|` cuts pipeline stages; `ME/*E/*E` has two MTP layers.",
+        description="Blocks in order: M Mamba2, * attention, E MoE, - dense; or Hunyuan's A, M, F, D; other mixers by symbol or `{name}`, several side by side as `(M&*)` (docs/mixers.md). `(MF)*8 AF` or `((ME)x8 *E)x7 ME` repeats, `|` cuts pipeline stages; `ME/*E/*E` has two MTP layers.",
     )
     vocab_size: int = Field(gt=0, le=10_000_000, description="Rows of the embedding; at least the tokenizer's.")
     hidden_size: int = Field(gt=0, le=1_000_000, description="Width of the residual stream.")
     norm_epsilon: float = Field(1e-5, gt=0, description="Epsilon of every RMSNorm.")
     norm_placement: Literal["before", "after", "both", "after_attention"] = Field(
         "before",
-        description="The norm of a block: `before` it, or `after` it, on what it adds to the residual stream (OLMo 2); `both`: two norms (Gemma 3); `after_attention`: after attention and the feed-forward after it, before other blocks (OLMo Hybrid).",
+        description="The norm of a block: `before` it, or `after` it, on the output that it adds to the residual stream (OLMo 2); `both`: two norms (Gemma 3); `after_attention`: after attention and the feed-forward after it, before other blocks (OLMo Hybrid).",
     )
     tie_embeddings: bool = Field(False, description="Head shares the embedding's weights.")
     head: str | None = Field(
@@ -151,7 +153,7 @@ class ModelConfig(Section):
     )
     megatron_init: bool = Field(
         False,
-        description="Initial values as Megatron-LM has them where ours differ: experts.down of latent experts is an output projection too, and biases of convolutions are uniform within 1 / sqrt(width).",
+        description="Initial values as Megatron-LM has them if ours differ: experts.down of latent experts is an output projection too, and biases of convolutions are uniform within 1 / sqrt(width).",
     )
     mamba: Mamba2Config | None = Field(None, description="Needed by M.")
     attention: AttentionConfig | None = Field(None, description="Needed by * (A).")

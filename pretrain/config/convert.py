@@ -27,7 +27,7 @@ class RoutingConfig(Section):
     top_k: int = Field(2, gt=0, description="Updates per token; at most num_experts.")
     balance_weight: float = Field(0.01, ge=0, description="Weight of the loss that balances the router.")
     specialization_weight: float = Field(
-        0.0, ge=0, description="Weight of the loss that makes a token's choice sharp once choices are balanced."
+        0.0, ge=0, description="Weight of the loss that makes a token's routing sharp once the load is balanced."
     )
     hard_from_step: int | None = Field(
         None,
@@ -87,7 +87,9 @@ class UpcycleConfig(Section):
         "softmax", description="How logits become scores; sigmoid comes with a balancing bias, which begins at 0."
     )
     noise: float = Field(
-        0.0, ge=0, description="Standard deviation of what is added to each expert's matrices, over that of the matrix."
+        0.0,
+        ge=0,
+        description="Standard deviation of the noise that is added to each expert's matrices, over that of the matrix.",
     )
     reset: float = Field(
         0.0,

@@ -16,7 +16,7 @@ class PruneConfig(Section):
     """Magnitude pruning while the model trains: the smallest groups are set to zero and stay there; `amfm compact` removes them."""
 
     groups: PrunedGroups = Field(
-        description="What is pruned as a whole: inner `channels` of dense feed-forwards and shared experts, routed `experts`, `heads` of attention (a key-value head with its queries)."
+        description="Units that are pruned as a whole: inner `channels` of dense feed-forwards and shared experts, routed `experts`, `heads` of attention (a key-value head with its queries)."
     )
     keep: float = Field(gt=0, lt=1, description="Share of the groups of each block that remains at the end.")
     method: Literal["magnitude"] = Field("magnitude", description="The groups with the smallest norm are pruned.")
@@ -68,7 +68,7 @@ class DistillConfig(Section):
     top_k: int | None = Field(
         None,
         gt=0,
-        description="Compare the teacher's most likely tokens, and what remains for all others as one; null: all tokens.",
+        description="Compare the teacher's most likely tokens, and the remaining probability of all others as one; null: all tokens.",
     )
     kind: Literal["kl", "reverse_kl"] = Field(
         "kl",

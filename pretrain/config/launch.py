@@ -58,7 +58,7 @@ class KubernetesConfig(Section):
     grace_seconds: int = Field(
         300,
         gt=0,
-        description="What a JobSet's pods get to save after SIGTERM, as at a drain; Kubernetes' own default is 30.",
+        description="Time of a JobSet's pods to save after SIGTERM, as at a drain; Kubernetes' own default is 30.",
     )
     accelerator: str = Field("H100", description="GPU of a SkyPilot task, by SkyPilot's name.")
     bucket: str | None = Field(None, description="Bucket that a SkyPilot task mounts there, such as s3://BUCKET.")

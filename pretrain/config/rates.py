@@ -13,7 +13,7 @@ class DecayFactors(Section):
     """Factors on `weight_decay`; norms and vectors never decay."""
 
     embedding: float = Field(1.0, ge=0, description="The embedding, also as a tied head.")
-    head: float = Field(1.0, ge=0, description="The head, where it is not tied.")
+    head: float = Field(1.0, ge=0, description="The head, if it is not tied.")
     router: float = Field(1.0, ge=0, description="Routers of experts, and gates of shared experts.")
     matrices: float = Field(1.0, ge=0, description="All other matrices, and convolution kernels.")
 
@@ -27,7 +27,7 @@ class RateFactors(Section):
     """Factors on the learning rate."""
 
     embedding: float = Field(1.0, ge=0, description="The embedding, also as a tied head.")
-    head: float = Field(1.0, ge=0, description="The head, where it is not tied.")
+    head: float = Field(1.0, ge=0, description="The head, if it is not tied.")
     norms: float = Field(1.0, ge=0, description="Weights of norms.")
     router: float = Field(1.0, ge=0, description="Routers of experts, and gates of shared experts.")
     matrices: float = Field(1.0, ge=0, description="All other matrices, and convolution kernels.")

@@ -153,7 +153,7 @@ class ParallelConfig(Section):
     )
     overlap_experts: Literal[False, True, "rows"] = Field(
         False,
-        description="What else runs while rows of spread experts are sent and the shared expert computes. true: rows are cut in halves, and experts compute one while the other is sent (reads experts' weights twice). rows: a micro-batch's rows pass all blocks in two halves in turns, as two micro-batches of half as many would.",
+        description="Other work that overlaps sending rows of spread experts, in addition to the shared expert. true: rows are cut in halves, and experts compute one while the other is sent (reads experts' weights twice). rows: a micro-batch's rows pass all blocks in two halves in turns, as two micro-batches of half as many would.",
     )
     expert_buffer_factor: float | None = Field(
         None,
@@ -161,14 +161,16 @@ class ParallelConfig(Section):
         le=1e3,
         description="Places for rows of spread experts, in even shares, so that the host need not count rows, such as 1.5; a step in which they do not suffice is computed again. null: the host counts rows.",
     )
-    context: int = Field(1, gt=0, description="Ranks that share the tokens of each row.")
+    context: int = Field(1, gt=0, description="Ranks that share the tokens of each sequence.")
     pipeline: int = Field(1, gt=0, description="Stages of consecutive blocks; `|` in model.pattern cuts them.")
     schedule: Literal["1f1b", "interleaved", "zero_bubble"] = Field(
         "1f1b", description="Order of the stages' forward and backward passes (Narayanan et al. 2021, Qi et al. 2023)."
     )
-    virtual_stages: int = Field(1, gt=0, description="Pieces of the pipeline per rank; above 1 only with interleaving.")
+    virtual_stages: int = Field(
+        1, gt=0, description="Model chunks of the pipeline per rank; above 1 only with interleaving."
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(
-        1, description="What DeepSpeed spreads over data ranks: 1 optimizer, 2 + gradients, 3 + weights."
+        1, description="State that DeepSpeed shards over data ranks: 1 optimizer, 2 + gradients, 3 + weights."
     )
     offload_optimizer: bool = Field(
         False, description="Keep master weights and moments in the memory of the host, and step there."
@@ -200,27 +202,27 @@ class StageConfig(Section):
     """
 
     name: str = Field(min_length=1, description="Shown in the log and the report.")
-    tokens: float | None = Field(None, gt=0, description="At least this many tokens; or give steps.")
-    steps: int | None = Field(None, gt=0, description="Optimizer steps; or give tokens.")
+    tokens: float | None = Field(None, gt=0, description="At least this many tokens; or set steps.")
+    steps: int | None = Field(None, gt=0, description="Optimizer steps; or set tokens.")
     sequence_length: int | None = Field(None, gt=0, description="Tokens per sequence.")
-    micro_batch_size: int | None = Field(None, gt=0, description="Rows per forward pass and rank.")
-    global_batch_size: int | None = Field(None, gt=0, description="Rows per optimizer step, over all ranks.")
+    micro_batch_size: int | None = Field(None, gt=0, description="Sequences per forward pass and rank.")
+    global_batch_size: int | None = Field(None, gt=0, description="Sequences per optimizer step, over all ranks.")
     rope: RopeConfig | None = Field(None, description="Rotary positions from here on.")
     indexer: IndexerStage | None = Field(
-        None, description="What indexers do from here on; null: as before, at first as their own `stage`."
+        None, description="Mode of indexers from here on; null: as before, at first as their own `stage`."
     )
     weights: dict[str, float] | None = Field(None, description="Weight of each source from here on; absent: not used.")
     learning_rate: float | None = Field(None, gt=0, description="Peak rate; null: optimizer.learning_rate.")
     schedule: ScheduleConfig | None = Field(None, description="Over the steps of this stage; null: `schedule`.")
     parallel: ParallelConfig | None = Field(
         None,
-        description="Layout from here on, whole: what it leaves out has its default. The run saves, and continues with new processes; null: as before.",
+        description="Complete layout from here on: settings that it leaves out have their defaults. The run saves, and continues with new processes; null: as before.",
     )
     recompute: Literal["none", "selective", "full"] | None = Field(
         None, description="Blocks that are computed again in backward passes, as train.recompute."
     )
     recompute_blocks: str | None = Field(
-        None, description="Letters for recompute: selective; null: as before, or empty if recompute is given."
+        None, description="Block types for recompute: selective; null: as before, or empty if recompute is set."
     )
 
 
@@ -232,11 +234,11 @@ class HealthConfig(Section):
         description="Gradients with NaN or infinity: leave the step out (train.max_skipped_steps in a row stop the run), load the newest checkpoint's weights and continue with the next data, or stop.",
     )
     on_spike: Literal["ignore", "skip", "rollback", "stop"] = Field(
-        "ignore", description="The same choices for a loss, or a gradient norm, far above the recent ones."
+        "ignore", description="The same actions for a loss, or a gradient norm, far above the recent ones."
     )
     spike_rule: Literal["ratio", "sigma"] = Field(
         "ratio",
-        description="What on_spike acts on: a loss above spike_ratio times the median, or a loss or gradient norm above spike_sigma.",
+        description="Spikes that on_spike acts on: a loss above spike_ratio times the median, or a loss or gradient norm above spike_sigma.",
     )
     spike_ratio: float = Field(1.5, gt=1, description="A spike is a loss above this times the median of the window.")
     spike_window: int = Field(
@@ -256,7 +258,7 @@ class HealthConfig(Section):
     check_state_every_steps: int | None = Field(
         None,
         gt=0,
-        description="Look for silent corruption every N steps and before each save: state that changed at rest, copies that differ, a micro-batch that gives other bits when run again. The run ends (code 3) and names the rank; null: never.",
+        description="Look for silent corruption every N steps and before each save: state that changed at rest, copies that differ, a micro-batch that gives other bits when run again. The run ends (code 3) and prints the rank; null: never.",
     )
 
 
@@ -265,11 +267,11 @@ class KernelsConfig(Section):
 
     backend: Literal["auto", "triton", "torch", "reference"] = Field(
         "auto",
-        description="auto: triton on CUDA in bf16, torch in float32 and on a CPU. What cannot run here is an error.",
+        description="auto: triton on CUDA in bf16, torch in float32 and on a CPU. A backend that cannot run here is an error.",
     )
     experts: Literal["auto", "triton", "torch"] = Field(
         "auto",
-        description="Products of experts where `backend` is triton: our kernels, PyTorch's grouped product (Hopper and later), or what `amfm bench kernels --tune` found faster on this GPU; ours if nothing was tuned.",
+        description="Products of experts if `backend` is triton: our kernels, PyTorch's grouped product (Hopper and later), or the faster of both by `amfm bench kernels --tune` on this GPU; ours if nothing was tuned.",
     )
 
 
@@ -288,7 +290,7 @@ class ExportConfig(Section):
     max_position_embeddings: int | None = Field(
         None,
         gt=0,
-        description="Tokens per text that the export declares; null: the rows of training, and no fewer than the released model had that the run continues.",
+        description="Tokens per text that the export declares; null: the sequence length of training, and no fewer than the released model had that the run continues.",
     )
 
 
@@ -303,7 +305,7 @@ class EvaluateConfig(Section):
         None, ge=0, description="Examples before each question; null: as the task defines, else 0."
     )
     micro_batch_size: int | None = Field(
-        None, gt=0, description="Rows per forward pass and rank; null: train.micro_batch_size."
+        None, gt=0, description="Sequences per forward pass and rank; null: train.micro_batch_size."
     )
     merge_last: int | None = Field(
         None, gt=1, description="Validate the mean of this many last checkpoints next to the run; null: of none."
@@ -339,12 +341,16 @@ class RunConfig(Section):
     distill: DistillConfig | None = Field(
         None, description="Learn from a teacher (docs/distillation.md); null: from the text alone."
     )
-    trace_choices: TraceConfig | None = Field(None, description="Write the choices of routers; null: none.")
+    trace_choices: TraceConfig | None = Field(
+        None, description="Write the routing decisions of each token; null: none."
+    )
     hooks: RegisteredHooks = RegisteredHooks()
     plugins: tuple[str, ...] = Field(
         (), description="Folders of code that is imported on every rank and registers parts (docs/hooks.md)."
     )
-    convert: ConvertConfig | None = Field(None, description="Of `amfm convert`; null: train what `model` says.")
+    convert: ConvertConfig | None = Field(
+        None, description="Of `amfm convert`; null: train the model of the section `model`."
+    )
     launch: LaunchConfig = LaunchConfig()
 
     @model_validator(mode="after")

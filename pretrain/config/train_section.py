@@ -12,8 +12,8 @@ PREFIX = "amfm "  # of every range of ours in a trace of `train.profile`
 class BatchRampConfig(Section):
     """A global batch that grows in equal shares of the first steps (as the batch ramp of GPT-3, arXiv 2005.14165)."""
 
-    start_size: int = Field(gt=0, description="Rows of the first step.")
-    increment: int = Field(gt=0, description="Rows added each time; must lead exactly to the global batch.")
+    start_size: int = Field(gt=0, description="Sequences of the first step.")
+    increment: int = Field(gt=0, description="Sequences added each time; must lead exactly to the global batch.")
     steps: int = Field(gt=0, description="Steps after which the batch has its full size.")
 
 
@@ -42,8 +42,8 @@ class TrainConfig(Section):
         None, gt=0, description="Save and exit (code 0) at the end of the step after this many minutes of a start."
     )
     sequence_length: int = Field(gt=0, description="Tokens per sequence.")
-    micro_batch_size: int = Field(gt=0, description="Rows per forward pass and rank.")
-    global_batch_size: int = Field(gt=0, description="Rows per optimizer step, over all ranks.")
+    micro_batch_size: int = Field(gt=0, description="Sequences per forward pass and rank.")
+    global_batch_size: int = Field(gt=0, description="Sequences per optimizer step, over all ranks.")
     batch_ramp: BatchRampConfig | None = Field(None, description="Start with smaller batches; null: full at once.")
     seed: int = Field(0, ge=0, lt=2**63, description="Of weights, data order and every other random draw.")
     precision: Literal["float32", "bf16"] = Field(
@@ -60,7 +60,7 @@ class TrainConfig(Section):
     )
     checkpoint_store: str | None = Field(
         None,
-        description="URL (s3://, gs://, az://) that gets a copy of each checkpoint, keep_last of them; a start fetches from there what run.dir does not have. null: only run.dir.",
+        description="URL (s3://, gs://, az://) that gets a copy of each checkpoint, keep_last of them; a start fetches missing checkpoints from there. null: only run.dir.",
     )
     resume_step: int | None = Field(
         None,
@@ -94,7 +94,7 @@ class TrainConfig(Section):
         1200.0,
         gt=0,
         le=1e9,
-        description="A collective that takes longer ends the run; above launch.heartbeat_seconds, after which a rank names the ranks that it waits for.",
+        description="A collective that takes longer ends the run; above launch.heartbeat_seconds, after which a rank prints the ranks that it waits for.",
     )
     max_skipped_steps: int = Field(10, ge=0, description="Non-finite steps skipped in a row before the run stops.")
     compile: bool = Field(
@@ -108,14 +108,16 @@ class TrainConfig(Section):
         "none",
         description="Blocks that keep only their input and are computed again in the backward pass: none, those of recompute_blocks, all.",
     )
-    recompute_blocks: str = Field("", description="For recompute: selective, letters of model.pattern, such as `*E`.")
+    recompute_blocks: str = Field(
+        "", description="For recompute: selective, block types of model.pattern, such as `*E`."
+    )
     freeze: tuple[str, ...] = Field(
         (),
         description="Names of parameters or modules that are not trained, such as embedding, head or blocks.0.mixer; `*` for any part.",
     )
     gradient_sums: Literal["auto", "product", "hook"] = Field(
         "auto",
-        description="Where weight gradients join the float32 sum of a step: in the product that makes them, which under bf16 saves a rounding and their way through memory, or behind it, by a hook; auto: in the product under parallel.zero_stage 1 and 2, unless blocks are compiled.",
+        description="Where weight gradients join the float32 sum of a step: in the product that makes them, which under bf16 saves a rounding and their way through memory, or after it, by a hook; auto: in the product under parallel.zero_stage 1 and 2, unless blocks are compiled.",
     )
     num_threads: int | None = Field(
         None,
@@ -126,7 +128,7 @@ class TrainConfig(Section):
     profile: ProfileConfig | None = Field(None, description="Trace some steps; null: no trace.")
     deterministic: bool | None = Field(
         None,
-        description="Library kernels that add in one order, and our kernels' own tiles instead of tuned ones; null: yes on a CPU, no on CUDA, where such library kernels are slower. Our kernels always add in one order.",
+        description="Library kernels that add in one order, and our kernels' own tiles instead of tuned ones; null: yes on a CPU, no on CUDA, because such library kernels are slower there. Our kernels always add in one order.",
     )
 
     def sums_in_products(self) -> bool:

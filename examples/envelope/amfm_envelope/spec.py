@@ -22,7 +22,7 @@ class EnvelopeOptions(HookOptions):
     )
     budget: Literal["groups", "weights"] = Field(
         "groups",
-        description="What `keep` is a share of: the groups of each block, or the weights of all groups of the model, so that a group costs what it holds.",
+        description="What `keep` is a share of: the groups of each block, or the weights of all groups of the model, so that a group costs its number of weights.",
     )
     keep: float = Field(gt=0, lt=1, description="Share of the budget that is left in the end.")
     strength: float = Field(1.0, gt=0, description="Of the penalty when it is fully on; near 0 it chooses nothing.")

@@ -34,7 +34,7 @@ class LightningOptions(HeadOptions):
 class GlaOptions(VectorGateOptions):
     """Gated linear attention (Yang et al. 2023, arXiv 2312.06635): a decay per key channel."""
 
-    gate_rank: int = Field(16, gt=0, description="Inner width of the low-rank projection that gives the decays.")
+    gate_rank: int = Field(16, gt=0, description="Inner width of the low-rank projection that computes the decays.")
 
 
 class LightNetOptions(VectorGateOptions):
@@ -176,7 +176,7 @@ class Mamba3Options(LinearOptions):
 class MomOptions(MixerOptions):
     """Mixture of memories (Du et al. 2025, arXiv 2502.13685): a linear mixer with several states and a router."""
 
-    mixer: str = Field("gated_deltanet", description="The linear mixer inside; its own section gives its options.")
+    mixer: str = Field("gated_deltanet", description="The linear mixer inside; its own section has its options.")
     num_memories: int = Field(4, gt=1, description="States among which the router chooses.")
     top_k: int = Field(2, gt=0, description="States that a token writes and reads.")
     shared_memory: bool = Field(True, description="One more state, for all tokens.")

@@ -16,7 +16,7 @@ class MonarchOptions(MixerOptions):
     max_tokens: int = Field(
         gt=1, description="Longest document, in training and decoding; at least train.sequence_length."
     )
-    filter_size: int = Field(64, gt=0, description="Hidden units of the network that gives the kernels.")
+    filter_size: int = Field(64, gt=0, description="Hidden units of the network that computes the kernels.")
     bands: int = Field(8, gt=0, description="Frequencies of the place that it reads, a sine and a cosine each.")
 
     def broken_widths(self, hidden_size: int) -> Iterator[tuple[str, str]]:

@@ -27,7 +27,7 @@ class SeqBoatOptions(MixerOptions):
         1.0,
         gt=0,
         le=1,
-        description="Share of a row that may be active at most; later tokens stay out. Not in decoding.",
+        description="Share of a sequence that may be active at most; later tokens stay out. Not in decoding.",
     )
     chunk_size: int = Field(
         64, gt=0, description="Tokens per chunk of the averages; changes speed and rounding, not meaning."

@@ -25,7 +25,7 @@ class RunTask(Section):
 
     name: str = Field(pattern=r"^[a-z0-9_]+$", description="Part of the cells' names, and a column of the table.")
     config: str = Field(
-        description="Run configuration, relative to this file: text gives a validation loss, `data.synthetic` an accuracy. The study sets train.seed, train.num_threads, run.dir and run.name, one of mixers model.pattern too."
+        description="Run configuration, relative to this file: text is measured by a validation loss, `data.synthetic` by an accuracy. The study sets train.seed, train.num_threads, run.dir and run.name, one of mixers model.pattern too."
     )
 
 
@@ -38,7 +38,7 @@ class TaskConfig(RunTask):
 class MixerConfig(Section):
     """A sequence mixer to compare, and what it needs beyond the tasks' configurations."""
 
-    mixer: str = Field(min_length=1, description="Letter of the pattern, or name of a registered mixer.")
+    mixer: str = Field(min_length=1, description="Symbol of the pattern, or name of a registered mixer.")
     label: str | None = Field(
         None, pattern=r"^[A-Za-z0-9_.-]+$", description="Name in table and plots; none: the mixer's own."
     )
@@ -57,7 +57,9 @@ class SettingConfig(Section):
 class RunsConfig(Section):
     """What all studies say of their runs."""
 
-    dir: str = Field(description="Folder of the study: runs, table and plots; a second call does what is missing.")
+    dir: str = Field(
+        description="Folder of the study: runs, table and plots; a second call continues with the missing runs."
+    )
     seeds: tuple[int, ...] = Field((0,), min_length=1, description="Of weights and data order; each is a run a cell.")
     threads_per_run: int = Field(1, gt=0, description="CPU threads of a run.")
     runs_at_once: int | None = Field(
