@@ -3,7 +3,7 @@
 #   docker build --build-arg CUDA=13.2 --tag amfm .        CUDA: a version of constraints/ (12.8, 13.0, 13.2)
 #   docker run --rm --gpus all --shm-size 64g amfm amfm doctor        --shm-size: NCCL and replicas need more than 64 MB
 #
-# PyTorch's wheels bring the CUDA libraries; the host needs the driver alone, one that serves that CUDA. For Slurm with pyxis: recipes/slurm_cluster.md.
+# PyTorch's wheels bring the CUDA libraries; the host needs only the driver, one that serves that CUDA. For Slurm with pyxis: recipes/slurm_cluster.md.
 FROM python:3.12-slim-bookworm
 
 ARG CUDA=13.2

@@ -1,4 +1,4 @@
-"""Pace of training on a CPU alone, next to one busy program, and of two at once, by how threads wait, in turns.
+"""Pace of training on a CPU on its own, next to one busy program, and of two at once, by how threads wait, in turns.
 
 How it works: each way is `amfm train` of a prepared config in a process of its own, and its pace is the median of tokens per second
 over the steps after the first five. The ways are OMP_WAIT_POLICY and GOMP_SPINCOUNT as the environment has them, and what

@@ -1,7 +1,7 @@
 """Checkpoint benchmark: blocking and background saves, ours and torch's, and replicas in memory, side by side.
 
 What training waits for is the stall. A background save copies the state and lets a thread write it while steps
-continue; those steps share processors and memory with the thread, so their time is shown next to that of steps alone.
+continue; those steps share processors and memory with the thread, so their time is shown next to that of steps without a save.
 Variants take turns in every round, so that a drift of the machine favours none.
 """
 
@@ -259,7 +259,7 @@ def print_checkpoint_table(result: dict[str, Any]) -> None:
     ]
     columns = ("variant", "training waits s", "of blocking", "first time s", "durable after s", "step meanwhile s")
     print_rows(f"Saving {result['bytes'] / 1e6:.0f} MB, medians of {result['rounds']} rounds", columns, rows)
-    say(f"a step alone takes {result['step_alone_seconds']:.3f} s")
+    say(f"a step without a save takes {result['step_alone_seconds']:.3f} s")
     say(", ".join(f"{name} {value}" for name, value in result["hardware"].items()))
 
 

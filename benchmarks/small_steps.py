@@ -1,6 +1,6 @@
 """A small model with every core kind of block that takes real steps in any layout, without a run around it.
 
-Byte counts and memory depend on sizes alone, so a laptop with gloo verifies the formulas that are used for a cluster.
+Byte counts and memory depend only on sizes, so a laptop with gloo verifies the formulas that are used for a cluster.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ OUT_OF_THE_WAY = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 class Exporter:
-    """Exports checkpoints of every `every_steps` steps to RUN/exports/step-N, each once: what is there is left alone."""
+    """Exports checkpoints of every `every_steps` steps to RUN/exports/step-N, each once: what is there is kept."""
 
     def __init__(self, run_dir: Path, every_steps: int) -> None:
         self.run_dir, self.every_steps = run_dir, every_steps

@@ -111,7 +111,7 @@ def save_model(model: HybridModel, path: str | Path, tokenizer: str | Path) -> N
 
 
 class Layer(nn.Module):
-    """A mixer alone, without a norm or a residual: x [B, T, D] -> y [B, T, D]. `mixer` has all that a block's has."""
+    """A mixer on its own, without a norm or a residual: x [B, T, D] -> y [B, T, D]. `mixer` has all that a block's has."""
 
     mixer: Mixer
 

@@ -106,7 +106,7 @@ class Notifier:
         """The launcher ends; what the last look found is posted already."""
 
     def body(self, message: Message) -> dict[str, Any]:
-        """What is posted: the facts, or for Slack a text alone."""
+        """What is posted: the facts, or for Slack only a text."""
         text = f"{self.name}: {message.kind} at step {message.step:,}{': ' if message.text else ''}{message.text}"
         if self.host == SLACK:
             return {"text": text}

@@ -1,6 +1,6 @@
 """The verbs of `amfm`, in the order of its help, and where each is: the verb that is called is the only one that is imported.
 
-The first paragraph of a verb's help is written here alone, so that the list answers without the verbs: `load_verb` puts it
+The first paragraph of a verb's help is written only here, so that the list answers without the verbs: `load_verb` puts it
 in place of the first paragraph of the function's docstring.
 """
 

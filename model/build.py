@@ -23,7 +23,7 @@ def build_mixer(index: int, config: ModelConfig, groups: ProcessGroupCollection,
     Global indices keep a block the same wherever a pipeline cuts the model. No collectives. Raises ValueError for a name
     that nothing registers and for sizes that the ranks cannot share.
     """
-    # Depth among sequence mixers alone: decays that weaken with depth (lightning, HGRN2) must not depend on MoE blocks.
+    # Depth among only sequence mixers: decays that weaken with depth (lightning, HGRN2) must not depend on MoE blocks.
     # A block of multi-token prediction is as deep as the last of them: the main model is the same with and without.
     sequence = [place for place, symbol in enumerate(config.letters) if kind_of(symbol).mixes == "sequence"]
     order = sequence.index(index) if index in sequence else max(0, len(sequence) - 1)

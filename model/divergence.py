@@ -68,7 +68,7 @@ class HeadRows:
 def divergence_at_head(
     student: HeadRows, teacher: HeadRows, labels_R: Tensor, divergence: Divergence, groups: ProcessGroupCollection
 ) -> tuple[Tensor, Tensor]:
-    """Sum the divergence less the negative log-likelihood over tokens with a label, and the divergence alone, without gradient.
+    """Sum the divergence less the negative log-likelihood over tokens with a label, and the divergence on its own, without gradient.
 
     Of the difference a part w makes a loss (1 - w) nll + w divergence of a loss nll. Gradients are made in the forward pass, a slice
     of tokens at a time; both models must have the same vocabulary. Every rank of `groups.tp` must call.

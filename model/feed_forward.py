@@ -26,7 +26,7 @@ from amfm.model.structured import StructuredDown, StructuredUp
 
 
 def up_segments(hidden_size: int, activation: Activation) -> tuple[int, ...]:
-    """Row counts of the matrices stacked in an up projection: gate and up for gated units, up alone for squared ReLU."""
+    """Row counts of the matrices stacked in an up projection: gate and up for gated units, only up for squared ReLU."""
     return (hidden_size,) * (matrices_of(activation) - 1)
 
 

@@ -1,4 +1,4 @@
-"""Parameter and FLOP counts of a model, from its configuration alone: nothing is allocated.
+"""Parameter and FLOP counts of a model, only from its configuration: nothing is allocated.
 
 Kinds: `mamba`, `attention`, `moe`, `feed_forward`, registered mixers by name, `embedding`, `head`, `final_norm`, and `mtp` for
 all of multi-token prediction; a block's norm counts with the block. A mixer is counted on one that is built on the meta

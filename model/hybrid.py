@@ -5,7 +5,7 @@
         stream = stream + block.mixer(block.norm(stream))        # times a multiplier, if set
     logits = head(final_norm(stream))
 
-Blocks differ in their mixer alone (build.py, mixers/interface.py), which mixes over the sequence (Mamba2, attention, linear
+Blocks differ only in their mixer (build.py, mixers/interface.py), which mixes over the sequence (Mamba2, attention, linear
 mixers) or over channels (mixture of experts, dense feed-forward); nothing here asks which one it is. Every mixer gets the `PackMeta` that keeps documents apart.
 
 What flows between blocks is a `Stream` (block.py), and what they give besides ends in `ModelOutput`. Where the pattern has
@@ -353,7 +353,7 @@ class HybridModel(nn.Module):
         """Iterate over the blocks held here, with their indices: the main ones, then those of multi-token prediction."""
         yield from zip(self.blocks.indices(), self.blocks)
         for depth in self.mtp:
-            assert isinstance(depth, MtpDepth), "mtp holds depths alone"
+            assert isinstance(depth, MtpDepth), "mtp holds only depths"
             yield from depth.numbered_blocks()
 
 

@@ -1,4 +1,4 @@
-"""Initial values of every parameter: each a function of the seed and the parameter's global name alone.
+"""Initial values of every parameter: each a function of only the seed and the parameter's global name.
 
 No generator runs from one parameter to the next, so a model starts equal on any layout of ranks, a pipeline rank draws its
 own blocks only, and a block starts equal wherever else the pattern changes. Experts are drawn one by one under their global
@@ -151,7 +151,7 @@ def _pieces(shape: tuple[int, ...], dim: int) -> list[tuple[int, int]]:
 def _normal_piece(
     name: str, shape: tuple[int, ...], config: ModelConfig, seed: int, dim: int, start: int, stop: int
 ) -> Tensor:
-    """Draw one piece of a matrix; the first goes by the matrix's name alone, which is that of a matrix of one piece."""
+    """Draw one piece of a matrix; the first goes only by the matrix's name, which is that of a matrix of one piece."""
     size = (*shape[:dim], stop - start, *shape[dim + 1 :])
     generator = _generator(seed, f"{name}/{start}" if start else name)
     return torch.empty(size).normal_(0.0, _deviation(name, config), generator=generator)
@@ -163,7 +163,7 @@ def _special_values(name: str, shape: tuple[int, ...], config: ModelConfig, seed
     if name.endswith(("norm.weight", ".D")):
         return torch.ones(shape)
     if name.endswith("conv.bias") and config.megatron_init:
-        assert config.mamba is not None, "Mamba2's convolution alone has a bias"
+        assert config.mamba is not None, "only Mamba2's convolution has a bias"
         bound = config.mamba.conv_kernel**-0.5
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
     if name.endswith(("conv.bias", "lora.up")):
@@ -177,7 +177,7 @@ def _special_values(name: str, shape: tuple[int, ...], config: ModelConfig, seed
 
 
 def named_seed(seed: int, name: str) -> int:
-    """Derive a number below 2^63, what torch's generators take, from the seed and the name alone.
+    """Derive a number below 2^63, what torch's generators take, only from the seed and the name.
 
     A hash and not `seed + index`: neighbouring seeds must not give one parameter the values of another.
     """

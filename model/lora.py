@@ -2,7 +2,7 @@
 
 The update is a module `lora` of the layer next to it, so that all other weights keep their names: weights without it
 load into a model before it gets one, and `merge_lora` gives back a state with exactly the names of such a model. What is
-frozen is said by `requires_grad` alone; engine and checkpoints go by that.
+frozen is said only by `requires_grad`; engine and checkpoints go by that.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ runs the nodes in reverse creation order, which is the same turns backwards: gra
 as well.
 
 Every number is that of two micro-batches of half the rows: capacities and balance losses are a half's, and losses are averaged.
-The order of all collectives is the same on all ranks, because it follows from the blocks alone.
+The order of all collectives is the same on all ranks, because it follows only from the blocks.
 """
 
 from __future__ import annotations

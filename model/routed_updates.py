@@ -82,7 +82,7 @@ class RoutedUpdates(nn.Module):
     def choose(self, x_BTD: Tensor) -> dict[str, Tensor]:
         """Choose for the tokens x [B, T, D] (under sequence parallelism this rank's), until the next call.
 
-        Returns the weighted loss that balances the router, in training alone.
+        Returns the weighted loss that balances the router, only in training.
         """
         section = self.section
         logits_BTE = gather_stream(linear_float32(x_BTD, self.router.weight), self.groups)

@@ -1,6 +1,6 @@
 """Layers that depend on the step: what a step sets before its first forward pass.
 
-The setting is a function of the seed and the step alone, the same on all ranks, so there is nothing to save, and a resumed
+The setting is a function of only the seed and the step, the same on all ranks, so there is nothing to save, and a resumed
 run continues with what an uninterrupted one has.
 """
 

@@ -4,7 +4,7 @@ A row is cut into 2 x ranks equal segments, and rank r takes segments r and 2 x 
 reads z + 1 segments of keys, so each rank reads 2 x ranks + 1 in sum: the same work, where one contiguous run a rank would
 give the last rank nearly twice the mean. Recurrences do the same work anywhere and lose nothing.
 
-The cut is known from shapes alone, except where documents begin: `continues_BZ` and the ids of whole rows are found once
+The cut is known only from shapes, except where documents begin: `continues_BZ` and the ids of whole rows are found once
 for a micro-batch, so that states and windows stop at documents without another look at the tokens.
 """
 

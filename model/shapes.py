@@ -1,4 +1,4 @@
-"""Names and shapes of all weights of a model, from its configuration alone.
+"""Names and shapes of all weights of a model, only from its configuration.
 
 So a checkpoint is checked and converted without building the model: one mixer of each kind is built without storage and asked.
 """

@@ -1,6 +1,6 @@
 """The package's extras: which packages each one adds, and one message where a command needs one that is not installed.
 
-Training on a prepared store needs the core alone. What reads text, exports, draws or measures tasks imports its packages where
+Training on a prepared store needs only the core. What reads text, exports, draws or measures tasks imports its packages where
 it needs them; a verb asks `require_extra` before its work, and `absent_extras_in_words` catches what no verb could foresee.
 """
 

@@ -18,7 +18,7 @@ class Hook:
     """Does nothing; a subclass overrides the moments that it needs. Every rank calls each but `at_start` and `after_log`."""
 
     def at_start(self) -> None:
-        """When the log is open, before the first step: the main rank alone calls it."""
+        """When the log is open, before the first step: only the main rank calls it."""
 
     def before_passes(self, micro_batches: Sequence[MicroBatch], share: LossShare) -> None:
         """Before the first forward pass of a step, inside `engine.accumulate`."""
@@ -30,7 +30,7 @@ class Hook:
         """After a step, before it may end the run."""
 
     def after_log(self, metrics: Mapping[str, Any]) -> None:
-        """After the step's line is in metrics.jsonl: the main rank alone calls it, with what the line holds."""
+        """After the step's line is in metrics.jsonl: only the main rank calls it, with what the line holds."""
 
     def after_edit(self) -> None:
         """After master weights or weights were written to between steps."""

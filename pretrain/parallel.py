@@ -181,8 +181,8 @@ def record_collectives(folder: Path) -> None:
 def start_process_group(timeout_seconds: float) -> tuple[int, int, int, int]:
     """Join the default process group and return (rank, world size, local rank, local world size).
 
-    With a launcher's environment (torchrun, launch/cluster/local.py) through its store; without one, a group of this
-    process alone, which needs no port. Keys carry the attempt's number: a restarted group that reads the last attempt's
+    With a launcher's environment (torchrun, launch/cluster/local.py) through its store; without one, a group of only this
+    process, which needs no port. Keys carry the attempt's number: a restarted group that reads the last attempt's
     keys hangs (pytorch issue 135712).
     """
     die_with_launcher()
@@ -219,7 +219,7 @@ def start_process_group(timeout_seconds: float) -> tuple[int, int, int, int]:
 def choose_gpu(local_rank: int, num_visible: int) -> int:
     """Number of the GPU that a local rank takes among those that its process sees.
 
-    A site may show each task its own one alone (`--gpus-per-task`, `--gpu-bind=single:1`), which then is number 0. Raises
+    A site may show each task only its own one (`--gpus-per-task`, `--gpu-bind=single:1`), which then is number 0. Raises
     RuntimeError if there are several and none for this rank.
     """
     if num_visible == 1:
@@ -271,7 +271,7 @@ def initialize_parallel(
 
 @contextmanager
 def axis_groups() -> Iterator[None]:
-    """Inside the block Megatron-core's groups are of NCCL alone on GPUs, and a rank's groups of size 1 are one.
+    """Inside the block Megatron-core's groups are only of NCCL on GPUs, and a rank's groups of size 1 are one.
 
     The default group also carries objects between processors, over gloo, and every group inherits that: at 1,024 ranks
     a mesh of sockets for each of 2,652 groups, above what a process may open. Axes carry tensors of the device only. A
@@ -288,7 +288,7 @@ def axis_groups() -> Iterator[None]:
         if ranks[0] != rank:
             return torch.distributed.GroupMember.NON_GROUP_MEMBER
         if not alone:
-            # Of this rank alone, so that no other one need call.
+            # Only of this rank, so that no other one need call.
             alone.append(own(ranks, **{**settings, "backend": backend, "use_local_synchronization": True}))
         return alone[0]
 

@@ -129,7 +129,7 @@ def detach_output(output: ModelOutput) -> ModelOutput:
 
 
 class PieceStage(pipelining.PipelineStage):
-    """A pipelining stage with buffers for what is in flight alone, which cuts backward passes without recomputing.
+    """A pipelining stage with buffers only for what is in flight, which cuts backward passes without recomputing.
 
     torch keeps a buffer for each micro-batch of a step both ways, and steps of large models have hundreds: here one is
     made where its receive is posted, and let go where the pass that reads it is over. `stream_BTD`: what is sent, on
@@ -183,7 +183,7 @@ class PieceStage(pipelining.PipelineStage):
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
     def forward_one_chunk(self, fwd_chunk_id: int, *given: Any, **named: Any) -> Any:
-        """Compute a micro-batch; from now on its backward pass alone holds what was received."""
+        """Compute a micro-batch; from now on only its backward pass holds what was received."""
         with self._splits():
             found = super().forward_one_chunk(fwd_chunk_id, *given, **named)
         self._let_go(self.args_recv_info[fwd_chunk_id])
@@ -256,8 +256,8 @@ class Pipeline:
     def train(self, inputs: Sequence[MicroBatch], share: Share) -> list[ModelOutput]:
         """Run forward and backward of all micro-batches, adding to the parameters' gradients.
 
-        `share` makes of an output what is differentiated; on a stage before the last it gets the auxiliary losses
-        alone. Returns this rank's outputs: a loss on the last stage only, auxiliary losses and counts of each piece's
+        `share` makes of an output what is differentiated; on a stage before the last it gets only the auxiliary
+        losses. Returns this rank's outputs: a loss on the last stage only, auxiliary losses and counts of each piece's
         blocks.
         """
         self._start(inputs, share)
@@ -268,7 +268,7 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, inputs: Sequence[MicroBatch], *, predicts: bool = False) -> list[ModelOutput]:
-        """Run forward passes alone; `predicts`: the last piece's outputs name the most likely tokens."""
+        """Run only forward passes; `predicts`: the last piece's outputs name the most likely tokens."""
         self._start(inputs, None)
         self.current.predicts = predicts
         numbers = torch.arange(len(inputs))

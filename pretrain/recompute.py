@@ -1,6 +1,6 @@
 """Activation recomputation: which blocks are computed again in the backward pass instead of keeping activations.
 
-A recomputed block keeps its input alone and runs its forward pass again before its backward pass (Chen et al. 2016,
+A recomputed block keeps only its input and runs its forward pass again before its backward pass (Chen et al. 2016,
 arXiv 1604.06174): memory for about a third more arithmetic in that block. The choice is by kind of block, because kinds
 differ in what they keep. The numbers of a step do not depend on it, so a resumed run may choose again.
 """

@@ -69,7 +69,7 @@ class Progress:
 
 @dataclass
 class RunFiles:
-    """What the main rank alone has open of the run directory: its lock and ownership, the log, and the display."""
+    """What only the main rank has open of the run directory: its lock and ownership, the log, and the display."""
 
     lock: IO[bytes] | None = None
     owner: Ownership | None = None
@@ -167,7 +167,7 @@ class Run:
             self.files.display.say(text)
 
     def record_event(self, event: str, *, step: int | None = None, **details: Any) -> None:
-        """Write a line to events.jsonl at a step, the current one where none is given; on the main rank alone."""
+        """Write a line to events.jsonl at a step, the current one where none is given; only on the main rank."""
         if self.files.log is not None:
             self.files.log.write_event(event, self.progress.step if step is None else step, **details)
 

@@ -1,7 +1,7 @@
 """Save a run, resume it, and restore the weights of its newest checkpoint.
 
 A checkpoint (checkpoint/save.py) holds what the engine has, and as its state the run's `Progress` and the loader's
-cursor. `resume` restores all of it; a rollback restores the engine alone, because the steps in between are not taken
+cursor. `resume` restores all of it; a rollback restores only the engine, because the steps in between are not taken
 back.
 """
 

@@ -40,7 +40,7 @@ def train_step(run: Run) -> StepResult:
     Where rows of spread experts had less room than a router filled, that is done twice (model/parallel/groups.py).
 
     Every rank must call this. A loss spike under `health.on_spike=skip` poisons the gradients before the update, and
-    non-finite gradients leave the weights alone; either way all ranks skip together.
+    non-finite gradients do not change the weights; either way all ranks skip together.
     """
     work = StepWork.begin(run)
     with run.clock("data"):
@@ -172,7 +172,7 @@ def conclude(
 
 
 def gather_news(run: Run) -> RankNews:
-    """What this rank alone knows, for the reduction at the end of a step."""
+    """What only this rank knows, for the reduction at the end of a step."""
     damaged = len(run.loader.quarantined) - damaged_before(run) if reports_damage(run) else 0
     return RankNews(run.signals.received, run.saver.is_writing(), damaged)
 
@@ -191,7 +191,7 @@ def forward_backward(run: Run, micro_batches: Sequence[MicroBatch], share: LossS
     """Run forward and backward of each micro-batch, inside `engine.accumulate`, and yield the outputs.
 
     With a pipeline a rank yields one output for each micro-batch and each piece of the model it holds; a loss is in
-    those of the last piece alone.
+    those of only the last piece.
     """
 
     def scaled_share(output: ModelOutput) -> Tensor | None:

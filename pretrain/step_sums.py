@@ -22,7 +22,7 @@ from amfm.pretrain.parallel import Parallel
 
 @dataclass(frozen=True)
 class RankNews:
-    """What a rank alone knows at the end of a step.
+    """What only one rank knows at the end of a step.
 
     A signal's number (0 for none), whether it saves, samples it found damaged.
     """
@@ -129,7 +129,7 @@ class StepSums:
     def reduce(self, parallel: Parallel, tokens: Tensor, news: RankNews | None = None) -> StepReport:
         """Sum over all ranks that saw other tokens or blocks, in float64, which is exact for counts, and read it.
 
-        What ranks alone know is sent along, so that all stop, and all learn how a save ended, at the same step.
+        What only single ranks know is sent along, so that all stop, and all learn how a save ended, at the same step.
         `tokens`: counts that the data ranks have summed already (`count_valid_tokens`); they are read in the same copy.
         `expert_counts` are those of all ranks from now on, on the device. Every rank must call this.
         """

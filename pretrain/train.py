@@ -3,7 +3,7 @@
 `train` builds a run (start.py), steps it to its end (step.py) and closes it. What it does besides that is a hook
 (hook.py): validation, tasks, the log and everything else that looks at a run or edits it between steps.
 
-Every rank runs the same lines. What one rank alone knows (a signal, a NaN, a damaged sample) is reduced or gathered
+Every rank runs the same lines. What only one rank knows (a signal, a NaN, a damaged sample) is reduced or gathered
 inside the step, before anything branches on it: ranks that branched differently would wait in different collectives.
 
 A run resumes with bitwise identical results because all that changes is in four places, and each is in every checkpoint: `Progress`, the

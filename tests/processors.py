@@ -1,7 +1,7 @@
 """The quick tests as on other processors: `python tests/processors.py [--row NAME | --of-today] [ARGUMENT OF PYTEST ...]`.
 
 PyTorch, oneDNN and MKL choose their code by the processor that they find, and each adds in another order; environment variables
-let them choose as on an older one. A test that passes on one processor alone compares what no machine promises: say of which two
+let them choose as on an older one. A test that passes on only one processor compares what no machine promises: say of which two
 computations of this machine it expects equal bits, or give a number its tolerance. Without a row all are run, with
 `make test-versions` for other releases of Python. CI runs that of the day, on the files that compute (`COMPUTE`).
 """
@@ -74,7 +74,7 @@ def run_row(name: str, arguments: list[str]) -> int:
 def main() -> int:
     """Run what is asked for; returns 1 where a row is red."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--row", choices=ROWS, help="this one alone")
+    parser.add_argument("--row", choices=ROWS, help="only this one")
     parser.add_argument("--of-today", action="store_true", help="the one of this day, on the files that compute")
     given, arguments = parser.parse_known_args()
     if given.of_today:

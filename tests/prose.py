@@ -77,7 +77,7 @@ MOST_NAMES = {
 
 
 class Rule(NamedTuple):
-    """A pattern that is not used, what to write instead, and whether the rule is for pages alone."""
+    """A pattern that is not used, what to write instead, and whether the rule is only for pages."""
 
     pattern: re.Pattern[str]
     instead: str

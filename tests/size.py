@@ -2,7 +2,7 @@
 
 Without a commit it also checks the working tree, and ends with 1 where a rule is broken: the loop and the step stay
 readable at a glance, a folder is a list that one can keep in mind, and so is what the loop reaches by imports at the top of
-files. What one setting alone needs is imported where that setting is read.
+files. What only one setting needs is imported where that setting is read.
 """
 
 from __future__ import annotations

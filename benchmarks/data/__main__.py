@@ -27,7 +27,7 @@ def data(
     rounds: Annotated[
         int,
         typer.Option(
-            min=1, help="Timed rounds of all that takes turns: readers, and preparation with the tokenizer alone."
+            min=1, help="Timed rounds of all that takes turns: readers, and preparation with only the tokenizer."
         ),
     ] = 7,
     actors: Annotated[int | None, typer.Option(min=1, help="Ray actors that prepare; default: one per core.")] = None,

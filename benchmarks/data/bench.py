@@ -2,7 +2,7 @@
 
 How it works: one text is tokenized once and written in every format, so that all readers give the same tokens. Readers
 take turns in rounds, the first of which is not counted; CPU seconds are compared, and wall seconds stand next to them.
-What needs a clean process (the first batch, the tokenizer alone) runs in a child.
+What needs a clean process (the first batch, only the tokenizer) runs in a child.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SLOW_READERS = {"zarr_python": 8}  # this many times fewer samples: a round of t
 def bench_data(settings: BenchData, report: Callable[[str], None]) -> dict[str, Any]:
     """Make the stores, then measure; returns rows, preparation, first_batch, cold and hardware as JSON values.
 
-    Sets torch to one thread for the process, so that CPU seconds are those of the reading alone.
+    Sets torch to one thread for the process, so that CPU seconds are only those of the reading.
     """
     torch.set_num_threads(1)
     settings.work.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What `python -m benchmarks.data` measures in a separate process: the first batch of a store, and a tokenizer alone.
+"""What `python -m benchmarks.data` measures in a separate process: the first batch of a store, and a tokenizer on its own.
 
 Called as `python -m benchmarks.data.child first SETTINGS` or `... tokenize SETTINGS`, SETTINGS being JSON; prints
 JSON objects, a line each.

@@ -1,4 +1,4 @@
-"""Preparation benchmark: `amfm prepare` on Ray against the tokenizer alone, in turns, and what Ray itself costs.
+"""Preparation benchmark: `amfm prepare` on Ray against only the tokenizer, in turns, and what Ray itself costs.
 
 How it works: a round prepares the whole text with `actors` actors and lets as many plain processes tokenize the same
 text from memory; their order alternates, and ratios are formed within a round, so that a drift of the machine cancels.
@@ -40,7 +40,7 @@ _Alone = dict[str, dict[str, float]]  # tokens, seconds and cpu_seconds by the n
 
 @dataclass
 class _Moment:
-    """CPU seconds since the start at one moment: of this process and all below it, and of the actors' work alone."""
+    """CPU seconds since the start at one moment: of this process and all below it, and of only the actors' work."""
 
     when: float
     total: float

@@ -20,7 +20,7 @@ def compare_with_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     `op`, `dtype`, `limit`, `as_trained` (transformers with freed memory returned over ours with it kept), `compiled` (the
     same over ours as `train.compile` makes it, None if that was not timed), `returned` and `kept` (both sides alike),
-    and `holds`, which is said of `as_trained`. Empty where memory could be treated in one way alone.
+    and `holds`, which is said of `as_trained`. Empty where memory could be treated in only one way.
     """
     both = {(row["op"], row["dtype"], row["backend"], row["memory"]): row for row in rows if row["pass"] == "both"}
     found = []

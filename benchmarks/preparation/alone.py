@@ -1,4 +1,4 @@
-"""A tokenizer alone: `python -m benchmarks.preparation.alone`, a process of `python -m benchmarks.preparation`.
+"""A tokenizer on its own: `python -m benchmarks.preparation.alone`, a process of `python -m benchmarks.preparation`.
 
 It gets the files and ranges of units as lines of JSON, reads their texts into memory, and encodes them when it gets
 another line: SentencePiece as it comes, on one thread, by its default call and by its fastest, in turns for each batch.

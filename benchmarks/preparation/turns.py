@@ -1,4 +1,4 @@
-"""A preparation that pauses, and the bare tokenizer in its pauses: shares that a drift of the machine leaves alone.
+"""A preparation that pauses, and the bare tokenizer in its pauses: shares that a drift of the machine does not change.
 
 The units of a store are written in slices by the same actors. Between two slices the actors wait, while as many plain
 processes encode text of the slice that was just written, from memory. An actor's time in a slice ends when it has nothing
@@ -35,7 +35,7 @@ ALONE_BYTES = 20_000_000  # of text in each bare process and slice
 
 @dataclass
 class _Slice:
-    """Figures of one slice. actor_seconds: by the clock, on average over the actors. alone: of each bare process."""
+    """Figures of one slice. actor_seconds: by the clock, on average over the actors. `alone`: of each bare process."""
 
     text_bytes: int = 0
     units: int = 0

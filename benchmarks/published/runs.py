@@ -87,7 +87,7 @@ PUBLISHED = (
         "full",
         beside="shared",
         repeats=2,
-        cause="not known: its row with two pipeline stages, recomputation of experts alone and MTP is a third slower",
+        cause="not known: its row with two pipeline stages, recomputation of only the experts and MTP is a third slower",
     ),
     PublishedRun(
         "Nemotron 3 Ultra, MTP",

@@ -47,7 +47,7 @@ def step(
             raise ValueError(f"{flag} sets the step that --muon compares optimizers by; add it, or remove this")
     if muon and (compiled or peer != "none"):
         raise ValueError(
-            "--muon compares our two optimizers alone; with it give --model, --micro-batches, --rounds, --threads"
+            "--muon compares only our two optimizers; with it give --model, --micro-batches, --rounds, --threads"
         )
     if muon:
         compare_optimizers(model, micro_batches or MUON_PASSES, rounds or STEP_ROUNDS, threads, as_json=as_json)

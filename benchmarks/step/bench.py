@@ -51,7 +51,7 @@ def bench_step(
     """Measure and return one object: variants with seconds, tokens per second and ratio to transformers' default.
 
     `as_trained` of a variant is transformers with freed memory returned and ours with it kept, `memory` has both ways of
-    each. On a GPU, or where memory can be treated in one way alone, there is that way only.
+    each. On a GPU, or where memory can be treated in only one way, there is that way only.
 
     Raises RuntimeError when float32 variants disagree in their first loss: they would not be the same model.
     """

@@ -95,6 +95,6 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
             number += 1
             is_whole = line.endswith(b"\n") or len(line) < MAX_LINE_BYTES
             while not line.endswith(b"\n") and (rest := file.readline(MAX_LINE_BYTES)):
-                line = rest  # of a line that is too long the end alone is looked for
+                line = rest  # of a line that is too long only the end is looked for
             if line.strip() or not is_whole:
                 yield number, parse_line(line) if is_whole else None

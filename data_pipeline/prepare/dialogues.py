@@ -150,7 +150,7 @@ def _parse(value: Any) -> Any:
 
 
 def _without_none(value: Any) -> Any:
-    """Without fields that a table has for other records alone."""
+    """Without fields that a table has only for other records."""
     if isinstance(value, dict):
         return {key: _without_none(item) for key, item in value.items() if item is not None}
     return [_without_none(item) for item in value] if isinstance(value, list) else value

@@ -2,7 +2,7 @@
 
 A data set there is files in a git repository, so it is read as files: two requests tell the commit and the files of it,
 and the readers of parquet and jsonl then take byte ranges. The `datasets` library is not used, although it streams too: it
-gives examples one after the other, where a store needs pieces that any actor can read again alone, and its rules for which
+gives examples one after the other, where a store needs pieces that any actor can read again on its own, and its rules for which
 files belong to a configuration are one field of the dataset card. Nor is `huggingface_hub`, whose client waits for a silent network
 without limit; token, endpoint and offline mode are looked up where it does (HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE).
 

@@ -1,6 +1,6 @@
 """The append-only record of finished units: what makes a second preparation do only what is missing.
 
-Parts alone would not do: a part on the disk does not say whether its unit wrote all that it should, or from which inputs. A
+Parts on their own would not do: a part on the disk does not say whether its unit wrote all that it should, or from which inputs. A
 line has the unit's key, a digest of everything that decides its output, so a changed file or setting finds no line and the
 unit is written again. One process writes the journal, the one that holds the store's lock; actors only report.
 """

@@ -3,7 +3,7 @@
 Files are cut into segments, all segments of a source are put in a keyed random order, and runs of that order become units.
 So a part holds text from many places, which the shuffle of training can then leave in blocks, and any unit can be written
 by any actor at any time. Sizes, parquet footers and Megatron indexes are read for it, and no text. A unit is worth an actor's
-while but no more than a share of the text that is left, or the last one would work alone.
+while but no more than a share of the text that is left, or the last one would be the only one at work.
 """
 
 from __future__ import annotations

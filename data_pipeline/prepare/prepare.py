@@ -1,6 +1,6 @@
 """Prepare a token store from text: plan, tokenizer, parts, journal, and the manifest last.
 
-The plan cuts the sources into units; a unit's bytes depend on the unit alone, not on the actor, its neighbours or how
+The plan cuts the sources into units; a unit's bytes depend only on the unit, not on the actor, its neighbours or how
 often it was tried. So a store is byte-identical for any number of actors and after any kill. An actor writes a part
 under its final name only when it is whole and durable; the journal then records the unit, and a second call writes
 what the journal lacks. The manifest is written last: a folder without one is not a store, and no one can read half of

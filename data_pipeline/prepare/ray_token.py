@@ -17,7 +17,7 @@ START_RAY = "start one with `ray start --head`, name the address that it prints,
 def choose_token(address: str | None = None) -> None:
     """Set Ray's token for the cluster at an address, or for a new one on this machine. Call it before Ray is imported.
 
-    A new cluster admits this process and its children alone. A cluster that `ray start --head` made asks for the token in
+    A new cluster admits only this process and its children. A cluster that `ray start --head` made asks for the token in
     its user's file, which programs that join send only in the mode `token`; where a cluster asks for none, the workers of a
     program in that mode never start. Ray reads the variables once, at its import: a program that imported it before, or
     set RAY_AUTH_MODE, has chosen. Raises ValueError for an address at which nothing listens.

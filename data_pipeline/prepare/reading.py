@@ -34,7 +34,7 @@ class Template:
         except ValueError as error:
             raise ValueError(f"template {text!r} is not one ({error}); write a brace of the text twice") from error
         if any(spec or conversion or name == "" for _, name, spec, conversion in found):
-            raise ValueError(f"template {text!r} must have names of fields alone in braces, such as {{title}}")
+            raise ValueError(f"template {text!r} must have only names of fields in braces, such as {{title}}")
         if all(name is None for _, name, _, _ in found):
             raise ValueError(f"template {text!r} has no field; write one in braces, such as {{title}}")
         return cls(tuple((before, name) for before, name, _, _ in found))

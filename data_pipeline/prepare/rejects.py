@@ -4,7 +4,7 @@ A position names the file as the plan does (`0/a.jsonl`: below the source's firs
 depend on where its text lay. For a person the path as it is here stands in its place, and the line of a byte.
 
 A file of something else than JSON lines gives as many rejects as lines, more than memory and disk may hold: they are written
-as they come, and from some number on they are counted alone.
+as they come, and from some number on they are only counted.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def _cut_mds(file: InputFile, segment_bytes: int) -> list[Segment]:
 
 
 def _join_neighbours(sizes: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
-    """[first, stop) of runs of neighbours whose sizes together are at most `most`, or of one that is larger alone."""
+    """[first, stop) of runs of neighbours whose sizes together are at most `most`, or of one that is larger on its own."""
     first = total = 0
     for number, size in enumerate(sizes):
         if number > first and total + size > most:

@@ -1,7 +1,7 @@
 """The files of a source: local files, folders and globs, the same below a URL or in a data set of the Hub; and their kinds.
 
 A file's name in the plan is the number of the path that found it and what follows below it, so a plan does not depend on
-where a source is mounted, and its order is that of the names. The kind follows from the suffix alone and no file is opened.
+where a source is mounted, and its order is that of the names. The kind follows only from the suffix and no file is opened.
 A path that is named directly must be usable; of a folder or a glob the files of known kinds are taken.
 """
 
@@ -250,7 +250,7 @@ def _list_remote(given: str, where: str) -> list[_Found]:
     """List what a URL names: objects below it, those that a glob matches, or one object."""
     given = given.rstrip("/")
     is_glob = glob.has_magic(given.partition("://")[2])
-    # Object stores list by prefix alone: everything below the last folder before the first wildcard, then matched here.
+    # Object stores list only by prefix: everything below the last folder before the first wildcard, then matched here.
     root = re.split(r"[*?[]", given)[0].rpartition("/")[0] if is_glob else given
     found = [
         _Found(item.name, f"{root}/{item.name}", item.num_bytes, item.modified_ns) for item in RemoteFolder(root).list()
@@ -298,7 +298,7 @@ def _choose_matches(found: Sequence[_Found], where: str, given: str) -> list[_Fo
 
 def _choose_one(found: _Found, where: str) -> list[_Found]:
     if _kind_of(found.name) is None:
-        raise ValueError(f"{where} must end in {', '.join(KIND_BY_SUFFIX)}, alone or with .gz or .zst")
+        raise ValueError(f"{where} must end in {', '.join(KIND_BY_SUFFIX)}, on its own or with .gz or .zst")
     if found.num_bytes == 0:
         raise ValueError(f"{where} is an empty file; remove it from data.sources or put text into it")
     return [found]

@@ -1,8 +1,8 @@
 """`max_tokens` of a source: the shortest run of its units, in the order of the plan, that has this many tokens.
 
 How many tokens a text has is known when it is tokenized. So units are written a few at a time: first half of what four
-bytes per token would need, then as many as the rate so far says are missing. Which units stay depends on their tokens
-alone and not on these guesses, so the store is the same whatever number of actors wrote it and however often it was
+bytes per token would need, then as many as the rate so far says are missing. Which units stay depends only on their tokens
+and not on these guesses, so the store is the same whatever number of actors wrote it and however often it was
 stopped.
 
 Who writes units: this process where the text is small, else Ray actors. The bytes are the same.

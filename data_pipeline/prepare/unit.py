@@ -74,7 +74,7 @@ class _Collected:
 
 
 def run_unit(unit: Unit, store: Path, tokenizer: Tokenizer) -> UnitReport | UnitFailure:
-    """Write the parts of a unit and its rejects, or the hashes of its documents; the bytes depend on the unit alone.
+    """Write the parts of a unit and its rejects, or the hashes of its documents; the bytes depend only on the unit.
 
     Errors of the disk come back as UnitFailure, so that the caller can stop in order; others are raised.
     """

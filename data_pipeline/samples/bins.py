@@ -1,6 +1,6 @@
 """Best-fit bins of every part for one sequence length: computed once, kept next to the parts, found again by digest.
 
-Bins never cross parts, so a part's bins depend on the part and the sequence length alone and are named by its digest: adding a
+Bins never cross parts, so a part's bins depend only on the part and the sequence length and are named by its digest: adding a
 source recomputes nothing, and a part that was rewritten is never read with bins of the old one. Counts of a whole
 source have a separate file, because a start of training needs the number of rows and not the bins.
 """

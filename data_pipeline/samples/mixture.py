@@ -2,8 +2,8 @@
 
 Samples are cut into blocks of equal size. In each block every source has a fixed number of samples (its quota), and a keyed
 permutation of the block decides where. So shares are exact after every block and not only on average, the number of draws
-from a source before any sample is found without walking over the samples, and a sample's source follows from its number
-alone. Independent draws by weight would need a counter that every resume and rank agrees on.
+from a source before any sample is found without walking over the samples, and a sample's source follows only from its
+number. Independent draws by weight would need a counter that every resume and rank agrees on.
 
 A phase changes the weights at a global sample. Draws of each source are numbered through the whole run, so a source
 continues in the next phase where it was: no row is lost or repeated.

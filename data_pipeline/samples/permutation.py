@@ -1,4 +1,4 @@
-"""Keyed shuffles that need no memory: position in an epoch -> window, and every position can be asked for alone.
+"""Keyed shuffles that need no memory: position in an epoch -> window, and every position can be asked for on its own.
 
 A shuffled list of a store's windows would take gigabytes per rank and minutes at each start. A block cipher on the range of
 positions is a permutation by construction, its key is the epoch, and any position costs the same. Statistical quality is
@@ -60,7 +60,7 @@ def _mix(x: npt.NDArray[np.uint64], key: int) -> npt.NDArray[np.uint64]:
 def _encrypt(x: npt.NDArray[np.uint64], num_bits: int, keys: tuple[int, ...]) -> npt.NDArray[np.uint64]:
     """One pass of the network over num_bits bits: each round xors one half with a function of the other, so it inverts.
 
-    The halves may differ by one bit: with even numbers of bits alone the range could be four times the positions, and cycle
+    The halves may differ by one bit: with only even numbers of bits the range could be four times the positions, and cycle
     walking would take four passes on average where it takes two at most.
     """
     low_bits = np.uint64(num_bits // 2)

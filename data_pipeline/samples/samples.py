@@ -84,7 +84,7 @@ class SampleSettings:
     def from_config(config: DataConfig, *, split: Split, sequence_length: int, seed: int) -> SampleSettings:
         """Settings of a run; ValueError for a phase that weighs a source the configuration does not have.
 
-        sequence_length: of the first phase. Validation is the first phase alone, and nothing is moved in it, so that its losses
+        sequence_length: of the first phase. Validation is only the first phase, and nothing is moved in it, so that its losses
         stay comparable.
         """
         phases = phases_of(config, sequence_length)
@@ -257,7 +257,7 @@ class SampleReader:
         """Rows of the global samples [first, first + count), as `read` gives them.
 
         stride: from this block to the one that is wanted next. The places of the next blocks are found together:
-        for one block alone that would cost as much as reading it.
+        for just one block that would cost as much as reading it.
         """
         if (first, count) not in self._located:
             firsts = np.arange(first, first + max(1, LOCATED_AHEAD // count) * stride, stride)

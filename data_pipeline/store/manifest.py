@@ -25,7 +25,7 @@ from amfm.data_pipeline.store.shards import Compression, DamagedError
 
 FORMAT_VERSION = 3
 LOSS_SPANS_VERSION = (
-    4  # of a store with parts that are learned in part, which a program that knows 3 alone would learn whole
+    4  # of a store with parts that are learned in part, which a program that knows only 3 would learn whole
 )
 MANIFEST = "manifest.json"
 MAX_SHARD_TOKENS = 64 * 2**20

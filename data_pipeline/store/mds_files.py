@@ -110,7 +110,7 @@ def _decode(encoding: str, content: bytes, number: int) -> Any:
         # Before there were arrays, llm-foundry wrote ids of 8 bytes.
         return np.frombuffer(content, "<i8") if kind == "bytes" else _decode_array(settings, content)
     except UnicodeDecodeError:
-        raise  # of the record alone
+        raise  # only of the record
     except (ValueError, IndexError, KeyError, RecursionError) as error:
         raise DamagedShardError(f"sample {number} cannot be read as {encoding}: {error}") from error
 

@@ -1,6 +1,6 @@
 """Megatron's .bin/.idx token files: read without tokenizing again, and written from a store.
 
-Format: megatron/core/datasets/indexed_dataset.py of Megatron-LM (magic MMIDIDX, version 1). The .bin is token ids alone. The
+Format: megatron/core/datasets/indexed_dataset.py of Megatron-LM (magic MMIDIDX, version 1). The .bin is only token ids. The
 .idx has a header (magic, version, dtype code, numbers of sequences and of document bounds), then the lengths of sequences
 (int32), their byte offsets in the .bin (int64) and the number of the first sequence of each document, with the end (int64);
 all little-endian.

@@ -137,7 +137,7 @@ class BlockCache:
         return descriptor
 
     def _count_fetch(self) -> None:
-        """Measure the folder now and then and whenever this process alone filled it, and free space."""
+        """Measure the folder now and then and whenever only this process filled it, and free space."""
         self._fetches += 1
         if self._fetches % FETCHES_PER_SCAN == 1 or self._bytes > self.settings.max_bytes:
             with self._locked("evict"):

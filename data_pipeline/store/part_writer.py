@@ -59,7 +59,7 @@ def write_part(
 
     tokens: [N] of layout.dtype. document_ends: [documents] offset after each document, end token included.
     loss_spans: first and stop of each run of tokens that are learned; None: all are.
-    A part of that name from an earlier attempt is replaced. The bytes depend on the arguments alone. One writer a
+    A part of that name from an earlier attempt is replaced. The bytes depend only on the arguments. One writer a
     part; OSError of the disk passes through, with the temporary folder removed.
     """
     assert str(tokens.dtype) == layout.dtype, f"tokens are {tokens.dtype}, the store has {layout.dtype}"
@@ -128,7 +128,7 @@ def _metadata_files(layout: Layout, lengths: Mapping[str, int], attributes: Mapp
 def _metadata_templates(layout: Layout, *, has_spans: bool) -> dict[str, dict[str, Any]]:
     """What zarr-python writes for a part with arrays of one chunk, by file, so that any Zarr v3 reader opens the part.
 
-    Parts differ in lengths and attributes alone; to ask zarr-python for each takes as long as to encode its tokens.
+    Parts differ only in lengths and attributes; to ask zarr-python for each takes as long as to encode its tokens.
     """
     import zarr  # here, because training only reads and zarr takes most of a second to import
     from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec

@@ -114,7 +114,7 @@ class ShardedArray:
 
     Opens shard files at the first read and keeps their index. Raises DamagedError for anything that is not as written.
     heads: the first value of every chunk, if they are known; a read that wants no more of its last chunk than that
-    leaves it alone. Rows need one token more than their length, and it is often such a one.
+    does not read it. Rows need one token more than their length, and it is often such a one.
     """
 
     def __init__(

@@ -189,7 +189,7 @@ class TokenStore:
         return self._sources[source][split]
 
     def source_identity(self, source: str, split: Split) -> str:
-        """Digest of one source alone: unchanged when other sources are added."""
+        """Digest of only one source: unchanged when other sources are added."""
         if (source, split) not in self._source_identities:
             self._source_identities[source, split] = identify_source(source, split, self.parts(source, split))
         return self._source_identities[source, split]

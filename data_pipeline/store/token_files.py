@@ -1,9 +1,9 @@
 """Flat files of token ids that other libraries wrote, read without tokenizing again.
 
-Dolma (OLMo): ids alone in NAME.npy, which has no header of numpy's, and NAME.csv.gz with the first token and the end of each
-document. datatrove: ids alone in NAME.ds, ends in NAME.ds.index (uint64). nanoGPT: ids alone in NAME.bin (uint16), where end
+Dolma (OLMo): only ids in NAME.npy, which has no header of numpy's, and NAME.csv.gz with the first token and the end of each
+document. datatrove: only ids in NAME.ds, ends in NAME.ds.index (uint64). nanoGPT: only ids in NAME.bin (uint16), where end
 tokens are all that cuts documents; llm.c and modded-nanogpt put 256 int32 before them (magic, version, number of tokens).
-litdata (`TokensLoader`, 0.2.76): chunk-R-N.bin has the number of items, the byte where each begins, with the end (uint32), then ids alone,
+litdata (`TokensLoader`, 0.2.76): chunk-R-N.bin has the number of items, the byte where each begins, with the end (uint32), then only ids,
 whose type is in index.json. All are little-endian.
 """
 

@@ -1,4 +1,4 @@
-"""Random numbers of one row, a function of its key alone: equal on every machine and under every release of numpy.
+"""Random numbers of one row, a function of only its key: equal on every machine and under every release of numpy.
 
 A generator a row, so that any row can be made without those before it.
 """
@@ -69,7 +69,7 @@ class SyntheticTask(Protocol):
         """Fewest tokens that a row can have."""
 
     def make_row(self, draws: Draws, length: int) -> SyntheticRow:
-        """Make a row of `length` tokens, a function of the draws alone."""
+        """Make a row of `length` tokens, a function of only the draws."""
 
 
 def empty_row(length: int) -> SyntheticRow:

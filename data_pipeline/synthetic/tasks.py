@@ -1,6 +1,6 @@
 """The synthetic tasks: associative recall, copying, and state tracking.
 
-Associative recall: keys with values, then keys alone, to be completed by their values.
+Associative recall: keys with values, then only keys, to be completed by their values.
 
 It asks for what attention does exactly and a recurrence must fit into its state, so accuracy against the number of pairs
 measures the capacity of a mixer's state.

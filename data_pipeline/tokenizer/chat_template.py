@@ -2,7 +2,7 @@
 
 A pretrained model has no such template; one that was fine-tuned on conversations does (chat_template.jinja, or
 chat_template in tokenizer_config.json), and no other format would be the one it knows. The template is someone else's
-program: it runs in Jinja's sandbox for immutable values and sees messages, tools and special tokens alone.
+program: it runs in Jinja's sandbox for immutable values and sees only messages, tools and special tokens.
 
 Two ways say what the assistant wrote. A template may mark it, as transformers reads it: `{% generation %}` around each turn.
 Of any other the text up to a turn is written with and without the turn, and what the turn adds is the assistant's: so it is

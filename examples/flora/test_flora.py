@@ -1,4 +1,4 @@
-"""FLoRA's update is its formula, begins at nothing, trains alone, and merges into weights of the same names."""
+"""FLoRA's update is its formula, begins at nothing, trains on its own, and merges into weights of the same names."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def test_padding_is_not_counted_by_the_balance_loss() -> None:
     (gradient,) = torch.autograd.grad(padded, model.blocks[0].mixer.router)
     changed_BT = tokens_BT.where(torch.arange(16) < lengths_B[:, None], (tokens_BT + 7) % 40)
     assert_bitwise(balance(changed_BT, lengths_B).detach(), padded.detach(), "loss with other padding")
-    # By the paper's equation, from the probabilities of the 25 tokens alone.
+    # By the paper's equation, only from the probabilities of the 25 tokens.
     hidden_BTD = model.blocks[0].norm(model.embed(tokens_BT).residual_BTD)
     probabilities = (hidden_BTD @ model.blocks[0].mixer.router.T).softmax(-1)[torch.arange(16) < lengths_B[:, None]]
     counts = torch.bincount(probabilities.topk(2).indices.flatten(), minlength=4)

@@ -1,4 +1,4 @@
-"""Mixtures of a study are drawn within bounds, differ in weights alone, and a study goes from its file to a proposal."""
+"""Mixtures of a study are drawn within bounds, differ only in weights, and a study goes from its file to a proposal."""
 
 from __future__ import annotations
 

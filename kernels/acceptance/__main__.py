@@ -1,6 +1,6 @@
 """`python -m amfm.kernels.acceptance`: verify the kernels on the GPU of this machine, then time them.
 
-It needs torch, triton and numpy alone. Four stages, each for one operation after the other: `compile` every kernel in a pool of
+It needs only torch, triton and numpy. Four stages, each for one operation after the other: `compile` every kernel in a pool of
 processes, `check` every output and gradient against float64 (twice, for equal bits; once under torch.compile), `sanitize` under
 compute-sanitizer where it is installed, `time` vs. PyTorch and installed packages. Each operation runs in a separate
 process with a limit on its time, and the report is written after each. Exit code 3 for any fault, 2 where the machine

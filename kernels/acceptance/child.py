@@ -226,7 +226,7 @@ def _check(settings: dict[str, Any], device: torch.device, answer: Answer) -> No
 
 
 def _run(settings: dict[str, Any], device: torch.device, answer: Answer) -> None:
-    """Run the kernels alone, forward and backward, for a tool that watches them."""
+    """Run only the kernels, forward and backward, for a tool that watches them."""
     for sized in _trials(settings):
         answer({"begun": sized.name})
         evaluate(sized.make(device, torch.bfloat16), "triton")

@@ -23,8 +23,8 @@ def attention_problem(
 ) -> Problem:  # fmt: skip
     """One row of causal attention; `keys` more than `tokens` are a cache before the queries.
 
-    Leaves: q [1, T, H, K], k and v [1, S, J, K], sinks [H] if there are any. Operations count the pairs below the diagonal
-    alone.
+    Leaves: q [1, T, H, K], k and v [1, S, J, K], sinks [H] if there are any. Operations count only the pairs below the
+    diagonal.
     """
     keys = keys or tokens
     leaves = {"q": inputs.normal(1, tokens, heads, size)}

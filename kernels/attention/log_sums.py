@@ -28,7 +28,7 @@ def note_log_sums(
 ) -> None:
     """Raise `highest_H` [H] in place to the largest log-sum-exp of each head, by products of PyTorch; shapes as in `attention`.
 
-    Of keys alone, without sinks. In float32 at least.
+    Only of keys, without sinks. In float32 at least.
     """
     dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
     tokens, keys, kv_heads = q_BTHK.shape[1], k_BSJK.shape[1], k_BSJK.shape[2]

@@ -48,7 +48,7 @@ def attention(
     float32 (float64 for float64). Sinks [H]: each is the score of one more key of its head, which has no value and which
     every query of every document sees. Backend "varlen" (`fastest_backend`) takes `document_ends` in place of ids, with
     those of keys where S > T, no sinks and no `highest_H`: a tensor [H], raised in place to the largest log-sum-exp of each
-    head's queries, of keys alone. Raises ValueError for wrong shapes and dtypes.
+    head's queries, only of keys. Raises ValueError for wrong shapes and dtypes.
     Source: Dao 2023 (arXiv 2307.08691); Ainslie et al. 2023 (arXiv 2305.13245) for grouped queries; Beltagy et al. 2020
     (arXiv 2004.05150), section 3.1, for windows; OpenAI 2025 (arXiv 2508.10925), section 2.2, for sinks, after Miller 2023.
     """

@@ -178,8 +178,8 @@ differentiate(_forward, _backward, outputs=("y", "log_sums"), gradients=("q_BTHK
 def window_bounds(first_BT: Tensor, ends_BS: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """`document_bounds` where a query also sees no key more than `window` - 1 before its own.
 
-    A key's end becomes the query after the last one whose window still holds it, counted among the queries
-    alone.
+    A key's end becomes the query after the last one whose window still holds it, counted among only the
+    queries.
     """
     tokens, keys = first_BT.shape[1], ends_BS.shape[1]
     place = torch.arange(keys, device=first_BT.device, dtype=torch.int32)

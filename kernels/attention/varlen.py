@@ -1,12 +1,12 @@
 """Attention inside documents by PyTorch's variable-length attention, which is FlashAttention over documents laid end to end.
 
-It works on a GPU alone, for bfloat16 and float16, and its interface is young: torch 2.10 brought it, scale, windows and
+It works only on a GPU, for bfloat16 and float16, and its interface is young: torch 2.10 brought it, scale, windows and
 grouped heads came later. Whether it can serve is found from the version and the function's own parameters, so a release
-that takes other arguments is left alone instead of failing in the first step; our kernel (`triton_impl.py`) serves there.
+that takes other arguments is passed over instead of failing in the first step; our kernel (`triton_impl.py`) serves there.
 
 torch 2.15 prefers cuDNN for it on Hopper and Blackwell. cuDNN builds and keeps a plan for each pair of a number of documents and
 a longest document (40 ms of the host, pytorch#191576), and nearly every micro-batch brings another pair. FlashAttention
-takes both as plain numbers, so it alone is let in.
+takes both as plain numbers, so only it is let in.
 
 Which FlashAttention PyTorch's attention runs: its own version 2, or a newer one that is installed.
 
@@ -93,7 +93,7 @@ class DocumentEnds:
     """Documents of all rows laid end to end: `offsets` [N + 1] int32, first token of each and the end; the longest one's tokens.
 
     If there are more keys than queries, `offsets` are those of queries, and `key_offsets` and `longest_keys` the same of keys: a
-    document's last query is that of its last key, and a document may have keys alone.
+    document's last query is that of its last key, and a document may have only keys.
     """
 
     offsets: Tensor
@@ -153,7 +153,7 @@ def attention_varlen(
 ) -> Tensor:
     """As `attention_reference` for rows of documents: [B, T, H, K].
 
-    Which documents there are is in `ends` alone. A window leaves each query `window` keys, its own among them. FlashAttention
+    Which documents there are is only in `ends`. A window leaves each query `window` keys, its own among them. FlashAttention
     lets the last query of a document see its last key, and each one before it one key less.
     """
     heads = q_BTHK.shape[2]

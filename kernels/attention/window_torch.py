@@ -99,7 +99,7 @@ def _cut_blocks(q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, ids_BS: Tensor |
         ids_BS = torch.zeros(k_BSJK.shape[:2], dtype=torch.int32, device=k_BSJK.device)
     seen = before - missing + tokens
     k_BSJK, v_BSJK = (_pad(x[:, -seen:].to(dtype), missing, padding) for x in (k_BSJK, v_BSJK))
-    # Ids that no document has: -1 before the row and -2 behind it, so that padding is seen by padding alone.
+    # Ids that no document has: -1 before the row and -2 behind it, so that padding is seen only by padding.
     ids_BS = F.pad(F.pad(ids_BS[:, -seen:], (missing, 0), value=-1), (0, padding), value=-2)
     q_BTHK = _pad(q_BTHK.to(dtype), 0, padding)
     blocks = q_BTHK.shape[1] // block

@@ -69,7 +69,7 @@ class Problem:
     """One operation at one size: leaves by name, and `run(leaves, backend)`, which returns outputs by name.
 
     `run` is our operation, with backend triton, torch or reference (see the operation's op.py); it is compared with float64 in
-    every output and every gradient, and timed and counted by its first output alone. `forward`, `backward`: the least of each
+    every output and every gradient, and timed and counted only by its first output. `forward`, `backward`: the least of each
     pass for 2-byte numbers. `peers`: the same computation by public packages, as they are called on a GPU; those that are not
     installed are left out. `labels`: what a loss is of.
     `sums`: leaves whose gradient sums over all tokens the gradient of another leaf, which is named: where the sum cancels, it
@@ -93,7 +93,7 @@ class Problem:
         return tuple(self.leaves.values())
 
     def on(self, backend: str) -> Compute:
-        """Our operation's first output with one backend, as a function of the leaves alone."""
+        """Our operation's first output with one backend, as a function of only the leaves."""
         return lambda *leaves: next(iter(self.run(dict(zip(self.leaves, leaves)), backend).values()))
 
 

@@ -72,7 +72,7 @@ def slices(wide: Tensor, *widths: int) -> list[Tensor]:
 
 
 def _compiler(trial: Problem) -> str:
-    """The compiler of torch.compile: on a CPU, where kernels are interpreted, tracing alone."""
+    """The compiler of torch.compile: on a CPU, where kernels are interpreted, only tracing."""
     return "inductor" if next(iter(trial.leaves.values())).device.type == "cuda" else "aot_eager"
 
 

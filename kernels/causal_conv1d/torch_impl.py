@@ -63,7 +63,7 @@ def _slide(x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, *, num_zeros
 def _repair_edges(
     out_BTC: Tensor, x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_ids_BT: Tensor, step: int
 ) -> None:
-    """Make again, from their own documents alone, the sums of tokens whose window reaches into another document.
+    """Make again, only from their own documents, the sums of tokens whose window reaches into another document.
 
     step: -1 where a token's window is before it, 1 where it is behind it; the weight's last column meets the token.
     """

@@ -1,7 +1,7 @@
 """What launches of the Triton scans have in common: the sizes of a call, a kernel's configuration, segments of a row.
 
-A program walks the chunks of one row and head in order, because each state needs the one before. Where rows and heads
-alone leave multiprocessors idle, a row is cut into segments that are walked at the same time, each from a zero state;
+A program walks the chunks of one row and head in order, because each state needs the one before. Where just the rows and
+heads leave multiprocessors idle, a row is cut into segments that are walked at the same time, each from a zero state;
 a second walk starts from what truly enters each.
 
 States handed from segment to segment of a row, as one kernel: PyTorch takes three launches a segment for it.

@@ -1,7 +1,7 @@
 """Checks of the tensors that an operation is given: a wrong shape, dtype or device is a ValueError, never a wrong number.
 
-Checks of shape and dtype read metadata only, so they cost nothing on a device. Values are looked at on CPU
-alone.
+Checks of shape and dtype read metadata only, so they cost nothing on a device. Values are looked at only on
+CPU.
 """
 
 from __future__ import annotations

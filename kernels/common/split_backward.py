@@ -1,7 +1,7 @@
 """Weight gradients that are computed later than those of inputs: the second half of a backward pass that is cut in two.
 
 A zero-bubble schedule (Qi et al. 2023, arXiv 2401.10241, section 2) wants the gradients of inputs first, for which the
-pipeline stage before waits, and fills its gaps with those of weights. Autograd alone cannot cut an operation that computes
+pipeline stage before waits, and fills its gaps with those of weights. Autograd on its own cannot cut an operation that computes
 both: it would run it twice. So operations that multiply by large weights ask here. While a pass is split, they compute
 their input's gradient, leave the weight's as a function on the micro-batch's list, and give autograd none for it; the
 schedule runs the list when its turn comes. What else a backward pass computes (scans, norms, small parameters) stays whole.

@@ -168,7 +168,7 @@ def _least_bytes(tokens: int, heads: int) -> int:
 
 
 def _segmented_problem(tokens: int, heads: int, chunk: int, segments: int) -> CountedProblem:
-    """The walk cut into segments, as long rows with few heads are; forward alone, with no choice of backend."""
+    """The walk cut into segments, as long rows with few heads are; only forward, with no choice of backend."""
     whole = mamba2_problem(bfloat16_inputs(), tokens, heads, chunk=chunk)
     per_segment = tokens // chunk // segments
 
@@ -226,7 +226,7 @@ def trials() -> Iterator[Sized]:
 
 
 def segments_of_rows() -> None:
-    """The states that are handed from segment to segment where rows and heads alone leave processors idle."""
+    """The states that are handed from segment to segment where just rows and heads leave processors idle."""
     from amfm.kernels.decay_scan.triton_impl import scan_triton
 
     q = torch.empty(1, 256, 1, STATE_SIZE, dtype=torch.bfloat16, device="meta", requires_grad=True)

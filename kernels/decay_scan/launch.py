@@ -129,7 +129,7 @@ def walk(
 def walk_to_end(
     launch: DecayLaunch, q: Tensor, k: Tensor, v: Tensor, gates: Gates, firsts: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Walk rows forward for what leaves them alone (`ScanLaunch.ends`)."""
+    """Walk rows forward only for what leaves them (`ScanLaunch.ends`)."""
     return launch.ends(_forward(launch, q, k, v, gates, None, firsts, None, None))
 
 
@@ -173,7 +173,7 @@ def walk_back(
 
 
 def walk_to_start(launch: DecayLaunch, q: Tensor, gates: Gates, firsts: Tensor | None, d_y: Tensor) -> Tensor:
-    """Walk rows backward for the gradient of their first state alone, as it is where the last state has none."""
+    """Walk rows backward for only the gradient of their first state, as it is where the last state has none."""
     return launch.ends(_backward(launch, q, gates, firsts, d_y, None), backward=True)[0]
 
 

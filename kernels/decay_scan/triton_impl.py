@@ -2,7 +2,7 @@
 
 How: `_forward` and `_backward` are custom operations with fake implementations, so that torch.compile treats
 each as one node and meta tensors give shapes. Launches are decided in `launch.py`: a row's chunks, the columns of V a
-program takes, and segments where rows and heads alone do not fill the GPU. States and gradients are summed by
+program takes, and segments where just rows and heads do not fill the GPU. States and gradients are summed by
 PyTorch in a fixed order; there are no atomics, so every run gives bitwise identical results.
 """
 
@@ -38,7 +38,7 @@ def scan_triton(
 
     chunk_size is the distance of the states that backward reads, 16 to 128 or a multiple of 128, which runs as 128.
     segment_chunks cuts rows into segments of this many chunks that are walked at the same time; 0 cuts only where the
-    rows and heads alone would leave processors idle. With keep_states forward saves the states that enter chunks (in the
+    rows and heads would leave processors idle. With keep_states forward saves the states that enter chunks (in the
     dtype of v), else backward walks the row again for them. Raises ValueError for chunk or state sizes without a kernel.
 
     q and k [B, T, G, K], v [B, T, H, V], g and scale [B, T, H] float32, skip [H], initial state [B, H, K, V] ->

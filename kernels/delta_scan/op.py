@@ -62,7 +62,7 @@ def delta_scan(
     k [B, T, N, G, K], v [B, T, N, H, V] in one dtype, with G dividing H, and beta without N where N is 1; the caller normalises k to length 1. beta
     [B, T, N, H] in (0, 1), or (0, 2) for states that may change sign; g [B, T, H] <= 0 is the log of the decay, absent
     for none. g [B, T, H, K] has a decay a key channel (Kimi Delta Attention) and asks for N = 1, G = H and a chunk_size that
-    is a power of two. erase [B, T, H, K], with such gates alone, is what the state is asked with in place of k, so that S <- S +
+    is a power of two. erase [B, T, H, K], only with such gates, is what the state is asked with in place of k, so that S <- S +
     beta k (v - S^T erase)^T (Gated DeltaNet-2). Document ids are integers [B, T], equal inside a document. The initial state belongs to the document of
     each row's first token. beta, g and states are taken in float32 (float64 for float64 inputs). A chunk holds chunk_size
     steps, which changes speed and rounding, not meaning.

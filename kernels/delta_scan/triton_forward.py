@@ -135,7 +135,7 @@ def invert_unit_lower(strict, Q: tl.constexpr, PRECISION: tl.constexpr):
     """
     BLOCKS: tl.constexpr = Q // 16
     own = tl.arange(0, BLOCKS)[:, None, None, None] == tl.arange(0, BLOCKS)[None, None, :, None]
-    # The diagonal blocks alone, [BLOCKS, 16, 16]: one of the BLOCKS terms is not zero.
+    # Only the diagonal blocks, [BLOCKS, 16, 16]: one of the BLOCKS terms is not zero.
     blocks = tl.sum(tl.where(own, tl.reshape(strict, (BLOCKS, 16, BLOCKS, 16)), 0.0), axis=2)
     row, column = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
     solved = tl.where((row == column) & (tl.arange(0, BLOCKS)[:, None, None] >= 0), 1.0, 0.0)

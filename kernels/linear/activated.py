@@ -1,6 +1,6 @@
 """The second half of a feed-forward by a weight with a recipe that keeps hidden rows as codes (`Recipe.saved`).
 
-Kept for backward are the hidden rows before the activation alone, as e4m3 in blocks of 128 along the row (packed_rows.py), 1.01
+Kept for backward are only the hidden rows before the activation, as e4m3 in blocks of 128 along the row (packed_rows.py), 1.01
 bytes a number. Backward makes of them what the activation and the gradient of the weight need, as experts do
 (kernels/moe/low_precision.py). Forward is that of both operations apart, bitwise.
 """

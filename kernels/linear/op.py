@@ -1,6 +1,6 @@
 """y = x W^T for every projection of the model, in the dtype in which this machine multiplies fast.
 
-Why not torch's linear alone: on a CPU without bfloat16 instructions its products of bfloat16 are emulated and
+Why not only torch's linear: on a CPU without bfloat16 instructions its products of bfloat16 are emulated and
 ten times slower than float32 (`amfm.kernels.common.gemm_precision`). Widening both operands costs a copy and rounds less.
 Weights are named [O, I] as PyTorch stores them.
 """

@@ -6,7 +6,7 @@ again: 4 products.
 
 Why the two products with the gradient are the library's: they are plain, and its kernels are tuned for every
 GPU; only the softmax around them is worth fusing. Ignored rows stay and get a weight of zero, because their
-number is known on the device alone.
+number is known only on the device.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _statistics_of(
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp and label's logit [R] float32 of one slice; writes the logits where a buffer for them is given.
 
-    The vocabulary is split over programs where row blocks alone do not fill the GPU; partial sums are joined by
+    The vocabulary is split over programs where just row blocks do not fill the GPU; partial sums are joined by
     a log-sum-exp of the splits.
     """
     rows, model = hidden_RD.shape

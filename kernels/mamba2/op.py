@@ -2,7 +2,7 @@
 
 How: the parts are separate operations (convolution, scan, gated norm, product), and run as such on the torch backend.
 Apart they keep for backward what each reads: the projection, the convolved channels, y, and the normed y, and on the way
-back gradients of slices are copied together. As one operation in Triton they keep the projection and y alone, or not even y,
+back gradients of slices are copied together. As one operation in Triton they keep only the projection and y, or not even y,
 make the others again, take the gates inside the scan's kernels, and write every gradient into its slice of one buffer (README.md).
 
 Source: Dao and Gu 2024 (arXiv 2405.21060), section 7. No ranks communicate here.
@@ -54,7 +54,7 @@ def mamba2_mix(
     keep_states and chunk_size as in `mamba2_scan`, but that without states, as by default, y is made again too.
 
     With an exchange rows are segments of longer rows: it hands them windows and states of the segments before, and all ranks
-    that it reaches must call, forward and backward. Triton alone takes one. Raises ValueError for shapes, dtypes or devices
+    that it reaches must call, forward and backward. Only Triton takes one. Raises ValueError for shapes, dtypes or devices
     that do not fit.
     """
     _check(projected_BTX, conv_weight_CW, conv_bias_C, norm_weight_I, out_weight_DI, sizes)

@@ -1,7 +1,7 @@
 """Mamba2's mixer over segments of rows, whose states and windows come from other segments while they are mixed.
 
 The state that enters a segment is known when all before it have been walked, on other ranks. So forward walks each segment from
-zero first, on chip, for what leaves it alone; an `Exchange` makes of these states those that enter; and what follows is what whole
+zero first, on chip, only for what leaves it; an `Exchange` makes of these states those that enter; and what follows is what whole
 rows take, from them. Backward has the same problem the other way round and takes the same fix: a walk back from zero for the
 gradient of the state that enters, the exchange, and the whole of it from the gradient of the state that leaves.
 

@@ -1,7 +1,7 @@
 """A limit to the choices that an expert takes of one batch: what is over it is lost, or goes to an expert with room.
 
 A limit keeps the work of each expert even, at the price of tokens whose choice is lost. Both forms are
-functions of the choices alone, without host synchronisation, so that they can run inside a captured or
+functions of only the choices, without host synchronisation, so that they can run inside a captured or
 recomputed forward pass.
 """
 

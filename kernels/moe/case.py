@@ -78,7 +78,7 @@ def experts_problem(
 def block_problem(inputs: Inputs, tokens: int, model: int, experts: int, width: int, top_k: int) -> Problem:
     """The whole block of SwiGLU experts: router product, softmax over the chosen, experts.
 
-    Its minima are those of the experts alone, next to which the router's are small.
+    Its minima are those of only the experts, next to which the router's are small.
     """
     inner = experts_problem(inputs, tokens, model, experts, width, top_k)
     x, _, up, down = inner.tensors
@@ -240,7 +240,7 @@ def trials() -> Iterator[Sized]:
 
 
 def persistent_products() -> None:
-    """The grouped product that tuning alone chooses, down and up backward."""
+    """The grouped product that only tuning chooses, down and up backward."""
     from amfm.kernels.moe.persistent import launch_persistent
     from amfm.kernels.moe.triton_products import OPTIONS, product_tile
 

@@ -198,7 +198,7 @@ def expert_feed_forward(
     Shapes: x [R, D]; expert ids [R, K] integers in [0, E); weights [R, K]; up and down as `grouped_feed_forward` ->
     [R, D]. Saves x and the hidden rows before the activation for backward; no sorted copy, no output before weighting.
     `count`: ids may be E too, a choice that adds nothing, and `count` of them are not; None: none is E. `is_bound`: no more than
-    `count` are not, and how many, the device alone knows; such choices need weights of 0, and what they get for a gradient of
+    `count` are not, and how many, only the device knows; such choices need weights of 0, and what they get for a gradient of
     the weight is not to be read. Of more than `count`, a choice may add nothing.
     Raises ValueError for wrong shapes, dtypes, or an unknown activation.
     """

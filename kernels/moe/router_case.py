@@ -34,7 +34,7 @@ def router_problem(
 
 
 def counted_problems() -> Iterator[CountedProblem]:
-    """Forward alone; no goal is set."""
+    """Only forward; no goal is set."""
     yield CountedProblem("moe_route", router_problem(bfloat16_inputs(), 256, 64, 8), has_backward=False)
 
 

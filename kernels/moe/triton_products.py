@@ -1,6 +1,6 @@
 """Products of sorted rows by their experts' matrices: tiles, configurations and launches.
 
-How tall a tile is follows from sizes alone, and what else a product may vary the tuner chooses (`product_config`). The sum over a
+How tall a tile is follows only from sizes, and what else a product may vary the tuner chooses (`product_config`). The sum over a
 token's choices is launched here too.
 """
 
@@ -27,7 +27,7 @@ SUM_TILE = {"BLOCK_M": 16, "BLOCK_N": 64} if INTERPRETED else {"BLOCK_M": 4, "BL
 def product_tile(rows: int, experts: int) -> dict[str, int]:
     """Tile of a product: half-height tiles for few rows per expert, where most of a full one would be padding.
 
-    Follows from sizes alone, never from counts, which only the device knows.
+    Follows only from sizes, never from counts, which only the device knows.
     """
     if INTERPRETED:
         return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32}

@@ -99,7 +99,7 @@ def route_forward_kernel(
     place = row[:, None] * experts + expert
     x = tl.load(logits + place, mask=inside, other=float("-inf")).to(tl.float32)
     if SCORE == "softmax":
-        # Rows beyond the last would be softmaxes of -inf alone, which are NaN.
+        # Rows beyond the last would be softmaxes of only -inf, which are NaN.
         x = tl.where(row[:, None] < rows, x, 0.0)
         share = tl.exp(x - tl.max(x, 1)[:, None])
         score = share / tl.sum(share, 1)[:, None]
@@ -235,7 +235,7 @@ def _backward(
     normalize: bool,
     scaling: float,
 ) -> Tensor:
-    """Gradient of the logits [R, E]; the logits give dtype and shape alone."""
+    """Gradient of the logits [R, E]; the logits give only dtype and shape."""
     rows, experts = scores.shape
     top_k = expert_ids.shape[1]
     d_logits = torch.empty_like(logits_RE, memory_format=torch.contiguous_format)

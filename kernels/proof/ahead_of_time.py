@@ -1,7 +1,7 @@
 """Compiles a Triton kernel for a GPU that this machine need not have, and reads what it will cost there.
 
-Why: spilled registers and shared memory decide whether a kernel is fast or runs at all, and both are known from
-the compiler alone. So they can be checked on machines without a GPU, for every launch that `recorded` finds.
+Why: spilled registers and shared memory decide whether a kernel is fast or runs at all, and both are known only
+from the compiler. So they can be checked on machines without a GPU, for every launch that `recorded` finds.
 
 Finds products of a compiled kernel that take the transpose of another product's result.
 

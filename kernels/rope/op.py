@@ -1,6 +1,6 @@
 """Rotary positions, fused with the normalization of queries and keys.
 
-How: norm and rotation are fused because each alone reads and writes all of q and k. Queries and keys go through
+How: norm and rotation are fused because each on its own reads and writes all of q and k. Queries and keys go through
 one at a time, with cosine and sine computed once for both from positions, so that packed documents and context
 ranks may bring their own positions.
 """

@@ -121,7 +121,7 @@ class CannotCheck(RuntimeError):
 
 
 def check_now(operation: str, device: str, cases: str = DEFAULT_CASES) -> list[str]:
-    """Compare an operation's first trials with float64 in a child; where a GPU is for one process alone, in this one.
+    """Compare an operation's first trials with float64 in a child; where a GPU is for only one process, in this one.
 
     Raises CannotCheck if that cannot start.
     """
@@ -147,7 +147,7 @@ def check_now(operation: str, device: str, cases: str = DEFAULT_CASES) -> list[s
     lines = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
     if child.returncode and not lines:
         if any(words in child.stderr for words in _OCCUPIED):
-            _LOG.info("this GPU takes one process alone (compute mode): %s is checked in this process", operation)
+            _LOG.info("this GPU takes only one process (compute mode): %s is checked in this process", operation)
             return _faults_in(_check_here(settings))
         raise CannotCheck(f"the kernels of {operation} could not be checked on this GPU: {_cause(child.stderr)}")
     faults = _faults_in(lines)

@@ -24,7 +24,7 @@ def user_folder(name: str) -> Path | None:
 
 
 def scratch_folder(name: str) -> Path | None:
-    """A folder of this name below `$TMPDIR` (`/tmp` by default) that this user alone can write; None if there is none.
+    """A folder of this name below `$TMPDIR` (`/tmp` by default) that only this user can write; None if there is none.
 
     Others may write there: a folder that is a link, or of another user, is not used.
     """

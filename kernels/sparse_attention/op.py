@@ -1,7 +1,7 @@
 """Attention to keys that an indexer chooses, and what teaches the indexer: DeepSeek sparse attention.
 
 How: an indexer of narrow heads scores every key of a query's document, `choose_keys` takes the highest, `sparse_attention`
-reads those alone, and a loss draws the indexer's softmax towards what attention weighed: all keys in a warm-up whose
+reads only those, and a loss draws the indexer's softmax towards what attention weighed: all keys in a warm-up whose
 attention is dense (`warm_up_loss`), the chosen ones afterwards (`chosen_loss`). `reference.py` is the definition with its
 [T, S] scores; `torch_impl.py` takes blocks of queries and keeps no scores for backward. Both losses make their gradients in
 forward, because that is where the scores are.
@@ -48,7 +48,7 @@ def sparse_attention(
     highest_H: Tensor | None = None,
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale * q k^T) v over the keys at `places_BTN` alone -> [B, T, H, V], and the weights of each key, [B, T, N].
+    """softmax(scale * q k^T) v over only the keys at `places_BTN` -> [B, T, H, V], and the weights of each key, [B, T, N].
 
     q [B, T, H, K], k [B, S, J, K], v [B, S, J, V] with J dividing H; a number V in place of v: values are the first V channels of
     keys, as of latents. A place of -1 stands for none, and each query needs a key. The weights are summed over heads and carry no gradient, in float32 at least as the softmax is. `highest_H` [H] is raised in
@@ -88,8 +88,8 @@ def sparse_attention(
 def chosen_loss(index: IndexRows, places_BTN: Tensor, mass_BTN: Tensor, *, backend: str = "torch") -> Tensor:
     """KL(mass / its sum || softmax of the indexer's scores) over the keys at `places_BTN`, summed over queries.
 
-    mass [B, T, N]: what attention gave each chosen key, of all heads, as `sparse_attention` returns it. The gradient reaches
-    the indexer's rows alone. A scalar in float32 at least.
+    mass [B, T, N]: what attention gave each chosen key, of all heads, as `sparse_attention` returns it. The gradient reaches only
+    the indexer's rows. A scalar in float32 at least.
     """
     _check_index(index, None)
     check_shape("mass_BTN", mass_BTN, tuple(places_BTN.shape), index.k_BSC)
@@ -110,7 +110,7 @@ def warm_up_loss(
     """KL(what dense attention weighs || softmax of the indexer's scores) over all keys that a query sees, summed over queries.
 
     Shapes as in `sparse_attention`. `sum_heads` adds the weights of heads on other ranks, [B, queries, keys], in place or not;
-    it is called once per block of queries, alike on all ranks. The gradient reaches the indexer's rows alone. A scalar in
+    it is called once per block of queries, alike on all ranks. The gradient reaches only the indexer's rows. A scalar in
     float32 at least.
     """
     _check_index(index, document_ids_BS)

@@ -35,8 +35,8 @@ CONFIGS: dict[str, tuple[str, tuple[str, ...]]] = {
 # Short rows and small batches, which a CPU can follow.
 SMALL = ("train.sequence_length=256", "train.micro_batch_size=2", "train.global_batch_size=4")
 QUIET = ("run.tensorboard=false", "train.validate_every_steps=null", "train.checkpoint_every_steps=null")
-# Largest relative difference of the first step's loss, and of any later one, from a CPU's in float32: rounding of the passes
-# alone, then what the steps make of it.
+# Largest relative difference of the first step's loss, and of any later one, from a CPU's in float32: only rounding of
+# the passes, then what the steps make of it.
 LIMITS = {"float32": (1e-4, 2e-2), "bf16": (5e-3, 5e-2)}
 STAGE_SECONDS = 1800.0
 # What two GPUs of a node exchange: gradients and weights, streams of a pipeline, experts' rows that are counted, and in slots.

@@ -2,7 +2,7 @@
 precision.
 
 How: for each seed the configuration is trained a number of steps without a recipe and then by each, as `amfm train` would on
-one rank, so first values, order of data and schedule are the same and losses differ by the products alone. Losses at one seed are
+one rank, so first values, order of data and schedule are the same and losses differ only by the products. Losses at one seed are
 pairs: their quotient is far less noisy than either, and its spread over seeds says what it is worth. At the weights that the
 run without a recipe ends with, gradients of one micro-batch are compared too. Recipes that this machine's device lacks are
 emulated.

@@ -5,7 +5,7 @@ each do it, and wait for each other's; a forked rank has it already, and shares 
 while no GPU's driver is awake (it does not survive a fork), and while this process has one thread: a fork copies the locks of
 the others and not the threads. OpenMP is the one that bites: torch computes with a pool of threads that a forked process believes
 to have and waits for, for ever. So a process that has computed is never forked (`has_other_threads` counts the system's
-threads, of which Python knows its own alone); its ranks are separate processes.
+threads, of which Python knows only its own); its ranks are separate processes.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def has_other_threads() -> bool:
     """Whether this process has threads that a fork would cut off, of any library. Linux only.
 
     numpy's BLAS starts some at its import, ends them before each fork, and starts them again when it needs them. So a fork that does nothing
-    leaves those alone that do not know of it.
+    does not affect those that do not know of it.
     """
     if count_threads() == 1:
         return False

@@ -3,7 +3,7 @@
 How it works: every host gets one shell line over ssh that runs `launch.setup` and becomes the server (node_server.py), which
 loads Python and libraries once. Before each attempt all servers check their nodes (node_check.py); the first that pass get
 the ranks, and `launch.spare_nodes` more wait, loaded, to take the place of one that is lost. What servers and ranks print is
-followed for answers and for the cause of a failure, and `supervise.py` restarts all hosts together. A run on this machine alone
+followed for answers and for the cause of a failure, and `supervise.py` restarts all hosts together. A run only on this machine
 is such a list of one host, behind a shell of this machine.
 
 Who fails a check, or was lost twice, is left out by name, in a file of the run directory: the next launch leaves it out too.
@@ -260,7 +260,7 @@ class RemoteHosts:
     def _check(self, servers: Sequence[HostServer]) -> list[HostServer]:
         """Check hosts, all at once and with their links to the first one; returns those that pass. The others are left out.
 
-        The first is one that has passed before, if there is one. This machine alone is not checked: no one could stand
+        The first is one that has passed before, if there is one. A list of only this machine is not checked: no one could stand
         in.
         """
         if self.is_here or not servers:

@@ -2,7 +2,7 @@
 
 How it works: host names, settings and paths reach a shell on another machine or an sbatch header, where a space,
 newline or leading dash would change the meaning. All such text passes here: words are quoted for the shell, hosts must
-match a narrow pattern, directives must be printable and one line. `launch.setup` alone is a shell's text as the user
+match a narrow pattern, directives must be printable and one line. Only `launch.setup` is a shell's text as the user
 wrote it.
 """
 

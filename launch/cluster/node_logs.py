@@ -57,7 +57,7 @@ class Follower:
 def last_words(log: Path, code: int, *, rank: int | None = None) -> str:
     """Last words of a failed process: amfm's first message, else its last line, else the signal that killed it.
 
-    `rank`: in a node's log, whose lines; None for a log of one process alone.
+    `rank`: in a node's log, whose lines; None for a log of only one process.
     """
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"

@@ -25,7 +25,7 @@ POLL_SECONDS = 1.0
 
 @contextmanager
 def launching(config: RunConfig) -> Iterator[None]:
-    """Inside the block this process alone launches the run, as `only_launcher`.
+    """Inside the block only this process launches the run, as `only_launcher`.
 
     Where the run has a checkpoint its directory was good once, and storage that rejects is waited for.
     """
@@ -45,7 +45,7 @@ def launching(config: RunConfig) -> Iterator[None]:
 
 @contextmanager
 def only_launcher(run_dir: Path) -> Iterator[None]:
-    """Inside the block this process alone launches the run. Raises ValueError if another launcher or `amfm train` has it.
+    """Inside the block only this process launches the run. Raises ValueError if another launcher or `amfm train` has it.
 
     On a file system that does not share locks between hosts, the ranks themselves refuse to train next to others.
     """

@@ -89,7 +89,7 @@ def supervise(
             continue
         after, number = storage.until(lambda: newest_saved_step(config.run.dir)), number + 1
         stuck = 0 if after > before else stuck + 1
-        # Not by the code alone: srun and torchrun have their own codes for ranks that end one after the other.
+        # Not only by the code: srun and torchrun have their own codes for ranks that end one after the other.
         if after > before and after in fresh_starts(config):
             if has_left_layout(stages, before, after):
                 say(f"amfm launch: stage {stage_of(stages, after).name} begins at step {after}, in its own layout")

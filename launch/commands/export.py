@@ -280,7 +280,7 @@ def check_export_options(
         raise ValueError(f"--check reads an export for transformers, not {file_format}; leave one of them out")
     if push is not None and (file_format != "huggingface" or (out is None and check is not None)):
         raise ValueError(
-            "--push sends an export for transformers; leave it out with another --format, or with --check alone"
+            "--push sends an export for transformers; leave it out with another --format, or with only --check"
         )
     if out is None and check is None and push is None:
         raise ValueError("name OUT, the folder to write; only --check and --push read an export that exists")

@@ -207,7 +207,7 @@ def launch_torchrun(
     *,
     dry_run: bool,
 ) -> int | Shown:
-    """Launch on all hosts of a list, or on this machine alone, under supervision; or run this node's part of several.
+    """Launch on all hosts of a list, or only on this machine, under supervision; or run this node's part of several.
 
     What is one part of several, torchrun itself restarts. Returns the exit code, or what a dry run shows. Raises ValueError for a bad port and for too few hosts.
     """
@@ -229,7 +229,7 @@ def launch_torchrun(
         if len(names) < nodes + spares:
             counted = f"--nodes {nodes}" + (f" and launch.spare_nodes={spares}" if spares else "")
             raise ValueError(
-                f"{counted} and {hosts or 'this machine alone'} names {len(names)} hosts; add hosts, or lower "
+                f"{counted} and {hosts or 'this machine'} names {len(names)} hosts; add hosts, or lower "
                 + (f"launch.spare_nodes to {len(names) - nodes}" if len(names) >= nodes else "--nodes")
             )
         remote = RemoteHosts(

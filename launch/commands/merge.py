@@ -52,7 +52,7 @@ def merge(
     if len(counts) > 1 and not evaluate:
         raise ValueError(f"--last {last} names several merges; with --evaluate the best is chosen")
     if out is None and not evaluate:
-        raise ValueError("OUT is missing; give a folder for the weights, or --evaluate to measure alone")
+        raise ValueError("OUT is missing; give a folder for the weights, or --evaluate to only measure")
     if max_tokens is not None and not evaluate:
         raise ValueError(f"--max-tokens {max_tokens} has no effect without --evaluate; leave it out")
     with loading("merge"):

@@ -228,7 +228,7 @@ def check_failure_options(failures_per_day: float | None, storage_gb_per_second:
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} {value:g} must be greater than 0, for example 8")
     if storage_gb_per_second is not None and failures_per_day is None:
-        raise ValueError("--storage-gb-per-second is read with --failures-per-day alone; give both")
+        raise ValueError("--storage-gb-per-second is read only with --failures-per-day; give both")
 
 
 def check_write_options(write: bool, search: bool, overrides: list[str], preset: str | None) -> None:
@@ -338,7 +338,7 @@ def print_replicas(made: Plan) -> None:
     if cost is None:
         return
     without = cost.most_lost_without_seconds
-    alone = "" if without is None else f"; {without:,.0f} s by checkpoints alone"
+    alone = "" if without is None else f"; {without:,.0f} s with only checkpoints"
     rows = [
         ("memory of each host, two replicas", f"{cost.node_bytes / GIB:,.1f} GiB"),
         ("sent by each host to the next", f"{cost.sent_bytes / GIB:,.1f} GiB per replica"),

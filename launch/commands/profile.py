@@ -72,9 +72,7 @@ def print_profile(found: Profile) -> None:
         for line in found.operations
     ]
     print_rows("Longest operations", ("operation", "kind", "calls", "ms", "of the step"), longest)
-    places = [
-        ("trace", f"{found.file.path}: drag it into https://ui.perfetto.dev, which reads it in the browser alone")
-    ]
+    places = [("trace", f"{found.file.path}: drag it into https://ui.perfetto.dev, which reads it only in the browser")]
     if memory is not None:
         places.append(("memory", f"{memory}: drag it into https://pytorch.org/memory_viz"))
     print_pairs("To look closer", places)

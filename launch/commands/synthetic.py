@@ -69,7 +69,7 @@ def evaluate_on_synthetic(
 
 
 def show_synthetic_row(data: DataConfig, sample: int, *, sequence_length: int, seed: int, as_json: bool) -> None:
-    """Print the training row of a global sample, which the configuration alone determines."""
+    """Print the training row of a global sample, which only the configuration determines."""
     from amfm.data_pipeline.loader.loader import PretrainLoader
 
     loader = PretrainLoader(data, sequence_length=sequence_length, micro_batch_size=1, seed=seed)

@@ -59,7 +59,7 @@ class CacheFolder:
 class RankReport:
     """Everything one rank says of itself. `device_id` is the GPU's UUID, None on CPU.
 
-    `findings`: what is amiss on its host alone. `free_gib`: free space by what the folder is for.
+    `findings`: what is amiss only on its host. `free_gib`: free space by what the folder is for.
     """
 
     rank: int

@@ -22,7 +22,7 @@ from amfm.data_pipeline.prepare.sources import InputFile, list_files
 DEFAULT = "text"
 LONGEST_RECORD = 2**24  # bytes
 COUNTED_RECORDS = 100  # of jsonl, to know how long they are
-HELD_DOCUMENTS = 10  # for validation, of texts that have many: of fewer one alone may decide the loss
+HELD_DOCUMENTS = 10  # for validation, of texts that have many: of fewer just one may decide the loss
 HELD_ROWS = 8  # for validation at least, or no document may be as long as a row
 MOST_HELD = 0.2
 BYTES_A_TOKEN = 4

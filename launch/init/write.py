@@ -243,7 +243,7 @@ REMARKS = {
     "model.vocab_size": "of the tokenizer below",
     "data.store": "where amfm prepare writes tokens",
     "data.sources": "more of them may follow, each with a weight",
-    "data.validation_fraction": "part of the documents that are kept for validation; one alone leaves nothing to keep",
+    "data.validation_fraction": "part of the documents that are kept for validation; a single document leaves nothing to keep",
     "data.tokenizer": "trained on the text; or name yours: {model: tokenizer.json}",
     "train.steps": "optimizer steps",
     "train.global_batch_size": "sequences per step, over all ranks",

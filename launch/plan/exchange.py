@@ -70,6 +70,6 @@ def part_crossings(config: RunConfig, layout: Layout, part: FeedForwardPart, tim
     yield from crossing(config, layout, enters, times=times, again=times if structure.kind != "blockshuffle" else 0)
     yield from crossing(config, layout, leaves, times=times)
     if config.model.self_guided_training is not None:
-        # The dense matrix reads the residual stream on its own; under low rank alone its output leaves on its own too.
+        # The dense matrix reads the residual stream on its own; only under low rank its output leaves on its own too.
         yield from crossing(config, layout, width, times=times, again=times)
         yield from crossing(config, layout, width, times=times if structure.kind == "lowrank" else 0)

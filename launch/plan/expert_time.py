@@ -62,7 +62,7 @@ def expert_exchange_seconds(
     travel = uneven * exchange_seconds(traffic.rows, layout, hardware) / blocks / 4
     beside_rows = uneven * exchange_seconds(details, layout, hardware) / blocks / 2 if details else 0.0
     out = uneven * packed_seconds(config, layout, hardware) if config.low_precision.dispatch == "fp8" else travel
-    # A backward pass that is cut in two has the gradients of inputs alone next to the exchanges.
+    # A backward pass that is cut in two has only the gradients of inputs next to the exchanges.
     backward = 1 if layout.schedule == "zero_bubble" else 2
     parts, waited = layout.expert_parts, 0.0
     narrow = held.narrow_letters(config.low_precision.narrow_blocks(config.model.letters))

@@ -1,6 +1,6 @@
 """What a rank of a pipeline holds at each of its passes: how many micro-batches of each of its pieces are under way.
 
-How it works: a rank's order of passes follows from its schedule alone. It begins with some forward passes, then goes forward
+How it works: a rank's order of passes follows only from its schedule. It begins with some forward passes, then goes forward
 and backward in turns, in groups of as many micro-batches as there are stages (Narayanan et al. 2021, arXiv 2104.04473,
 section 2.2). A piece's micro-batch is held from its forward to its backward pass. Under zero-bubble, whose backward passes are
 cut in two, what its weights' gradients are made of stays until those are computed, which a later stage puts off by as many
@@ -68,7 +68,7 @@ def _fullest(moments: Iterable[Moment]) -> tuple[Moment, ...]:
     fullest: dict[tuple[int, bool], list[tuple[int, ...]]] = {}
     found = []
     held = {one: one.held + one.cut + one.passed for one in moments}
-    # What holds more comes first, so a moment needs to be compared with those that stay alone.
+    # What holds more comes first, so a moment needs to be compared with only those that stay.
     for one, numbers in sorted(held.items(), key=lambda entry: -sum(entry[1])):
         others = fullest.setdefault(one[:2], [])
         if not any(all(map(ge, other, numbers)) for other in others):

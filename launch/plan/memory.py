@@ -80,7 +80,7 @@ def estimate_memory(
 ) -> Memory:
     """Peak bytes of the most loaded rank. `margin`: fraction added for fragmentation and small allocations.
 
-    `hardware`: of which context and communicators take memory too; None: what PyTorch allocates alone.
+    `hardware`: of which context and communicators take memory too; None: only what PyTorch allocates.
 
     `imbalance`: routed rows of the most loaded rank over the mean, where experts are spread.
     """

@@ -118,7 +118,7 @@ def _choose(
 
 FASTEST_SHOWN = 3
 HEIGHT = 0.56  # of a bar, of the room of a layout
-MICRO_BATCHES_A_RANK = 3  # of a long step the timetable shows the beginning alone
+MICRO_BATCHES_A_RANK = 3  # of a long step the timetable shows only the beginning
 MEMORY_COLOURS = {
     "weights": "#08306b",
     "gathered weights": "#2a5ba8",
@@ -309,7 +309,7 @@ def _finish(axes: Any, shown: list[tuple[str, Estimate]], title: str) -> None:
 
 
 def _spelt(part: str) -> str:
-    """The chart's name of a part of memory; `communication` alone would be a name of the step's panel too."""
+    """The chart's name of a part of memory; just `communication` would be a name of the step's panel too."""
     return "communication buffers" if part == "communication" else part
 
 

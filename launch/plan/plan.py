@@ -1,7 +1,7 @@
 """What a run will cost before anything is rented: its size, memory, time, and which layouts fit.
 
 How it works: a layout (`layout.py`) says how many ranks each axis has and what one rank of every pipeline stage holds.
-From that and the configuration alone `memory.py` adds up the bytes of the most loaded rank and `time.py` the seconds of the
+Only from that and the configuration `memory.py` adds up the bytes of the most loaded rank and `time.py` the seconds of the
 slowest stage: operations at their roofline (`hardware.py`), collectives by the bytes of `exchanges/` on the declared
 links. `search.py` lists layouts that obey every rule of a run; here they are estimated, ranked and explained.
 

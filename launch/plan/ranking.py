@@ -93,7 +93,7 @@ def least_recomputed(
     first = next(options)
     memory, reason = memory_of_stages(config, runs, first, hardware, assumptions)
     if not reason or sum(memory.parts.get(name, 0.0) for name in KEPT_PARTS) > hardware.memory_gib * GIB:
-        return first, memory, reason  # what no recomputation frees is too much alone
+        return first, memory, reason  # what no recomputation frees is already too much
     *between, last = [first, *options]
     # Where everything computed again does not fit, which most layouts find, nothing between does.
     found = last, *memory_of_stages(config, runs, last, hardware, assumptions)

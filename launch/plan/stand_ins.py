@@ -122,7 +122,7 @@ class _Importer(MetaPathFinder, Loader):
     """Finds `triton` and all modules below it, if nothing else has found them."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        """Answer for Triton alone."""
+        """Answer only for Triton."""
         return ModuleSpec(fullname, self, is_package=True) if fullname.partition(".")[0] == "triton" else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:

@@ -25,7 +25,7 @@ Edit = tuple[int, int, str]  # of the text: from, to, instead
 def write_layout(path: Path, chosen: Sequence[Estimate]) -> None:
     """Replace the file's layouts by these estimates', one for each training stage in order.
 
-    Raises ConfigError, and leaves the file alone, if a rule is broken.
+    Raises ConfigError, and does not change the file, if a rule is broken.
     """
     text = path.read_text(encoding="utf-8")
     first = chosen[0]

@@ -10,7 +10,7 @@ from amfm.pretrain.inference.generate import Sampling
 
 Kind = Literal["completion", "chat"]
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
-NO_EFFECT: dict[str, tuple[Any, ...]] = {  # accepted with these values alone, which ask for nothing
+NO_EFFECT: dict[str, tuple[Any, ...]] = {  # accepted only with these values, which ask for nothing
     "n": (1,),
     "best_of": (1,),
     "echo": (False,),

@@ -88,7 +88,7 @@ class CommunicationCounter(TorchDispatchMode):
         collective, position = COLLECTIVES[operator]
         tensors = list(_tensors(args[position]))
         sent = SENT[collective](tensors, group, args)
-        # A broadcast is handed in by its root alone; the others only receive.
+        # A broadcast is handed in only by its root; the others only receive.
         is_giver = collective != "broadcast" or sent > 0
         handed = sum(tensor.nbytes for tensor in tensors) if is_giver else 0
         axis = self.axis_of.get(group.group_name, "other")

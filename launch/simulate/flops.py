@@ -67,7 +67,7 @@ def _documents(given: Named, *, backward: bool) -> int:
 
 
 def _seen(window: int, queries: int, keys: int) -> int:
-    """Pairs of the last queries of as many or more keys and those up to each, of its window alone unless that is 0."""
+    """Pairs of the last queries of as many or more keys and those up to each, only of its window unless that is 0."""
     before = keys - queries
     pairs = queries * before + queries * (queries + 1) // 2
     hidden, least = keys - window, max(1, before + 1 - window)

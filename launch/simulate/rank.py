@@ -279,7 +279,7 @@ def read_fixed_layout(model: Any) -> None:
 def compile_first(run: Any, tracer: Tracer) -> None:
     """Take the passes that a start takes before the first step; what a step then launches again is a late compile.
 
-    Groups of a simulated cluster answer alone already.
+    Groups of a simulated cluster answer on their own already.
     """
     from amfm.pretrain.opening.first_passes import pass_once
 

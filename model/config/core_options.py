@@ -33,7 +33,7 @@ class FeedForwardConfig(MixerOptions):
     activation_limit: float | None = Field(
         None,
         gt=0,
-        description="Gate at most this, and up between its negative and this, before they are multiplied: 7 in gpt-oss, 10 in DeepSeek-V4; null: no limit. Gated activations alone.",
+        description="Gate at most this, and up between its negative and this, before they are multiplied: 7 in gpt-oss, 10 in DeepSeek-V4; null: no limit. Only for gated activations.",
     )
     linear_kind: LinearKind = Field(
         "dense",
@@ -153,7 +153,7 @@ class AttentionConfig(MixerOptions):
         False,
         description="RMSNorm over each query and key head, as in Qwen3; `wide`: over all heads together, as in OLMo and MiniMax-M2.",
     )
-    positions: Literal["none", "rope"] = Field("none", description="`none`: order comes from the Mamba2 layers alone.")
+    positions: Literal["none", "rope"] = Field("none", description="`none`: order comes only from the Mamba2 layers.")
     rope: RopeConfig = Field(RopeConfig(), description="Only read with positions: rope.")
     softmax_scale: float | None = Field(
         None, gt=0, description="Default: head_dim ** -0.5. Granite's attention_multiplier."

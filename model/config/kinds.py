@@ -48,7 +48,7 @@ class Kind:
 
     name: lower case, as in `{name}`. mixer: `package.module:Class`, or the class in a process that registers it, an `amfm.model.mixers.interface.Mixer`. options: its
     section, whose class docstring and field descriptions become the documentation. rejects: axes over which it cannot be
-    spread yet, with the reason. mixes: whether a token reads others, or its own channels alone; `logits`: a head, an
+    spread yet, with the reason. mixes: whether a token reads others, or only its own channels; `logits`: a head, an
     `amfm.model.head.Head` that `model.head` names. letter, aliases: in a
     pattern. title: in messages. is_core: its section is a field of the model's configuration. has_mup: muP's rules were
     measured on it (docs/mup.md). products: of which low precision makes some in fewer bits (docs/low_precision.md). modeling: `package.module:Class`,
@@ -237,7 +237,7 @@ def all_kinds() -> dict[str, Kind]:
         if kind.letter or kind.aliases or kind.is_core:
             raise RuntimeError(
                 f"the mixer {kind.name!r} of {list_packages(ENTRY_POINTS, Kind)[kind.name]} wants letters "
-                f"({kind.letter}{kind.aliases}) or a core section, which our own kinds alone have: a package's block is "
+                f"({kind.letter}{kind.aliases}) or a core section, which only our own kinds have: a package's block is "
                 f"written {{{kind.name}}}, with its options at model.mixers.{kind.name}"
             )
     return ours | others

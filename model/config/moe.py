@@ -54,7 +54,7 @@ class MoeConfig(MixerOptions):
     activation_limit: float | None = Field(
         None,
         gt=0,
-        description="Of routed and shared experts: gate at most this, and up between its negative and this, before they are multiplied: 7 in gpt-oss, 10 in DeepSeek-V4; null: no limit. Gated activations alone.",
+        description="Of routed and shared experts: gate at most this, and up between its negative and this, before they are multiplied: 7 in gpt-oss, 10 in DeepSeek-V4; null: no limit. Only for gated activations.",
     )
     bias: bool = Field(
         False, description="Biases on the router's logits and on both products of routed experts, as in gpt-oss."
@@ -114,7 +114,7 @@ class MoeConfig(MixerOptions):
 
     forced_balance: bool = Field(
         False,
-        description="For benchmarks alone: in training each token gets the next top_k experts whatever the router would choose, so that all loads are equal.",
+        description="Only for benchmarks: in training each token gets the next top_k experts whatever the router would choose, so that all loads are equal.",
     )
 
     def shared_structure(self) -> Structure:

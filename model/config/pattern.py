@@ -110,7 +110,7 @@ def parse_pattern(text: str) -> Pattern:
 def explain_d(text: str) -> str | None:
     """Report that `D` was read as a dense feed-forward, where a pattern of Megatron's would mean its sparse attention.
 
-    None if the pattern has no `D`, or a letter that Hunyuan alone has (`A`, `F`) shows whose it is.
+    None if the pattern has no `D`, or a letter that only Hunyuan has (`A`, `F`) shows whose it is.
     """
     written = re.sub(r"\{[^}]*\}", "", text)
     if "D" not in written or set("AF") & set(written):
@@ -182,7 +182,7 @@ class _Parser:
             if symbol == ")" and opened_at is not None:
                 return items, position
             if symbol == "&":
-                raise self.error(position, "'&' joins two mixers that alone stand in parentheses, as in (M&*)")
+                raise self.error(position, "'&' joins two mixers that are the only ones in parentheses, as in (M&*)")
             if symbol.isspace():
                 position += 1
                 continue

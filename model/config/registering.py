@@ -5,7 +5,7 @@ know the part. Sections are pydantic models that were made before, so a field is
 every model that contains it is built again. What is registered under a name of before replaces it, as in a notebook whose cell is
 run again.
 
-A folder is a package whose `__init__.py` registers what it has. It is imported alone, under its name: nothing else next to it,
+A folder is a package whose `__init__.py` registers what it has. It is imported on its own, under its name: nothing else next to it,
 nor in the working directory, can be imported.
 """
 

@@ -2,7 +2,7 @@
 
 A package registers one with an entry point of the group `amfm.routers` that names a `RouterSpec`. Its code is a function
 `choose(given, options) -> Routed` (routed.py) of the logits of the router's matrix. All tensor ranks that share tokens call it
-with the same logits and must choose alike, so it draws by `given.seed` alone. Everything else is ours. No torch here.
+with the same logits and must choose alike, so it draws only by `given.seed`. Everything else is ours. No torch here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Structured matrices of feed-forwards: kinds, sizes and rules, from numbers alone; the layers are in model/structured.py.
+"""Structured matrices of feed-forwards: kinds, sizes and rules, only from numbers; the layers are in model/structured.py.
 
 A structured matrix is a product of two factors with fewer weights than the matrix it stands for, y = second(first(x)):
 
@@ -75,7 +75,7 @@ class Structure:
             ("linear_blocks", self.blocks, ("blockshuffle", "blockdense")),
         ):
             if value is not None and self.kind not in kinds:
-                yield field, f"is read by {' and '.join(kinds)} alone, not by {self.kind}; remove it"
+                yield field, f"is read only by {' and '.join(kinds)}, not by {self.kind}; remove it"
             if value is None and self.kind in kinds:
                 yield field, f"is needed by {self.kind}; set it"
         if self.kind == "dense" or (self.kind != "lowrank" and self.blocks is None):

@@ -188,7 +188,7 @@ def parameters_of(rope: RopeConfig, head_dim: int) -> dict[str, Any]:
 
 
 def flat_rope_fields(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Build the spelling of `rope_parameters` from before transformers 5, which mlx-lm reads alone.
+    """Build the spelling of `rope_parameters` from before transformers 5, the only one that mlx-lm reads.
 
     A scaled rotation needs `rope_scaling` too: without it such a reader would leave the scaling out and say nothing. The
     newer readers let it replace `rope_parameters`, so it holds the same.

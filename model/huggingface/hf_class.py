@@ -57,7 +57,7 @@ OurTarget = Literal[
     "bailing_hybrid",
 ]
 OURS: tuple[str, ...] = get_args(OurTarget)
-# Of packages by name alone: their code imports this file.
+# Of packages only by name: their code imports this file.
 PACKAGED = tuple(sorted({entry.name for entry in entry_points(group=ENTRY_POINTS)} - {*OURS}))
 if TYPE_CHECKING:
     Target = OurTarget

@@ -72,7 +72,7 @@ def unfit_for_olmo_hybrid(config: ModelConfig) -> list[str]:
         return [f"model.pattern={''.join(letters)}: {rule}; use such a pattern, or target own"]
     reasons = unfit_multipliers(config, NAME) + list(_unfit_delta(config))
     if config.norm_placement != "after_attention":
-        rule = f"{NAME} has norms behind attention alone"
+        rule = f"{NAME} has norms only behind attention"
         reasons.append(f"model.norm_placement={config.norm_placement}: {rule}; use after_attention, or target own")
     attention = config.attention
     assert attention is not None, "the pattern has *, the configuration no attention section"

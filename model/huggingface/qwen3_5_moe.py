@@ -1,4 +1,4 @@
-"""The transformers class `qwen3_5_moe`, whose text model alone, `qwen3_5_moe_text`, is meant.
+"""The transformers class `qwen3_5_moe`, of which only the text model, `qwen3_5_moe_text`, is meant.
 
 Read from transformers 5.24 (`configuration_qwen3_5_moe.py`, `modeling_qwen3_5_moe.py`). The same function as `qwen3_next`, with
 an expert block in every layer; the projections of Gated DeltaNet are stored otherwise.

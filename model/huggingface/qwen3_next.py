@@ -235,7 +235,7 @@ def qwen3_next_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusa
     gguf = f"give it that, or {OUR_CONVERTER}"
     refusals += [
         Refusal("llama.cpp", f"its converter ends with an AssertionError without the option --no-mtp; {gguf}", True),
-        Refusal("vllm", "it runs qwen3_next in bf16 alone; give it dtype=bfloat16", True),
+        Refusal("vllm", "it runs qwen3_next only in bf16; give it dtype=bfloat16", True),
     ]
     mixers = [letter for letter in config.letters if letter in "G*"]
     interval = mixers.index("*") + 1 if "*" in mixers else None

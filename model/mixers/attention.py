@@ -160,7 +160,7 @@ class AttentionMixer(SoftmaxMixer):
         return AttentionCache(empty, empty, None if self.indexer is None else self.indexer.no_keys(num_rows))
 
     def scale_logits(self, factors_H: Tensor) -> dict[nn.Parameter, Tensor]:
-        """Queries alone: keys are those of several heads."""
+        """Only queries: keys are those of several heads."""
         rows = factors_H.repeat_interleave(self.head_dim)
         return {each: rows for each in (self.q_proj.weight, self.q_proj.bias) if each is not None}
 

@@ -3,7 +3,7 @@
 Plain linear attention only adds to its state, so what a key holds blurs with every write. The delta rule first removes
 what the state holds for the key: one step of gradient descent on |S^T k - v|^2 with rate beta. With k of unit length the
 transition I - beta k k^T has the eigenvalue 1 - beta along k, and beta = 2 (`allow_negative_eigenvalues`) makes it a
-reflection. Recurrences whose transitions have positive real eigenvalues alone cannot solve parity at all lengths in finite
+reflection. Recurrences whose transitions have only positive real eigenvalues cannot solve parity at all lengths in finite
 precision (Grazzi et al. 2024, arXiv 2411.12537, theorem 1).
 
 Kimi Delta Attention: the delta rule after a decay of each key channel.

@@ -34,8 +34,8 @@ from amfm.model.segments import Segments
 class MlaMixer(SoftmaxMixer, SequenceMixer):
     """c = norm(W_down x), and one rotary key k_r for all heads; a head's keys [W_uk c; k_r] and values W_uv c.
 
-    Sizes: r latent, N and R the two parts of a key, V a value. Training expands keys and values. The decode state has c and
-    k_r alone, r + R numbers per token, and decoding attends to them as they are: W_uk goes to the query, W_uv to the
+    Sizes: r latent, N and R the two parts of a key, V a value. Training expands keys and values. The decode state has only c and
+    k_r, r + R numbers per token, and decoding attends to them as they are: W_uk goes to the query, W_uv to the
     weighted sum of latents, the same function in another order. Tensor ranks have whole latents and their heads'
     matrices; context ranks gather latents, not heads. Source: DeepSeek-AI 2024, arXiv 2405.04434, section 2.1.
     """

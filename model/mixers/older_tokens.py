@@ -96,7 +96,7 @@ def delay_rows(rows: ScanRows, width: int, ids_BS: Tensor) -> ScanRows:
 def window_sum(x_BSX: Tensor, width: int) -> Tensor:
     """Sum the last `width` tokens up to each, fewer at the row's start: [B, S, ...] -> the same.
 
-    By doubling: each sum adds its own tokens alone. Differences of one running sum would lose what is small next to it,
+    By doubling: each sum adds only its own tokens. Differences of one running sum would lose what is small next to it,
     and carry rounding from one document into the next.
     """
     total, power, size, covered = torch.zeros_like(x_BSX), x_BSX, 1, 0

@@ -3,8 +3,8 @@
 Decay: S_t = diag(e^(g_t)) S_(t-1) + k_t v_t^T, with one decay a head or one per key channel (kernels/decay_scan).
 Delta: S <- diag(e^(g_t)) S, with one decay a head, one per key channel or none, then for each micro-step S <- (I - beta
 k e^T) S + beta k v^T, where e is k or its own vector (kernels/delta_scan).
-Both read o_t = S_t^T q_t, and both are affine in the state that enters a row: S_out = P S_in + F with P and F of the row
-alone. That is what context parallelism lives on (model/parallel/context.py). For a decay P is a factor, for a delta rule a
+Both read o_t = S_t^T q_t, and both are affine in the state that enters a row: S_out = P S_in + F with P and F of only the
+row. That is what context parallelism lives on (model/parallel/context.py). For a decay P is a factor, for a delta rule a
 K x K matrix, which costs about K / V more work and is computed only where rows are cut.
 """
 

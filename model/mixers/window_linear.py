@@ -55,8 +55,8 @@ class WindowLinearMixer(SequenceMixer):
     """Softmax over a window, linear attention over what has left it; heads are cut over the tensor ranks.
 
     The decode state has the keys of the window and one matrix a key head. Context ranks get the window before their
-    segments from their neighbours, and the state that enters them as every linear mixer. For measurements and conversions
-    alone: `transfer_scale` (see above), `used`, the branches that the output is made of, and `measured`, to which the sum of
+    segments from their neighbours, and the state that enters them as every linear mixer. Only for measurements and
+    conversions: `transfer_scale` (see above), `used`, the branches that the output is made of, and `measured`, to which the sum of
     the linear branch's share of the mass, over tokens at least two windows into their document, and their number are added.
     """
 

@@ -37,7 +37,7 @@ def auxiliary_losses(
     losses: dict[str, Tensor] = {}
     ids_RK, own_counts_E = routing.expert_ids_RK, routing.counts_E
     if moe.balance_counts == "scores" and not moe.routes_by_scores():
-        # What the scores alone would choose: a bias must not hide from the losses what it balances.
+        # What only the scores would choose: a bias must not hide from the losses what it balances.
         ids_RK = routing.scores_RE.detach().topk(moe.top_k, dim=-1).indices
         if padding is not None:
             ids_RK = ids_RK.masked_fill(padding.is_padding_BT.reshape(-1, 1), moe.num_experts)

@@ -45,7 +45,7 @@ def limit_choices(
     all_RK = ids_RK = ids_BTK.transpose(0, 1).flatten(0, 1)
     valid_R = None
     if meta.padding is not None:
-        # Padding comes with lost choices. Those of tokens alone, in their order; how many, the host knows.
+        # Padding comes with lost choices. Only those of tokens, in their order; how many, the host knows.
         valid_R = (all_RK[:, 0] == moe.num_experts).to(torch.int8).argsort(stable=True)[: meta.padding.num_tokens]
         ids_RK = all_RK[valid_R]
     capacity = expert_capacity(len(ids_RK), moe.top_k, moe.num_experts, moe.capacity_factor)

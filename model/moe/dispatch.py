@@ -98,14 +98,14 @@ class _Part:
     def _feed_forward(self, rows_SD: Tensor) -> Tensor:
         """Feed-forward of rows [S, D] sorted by sender and then by expert; the result [S, D] keeps their order.
 
-        The products take rows by expert alone, so that each expert is one product of a grouped matrix multiplication however
+        The products take rows only by expert, so that each expert is one product of a grouped matrix multiplication however
         many ranks sent to it. The sums are partial where `expt_tp` has several ranks.
         """
         counts_Xe, backend = self.counts_Xe, self.experts.backend
         num_local = counts_Xe.shape[1]
         experts_e = torch.arange(num_local, device=rows_SD.device)
         counts_e = counts_Xe.sum(0)
-        # Empty slots sort last. Kernels leave rows beyond the counts alone; else they are the last expert's.
+        # Empty slots sort last. Kernels do not touch rows beyond the counts; else they are the last expert's.
         is_filled_XeN = torch.arange(self.slots, device=rows_SD.device) < counts_Xe[:, :, None]
         expert_S = torch.where(is_filled_XeN, experts_e[:, None], num_local).flatten()
         if backend != "triton" or rows_SD.device.type == "cpu":
@@ -128,7 +128,7 @@ class _Part:
 class Dispatched(TypedDict):
     """What is sent and what is done meanwhile.
 
-    x [R, D], of this rank alone; expert ids [R, K] in the numbering of all experts, where the number of experts itself marks a
+    x [R, D], only of this rank; expert ids [R, K] in the numbering of all experts, where the number of experts itself marks a
     lost choice, which sends nothing; weights [R, K]. `while_home` gets what `while_out` gave. `slots`: of each rank for each
     expert, at least as many as it has choices of one; None: rows go by rank.
     """

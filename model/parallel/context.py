@@ -196,7 +196,7 @@ def _compose(final_B2HKV: Tensor, transfer: Tensor, segments: Segments, group: A
 def _compose_back(d_entering_B2HKV: Tensor, transfer_Z: Tensor, segments: Segments, group: Any) -> Tensor:
     """The same from the row's end: gradients of the states after this rank's segments, [B, 2, H, K, V], which are those of final.
 
-    d_entering: of what reads the entering states inside the segments alone.
+    d_entering: only of what reads the entering states inside the segments.
     """
     d_entering_ZBHKV = segments.order(_all_gather(d_entering_B2HKV.transpose(0, 1), segments, group))
     is_matrix = transfer_Z.dim() == d_entering_ZBHKV.dim()

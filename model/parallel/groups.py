@@ -7,11 +7,11 @@ rank and for many is the same.
 Room for the rows of spread experts: as many places as an uneven router fills, so that the host need not count rows.
 
 How many rows go where follows from the router, and a host that must know waits for the device once per block. With room every
-pair of ranks exchanges, and every rank computes, a number of places that follows from sizes alone: `shares` times what an even
-router fills, and no more than any router can. Counts stay on the device, empty places are left alone by the products, and
+pair of ranks exchanges, and every rank computes, a number of places that follows only from sizes: `shares` times what an even
+router fills, and no more than any router can. Counts stay on the device, empty places are skipped by the products, and
 each rank notes there whether rows or choices had no place. The step reads that with everything else that it reports: where it
 happened on any rank, all gradients of the step are thrown away and its passes taken again with counted rows
-(pretrain/step.py). So no token is ever dropped, and a router that turns uneven costs time alone. After that, rows are counted
+(pretrain/step.py). So no token is ever dropped, and a router that turns uneven costs only time. After that, rows are counted
 until the buffers would have sufficed for some consecutive steps.
 """
 
@@ -112,7 +112,7 @@ class ProcessGroupCollection(process_groups_config.ProcessGroupCollection):
 
 
 class SingleRankGroup:
-    """A group of this process alone, with what blocks ask of a process group and without torch.distributed.
+    """A group of only this process, with what blocks ask of a process group and without torch.distributed.
 
     Code that would communicate asks for `size() > 1` first; handing this group to a collective is a bug.
     """
@@ -127,5 +127,5 @@ class SingleRankGroup:
 
 
 def single_rank_groups() -> ProcessGroupCollection:
-    """Build groups of size 1 on every axis; needs no initialised process group. Any rank may call it alone."""
+    """Build groups of size 1 on every axis; needs no initialised process group. Any rank may call it on its own."""
     return ProcessGroupCollection(**dict.fromkeys(AXES, SingleRankGroup()))

@@ -62,7 +62,7 @@ class LowRankUpdate(nn.Module):
 
 def _megatron_settings() -> ModelParallelConfig:
     """Settings under which Megatron's layers allocate their weight and do nothing else with it."""
-    # CPU initialisation without performing it means "allocate on torch's current default device and leave it alone".
+    # CPU initialisation without performing it means "allocate on torch's current default device and do not fill it".
     return ModelParallelConfig(
         params_dtype=torch.get_default_dtype(), use_cpu_initialization=True, perform_initialization=False
     )

@@ -31,7 +31,7 @@ def import_lean() -> None:
 
 
 def _empty_package() -> ModuleType:
-    """The package with its place alone; a name that is not one of its modules' runs its `__init__.py`."""
+    """The package with only its place; a name that is not one of its modules' runs its `__init__.py`."""
     spec = importlib.util.find_spec(PACKAGE)
     assert spec is not None and spec.loader is not None, "megatron-core is required"
     package, loader = importlib.util.module_from_spec(spec), spec.loader

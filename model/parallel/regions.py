@@ -154,7 +154,7 @@ def slice_tokens(alike_BTX: Tensor, groups: ProcessGroupCollection) -> Tensor:
     """Slice this rank's tokens out of a replicated result of `gather_stream`, in the order of `scatter_tokens`.
 
     In backward every rank gets what it needs to continue alike: from the others' shares without sequence parallel; with
-    it, `gather_stream` keeps this rank's part alone.
+    it, `gather_stream` keeps only this rank's part.
     """
     if groups.tp.size() == 1:
         return alike_BTX

@@ -123,7 +123,7 @@ class BackgroundSaver:
 
     def _run(self, work: Callable[[], Saved]) -> None:
         """Do the work in a separate thread, whose result `wait` gives."""
-        # A thread for this save alone: while one lives that has used OpenMP, its idle workers count as busy processors
+        # A thread for only this save: while one lives that has used OpenMP, its idle workers count as busy processors
         # and every parallel loop of the training thread waits longer (half the speed, measured on two cores).
         writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.pending = writer.submit(work)

@@ -99,7 +99,7 @@ def discard(checkpoint_dir: Path) -> list[str]:
 
 
 def is_marked(checkpoint_dir: Path) -> bool:
-    """Whether pruning must leave a checkpoint alone."""
+    """Whether pruning must keep a checkpoint."""
     return (checkpoint_dir / MARK_NAME).exists()
 
 
@@ -142,7 +142,7 @@ def check_free_space(checkpoints_dir: Path, needed_bytes: int) -> None:
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A checkpoint that is complete, and what went wrong around it without harm (on rank 0 alone)."""
+    """A checkpoint that is complete, and what went wrong around it without harm (only on rank 0)."""
 
     path: Path
     remarks: tuple[str, ...] = ()

@@ -228,12 +228,12 @@ def explain_remedy(refused: Sequence[str], saved: RunConfig, step: int) -> str:
     remedy = "Restore the value, or give run.dir another name to start a new run."
     if any(name.startswith("optimizer.kind:") for name in refused):
         remedy += (
-            " One kind of optimizer cannot continue from the other's moments: a new run takes the weights alone, with "
+            " One kind of optimizer cannot continue from the other's moments: a new run takes only the weights, with "
             "run.initial_weights set to this run's directory."
         )
     if any(name.startswith("optimizer.state_dtype:") for name in refused):
         remedy += (
-            " Rounding states on the way would be another run: one takes the weights alone, with run.initial_weights."
+            " Rounding states on the way would be another run: one takes only the weights, with run.initial_weights."
         )
     if not any(name.startswith(STAGED) for name in refused):
         return remedy

@@ -70,7 +70,7 @@ class EngineLayout:
         )
 
     def frozen_fragments(self) -> list[Fragment]:
-        """Collect views of the frozen parameters as fragments of a weight alone, in the dtype the model computes with."""
+        """Collect views of the frozen parameters as fragments of only a weight, in the dtype the model computes with."""
         assert not self.frozen or self.engine.zero_stage < 3, "ZeRO 3 cuts frozen weights too, and nothing gathers them"
         weights = dict(self.engine.module.named_parameters())
         return [

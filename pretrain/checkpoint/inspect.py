@@ -149,7 +149,7 @@ def compare_checkpoints(paths: tuple[Path, Path], manifests: list[dict[str, Any]
     """Compare two verified checkpoints, their numbers and their settings, as JSON can hold it.
 
     Keys: same (layouts aside), steps, only_in_first, only_in_second, tensors (name -> kind -> largest absolute
-    difference, differing ones alone); settings, identities, state, groups (of parameters: their settings) and layout:
+    difference, only differing ones); settings, identities, state, groups (of parameters: their settings) and layout:
     dotted name -> both values.
     """
     saved = [{**manifest["parameters"], **manifest["buffers"]} for manifest in manifests]

@@ -170,7 +170,7 @@ def find_mismatches(
 ) -> list[str]:
     """List parameters and buffers that are missing, surplus, of another shape or in another group; the same on all ranks.
 
-    `may_lack_guides`: guides of factored matrices vanish in the middle of a run, and they alone. All ranks must call it: a
+    `may_lack_guides`: guides of factored matrices vanish in the middle of a run, and only they. All ranks must call it: a
     pipeline stage has its own parameters only.
     """
     shapes = {name: list(placement.whole) for name, placement in layout.placements.items()}

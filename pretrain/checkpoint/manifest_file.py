@@ -1,7 +1,7 @@
 """The manifest of a checkpoint: it lists every file with size and SHA-256 and guards its own text. Read without torch.
 
-A cut, swapped or edited manifest is found before anything that it names is loaded. One of version 1, which knew data
-parallelism alone, is read as one of version 2 (`upgrade_manifest`).
+A cut, swapped or edited manifest is found before anything that it names is loaded. One of version 1, which knew only data
+parallelism, is read as one of version 2 (`upgrade_manifest`).
 """
 
 from __future__ import annotations

@@ -260,7 +260,7 @@ class RemoteCheckpoints:
         return Pulled(None, tuple(skipped))
 
     def _explain_taken(self, newer: Iterable[str], checkpoints_dir: Path, newest: int) -> str | None:
-        """Describe a step that was saved in the folder and is now in the store alone, while an older one is still here.
+        """Describe a step that was saved in the folder and is now only in the store, while an older one is still here.
 
         None if there is none, and for a folder that lost all of them, which is what the store is for.
         """

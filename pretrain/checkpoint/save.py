@@ -208,7 +208,7 @@ def write_snapshot(
             remarks += remove_temporary(checkpoints_dir)
             check_free_space(checkpoints_dir, (needed_bytes or 0) + SPARE_BYTES)
             temporary_dir = make_temporary(checkpoints_dir, snapshot.step)
-    # Raised on all ranks or none: one that left alone would leave the others in a collective.
+    # Raised on all ranks or none: one that left on its own would leave the others in a collective.
     ranks.raise_together(problem.text, doing)
     # Rank 0 chose the name, which is another one where a leftover could not be deleted.
     temporary_dir = checkpoints_dir / ranks.broadcast(temporary_dir.name)

@@ -1,6 +1,6 @@
 """Which of several ranks with the same shard writes it: one writer for everything in a checkpoint.
 
-The choice depends on the layout alone, so it is agreed on once for an engine, and a background saver's saves need no message for it.
+The choice depends only on the layout, so it is agreed on once for an engine, and a background saver's saves need no message for it.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ def stage_problems(config: RunConfig, world_size: int | None) -> list[Problem]:
         problems += whole_batch_problems(config)
     else:
         problems += rank_problems(config, world_size)
-    # Last and alone: what classes hold is known by their weights, for which torch is imported.
+    # Last, and only then: what classes hold is known by their weights, for which torch is imported.
     return problems or list(export_problems(config))
 
 

@@ -1,6 +1,6 @@
 """Checks of the section `low_precision`: what takes effect, what has been shown to compute right, and what a device has.
 
-Rules that read the configuration alone are checked with all others. What a GPU must have is checked where the run starts on
+Rules that read only the configuration are checked with all others. What a GPU must have is checked where the run starts on
 one (`check_device`), and left out with `emulate`, which multiplies wide.
 """
 

@@ -140,14 +140,14 @@ def _bf16_state_problems(config: RunConfig) -> Iterator[Problem]:
         )
         yield Problem(key, rule, "use train.precision=bf16, or float32 states", "bf16")
     if config.optimizer.kind in optimizer_specs():
-        rule = f"is AdamW's alone, and optimizer.kind is {config.optimizer.kind}"
+        rule = f"is only for AdamW, and optimizer.kind is {config.optimizer.kind}"
         yield Problem(key, rule, "use optimizer.kind=adamw, or float32", "bf16")
     elif config.optimizer.matrix_settings() is not None:
-        rule = "is AdamW's alone: Muon would orthogonalise a momentum that was rounded, which has not been tried"
+        rule = "is only for AdamW: Muon would orthogonalise a momentum that was rounded, which has not been tried"
         yield Problem(key, rule, "use optimizer.kind=adamw, or float32", "bf16")
     if parallel.zero_stage == 0:
         rule = "is not for parallel.zero_stage=0, where DeepSpeed makes float32 master weights whatever is asked"
         yield Problem(key, rule, "use parallel.zero_stage=1, which does on one rank too, or float32", "bf16")
     if parallel.offload_optimizer:
-        rule = "is not for parallel.offload_optimizer: DeepSpeed keeps bf16 states on the host with its compiled AdamW alone"
+        rule = "is not for parallel.offload_optimizer: DeepSpeed keeps bf16 states on the host only with its compiled AdamW"
         yield Problem(key, rule, "use parallel.offload_optimizer=false, or float32", "bf16")

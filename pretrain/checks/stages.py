@@ -1,7 +1,7 @@
 """Checks of training stages: how they are declared, and that each obeys what any run must obey.
 
-A stage may change sequence length, batch, rotary positions, schedule and layout, so nearly every rule of a run can be broken by one
-stage alone. Instead of writing each rule twice, a stage is turned into the configuration of a run that consists of it
+A stage may change sequence length, batch, rotary positions, schedule and layout, so nearly every rule of a run can be broken by just one
+stage. Instead of writing each rule twice, a stage is turned into the configuration of a run that consists of it
 (`RunStage.config`), the ordinary rules check that run, and each problem is moved back to the key where the stage declares
 the value (`relocate`). Rules on the declaration itself come first: without them stages cannot be resolved.
 """

@@ -132,5 +132,5 @@ class ConvertConfig(Section):
         return self.tune
 
     def own_losses(self) -> tuple[str, ...]:
-        """Auxiliary losses that blocks give in this stage alone."""
+        """Auxiliary losses that blocks give only in this stage."""
         return ("transfer",) if self.stage == "transfer" else ()

@@ -32,7 +32,7 @@ from amfm.pretrain.config.yaml_tree import Entry, TreeReader, merge, read_tree, 
 
 S = TypeVar("S", bound=BaseModel)
 
-_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # PyYAML without libyaml has the slow one alone
+_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # PyYAML without libyaml has only the slow one
 _OVERRIDE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*\Z")
 
 # Settings that name one place; those of lists and caches find the home folder where they are used.
@@ -71,7 +71,7 @@ def read_schema(
 ) -> tuple[S, dict[str, Origin]]:
     """Read a file or a dict of any schema with overrides laid over it, and the places of its keys; raises as `load_config`.
 
-    section: read this one alone, where the file has it.
+    section: read only this one, where the file has it.
     """
     problems: list[Problem] = []
     if isinstance(given, Mapping):

@@ -332,14 +332,14 @@ class RunConfig(Section):
     export: ExportConfig = ExportConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     validation: tuple[ValidationSet, ...] = Field(
-        (), description="Held-out text that is measured alone and reported by name."
+        (), description="Held-out text that is measured on its own and reported by name."
     )
     prune: PruneConfig | None = Field(None, description="Set groups of weights to zero on the way; null: no pruning.")
     forget: ForgetConfig | None = Field(None, description="Re-initialise the embedding on the way; null: never.")
     qk_clip: QkClipConfig | None = Field(None, description="Bound the scores of attention; null: they may grow.")
     ema: EmaConfig | None = Field(None, description="Keep a moving average of the weights; null: none.")
     distill: DistillConfig | None = Field(
-        None, description="Learn from a teacher (docs/distillation.md); null: from the text alone."
+        None, description="Learn from a teacher (docs/distillation.md); null: only from the text."
     )
     trace_choices: TraceConfig | None = Field(
         None, description="Write the routing decisions of each token; null: none."

@@ -1,4 +1,4 @@
-"""Sections of validation sets: held-out text that is measured alone and reported by name."""
+"""Sections of validation sets: held-out text that is measured on its own and reported by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from amfm.model.config.section import Section
 
 
 class ValidationSet(Section):
-    """Held-out text measured alone: before the first step, with each validation, and after the last step."""
+    """Held-out text measured on its own: before the first step, with each validation, and after the last step."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$", description="Name in the log, metrics and report.")
     source: str | None = Field(

@@ -150,7 +150,7 @@ class TreeReader:
         return self.convert(node, "", self.origin(None))
 
     def origin(self, node: yaml.Node | None) -> Origin:
-        """Place of a node: its line counted from 1, or the source alone for overrides."""
+        """Place of a node: its line counted from 1, or only the source for overrides."""
         if not self.keep_lines:
             return Origin(self.source)
         return Origin(self.source, node.start_mark.line + 1 if node is not None else 1)

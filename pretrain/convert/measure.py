@@ -1,8 +1,8 @@
 """What a conversion gave: every model of it measured on the same held-out tokens, and what its linear branch is worth.
 
 A converted model that is as good without its linear branch has learned to do without what is behind the window (arXiv
-2510.05901 found it in published conversions). Perplexity alone does not show that, so the controls are always measured:
-window attention alone after the same tuning, the tuned model without either branch, the teacher after the same tuning.
+2510.05901 found it in published conversions). Perplexity on its own does not show that, so the controls are always measured:
+only window attention after the same tuning, the tuned model without either branch, the teacher after the same tuning.
 """
 
 from __future__ import annotations
@@ -212,12 +212,12 @@ def judge(losses: Mapping[str, float]) -> str:
         return f"linear branch unused: leaving it out costs {without:+.4f} nats; {text}"
     if alone < UNUSED_NATS:
         return (
-            f"linear branch unused: window attention alone, tuned alike, is as good ({alone:+.4f} nats), although this model "
+            f"linear branch unused: a model with only window attention, tuned alike, is as good ({alone:+.4f} nats), although this model "
             f"leans on the branch ({without:+.4f} without it); {text}"
         )
     gap = losses[WINDOW_ALONE] - losses[TUNED_TEACHER]
     closed = f", which closes {alone / gap:.0%} of its gap to the teacher" if gap > UNUSED_NATS else ""
     return (
-        f"linear branch used: leaving it out costs {without:+.4f} nats, and window attention alone, tuned alike, is "
+        f"linear branch used: leaving it out costs {without:+.4f} nats, and a model with only window attention, tuned alike, is "
         f"{alone:+.4f} worse{closed}; {text}"
     )

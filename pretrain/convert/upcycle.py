@@ -6,7 +6,7 @@ G times the copies per token. The chosen weights are normalized and multiplied b
 feed-forward, copies are alike, and the weights of the copies add up to 1: the model computes what the dense one does, and
 no weight is scaled. Ties between slices of a copy go to the lower id in every backend of `route`.
 
-Experts part by their tokens alone, or from the start by `noise` and `reset`, which are not exact; what they change is
+Experts part only by their tokens, or from the start by `noise` and `reset`, which are not exact; what they change is
 measured next to the dense model on text. Sources: Komatsuzaki et al. 2023 (arXiv 2212.05055), He et al. 2024 (arXiv
 2410.07524) for slices, Nakamura et al. 2025 (arXiv 2502.19261) for units that are drawn again.
 
@@ -206,7 +206,7 @@ class Copies:
         return torch.where(is_new.view(shape), new, part + noise)
 
     def generator(self, name: str) -> torch.Generator:
-        """A generator that is of this name alone."""
+        """A generator that is of only this name."""
         return torch.Generator().manual_seed(named_seed(self.seed, f"{self.place}{name}"))
 
 

@@ -4,7 +4,7 @@
                                                  checkpoint of it, or a folder that peft wrote for an export of ours
 
 Update e becomes rows e r .. (e + 1) r of `down` and those columns of `up`, times its own alpha / rank over the conversion's.
-After LoRA-Mixer, whose frozen updates are those of separate trainings, with a router trained alone.
+After LoRA-Mixer, whose frozen updates are those of separate trainings, where only the router is trained.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _read_adapter(folder: Path) -> tuple[Mapping[str, Tensor], int, float]:
     wrong = [name for name in PEFT_REFUSED if settings.get(name)]
     if settings.get("peft_type") != "LORA" or wrong or settings.get("bias", "none") != "none":
         what = ", ".join(wrong) or f"peft_type {settings.get('peft_type')} and bias {settings.get('bias')}"
-        raise ValueError(f"{folder} has {what}, and an update here is A and B of LoRA alone; train it without")
+        raise ValueError(f"{folder} has {what}, and an update here is only A and B of LoRA; train it without")
     tensors = TensorFile(folder / ADAPTER).on_demand()
     factors = {}
     for name in tensors:

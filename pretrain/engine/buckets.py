@@ -7,7 +7,7 @@ what it steps, and can start as soon as the last backward pass has left those bl
     product of a weight      adds the weight's gradient to one float32 sum a group (kernels/common/gradient_sum.py)
     hook of a parameter      learns that a pass has; what autograd was given it adds itself, and frees it
     last gradient in         the group's reduce-scatter starts, while earlier blocks are still differentiated. ZeRO 2 starts
-                             one after every micro-batch and keeps this rank's range alone
+                             one after every micro-batch and keeps only this rank's range
     close                    what is summed over other ranks first (norms, routers, tied embeddings: groups of their own)
                              follows; then all are awaited, and DeepSpeed gets them as its averaged gradients
     step                     DeepSpeed clips and steps; the gathers of new weights start, and each is awaited where the
@@ -143,7 +143,7 @@ class BucketPlace:
 class GradientBuckets:
     """The buckets of one ZeRO 1 or 2 optimizer, from the first backward pass of a step to the next forward pass.
 
-    `partial`: parameters whose gradients other ranks hold parts of. `in_products`: products add to the sums; else hooks alone.
+    `partial`: parameters whose gradients other ranks hold parts of. `in_products`: products add to the sums; else only hooks.
     `record`: called with (event, bucket) as things happen: `reduce`, `reduced`, `gather` and `gathered`. Ranks that share
     weights must make the same calls.
     """

@@ -1,7 +1,7 @@
 """Tells DeepSpeed which experts are spread over ranks, and so over which ranks it must sum their gradients.
 
-It asks for its own mixture-of-experts module, for groups in its registry, and for parameter groups that hold experts
-alone. Ours are none of that, so the module is shown while DeepSpeed looks, the registry gets Megatron-core's groups, and
+It asks for its own mixture-of-experts module, for groups in its registry, and for parameter groups that hold only
+experts. Ours are none of that, so the module is shown while DeepSpeed looks, the registry gets Megatron-core's groups, and
 `pretrain/engine/optimizer.py` divides the parameter groups. Private names: a contract test holds them.
 """
 

@@ -104,7 +104,7 @@ def sum_partial_gradients(
     `gradient_of`: where a parameter's gradient is; by default in `grad`, made of zeros if there is none.
     Every rank must call this, after the last backward pass and before gradients are reduced over data ranks. The two ends
     of a pipeline must get bitwise identical results for what they both hold, or it would drift apart; but each end has its own order
-    of summing three and more data ranks. So these gradients are summed over data ranks here, and one rank alone hands the
+    of summing three and more data ranks. So these gradients are summed over data ranks here, and only one rank hands the
     sum on.
     """
     batches: dict[tuple[Axis, torch.dtype], list[PartialGradient]] = {}

@@ -30,7 +30,7 @@ from amfm.pretrain.engine.moments import MATRICES, MUON, ONE, AdamW, moments_of
 class PackageOptimizer(torch.optim.AdamW):
     """Calls a package's `update` on each flat master with its moments, which the label of the group names.
 
-    A subclass of torch's AdamW for its groups, settings and state alone: checkpoints and DeepSpeed read these.
+    A subclass of torch's AdamW only for its groups, settings and state: checkpoints and DeepSpeed read these.
     """
 
     def __init__(self, groups: list[dict[str, Any]], update: Callable[..., None], options: Any, **adamw: Any) -> None:

@@ -62,7 +62,7 @@ def check_adoptable(config: RunConfig) -> None:
     if found:
         raise ValueError(
             f"{', '.join(found)}: a state of another program holds AdamW's float32 master weights and moments of a plain model; leave it out, "
-            "or begin with the weights alone (import a checkpoint without an optimizer)"
+            "or begin with only the weights (import a checkpoint without an optimizer)"
         )
 
 
@@ -197,7 +197,7 @@ def import_state(
 def _read(
     source: Path, config: RunConfig | None, step: int | None, changed: Collection[str]
 ) -> TrainingState | Weights:
-    """Read a folder: with our record alone, without it by a configuration, which what is recorded must not contradict."""
+    """Read a folder: with only our record, without it by a configuration, which what is recorded must not contradict."""
     folder: MegatronFolder | UniversalFolder | DcpStates
     if is_megatron(source):
         config = require_config(source, config)

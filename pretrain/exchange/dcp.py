@@ -102,7 +102,7 @@ def state_dict(state: TrainingState) -> dict[str, Any]:
     parameters = state.record["parameters"]
     if MATRICES in state.record["groups"]:
         raise ValueError(
-            f"{state.origin} has states of whole matrices, which torch's optimizers have no place for; export the weights alone "
+            f"{state.origin} has states of whole matrices, which torch's optimizers have no place for; export only the weights "
             "(--format huggingface)"
         )
     optimizer: dict[str, dict[str, Any]] = {}

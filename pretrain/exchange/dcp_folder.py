@@ -210,7 +210,7 @@ class DcpFolder:
 
 
 def read_metadata(path: Path) -> Metadata:
-    """Read `.metadata`, of its record types alone. Raises ValueError if it is missing, damaged or something else."""
+    """Read `.metadata`, only of its record types. Raises ValueError if it is missing, damaged or something else."""
     file = path / METADATA
     if not file.is_file():
         raise ValueError(f"{file} is missing; give the folder that torch Distributed Checkpoint wrote")

@@ -96,13 +96,13 @@ def check_exportable(state: TrainingState) -> None:
     if state.record["config"]["model"].get("mup") is not None:
         raise ValueError(
             f"{state.origin}: model.mup is set, and DeepSpeed has one learning rate for all groups of a universal checkpoint; "
-            "continue with amfm, or export it with --format dcp, or the weights alone"
+            "continue with amfm, or export it with --format dcp, or only the weights"
         )
     kind = state.record["config"].get("optimizer", {}).get("kind", "adamw")
     if MUON in state.record["groups"] or kind != "adamw":
         raise ValueError(
             f"{state.origin} was trained with optimizer.kind={kind}, and DeepSpeed's universal loading asks for AdamW's moments, which "
-            "its matrices do not have; export it with --format dcp, or the weights alone (--format huggingface)"
+            "its matrices do not have; export it with --format dcp, or only the weights (--format huggingface)"
         )
 
 

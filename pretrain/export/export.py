@@ -5,7 +5,7 @@ would, and its logits and token ids are compared with ours. Only a folder that p
 for, so an export that exists is one that was right.
 
 The fresh process matters: inside this one our packages, patched libraries or a warm module cache could hide that the
-folder alone does not load. Logits are compared on real text where the run has a store. Token ids are compared on odd
+folder on its own does not load. Logits are compared on real text where the run has a store. Token ids are compared on odd
 texts too: runs of spaces, control tokens written out, rare characters.
 
 Tensors go from the checkpoint to the folder some rows at a time, so that a model of any size takes the same memory. The

@@ -183,7 +183,7 @@ def write_shards(plan: ExportPlan, folder: Path) -> None:
 
 
 def plan_shards(shapes: Mapping[str, Shape], max_bytes: int) -> Iterator[list[str]]:
-    """Divide the tensors' names, in order, such that no shard exceeds `max_bytes` in float32 unless one tensor alone does."""
+    """Divide the tensors' names, in order, such that no shard exceeds `max_bytes` in float32 unless a single tensor does."""
     names: list[str] = []
     size = 0
     for name, shape in shapes.items():

@@ -196,7 +196,7 @@ def read_tokenizer(source: Path, fields: Mapping[str, Any]) -> Tokenizer:
 
 
 def choose_config(source: Path, fields: Mapping[str, Any]) -> ModelConfig:
-    """Choose the model's configuration: our own description where it still agrees with config.json, else config.json alone.
+    """Choose the model's configuration: our own description where it still agrees with config.json, else only config.json.
 
     The description also knows what config.json has no field for, such as tied embeddings in nemotron_h.
     """

@@ -66,4 +66,4 @@ def _plugin_refusals(config: ModelConfig) -> Iterator[Refusal]:
         if size not in CPU_HEAD_SIZES:
             yield Refusal("vllm", f"heads of {size} in {name} have no kernel on a CPU; use one of {CPU_HEAD_SIZES}")
     if "gated_deltanet" in names:
-        yield Refusal("vllm", "it runs gated_deltanet in bf16 alone; give it dtype=bfloat16", by_setting=True)
+        yield Refusal("vllm", "it runs gated_deltanet only in bf16; give it dtype=bfloat16", by_setting=True)

@@ -186,7 +186,7 @@ def _find_unknown(model: ModelProto) -> int | None:
 def _characters_to_isolate(model: ModelProto) -> list[str]:
     """List the characters outside the vocabulary that occur in pieces which text must never match, such as `<` of `<s>`.
 
-    Split off before matching, they cannot form such a piece. For unigram models alone.
+    Split off before matching, they cannot form such a piece. Only for unigram models.
     """
     if model.trainer_spec.model_type != UNIGRAM:
         return []

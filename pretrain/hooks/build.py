@@ -79,7 +79,7 @@ def build_hooks(run: Run, suite: TaskSuite | None, makers: Sequence[HookMaker] =
     """Build what the run does besides training. Every rank must call this.
 
     Those that edit master weights come first, so that all others see the weights of the next step; the log comes after all that
-    add to its line. suite: the tasks of `evaluate`, on the main rank alone. makers: of a program's own hooks.
+    add to its line. suite: the tasks of `evaluate`, only on the main rank. makers: of a program's own hooks.
     """
     tasks: list[Hook] = []
     graphs: list[Hook] = []

@@ -1,6 +1,6 @@
 """Whether an error is one of a user's own code, which trying again does not help: where it was raised says so.
 
-PyTorch and our checks raise RuntimeError and ValueError for a wrong shape as the machine's state does, so the type alone does not.
+PyTorch and our checks raise RuntimeError and ValueError for a wrong shape as the machine's state does, so the type on its own does not.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class StateWatchHook(Hook):
 def run_apart(run: Run, micro_batches: Sequence[MicroBatch], share: LossShare) -> dict[str, Tensor]:
     """Run the first micro-batch without a trace in the engine, and return its sums and gradients by name.
 
-    With a pipeline or ZeRO 3, which own the backward pass, it is the forward pass alone; a pipeline runs all of them.
+    With a pipeline or ZeRO 3, which own the backward pass, it is only the forward pass; a pipeline runs all of them.
     """
     if run.pipeline is not None or run.engine.zero_stage == 3:
         run.engine.module.eval()  # or ZeRO 3 takes it for the order of a step

@@ -1,6 +1,6 @@
 """Tasks of lm-eval while the model trains: rank 0 asks, all ranks answer.
 
-Rank 0 alone has lm-eval, the tasks and their data: a thousand ranks that each downloaded a data set would be a storm.
+Only rank 0 has lm-eval, the tasks and their data: a thousand ranks that each downloaded a data set would be a storm.
 A task that cannot be measured is said, recorded (`tasks_failed` in events.jsonl) and tried again the next time; the run
 continues. An error of the model ends the run like one in a step.
 
@@ -48,7 +48,7 @@ def open_tasks(config: RunConfig, parallel: Parallel) -> TaskSuite | None:
 
 
 class Tasks(Hook):
-    """Measures the tasks of `evaluate` when that is due; `suite`: on the main rank alone."""
+    """Measures the tasks of `evaluate` when that is due; `suite`: only on the main rank."""
 
     def __init__(self, run: Run, suite: TaskSuite | None) -> None:
         self.run, self.suite = run, suite

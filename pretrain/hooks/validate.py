@@ -36,7 +36,7 @@ from amfm.pretrain.step_sums import StepResult, empty_sums
 class Validation:
     """Mean negative log-likelihood per token in nats, on how many tokens, and the accuracy on a synthetic task.
 
-    bits_per_byte, by_source: of text alone; by_source names the sources that these rows came from. mtp_accepted: for
+    bits_per_byte, by_source: only of text; by_source names the sources that these rows came from. mtp_accepted: for
     each MTP layer, how often its most likely token is the one that follows.
     """
 
@@ -56,7 +56,7 @@ class Validation:
 def validate(run: Run, loader: PretrainLoader, num_rows: int | None = None) -> Validation:
     """Measure loss and accuracy on the first rows of held-out text; None: `train.validation_batches` global batches.
 
-    The same text each time; rows of the last batch beyond `num_rows` do not count. Leaves weights, gradients, random state and the training data's cursor alone. Every rank
+    The same text each time; rows of the last batch beyond `num_rows` do not count. Does not change weights, gradients, random state or the training data's cursor. Every rank
     must call this.
     """
     loader.seek(0)

@@ -1,4 +1,4 @@
-"""Validation sets: held-out text of any source, each measured alone and reported by name (section `validation`)."""
+"""Validation sets: held-out text of any source, each measured on its own and reported by name (section `validation`)."""
 
 from __future__ import annotations
 
@@ -87,6 +87,6 @@ class ValidationSets(Hook):
 
 
 def only_source(data: DataConfig, name: str) -> DataConfig:
-    """The same data with this source alone, read in the process that measures."""
+    """The same data with only this source, read in the process that measures."""
     weights = tuple(source.model_copy(update={"weight": float(source.name == name)}) for source in data.sources)
     return data.model_copy(update={"sources": weights, "phases": (), "skip": (), "skip_steps": (), "num_workers": 0})

@@ -1,7 +1,7 @@
 """Generates text from a checkpoint, a token at a time.
 
 The prompt is read in one pass, which leaves a decode state: windows and matrix states of recurrent blocks, whose size does
-not grow, and key-value caches of attention. Every further token is computed from the last token and that state alone.
+not grow, and key-value caches of attention. Every further token is computed only from the last token and that state.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class TextModel:
     def generate(
         self, prompt: str | list[str], max_new_tokens: int = 200, sampling: Sampling | None = None
     ) -> str | list[str]:
-        """Continue a prompt and return what follows it, or each of several as if it were alone. Raises as `stream` does."""
+        """Continue a prompt and return what follows it, or each of several as if it were the only one. Raises as `stream` does."""
         if isinstance(prompt, str):
             return "".join(self.stream(prompt, max_new_tokens, sampling))
         return [self.generate(each, max_new_tokens, sampling) for each in prompt]
@@ -200,7 +200,7 @@ def stream_text(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterator[in
 def _text_after(tokenizer: Tokenizer, context: list[int], pending: list[int]) -> str:
     """Decode what the pending ids add to the context.
 
-    Not decoded alone: some tokenizers drop the space of a text's first piece.
+    Not decoded on its own: some tokenizers drop the space of a text's first piece.
     """
     before = tokenizer.decode(context)
     return tokenizer.decode(context + pending)[len(before) :]

@@ -66,7 +66,7 @@ class KeptStates:
         return len(longest), self._kept[longest]
 
     def keep(self, ids: Sequence[int], state: DecodeState, logits_V: Tensor) -> None:
-        """Keep a state; the least recently used ones free space. One that alone is too large is not kept."""
+        """Keep a state; the least recently used ones free space. One that is too large on its own is not kept."""
         key, size = tuple(ids), state_bytes(state) + logits_V.numel() * logits_V.element_size()
         if size > self.max_bytes:
             return

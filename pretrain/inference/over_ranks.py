@@ -54,7 +54,7 @@ class Layout:
 
 
 def join_ranks(num_ranks: int) -> RankGroup:
-    """Join the ranks that a launcher started, or be alone. Every rank must call this."""
+    """Join the ranks that a launcher started, or be the only one. Every rank must call this."""
     return RankGroup(0 if num_ranks == 1 else start_process_group(TIMEOUT_SECONDS)[0], num_ranks)
 
 
@@ -71,7 +71,7 @@ def open_model(
     """Build this rank's part of a model in eval mode, in a layout that is chosen and announced. Every rank must call this.
 
     Weights are rounded to `precision`; buffers, such as the balancing bias of routers, stay float32 as in training. device:
-    of one rank alone; several take a GPU each if there are any. Raises ValueError if no layout fits.
+    of only one rank; several take a GPU each if there are any. Raises ValueError if no layout fits.
     """
     if ranks.world_size == 1:
         parallel = alone(torch.device(device))

@@ -198,7 +198,7 @@ def _read_tokenizer(checkpoint: Path, run: RunConfig, expected: str | None) -> T
 
 
 def merge_guides(model: ModelConfig, state: OnDemand, alpha: float) -> tuple[ModelConfig, OnDemand]:
-    """The same function without guides: dense matrices while their weight `alpha` is above 0, then the factors alone."""
+    """The same function without guides: dense matrices while their weight `alpha` is above 0, then only the factors."""
     model = model.model_copy(update={"self_guided_training": None})
     if alpha == 0:
         return model, state.without(lambda name: name.endswith(".guide_weight"))
@@ -300,7 +300,7 @@ def check_shapes(model: ModelConfig, state: Mapping[str, Tensor], where: str) ->
 def load_initial_weights(model: HybridModel, path: str | Path, tokenizer_identity: str) -> list[str]:
     """Put weights into a freshly built model, before the engine takes it; returns what someone should know of it.
 
-    MTP layers may be other ones, or be in one of the two alone: the model's then begin at random. The function that the weights compute must be the run's, and so must the tokenizer: ValueError names what differs.
+    MTP layers may be other ones, or be in only one of the two: the model's then begin at random. The function that the weights compute must be the run's, and so must the tokenizer: ValueError names what differs.
     Every rank must call this: each reads the folder and keeps its part; nothing is communicated.
     """
     weights, wanted = read_weights(path), model.config
@@ -356,7 +356,7 @@ def function_settings(config: ModelConfig) -> dict[str, object]:
     """Collect the dotted settings that change what a model computes, of the sections that its blocks read.
 
     That includes mixers wrapped by a mixture of memories. Initial values, loss weights and chunk sizes are left out: two
-    models that differ in those alone compute the same function; so do those that differ in MTP layers.
+    models that differ only in those compute the same function; so do those that differ in MTP layers.
     """
     config = config.without_depths()
     letters = config.letters

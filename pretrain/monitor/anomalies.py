@@ -1,7 +1,7 @@
 """Anomalies of a step: gradients that are not finite and losses that jump; their detection and description.
 
 Detection uses numbers that all ranks share (the reduced loss, the global norm), so every rank comes to the same verdict
-without asking the others. Description needs what one rank alone knows, its samples and parameters, and gathers that
+without asking the others. Description needs what only one rank knows, its samples and parameters, and gathers that
 after a step was skipped, when the cost of a collective on objects does not matter. A spike is judged against the median
 of recent losses, which one earlier spike does not move.
 """

@@ -13,7 +13,7 @@ digest of every bit, and costs a pass over the state of the rank.
     recomputed   the first micro-batch of a step, run twice before it counts, gives bitwise identical results: loss, and gradients too
                  without a pipeline and ZeRO 3. It finds processors, whatever they hold.
 
-What is wrong in an update that one rank alone makes (ZeRO 1-3) reaches all others as a sound number: only the second
+What is wrong in an update that only one rank makes (ZeRO 1-3) reaches all others as a sound number: only the second
 run of a micro-batch can report such a processor. A difference ends the run with code 3 before anything is saved.
 """
 

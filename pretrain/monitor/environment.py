@@ -96,7 +96,7 @@ def find_peak(parallel: Parallel, precision: str) -> Peak:
     own, starts = keep_best(own, f"{precision}, {size}, {name}", parallel.world_size)
     total = torch.tensor(own, dtype=torch.float64, device=parallel.device)
     if parallel.world_size > 1:
-        # Over all ranks and not over data ranks alone: tensor, context and pipeline ranks compute too.
+        # Over all ranks and not only over data ranks: tensor, context and pipeline ranks compute too.
         torch.distributed.all_reduce(total)
     kinds = "float32" if precision == "float32" else "bf16 or float32, whichever is faster"
     threads = f", {plural(torch.get_num_threads(), 'thread')} per rank" if parallel.device.type == "cpu" else ""

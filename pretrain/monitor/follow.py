@@ -27,7 +27,7 @@ from amfm.pretrain.stages import total_steps
 
 State = Literal["waiting", "running", "finished", "stopped", "failed", "lost"]
 MARKS = ("config.yaml", "metrics.jsonl", "events.jsonl", "heartbeats", "lock")
-FIRST_BYTES = 1 << 22  # of a long file its end alone is read
+FIRST_BYTES = 1 << 22  # of a long file only its end is read
 FRESH_SECONDS = 10.0  # a rank writes every two seconds
 NUMBERS = ("step", "lr", "tokens", "tokens_per_second", "mfu", "seconds")
 ENDS: dict[str, State] = {"signal": "stopped", "failed": "failed", "gave_up": "failed"}

@@ -61,11 +61,11 @@ class Stall:
 
 
 class Heartbeat:
-    """The threads of one rank, from `start` to `close`. `at` costs an assignment; a thread alone writes files.
+    """The threads of one rank, from `start` to `close`. `at` costs an assignment; only a thread writes files.
 
     `timeout_seconds`: None only writes. What comes before the first step is not watched: collectives time out there.
-    `fence`: raises RuntimeError when this process must not continue. `board`: of the ranks of this node, of this one
-    alone at first. Both are set before `start`.
+    `fence`: raises RuntimeError when this process must not continue. `board`: of the ranks of this node, at first of only this
+    one. Both are set before `start`.
     """
 
     def __init__(self, run_dir: Path, rank: int, timeout_seconds: float | None) -> None:

@@ -88,7 +88,7 @@ class LivePanel:
 
 
 class Display:
-    """Shows the steps of one start of a run; exists on the main rank alone.
+    """Shows the steps of one start of a run; exists only on the main rank.
 
     `first_step`: steps that were done before. `shows_mfu`: whether the peak of the devices is known (panel.py).
     """

@@ -28,7 +28,7 @@ Metrics = dict[str, Any]
 
 
 class RunLog:
-    """The open log files of one run; exists on the main rank alone.
+    """The open log files of one run; exists only on the main rank.
 
     A line is with the operating system when the call returns, and on the disk after `sync`. `cut`: lines of
     metrics.jsonl that were left out at the start. Raises OSError when the directory cannot be written.

@@ -29,7 +29,7 @@ MISSED = 1.25  # intervals without a publication after which another rank takes 
 
 
 class NodeBoard:
-    """Slots for the ranks of a node, of which a rank writes its own alone.
+    """Slots for the ranks of a node, of which a rank writes only its own.
 
     Without a token this process has it for itself.
 

@@ -35,7 +35,7 @@ WATCH_SECONDS = 3 * WRITE_SECONDS
 
 @dataclass(frozen=True)
 class Ownership:
-    """This start's right to write to a run directory; the main rank alone has one."""
+    """This start's right to write to a run directory; only the main rank has one."""
 
     path: Path
     token: str

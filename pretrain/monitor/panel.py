@@ -157,7 +157,7 @@ class RunState:
         return [f"MFU {metrics['mfu']:.1%}" if metrics["mfu"] <= 1 else "MFU unknown: the peak was measured too low"]
 
     def draw(self, width: int = 80) -> Panel:
-        """Draw the panel; a run without a step yet has progress and checkpoint alone.
+        """Draw the panel; a run without a step yet has only progress and checkpoint.
 
         On a terminal of WIDE columns with a second column: the curves of the last steps, and the newest events.
         """

@@ -1,7 +1,7 @@
 """The clock of a step's phases: tells the heartbeat where this rank is, and times what keeps it busy.
 
 Reading data and the passes are a rank's own work; what it waits for in between, other ranks, is not, and slow ranks are
-found by their own work alone (stragglers.py).
+found only by their own work (stragglers.py).
 """
 
 from __future__ import annotations

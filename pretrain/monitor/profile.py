@@ -98,7 +98,7 @@ def name_blocks(model: HybridModel) -> Iterator[None]:
 
     What else is in a forward pass is the head.
 
-    Around its mixer too, which recomputation calls alone; not where that is compiled, as hooks would be compiled with
+    Around its mixer too, which is all that recomputation calls; not where that is compiled, as hooks would be compiled with
     it.
     """
     parts: list[tuple[str, nn.Module]] = [] if model.embedding is None else [("embedding", model.embedding)]

@@ -39,7 +39,7 @@ _beginnings: Iterator[float | None] = chain([process_began()], iter(lambda: None
 
 
 class Starting:
-    """A start that has the run's lock and no log yet; exists on the main rank alone."""
+    """A start that has the run's lock and no log yet; exists only on the main rank."""
 
     def __init__(self, run_dir: Path) -> None:
         self.began = next(_beginnings) or log_time()

@@ -89,7 +89,7 @@ def open_tracking(directory: Path, *, resumed_at_step: int) -> Tracking:
 
 
 class Services:
-    """TensorBoard and Weights & Biases, as far as a run has them; on the main rank alone.
+    """TensorBoard and Weights & Biases, as far as a run has them; only on the main rank.
 
     Losses are written over tokens too, in files of their own: an event of TensorBoard has one axis.
     """

@@ -1,4 +1,4 @@
-"""Process groups that answer alone: every other rank is taken to send what this one sends.
+"""Process groups that answer on their own: every other rank is taken to send what this one sends.
 
 A rank that runs a block on its own, before the first step, gets from its collectives tensors of the right shapes at
 once. An all-gather repeats this rank's tensor, an all-to-all brings the part meant for this rank once from each, sums
@@ -27,7 +27,7 @@ AXES_OF_BLOCKS = ("tp", "cp", "ep", "expt_tp")
 
 
 def alike_groups(groups: ProcessGroupCollection) -> ProcessGroupCollection:
-    """The groups of a layout, with those that blocks communicate over replaced by ones that answer alone.
+    """The groups of a layout, with those that blocks communicate over replaced by ones that answer on their own.
 
     Every rank must call this, for torch numbers its groups; nothing is sent. `destroy` them when they are no longer needed.
     """

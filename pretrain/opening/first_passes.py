@@ -3,7 +3,7 @@
 At their first use kernels are checked (kernels/runtime/first_use.py) and compiled, minutes of it for a large model. Inside the
 first step a pipeline would do that stage after stage, each waiting for the one before, until a timeout ends the start. So a
 rank builds one block of each kind that it holds, embedding and head where it has them, in the shapes of the run, and passes
-numbers through them alone: its collectives answer with what it sends itself (alike_group.py). Weights, gradients, generators
+numbers only through them: its collectives answer with what it sends itself (alike_group.py). Weights, gradients, generators
 and statistics of the run are not touched. Then all ranks meet, and open the communicators that would otherwise be opened one
 after the other in the first step.
 """
@@ -102,7 +102,7 @@ def pass_once(
     """Pass numbers through each kind of block that this rank holds, forward and backward.
 
     real: the model of the run, whose weights are as those here will be laid. shape: of a micro-batch. Blocks communicate over `parallel.groups`: of
-    groups that answer alone, a rank may call this on its own.
+    groups that answer without other ranks, a rank may call this on its own.
     """
     with torch.random.fork_rng(devices=[]):
         model = build_kinds(config, parallel)

@@ -2,7 +2,7 @@
 
 Where the steps of a start come from: hosts, job, code, versions and configuration, as its event `start` records them.
 
-The configuration is kept too, under its digest: config.yaml is that of the newest start alone, and checkpoints, which carry
+The configuration is kept too, under its digest: config.yaml is only that of the newest start, and checkpoints, which carry
 theirs, are pruned.
 """
 

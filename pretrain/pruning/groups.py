@@ -10,7 +10,7 @@ thing more: the router must not choose it, so its balancing bias is put if no sc
 
 Magnitude pruning while a model trains: more and more groups go to zero, the smallest first (hooks/prune.py does it).
 
-How many are zero after a step is a function of the step alone: a cubic ramp (Zhu and Gupta 2017, arXiv 1710.01878,
+How many are zero after a step is a function of only the step: a cubic ramp (Zhu and Gupta 2017, arXiv 1710.01878,
 section 3) from `start_step` to `end_step`. Which ones is asked of the master weights, whose zeros are the only memory there
 is: a group that is zero has the smallest norm, and stays chosen. So nothing more is saved, and a resumed run continues
 as one that was never cut.

@@ -1,7 +1,7 @@
 """Exchange of small Python objects between ranks, on the default process group or on one of its own.
 
 For names, reports and errors, which are pickled; tensors go through their own collectives (parallel.py). Objects are sent over a
-tree. `raise_together` is how a failure of one rank becomes an error of all: a rank that raised alone would
+tree. `raise_together` is how a failure of one rank becomes an error of all: if only one rank raised, it would
 leave the others waiting.
 
 A tree of ranks over which objects are joined upwards and handed down, so that no rank talks to many others.
@@ -148,7 +148,7 @@ class RankGroup:
         return self.broadcast(self._up(value, merge))
 
     def merge_to_first(self, value: T, merge: Callable[[T, T], T]) -> T | None:
-        """The same on rank 0 alone; None elsewhere."""
+        """The same only on rank 0; None elsewhere."""
         joined = self._up(value, merge)
         return joined if self.rank == 0 else None
 

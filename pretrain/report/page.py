@@ -277,5 +277,5 @@ def render_text(text: str) -> str:
 
 
 def render_details(title: str, body: str, kind: str = "panel") -> str:
-    """Render a part that is folded until a click opens it, by the browser alone."""
+    """Render a part that is folded until a click opens it, only by the browser."""
     return f'<details class="{kind}"><summary>{escape(title)}</summary>{body}</details>'

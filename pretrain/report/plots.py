@@ -214,7 +214,7 @@ def auxiliary_plot(record: RunRecord) -> Plot | None:
         )
         for number, (name, pair) in enumerate(found.items())
     )
-    alone = f" {curves[0].name.capitalize()} alone is not zero." if len(curves) == 1 else ""
+    alone = f" Only {curves[0].name} is not zero." if len(curves) == 1 else ""
     return Plot("auxiliary", "Auxiliary losses", f"Weighted, as they are added to the loss.{alone}", "", curves)
 
 

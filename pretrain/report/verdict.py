@@ -1,7 +1,7 @@
 """The verdict on a run directory: what the rules of health.py find in its logs, and what its state, time, ranks and disk show.
 
 The same for every reader: report, watch, Prometheus, `amfm runs`, and the last lines of `amfm train`. What only a running
-run can lack (ranks, room for the next checkpoint) is asked of a running one alone.
+run can lack (ranks, room for the next checkpoint) is asked only of a running one.
 """
 
 from __future__ import annotations

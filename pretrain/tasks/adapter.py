@@ -65,7 +65,7 @@ class ModelAdapter(TemplateLM):
                     f"a continuation of {len(continuation)} tokens is longer than the model's rows of {self.max_length}; "
                     "take a model of longer rows, or a task with shorter answers"
                 )
-        # Blanks at the end of a context go to its continuation, so one of blanks alone is empty here.
+        # Blanks at the end of a context go to its continuation, so one of only blanks is empty here.
         start = [self.prefix_token_id]
         rows = [tuple(((context or start) + more)[-(self.max_length + 1) :]) for _, context, more in requests]
         counts = tuple(len(continuation) for _, _, continuation in requests)

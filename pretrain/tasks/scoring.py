@@ -1,7 +1,7 @@
 """What tasks ask of a model: log-likelihoods of the ends of rows, and greedy continuations of prompts.
 
 A job is the whole list of questions, the same on every rank. Log-likelihoods are validation: questions are packed into
-rows as documents are, with labels at the ids that are scored alone, and the micro-batches take the pass that validation
+rows as documents are, with labels only at the ids that are scored, and the micro-batches take the pass that validation
 takes (inference/passes.py), so every layout of ranks that trains can answer.
 
 Prompts to continue are not packed, because a recurrent state would take the padding in: prompts of one length share a batch,

@@ -59,7 +59,7 @@ class TaskChoice:
 
 @dataclass
 class TaskSuite:
-    """Tasks that were found; `loaded`: their data by name; `problem`: why it cannot be had. On the asking rank alone."""
+    """Tasks that were found; `loaded`: their data by name; `problem`: why it cannot be had. Only on the asking rank."""
 
     choice: TaskChoice
     manager: Any

@@ -71,7 +71,7 @@ def test_muon_and_adamw_take_turns_at_steps_of_several_passes(monkeypatch: pytes
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
     result = bench_optimizers(rounds=1, num_threads=1, micro_batches=2, report=lambda _: None, shape=SMALL)
     (taken, muon) = (result["variants"][name]["memory"] for name in ("ours_fp32", "ours_fp32_muon"))
-    assert [*taken] == [*muon] == [*result["muon_to_adamw"]] == ["MALLOC_MMAP_MAX_"], "the environment's settings alone"
+    assert [*taken] == [*muon] == [*result["muon_to_adamw"]] == ["MALLOC_MMAP_MAX_"], "only the environment's settings"
     for treatment, ratio in result["muon_to_adamw"].items():
         assert ratio == muon[treatment]["seconds"] / taken[treatment]["seconds"]
         assert taken[treatment]["tokens_per_second"] == 2 * 48 / taken[treatment]["seconds"]
@@ -83,7 +83,7 @@ def test_muon_and_adamw_take_turns_at_steps_of_several_passes(monkeypatch: pytes
         (["--micro-batches", "2"], "--micro-batches sets the step that --muon compares optimizers by"),
         (["--model", "some.yaml"], "--model sets the step that --muon compares optimizers by"),
         (["--muon", "--model", "none.yaml"], "none.yaml is not a configuration, run directory or weights folder"),
-        (["--muon", "--compiled"], "--muon compares our two optimizers alone"),
+        (["--muon", "--compiled"], "--muon compares only our two optimizers"),
     ],
 )
 def test_flags_that_say_nothing_together_are_refused(

@@ -41,7 +41,7 @@ def assert_indexed_blocks_are_counted(entry):
 
     Dense attention reads the keys of a document, and a row has DOCUMENTS of them; an indexer scores all keys of a row. Each tensor
     rank does all of an indexer's part, where MFU counts its share. Backward makes scores again, and so does a warm-up's loss. Chosen
-    keys are counted on one rank alone: a context rank's share of them is its own.
+    keys are counted on only one rank: a context rank's share of them is its own.
     """
     config, layout, planned, traced = entry.config, entry.layout, predicted_flops(entry), traced_flops(entry)
     length, letters = config.train.sequence_length, config.model.letters

@@ -43,7 +43,7 @@ def write_run(folder: Path, run_dir: Path, **overrides: Any) -> RunConfig:
             "train__global_batch_size": 12,
             "train__sequence_length": 256,
             "train__checkpoint_every_steps": 10,
-            # Not more: at 3e-3 the order of a sum over ranks alone moves the last losses by 2e-3, as nothing does at this one.
+            # Not more: at 3e-3 just the order of a sum over ranks moves the last losses by 2e-3, as nothing does at this one.
             "optimizer__learning_rate": 1e-3,
             "launch__heartbeat_seconds": 60.0,
             "launch__node_wait_seconds": 10.0,
@@ -72,7 +72,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> lis
 
 
 def check_losses(run_dir: Path, expected: list[float]) -> None:
-    """Every step is there once, with the loss of an undisturbed run: sums over ranks differ in their order alone."""
+    """Every step is there once, with the loss of an undisturbed run: sums over ranks differ only in their order."""
     losses = [line["loss"] for line in metrics(run_dir)]
     assert len(losses) == len(expected)
     assert losses == pytest.approx(expected, rel=1e-5)  # of float32, as tests/parallel/test_layouts.py has it

@@ -1,4 +1,4 @@
-"""Slurm's launcher itself: its host is lost, the controller is away, signals reach it alone, the run stops on purpose."""
+"""Slurm's launcher itself: its host is lost, the controller is away, signals reach only it, the run stops on purpose."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_signal_to_the_launcher_alone_reaches_the_ranks_which_save(
 
 
 def test_a_signal_in_an_allocation_of_salloc_ends_well_and_says_how_to_continue(folder: Path) -> None:
-    """Slurm queues batch jobs alone again."""
+    """Slurm queues only batch jobs again."""
     write_run(folder, folder / "run")
     log = folder / "launch.log"
     with cluster(1, "slurm", folder=folder) as nodes:

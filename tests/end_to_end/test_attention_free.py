@@ -1,4 +1,4 @@
-"""A model of gated units alone, short convolutions and gated feed-forwards: no attention, a state that does not grow, and a loss."""
+"""A model of only gated units, short convolutions and gated feed-forwards: no attention, a state that does not grow, and a loss."""
 
 from __future__ import annotations
 

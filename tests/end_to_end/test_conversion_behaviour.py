@@ -1,4 +1,4 @@
-"""What a conversion's linear branch is worth where text needs more than the window: most of what the window alone leaves."""
+"""What a conversion's linear branch is worth where text needs more than the window: most of what only the window leaves."""
 
 from __future__ import annotations
 

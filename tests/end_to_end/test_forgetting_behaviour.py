@@ -56,7 +56,7 @@ def accuracy_of(model: HybridModel, config: RunConfig) -> float:
 
 
 def accuracy_under_new_names(config: RunConfig, steps: int) -> float:
-    """Share of right answers after this many steps of a new embedding alone."""
+    """Share of right answers after this many steps of only a new embedding."""
     assert train(config) == 0
     model = read_weights(config.run.dir).build().requires_grad_(False)
     weight = model.get_parameter("embedding.weight").requires_grad_(True)

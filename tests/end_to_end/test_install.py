@@ -1,4 +1,4 @@
-"""The wheel, installed outside of a clone: with everything next to Hugging Face's `kernels`, and with its core dependencies alone."""
+"""The wheel, installed outside of a clone: with everything next to Hugging Face's `kernels`, and with only its core dependencies."""
 
 from __future__ import annotations
 

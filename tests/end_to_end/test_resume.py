@@ -24,7 +24,7 @@ MIXERS: dict[str, Any] = MODEL | {
         "window": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "window": 12, "sinks": True},
     },
 }
-# One rank alone has nothing to spread: two stages stand for the rest there.
+# Just one rank has nothing to spread: two stages stand for the rest there.
 ONE_RANK: Cases = [("float32", 0)]
 ONE_RANK_MORE: Cases = [("float32", 1), ("bf16", 0), ("bf16", 1)]
 TWO_RANKS: Cases = [("float32", 1)]

@@ -133,7 +133,7 @@ def skipped_of(run_dir: Path) -> list[int]:
 
 @pytest.mark.slow
 def test_numbers_that_overflow_are_skipped_and_changed_defaults_change_nothing(tmp_path: Path) -> None:
-    """One expert of one block with a NaN skips its step alone; a model that stays beyond bfloat16 stops the run."""
+    """One expert of one block with a NaN skips only its step; a model that stays beyond bfloat16 stops the run."""
     (found,) = run_ranks(meet_harmless, str(tmp_path), num_ranks=1)
     straight = found["None"][1]
     assert found["change_defaults"] == (([DONE], ""), straight, [])

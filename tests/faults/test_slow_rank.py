@@ -47,7 +47,7 @@ def train_slowly(data: DataConfig, folder: str, layout: dict[str, Any], seconds:
 def test_a_slow_rank_is_named_within_twenty_steps(
     data: DataConfig, tmp_path: Path, layout: dict[str, Any], seconds: float
 ) -> None:
-    """Alone, though the other one waits for it in each block, each reduction or each receive."""
+    """Only this rank, though the other one waits for it in each block, each reduction or each receive."""
     assert run_ranks(train_slowly, data, str(tmp_path), layout, seconds) == [0, 0]
     (event,) = read_events(tmp_path, "stragglers")
     assert event["step"] == STRAGGLER_STEPS and [entry["rank"] for entry in event["ranks"]] == [VICTIM]

@@ -70,7 +70,7 @@ def test_draws_repeat_for_a_seed_and_differ_between_seeds_and_batches():
     assert torch.equal(*again)
     assert not torch.equal(again[0], recycle_overflow(ids, NUM_EXPERTS, 24, torch.tensor(6)))
     other = ids.clone()
-    other[0] = torch.tensor([5, 6, 7])  # the first token alone wants others; odd tokens' draws change
+    other[0] = torch.tensor([5, 6, 7])  # only the first token wants others; odd tokens' draws change
     moved = recycle_overflow(other, NUM_EXPERTS, 24, torch.tensor(5))
     assert (moved[1:] != again[0][1:]).any()
 

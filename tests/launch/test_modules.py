@@ -1,4 +1,4 @@
-"""A researcher's way: a model from a dict, a layer alone, an own loop, and a run that was copied elsewhere."""
+"""A researcher's way: a model from a dict, a single layer, an own loop, and a run that was copied elsewhere."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def reference_forward(config, pattern, parameters, tokens_BT, document_ids_BT, b
 
 
 def reference_block(letter, config, p, x_BTD, document_ids_BT, bias=None):
-    """One mixer on rows of packed documents: each document is cut out and run alone."""
+    """One mixer on rows of packed documents: each document is cut out and run on its own."""
     if letter == "E":
         return moe(config.moe, p, x_BTD, bias)
     rows = []

@@ -14,7 +14,7 @@ def outputs_and_gradients(config, dtype, tokens_BT, labels_BT, ids_BT, weights_B
     model = small_model(config, dtype=dtype)
     meta = PackMeta.from_document_ids(ids_BT)
     vocabulary = tokens_BT.max() + 1
-    # One row of the table a position, so that its gradient is that position's alone.
+    # One row of the table a position, so that its gradient is only that position's.
     rows = model.embedding.weight.detach()[tokens_BT.flatten() % config.vocab_size].clone().requires_grad_()
     model.embedding.weight = torch.nn.Parameter(rows.detach())
     positions_BT = torch.arange(tokens_BT.numel()).view_as(tokens_BT)

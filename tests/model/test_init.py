@@ -1,4 +1,4 @@
-"""First values: their distributions, and that they depend on the seed and the name alone."""
+"""First values: their distributions, and that they depend only on the seed and the name."""
 
 import math
 

@@ -159,7 +159,7 @@ def test_counts_and_shapes_are_those_of_the_built_model(kind, guide):
     ("settings", "message"),
     [
         ({"linear_kind": "lowrank"}, r"linear_rank=None is needed by lowrank; set it"),
-        ({"linear_rank": 4}, r"linear_rank=4 is read by lowrank and blockdense alone, not by dense; remove it"),
+        ({"linear_rank": 4}, r"linear_rank=4 is read only by lowrank and blockdense, not by dense; remove it"),
         ({"linear_kind": "lowrank", "linear_rank": 13}, r"linear_rank=13 must be at most 12, the smaller width"),
         (
             {"linear_kind": "lowrank", "linear_rank": 9},

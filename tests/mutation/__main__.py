@@ -74,7 +74,7 @@ def try_room(
 ) -> Iterator[Result]:
     """Verdicts of a room's mutants, each a line of `known` by its key; sound tests must pass first.
 
-    After `end` on the monotonic clock those alone that are known.
+    After `end` on the monotonic clock only those that are known.
     """
     limit: float | None = None
     for source, mutant in mutants:

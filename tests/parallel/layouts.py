@@ -67,7 +67,7 @@ MODEL: dict[str, Any] = {
     },
     "logits_z_loss_weight": 1e-4,
 }
-# The same with what other settings of the blocks bring, or with two blocks alone.
+# The same with what other settings of the blocks bring, or with only two blocks.
 VARIANTS: dict[str, dict[str, Any]] = {
     "core": MODEL,
     "latent": MODEL

@@ -64,7 +64,7 @@ def test_a_run_leaves_its_guides_behind_and_gives_the_same_bits_wherever_it_is_c
     for key in ("loss", "grad_norm"):
         assert [line[key] for line in cut] == [line[key] for line in whole]
     assert all(torch.equal(last[1][name], value) for name, value in weights.items())
-    # What a checkpoint holds as seen from outside: dense while the guide counts, then the factors alone.
+    # What a checkpoint holds as seen from outside: dense while the guide counts, then only the factors.
     for step, kind in ((2, "dense"), (3, "lowrank"), (4, "lowrank")):
         read = read_weights(tmp_path / "cut" / "checkpoints" / f"step-{step:08d}")
         assert read.model.self_guided_training is None and read.model.feed_forward is not None

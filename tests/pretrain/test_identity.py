@@ -19,7 +19,7 @@ from tests.pretrain.tiny_run import tiny_data
 
 
 def differ(attempt: Attempt, changes: dict[str, Any], rank: int) -> None:
-    """In the process of rank 1 alone."""
+    """Only in the process of rank 1."""
     if rank == 1:
         attempt.data = changes.pop("data", attempt.data)
         attempt.settings = attempt.settings | changes

@@ -187,7 +187,7 @@ def poison_last_rank(data: DataConfig, folder: str, stage: int, precision: str) 
 
 
 def poison_gradient(run: Run) -> StepResult:
-    """One step in which the last rank alone has a NaN in the gradient of one matrix."""
+    """One step in which only the last rank has a NaN in the gradient of one matrix."""
     victim = dict(run.model.named_parameters())["blocks.3.mixer.down_proj.weight"]
     is_last = run.parallel.rank == run.parallel.world_size - 1
     stop = spoil_gradient(victim, lambda gradient: gradient * float("nan") if is_last else gradient)
@@ -232,7 +232,7 @@ def hang_last_rank(data: DataConfig, folder: str) -> str:
     config = tiny_config(data, Path(folder), train__timeout_seconds=1234, parallel__zero_stage=2)
     set_timeout = getattr(
         distributed_c10d, "set_timeout", distributed_c10d._set_pg_timeout
-    )  # older releases have the second alone
+    )  # older releases have only the second
     with SignalWatch() as signals:
         run = start_run(config, signals)
         train_step(run)  # of a busy machine and compilers, before the time of what follows is short

@@ -6,7 +6,7 @@ from tests.mutation.workshop import Workshop
 from tests.published.catalogue import Bug, Change
 
 LIMIT_SECONDS = 900.0  # a test that hangs has seen it, too
-# Tests that train many layouts in one set of processes: the one that is asked for alone.
+# Tests that train many layouts in one set of processes: only the one that is asked for.
 LAYOUTS = """
 LAYOUTS = [layout for layout in LAYOUTS if layout.name == {name!r}]
 VARIANTS = {{layout.model: VARIANTS[layout.model] for layout in LAYOUTS}}

@@ -1,4 +1,4 @@
-"""The gradient norm of every weight alone, whichever ranks hold it, is that of the whole weight."""
+"""The gradient norm of every single weight, whichever ranks hold it, is that of the whole weight."""
 
 from __future__ import annotations
 

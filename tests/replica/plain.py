@@ -1,6 +1,6 @@
-"""A plain loop that trains a model of transformers: what a run of ours must equal. It uses PyTorch alone.
+"""A plain loop that trains a model of transformers: what a run of ours must equal. It uses only PyTorch.
 
-Written from the equations on docs/replica.md, without code of amfm: each document passes the model alone, losses of a step
+Written from the equations on docs/replica.md, without code of amfm: each document passes the model on its own, losses of a step
 are summed in the order in which they come, and the optimizer is torch's.
 """
 
@@ -156,7 +156,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
 def router_losses(router: Router, recipe: Recipe, num_documents: Sequence[int]) -> Iterator[Tensor]:
     """The weighted losses of one router over a micro-batch whose rows have so many documents.
 
-    balance: experts x sum over experts of (share of choices that scores alone make) x (mean share of scores), over all
+    balance: experts x sum over experts of (share of choices that only scores make) x (mean share of scores), over all
     tokens; sequence: the same in each row, then the mean over rows; z: mean of the squared log-sum-exp of logits.
     """
     logits = router.logits()

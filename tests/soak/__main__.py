@@ -31,7 +31,7 @@ def soak(
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Replays the faults of that seed; none: a new one.")] = None,
     only_round: Annotated[
-        int | None, typer.Option("--round", min=0, help="Do this round of the seed alone, hurt to its last step.")
+        int | None, typer.Option("--round", min=0, help="Do only this round of the seed, hurt to its last step.")
     ] = None,
     folder: Annotated[
         Path | None, typer.Option(help="A new folder for runs and logs, kept; none: a temporary one, kept on failure.")

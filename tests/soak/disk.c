@@ -310,7 +310,7 @@ int gethostname(char *name, size_t size) {
     return snprintf(name, size, "%s", facts.nodename), 0;
 }
 
-/* The clock of the day alone: a machine's other clocks are never set. */
+/* Only the clock of the day: a machine's other clocks are never set. */
 int clock_gettime(clockid_t clock, struct timespec *time) {
     int result = (int)syscall(SYS_clock_gettime, clock, time);
     const char *file = clock == CLOCK_REALTIME ? getenv("AMFM_CLOCK") : NULL;

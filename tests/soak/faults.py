@@ -1,4 +1,4 @@
-"""Which faults strike when: an endless list for each round, drawn from the seed and the number of the round alone.
+"""Which faults strike when: an endless list for each round, drawn only from the seed and the number of the round.
 
 A seed puts the kinds in an order, and rounds go around it, each some places further than the one before: a soak of a few
 rounds strikes every kind, where as many draws at random would leave some out.

@@ -6,7 +6,7 @@ its end. Then every step's loss, gradient norm, learning rate and tokens, and ev
 be those
 of a run that no one hurt: bitwise equal.
 
-Everything is drawn from the seed and the round's number, so a round can be done again alone. The clock stands still while
+Everything is drawn from the seed and the round's number, so a round can be done again on its own. The clock stands still while
 a layout runs undisturbed: the time asked for is time under faults.
 """
 

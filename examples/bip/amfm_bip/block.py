@@ -47,7 +47,7 @@ class BipMixer(FeedForward, Mixer):
         return torch.zeros_like(self.scores).index_fill_(0, best, 1.0)
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:  # type: ignore[override]
-        """Map the stream x [B, T, D] -> [B, T, D], each token alone. Raises ValueError for one row in training."""
+        """Map the stream x [B, T, D] -> [B, T, D], each token on its own. Raises ValueError for one row in training."""
         up, down, mask = self.up_proj.weight, self.down_proj.weight, self.mask()
         if not self.training:
             return MixerOutput(self.multiply(x_BTD, *masked(up, down, mask)))
@@ -83,7 +83,7 @@ def louder(weight: Tensor, factor: float) -> Tensor:
 
 
 class _Upper(torch.autograd.Function):
-    """Masked matrices whose gradient goes to the scores alone: sum over a channel of theta g - m g^2 / gamma.
+    """Masked matrices whose gradient goes only to the scores: sum over a channel of theta g - m g^2 / gamma.
 
     g is `factor` times what arrives, the gradient of a mean over its rows where the loss is one over all. The second
     term is how trained weights answer a mask, with 1 / gamma for the inverse of the curvature of their loss.

@@ -48,7 +48,7 @@ class EnvelopeHook(Hook):
         self.run.tell("hook", f"step {step}: envelope: {words}", name="envelope", **edited)
 
     def edit(self, view: MasterView, step: int) -> dict[str, int]:
-        """Shrink the groups, or leave the largest alone at the last step; returns what was done to how many."""
+        """Shrink the groups, or leave only the largest at the last step; returns what was done to how many."""
         options = self.options
         squares = view.sum_groups(self.plan.groupings, self.plan.num_groups)
         if step == options.end_step:

@@ -53,7 +53,7 @@ class EnvelopeOptions(HookOptions):
         if self.groups == "experts":
             yield (
                 "groups",
-                "leaves the router's bias alone, so it would still choose what is zero",
+                "does not change the router's bias, so it would still choose what is zero",
                 "use prune for experts",
             )
         if self.groups == "heads and channels" and self.budget == "groups":

@@ -1,7 +1,7 @@
 """The Fourier head (Gillman et al. 2024, arXiv 2410.22269): a smooth density over ordered bins; see the README for the formula.
 
 Its frequencies are below half of the bins, so that every wave sums to zero over their centers: the sum by which a density
-is divided is V / 2 whatever the coefficients are, and a loss needs the density at the labels alone.
+is divided is V / 2 whatever the coefficients are, and a loss needs the density only at the labels.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ class LongVqOptions(MixerOptions):
     commit_weight: float = Field(
         0.1,
         ge=0,
-        description="Of the loss that draws keys and their codes together; 0: none, and codes learn from scores alone.",
+        description="Of the loss that draws keys and their codes together; 0: none, and codes learn only from scores.",
     )
     chunk_size: int = Field(
         64, gt=0, description="Tokens per chunk of the scans; changes speed and rounding, not meaning."

@@ -1,6 +1,6 @@
 """Maestro (Horvath et al. 2023, arXiv 2308.14929) as a block: low-rank matrices that a step computes in part.
 
-In each training step one matrix of all blocks computes with its leading components alone. Which, and how many, is a
+In each training step one matrix of all blocks computes with only its leading components. Which, and how many, is a
 function of the seed and the step, the same on all ranks (`set_step`, model/scheduled.py): there is nothing to save.
 """
 
@@ -59,7 +59,7 @@ class MaestroMixer(Mixer):
             left -= rank
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
-        """Map the stream x [B, T, D] -> [B, T, D], each token alone."""
+        """Map the stream x [B, T, D] -> [B, T, D], each token on its own."""
         inner = self.multiply(x_BTD, "up")
         backend = self.build.backend
         inner = squared_relu(inner, backend=backend) if self.unit is None else swiglu(inner, self.unit, backend=backend)

@@ -56,7 +56,7 @@ class Mamba1Mixer(LinearMixer):
         return {"x": channels, "z": channels}
 
     def convolved(self) -> tuple[str, ...]:
-        """Name x alone."""
+        """Name only x."""
         return ("x",)
 
     def rows(self, parts: dict[str, Tensor], meta: PackMeta) -> ScanRows:

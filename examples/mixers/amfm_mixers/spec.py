@@ -52,7 +52,7 @@ class FeatureMapOptions(HeadOptions):
 
     positions: Literal["none", "rope_before", "rope_after"] = Field(
         "none",
-        description="Rotary positions, which restart at documents: `rope_before` the features, which keeps weights positive, or `rope_after` them, which makes weights exact functions of the distance (`transnormer` alone).",
+        description="Rotary positions, which restart at documents: `rope_before` the features, which keeps weights positive, or `rope_after` them, which makes weights exact functions of the distance (only `transnormer`).",
     )
     rope_theta: float = Field(
         10_000.0, gt=1, description="Base of the rotary frequencies; only read with rotary positions."

@@ -98,7 +98,7 @@ class MonarchMixer(SequenceMixer):
         return convolve(both_B2CT, kernels).unflatten(1, (2, -1)).permute(0, 3, 1, 2)
 
     def read_last(self, past_BS2C: Tensor, tokens: int) -> Tensor:
-        """Convolve for the last tokens alone, each a product with all inputs so far."""
+        """Convolve only for the last tokens, each a product with all inputs so far."""
         kernels_2CS = self.make_kernels(past_BS2C.shape[1])
         found = []
         for end in range(past_BS2C.shape[1] - tokens + 1, past_BS2C.shape[1] + 1):

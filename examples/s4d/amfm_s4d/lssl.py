@@ -51,7 +51,7 @@ class LsslMixer(LinearMixer):
         return ()
 
     def rows(self, parts: dict[str, Tensor], meta: PackMeta) -> ScanRows:
-        """The recurrence reads u alone."""
+        """The recurrence reads only u."""
         u_BTHV = self.heads(parts["u"])
         return ScanRows(u_BTHV, u_BTHV, u_BTHV)
 

@@ -45,7 +45,7 @@ class Cell:
 
 
 def expand_grid(study: Study[StudyConfig]) -> list[Cell]:
-    """All cells of a study, seed by seed; attention alone is trained once for all mixers.
+    """All cells of a study, seed by seed; a model of only attention is trained once for all mixers.
 
     Raises ConfigError for axes that make no model, and for a cell whose configuration is broken, under its name.
     """
@@ -73,7 +73,7 @@ def make_cell(
     """
     config, mixer = study.config, study.config.mixers[index]
     pattern = make_pattern(symbol_of(mixer.mixer), ratio, config.num_mixers, task.between)
-    # A mixer's overrides may set options of its blocks, which a model of attention alone has not.
+    # A mixer's overrides may set options of its blocks, which a model of only attention has not.
     overrides = [] if ratio == ONLY_ATTENTION else list(mixer.overrides)
     run = load_run(study, task, name, [*overrides, f"model.pattern={json.dumps(pattern)}"], seed)
     return Cell(name, label, ratio, task.name, seed, run)

@@ -45,7 +45,7 @@ def expand_settings(study: Study[SettingsStudyConfig]) -> list[Cell]:
 
 
 def setting_problems(config: SettingsStudyConfig) -> list[Problem]:
-    """Problems of the entries: labels and seeds are distinct, and overrides leave alone what the study sets."""
+    """Problems of the entries: labels and seeds are distinct, and overrides do not change what the study sets."""
     problems = repeated_problems(
         {
             "settings": [setting.label for setting in config.settings],

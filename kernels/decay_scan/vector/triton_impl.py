@@ -58,7 +58,7 @@ def scan_vector_triton(
 
     chunk_size is the distance of the states that backward reads: 16, 32, or a multiple of 64, which runs as 64.
     segment_tiles cuts rows into segments of this many chunks that are walked at the same time; 0 cuts only where the
-    rows and heads alone would leave processors idle. With keep_states forward saves the states that enter chunks (in the
+    rows and heads would leave processors idle. With keep_states forward saves the states that enter chunks (in the
     dtype of v), else backward walks the row again for them. Raises ValueError for chunk or state sizes without a kernel.
     """
     dot_dtype(v_BTHV.dtype)  # rejects float64

@@ -131,7 +131,7 @@ def _(x_RD: Tensor, places: Tensor, count: int, top_k: int, gaps: Tensor | None)
 def _add(rows_SD: Tensor, places: Tensor, tokens: int, top_k: int, gaps: Tensor | None) -> Tensor:
     """Each token's rows added up: [R, D]; also the gradient of what `_spread` copies, as that is of this sum.
 
-    Gaps concern backward alone.
+    Gaps concern only backward.
     """
     return sum_choices(rows_SD.contiguous(), places, None, tokens, top_k)
 
@@ -175,7 +175,7 @@ _spread.register_autograd(_differentiate_spread, setup_context=_save_spread)
 
 @torch.library.custom_op("amfm::combine_rows_triton", mutates_args=())
 def _combine(rows_SD: Tensor, places: Tensor, weights_RK: Tensor, gaps: Tensor | None) -> Tensor:
-    """Weighted sums [R, D]; gaps concern backward alone."""
+    """Weighted sums [R, D]; gaps concern only backward."""
     tokens, top_k = weights_RK.shape
     return sum_choices(rows_SD.contiguous(), places, weights_RK.contiguous(), tokens, top_k)
 

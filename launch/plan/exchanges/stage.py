@@ -1,7 +1,7 @@
 """What one pipeline stage hands to collectives: in a micro-batch's forward and backward pass, and with its gradients.
 
-How it works: every function returns `Exchange` rows for all ranks of a stage together, from the layout and the letters
-of the stage alone, so that a search over thousands of layouts builds no model. `seconds.py` turns the rows into
+How it works: every function returns `Exchange` rows for all ranks of a stage together, only from the layout and the
+letters of the stage, so that a search over thousands of layouts builds no model. `seconds.py` turns the rows into
 seconds, `../blocks/` has those of each kind of block; `step.py` adds them up over micro-batches and stages, and
 tests/launch/plan/test_real_traffic.py holds the sums against bytes counted in a real step. Why one source: a plan that
 times other bytes than those which are counted is wrong without anyone noticing. An axis of one rank sends nothing and

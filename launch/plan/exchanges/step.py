@@ -29,7 +29,7 @@ from amfm.pretrain.monitor.signals import WATCHED
 
 Key = tuple[str, str, str]
 
-# What a rank alone knows at the end of a step, in pretrain/step_sums.py: signals, whether it saves, damaged samples.
+# What only this rank knows at the end of a step, in pretrain/step_sums.py: signals, whether it saves, damaged samples.
 NEWS = len(WATCHED) + 2
 
 
@@ -120,7 +120,7 @@ def depends_on_router(config: RunConfig, layout: Layout) -> bool:
 
 
 def check_exact(config: RunConfig, layout: Layout) -> None:
-    """Reject what `check_countable` does, and what has expected bytes alone. Raises ValueError with reason and fix."""
+    """Reject what `check_countable` does, and what has only expected bytes. Raises ValueError with reason and fix."""
     check_countable(config, layout)
     moe = config.model.moe
     if moe is not None and depends_on_router(config, layout):
@@ -211,7 +211,7 @@ def gradient_exchanges(config: RunConfig, layout: Layout, model: HybridModel) ->
 def step_exchanges(config: RunConfig, layout: Layout) -> list[Exchange]:
     """The few numbers that the ranks of a stage agree on with all others at the end of a step.
 
-    Counts of labels, the step's float64 sums with what ranks alone know, the gradient norm, and
+    Counts of labels, the step's float64 sums with what only single ranks know, the gradient norm, and
     in bf16 under ZeRO DeepSpeed's flag for infinities.
     """
     world, model_ranks = layout.ranks, layout.tensor * layout.pipeline

@@ -67,7 +67,7 @@ class Goodput:
     """What failures cost a run in its first stage's layout; see the formulas above.
 
     `save_seconds`: until a checkpoint stands; `stall_seconds`: of it, what the step waits for. `configured`: None if the
-    run saves at its end alone. `replicas`: None if it writes none.
+    run saves only at its end. `replicas`: None if it writes none.
     """
 
     failures_per_day: float

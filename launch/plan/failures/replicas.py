@@ -32,8 +32,8 @@ HOST_SHARE = 0.9  # of a host's memory, for saves and replicas; processes, worke
 class ReplicaCost:
     """Bytes of a node: what two generations take, the copy that a save makes first, and what a replica sends to the next node.
 
-    `seconds`: from the copy until the replica stands. `most_lost_seconds`: of training, by a failure, where checkpoints alone
-    lose `most_lost_without_seconds` (None if the run saves at its end alone).
+    `seconds`: from the copy until the replica stands. `most_lost_seconds`: of training, by a failure, where only checkpoints
+    lose `most_lost_without_seconds` (None if the run saves only at its end).
     """
 
     every_steps: int

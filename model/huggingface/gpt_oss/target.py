@@ -110,7 +110,7 @@ def _unfit_window(config: ModelConfig, options: WindowOptions) -> Iterator[str]:
     if attention is None or "*" not in config.letters:
         return
     if attention.rope.scaling not in ("none", "yarn"):
-        rule = "gpt_oss rotates windows as attention, and ours are stretched by yarn alone"
+        rule = "gpt_oss rotates windows as attention, and ours are stretched only by yarn"
         yield f"model.attention.rope.scaling={attention.rope.scaling}: {rule}; use none or yarn, or target own"
     elif yarn_of(attention.rope) != options.yarn:
         rule = "gpt_oss rotates windows as attention, whose stretch is another or none"
@@ -185,8 +185,8 @@ def model_config_from_gpt_oss(fields: Mapping[str, Any]) -> ModelConfig:
     rope = rope_from_parameters(fields.get("rope_parameters") or {})
     if "W" in pattern and rope.scaling not in ("none", "yarn"):
         raise ValueError(
-            f"config.json: rope_type={rope.scaling} cannot be imported with sliding_attention: our windows are stretched by yarn "
-            "alone"
+            f"config.json: rope_type={rope.scaling} cannot be imported with sliding_attention: our windows are stretched only "
+            "by yarn"
         )
     heads = {
         "num_heads": fields["num_attention_heads"],
@@ -288,7 +288,7 @@ def gpt_oss_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
     rope = gpt_oss_fields(config)["rope_parameters"]
     if rope["rope_type"] != "yarn":
         rule = (
-            "it takes positions stretched by yarn alone and ends with \"KeyError: 'factor'\"; train with yarn for vLLM"
+            "it takes positions stretched only by yarn and ends with \"KeyError: 'factor'\"; train with yarn for vLLM"
         )
         found.append(Refusal("vllm", rule))
     elif not rope.get("truncate", True):

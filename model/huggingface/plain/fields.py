@@ -59,7 +59,7 @@ def read_plain(family: Family, fields: Mapping[str, Any]) -> ModelConfig:
     if "W" in mixers:
         rope = ropes["W"]
         if rope.scaling not in ("none", "yarn"):
-            rule = "cannot be imported with sliding windows: ours are stretched by yarn alone"
+            rule = "cannot be imported with sliding windows: ours are stretched only by yarn"
             raise ValueError(f"config.json: rope_type={rope.scaling} {rule}")
         turned = {"positions": "rope", "rope_theta": rope.theta, "yarn": yarn_of(rope)}
         sections["mixers"] = {"window": {"window": fields["sliding_window"], **turned, **heads}}
@@ -297,7 +297,7 @@ def _changed_settings(family: Family, config: ModelConfig) -> Iterator[str]:
 
 
 def _differences(ours: Section, theirs: Section, prefix: str = "") -> Iterator[tuple[str, tuple[str, str]]]:
-    """Fields, dotted, in which two sections differ, but for those of training alone, with both values as YAML has them."""
+    """Fields, dotted, in which two sections differ, but for those that only training reads, with both values as YAML has them."""
     unread: frozenset[str] = getattr(ours, "training_only", frozenset())
     for name in type(ours).model_fields:
         value, other = getattr(ours, name), getattr(theirs, name)

@@ -2,7 +2,7 @@
 
 Narrow query heads and one key head score every key of the document; each token attends to the `top_k` highest. A choice has
 no gradient, so the indexer learns from attention instead: its softmax follows what attention weighs, summed over heads. It
-reads the residual stream detached, so its loss trains the indexer alone, and the language model's loss never does. Two stages
+reads the residual stream detached, so its loss trains only the indexer, and the language model's loss never does. Two stages
 (`IndexerConfig.stage`) begin with attention that is dense, from all of which the indexer learns, because what attention never
 reads teaches nothing.
 

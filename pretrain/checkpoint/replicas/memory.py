@@ -6,7 +6,7 @@
 directory that was removed had in memory is never taken, and replicas of two starts never mix. The first part of the name lets
 a start remove what those before it left on its node, and nothing else.
 
-Which ranks share a node, which node keeps whose copies, and who copies what back to the disk. Arithmetic alone.
+Which ranks share a node, which node keeps whose copies, and who copies what back to the disk. Only arithmetic.
 
 Nodes form a ring in the order of their lowest ranks: each keeps copies for the one before. So every file is on two nodes,
 each node holds twice what its ranks write, and the loss of any node, or of any that are not neighbours, loses nothing.

@@ -160,7 +160,7 @@ def _scatter(message: Tensor, overlaps: Sequence[Overlap], places: list[Tensor])
 
 
 def join(pieces: list[Tensor], like: Tensor) -> Tensor:
-    """Join flat tensors; one alone is not copied, and none give an empty tensor of the same dtype."""
+    """Join flat tensors; a single one is not copied, and none give an empty tensor of the same dtype."""
     if not pieces:
         return like.new_empty(0)
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0]

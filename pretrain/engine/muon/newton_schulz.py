@@ -1,4 +1,4 @@
-"""Newton-Schulz: the nearest matrix with equal singular values, by products alone, for whole matrices and for cut ones.
+"""Newton-Schulz: the nearest matrix with equal singular values, only by products, for whole matrices and for cut ones.
 
 X <- a X + (b A + c A A) X with A = X X^T, rows being the short side, drives all singular values of X / |X| towards 1 in a
 few rounds: U V^T of the decomposition X = U S V^T, but with values of 0.7 to 1.2, which is all that Muon needs (Jordan et

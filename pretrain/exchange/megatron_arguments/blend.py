@@ -1,4 +1,4 @@
-"""Megatron's blend files: `--data-args-path` (words, a weight before each prefix or prefixes alone) and
+"""Megatron's blend files: `--data-args-path` (words, a weight before each prefix or only prefixes) and
 `--per-split-data-args-path` (JSON with such lists for train, valid and test), as `data.sources` and `validation`.
 
 Without weights Megatron draws each dataset by its tokens, so the bytes of its .bin are its weight. Source:

@@ -60,7 +60,7 @@ def differences(given: Arguments, config: RunConfig, effects: set[Effect]) -> It
     # What a record lacks cannot contradict.
     translated = translate(replace(given, given=known | dict(given.given)))
     for found in translated.lines.values():
-        # Arguments that were recorded; settings that come of defaults alone are guesses.
+        # Arguments that were recorded; settings that come only of defaults are guesses.
         names = [name for name in found.names if name in given.given]
         rows = [table.by_name[name] for name in found.names if name in table.by_name]
         if not names or not any(row.effect in effects for row in rows):

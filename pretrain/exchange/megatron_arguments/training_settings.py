@@ -235,7 +235,7 @@ def memory_lines(given: Arguments, pattern: str) -> Iterator[Line]:
     if impl != "none" and max(sizes) == 1 and (given["context_parallel_size"] or 1) == 1:
         yield line("train.cuda_graphs", "blocks", "cuda_graph_impl")
     elif impl != "none":
-        yield approximated("train.cuda_graphs", "none", "graphs are there with data ranks alone", "cuda_graph_impl")
+        yield approximated("train.cuda_graphs", "none", "graphs are there only with data ranks", "cuda_graph_impl")
 
 
 def data_lines(given: Arguments) -> Iterator[Line]:
@@ -250,7 +250,7 @@ def data_lines(given: Arguments) -> Iterator[Line]:
         yield line("data.megatron_split", ",".join(shares), "split")
     masked = bool(given["reset_attention_mask"] or given["dataloader_inter_document_masking"])
     partly = not masked and bool(given["reset_position_ids"] or given["eod_mask_loss"])
-    note = "positions and the loss at borders are reset with the mask alone" if partly else ""
+    note = "positions and the loss at borders are reset only with the mask" if partly else ""
     names = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss", "dataloader_inter_document_masking")
     yield Line("data.mask_document_boundaries", masked, names, note, is_approximate=partly)
 

@@ -155,7 +155,7 @@ def check_export(export: str | Path, name: ClientName, *, python: str | None = N
 
 
 def needs_bf16(config: dict[str, Any]) -> bool:
-    """Whether the model has blocks that vLLM runs in bf16 alone on a CPU: Gated DeltaNet, of a native class or ours."""
+    """Whether the model has blocks that vLLM runs only in bf16 on a CPU: Gated DeltaNet, of a native class or ours."""
     return config["model_type"].startswith("qwen3") or "gated_deltanet" in (config.get("mixers") or {})
 
 

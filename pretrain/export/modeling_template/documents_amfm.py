@@ -1,8 +1,8 @@
 """Rows that hold several documents: where they begin, and the stretches of tokens that blocks mix.
 
 A packed sequence names its documents by `position_ids` that do not continue by one, by `seq_idx`, or by `cu_seq_lens_q`.
-Blocks then compute each document on its own, so that it gets the numbers that it gets alone: bitwise, because every
-product has the shape that it has alone. Padding, which `attention_mask` leaves out, begins no document.
+Blocks then compute each document on its own, so that it gets the numbers that it gets without the others: bitwise, because every
+product has the same shape. Padding, which `attention_mask` leaves out, begins no document.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from .window_linear_amfm import WindowLinear
 
 
 def give_first_values(module: nn.Module, deviation: float) -> None:
-    """Normal ones for matrices, zeros for biases, ones for norms, decays and time steps by range; its own weights alone."""
+    """Normal ones for matrices, zeros for biases, ones for norms, decays and time steps by range; only its own weights."""
     if isinstance(module, nn.Linear | nn.Embedding):
         init.normal_(module.weight, std=deviation)
         if getattr(module, "bias", None) is not None:

@@ -1,4 +1,4 @@
-"""The indexer of sparse attention: narrow heads score all keys, and each token attends to the highest alone.
+"""The indexer of sparse attention: narrow heads score all keys, and each token attends only to the highest.
 
 Sizes: B rows, T tokens, S all tokens so far, D model, X what queries are made of, I heads, C their size.
 

@@ -193,7 +193,7 @@ class ShortConv(nn.Module):
         return self.out_proj(exit_ * mixed), (window,)
 
 
-# Built from options and configuration alone: softmax over keys, or no recurrence.
+# Built only from options and configuration: softmax over keys, or no recurrence.
 OTHER_MIXERS: dict[str, type[nn.Module]] = {
     "window": Window,
     "mla": Mla,

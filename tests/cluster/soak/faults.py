@@ -1,4 +1,4 @@
-"""Which faults strike a cluster, and in which order: drawn from the seed alone."""
+"""Which faults strike a cluster, and in which order: drawn only from the seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A hook that makes each step wait, installed for a soak alone: a run of light steps, which shares two cores with its restarts."""
+"""A hook that makes each step wait, installed only for a soak: a run of light steps, which shares two cores with its restarts."""
 
 from __future__ import annotations
 

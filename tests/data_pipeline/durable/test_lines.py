@@ -24,7 +24,7 @@ def test_cut_at_every_byte_whole_lines_stay_and_the_next_one_is_apart(tmp_path: 
         file.write({"step": 9})
         file.sync()
         file.close()
-        # A line that lacks its newline alone is whole.
+        # A line that lacks only its newline is whole.
         kept = sum(end <= size + 1 for end in ends) if size else 0
         assert [record for _, record in read_lines(cut)] == [*RECORDS[:kept], {"step": 9}], size
 

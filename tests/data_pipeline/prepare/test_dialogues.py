@@ -357,7 +357,7 @@ def test_a_sample_is_shown_with_what_is_learned_of_it(mixed: DataConfig) -> None
 def test_damage_and_an_older_program_are_told(mixed: DataConfig, tmp_path: Path) -> None:
     store = TokenStore.open(mixed.store or "")
     manifest = json.loads((store.path / MANIFEST).read_text())
-    assert manifest["version"] == 4, "a program that knows version 3 alone would learn all of it"
+    assert manifest["version"] == 4, "a program that knows only version 3 would learn all of it"
     (part,) = store.parts("chat", "train")
     file = store.path / part.path / "loss_spans/c/0"
     content = file.read_bytes()

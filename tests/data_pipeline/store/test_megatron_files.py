@@ -174,7 +174,7 @@ def test_documents_that_are_none_of_the_sequences_are_refused(tmp_path, bounds):
     (tmp_path / "a.idx").write_bytes(content + np.array(bounds, "<i8").tobytes())
     with pytest.raises(ValueError, match=r"a.idx is damaged: its documents must begin one after the other"):
         index.check()
-    if bounds[0] == 0 and bounds[-1] != 2:  # what is wrong between two readers' ranges the plan alone sees
+    if bounds[0] == 0 and bounds[-1] != 2:  # what is wrong between two readers' ranges only the plan sees
         with pytest.raises(ValueError, match=r"a.idx is damaged: its documents must begin one after the other"):
             list(read_megatron_documents(read_megatron_index(tmp_path / "a.idx"), 0, 3))
 

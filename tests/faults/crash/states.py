@@ -185,7 +185,7 @@ def _states_at(
             if index not in left_out:
                 tree.apply(operation, index)
         loose = [index for index in set(tree.files.values()) if contents[index].pending]
-        # All bytes there, none, half, and (`each_file`) for each file alone none and half.
+        # All bytes there, none, half, and (`each_file`) for each single file none and half.
         fates: list[dict[int, str]] = [{}, dict.fromkeys(loose, "none"), dict.fromkeys(loose, "half")]
         fates += [{index: fate} for index in loose for fate in ("none", "half")] if each_file else []
         for fate in fates if loose else [{}]:

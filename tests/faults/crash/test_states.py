@@ -153,7 +153,7 @@ def test_after_a_crash_where_another_layout_begins_the_run_goes_on_in_the_right_
         newest = max(sound, default=-1)
         assert newest >= BOUNDARY - 1, (state.after, sorted(state.files))
         assert state.after < state.total or newest == BOUNDARY + 1, "what the run says is saved, is"
-        # The launcher chooses ranks and layout by the name alone, so no checkpoint by name may be less than whole.
+        # The launcher chooses ranks and layout only by the name, so no checkpoint by name may be less than whole.
         assert newest_saved_step(folder) == newest, (state.after, sorted(state.files))
         lines = [line["step"] for _, line in read_lines(folder / "metrics.jsonl") if line is not None]
         assert lines[:newest] == list(range(1, newest + 1)), (state.after, newest, lines)

@@ -217,7 +217,7 @@ def write_record(found: Seconds, files: Mapping[str, float]) -> list[str]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Count in whole runs alone."""
+    """Count only in whole runs."""
     parser.addoption(
         "--processor-seconds",
         choices=("compare", "record"),

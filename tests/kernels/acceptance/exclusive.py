@@ -1,4 +1,4 @@
-"""Operations that one process alone can check, as those of a GPU in exclusive-process mode; they need no Triton."""
+"""Operations that only one process can check, as those of a GPU in exclusive-process mode; they need no Triton."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class _Accesses:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.program: _Integers | None = None  # until the first access: most memories see one kind of access alone
+        self.program: _Integers | None = None  # until the first access: most memories see only one kind of access
         self.time: _Integers | None = None
 
     def unordered(self, at: _Integers, program: int, time: int) -> tuple[bool, bool]:

@@ -14,7 +14,7 @@ from amfm.kernels.decay_scan.op import mamba2_scan
 from amfm.kernels.norm.op import gated_rms_norm, rms_norm
 from amfm.kernels.swiglu.op import swiglu
 
-# Places and strides of rows and of tokens; each alone fits 32 bits. Tokens of a tile may be 2^24 numbers apart, and no more.
+# Places and strides of rows and of tokens; each on its own fits 32 bits. Tokens of a tile may be 2^24 numbers apart, and no more.
 PLACES, STRIDES = (3, 136), (2**30, 2**24)
 DTYPE = torch.float16  # the narrowest that all take
 

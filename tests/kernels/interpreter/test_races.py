@@ -63,7 +63,7 @@ def test_a_program_that_reads_what_the_next_one_writes_is_found() -> None:
     x = torch.arange(33.0)
     with find_races() as races:
         _shift_left_kernel[(2,)](x, SIZE=16)
-    assert x[:32].tolist() == list(range(1, 33)), "the interpreter alone shows nothing"
+    assert x[:32].tolist() == list(range(1, 33)), "the interpreter on its own shows nothing"
     between = ("x", "writes what another program reads")
     assert _faults(races) == {between, ("x", "writes what it reads itself, with no barrier between")}
     (race,) = [race for race in races if race.fault == between[1]]

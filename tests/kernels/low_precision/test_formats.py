@@ -37,7 +37,7 @@ def test_e4m3_is_the_nearest_number_with_ties_to_even_and_nan_stays_nan():
 
 def test_e4m3_equals_rounding_by_integers_on_all_bfloat16_numbers():
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
-    for shift in (1.0, 1.3, 0.07):  # not bfloat16 alone: scaled by another float32 they have all its digits
+    for shift in (1.0, 1.3, 0.07):  # not only bfloat16: scaled by another float32 they have all its digits
         numbers = every * shift
         bits = numbers.clamp(-448, 448).view(torch.int32)
         size = bits & 0x7FFFFFFF

@@ -1,4 +1,4 @@
-"""Rounding is emulated in Triton's interpreter alone; tests/kernels/interpreter/test_emulation.py has the numbers."""
+"""Rounding is emulated only in Triton's interpreter; tests/kernels/interpreter/test_emulation.py has the numbers."""
 
 import pytest
 

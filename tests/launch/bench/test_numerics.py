@@ -39,7 +39,7 @@ def test_each_recipe_trains_the_same_weights_on_the_same_data(result):
         found = result["recipes"][name]
         assert found["emulated"], "a CPU has no such products"
         for own, other in zip(found["losses"], wide, strict=True):
-            # First losses differ by the forward products alone, of weights that are equal.
+            # First losses differ only by the forward products, of weights that are equal.
             assert own[0] != other[0] and own[0] == pytest.approx(other[0], rel=5e-3)
         gaps = [last_loss(own) / last_loss(other) - 1 for own, other in zip(found["losses"], wide, strict=True)]
         assert found["gap"] == pytest.approx(statistics.mean(gaps)) and found["spread"] == pytest.approx(

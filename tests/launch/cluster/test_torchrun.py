@@ -66,7 +66,7 @@ def test_torchrun_s_own_restarts_are_told_by_their_number() -> None:
         (["--on", "slurm", "--address", "auto"], "--address auto belongs to --on ray"),
         (["--on", "slurm", "--nodes", "2", "launch.spare_nodes=3"], "is more than --nodes 2; lower it to 2 or less"),
         (["--on", "ray", "launch.spare_nodes=1"], "beyond --nodes is a spare already; set it to 0"),
-        (["--on", "torchrun", "launch.spare_nodes=1"], "this machine alone names 1 hosts"),
+        (["--on", "torchrun", "launch.spare_nodes=1"], "this machine names 1 hosts"),
         (["--on", "ray", "--nodes", "5"], "must be a multiple of train.micro_batch_size=2 x 5 data ranks"),
     ],
 )

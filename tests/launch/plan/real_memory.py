@@ -189,7 +189,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the table; with CONFIG.yaml RANKS KEY=VALUE ... measure that one alone, as launcher or as one of its ranks."""
+    """Print the table; with CONFIG.yaml RANKS KEY=VALUE ... measure only that one, as launcher or as one of its ranks."""
     if not arguments:
         print_table(measure_cases(ROOT / "configs", report=say))
         return 0

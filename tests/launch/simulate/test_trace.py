@@ -114,7 +114,7 @@ def test_trace_gives_json_a_picture_and_a_timeline(small, tmp_path, capsys):
     assert found["bytes_by_axis"]["pp"]["send"]["passes"] > 0
     captured = found["capture"]["moe"]["backward"]
     assert captured["launches"] > 0 and captured["host_reads"] == []
-    # The sums of gradients alone: each step has its own.
+    # Only the sums of gradients: each step has its own.
     assert captured["changed"] and all("pretrain/engine/buckets.py" in change for change in captured["changed"])
     # Norm and residual included: more launches are more waiting of a GPU for its host.
     launches = found["launches_a_block"]

@@ -174,7 +174,7 @@ BRANCH = re.compile(
     r"""(letter|symbol|mixer|pattern|kind)s?[\w.()\[\]]* *(==|!=|in|not in) *[({\[]?["'][ME*-]["']"""
     r"""|["'][ME*-]["'] (not )?in |\.(count|index)\(["'][ME*-]["']\)"""
 )
-# Classes of other programs name their own kinds; a modelling file that leaves amfm stands alone.
+# Classes of other programs name their own kinds; a modelling file that leaves amfm stands on its own.
 FOREIGN = ("model/huggingface/", "pretrain/export/modeling_template/", "pretrain/exchange/megatron_arguments/")
 
 

@@ -70,7 +70,7 @@ def test_logits_and_all_gradients_equal_transformers(target: str, config: ModelC
             continue
         rounded = relative_difference(parameter.grad, their_gradients[name])
         unrounded = relative_difference(exact_gradients[name], their_gradients[name])
-        # A wrong map or formula shows in both; rounding that one side has alone shows in one. Sums of a few numbers at a time
+        # A wrong map or formula shows in both; rounding that only one side has shows in one. Sums of a few numbers at a time
         # round more: 1.2e-5 with SSE2, below 1e-5 with AVX2 and AVX-512.
         assert min(rounded, unrounded) < 2 * RELATIVE_TOLERANCE, (name, rounded, unrounded)
         assert rounded < GRADIENT_TOLERANCE, (name, rounded)

@@ -38,8 +38,8 @@ SCALED = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, positions="rop
         ("nemotron_h", nemotron_h_config(pattern="M*EM-"), ["both E and -", "is_act_and_mul=False"]),
         ("granitemoehybrid", granite_config(), ["num_groups=2 silently produces different values"]),
         ("granitemoehybrid", granite_config(mamba=ONE_GROUP), []),
-        ("qwen3_next", qwen3_next_config(pattern="GEGE*E"), ["--no-mtp", "bf16 alone"]),
-        ("qwen3_next", qwen3_next_config(pattern="*-G-"), ["--no-mtp", "bf16 alone", "every n-th mixer"]),
+        ("qwen3_next", qwen3_next_config(pattern="GEGE*E"), ["--no-mtp", "only in bf16"]),
+        ("qwen3_next", qwen3_next_config(pattern="*-G-"), ["--no-mtp", "only in bf16", "every n-th mixer"]),
         (
             "qwen3_next",
             qwen3_next_config(pattern="G-*-", attention=WIDE),
@@ -54,7 +54,7 @@ SCALED = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, positions="rop
         ("kimi_linear", kimi_linear_config(pattern="+-"), []),
         ("lfm2", lfm2_config(), ["rotary kernel (lfm2.py:176", "model.tie_embeddings: true"]),
         ("lfm2_moe", lfm2_moe_config(tie_embeddings=True), ["rotary kernel (lfm2.py:176"]),
-        ("gpt_oss", gpt_oss_config(), ["experts in MXFP4", "stretched by yarn alone"]),
+        ("gpt_oss", gpt_oss_config(), ["experts in MXFP4", "stretched only by yarn"]),
         ("gpt_oss", gpt_oss_config(pattern="*E", mixers={}, attention=STRETCHED), ["experts in MXFP4"]),
         (
             "gpt_oss",

@@ -42,7 +42,7 @@ EXACT = 1e-10
 # bfloat16 weights and activations carry 2^-9 each.
 BFLOAT16 = 2e-2
 NAMES = sample_names()
-# One mixer inside another, which all have a test alone: each takes part in one or two quick tests in turn, and every
+# One mixer inside another, which all have a test of their own: each takes part in one or two quick tests in turn, and every
 # third in those over ranks.
 INSIDE = [name for name in NAMES if " over " in name]
 TURNS = 6

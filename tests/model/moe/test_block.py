@@ -1,4 +1,4 @@
-"""Balancing: the bias moves by the sign rule, shifts the choice alone, and evens out a skewed load. Capacity: who is over
+"""Balancing: the bias moves by the sign rule, shifts only the choice, and evens out a skewed load. Capacity: who is over
 it, what choices then weigh, and when it holds."""
 
 import pytest
@@ -37,7 +37,7 @@ def test_the_mean_of_living_experts_stays_where_it_is_put_and_nothing_else_chang
         moved_E = (bias_E - before_E)[living]
         mean = sum(counts) / 4
         signs = torch.tensor([mean - counts[expert] for expert in living]).sign()
-        # Between experts, the step is that of the rule alone.
+        # Between experts, the step is only that of the rule.
         torch.testing.assert_close(moved_E - moved_E[0], 0.01 * (signs - signs[0]), rtol=0, atol=2e-6)
 
 

@@ -1,4 +1,4 @@
-"""Padding is neither routed nor counted: a padded batch is, to routers and experts, the batch of its tokens alone."""
+"""Padding is neither routed nor counted: a padded batch is, to routers and experts, the batch of only its tokens."""
 
 from __future__ import annotations
 

@@ -339,7 +339,7 @@ def test_a_checkpoint_of_version_1_loads(
 ) -> None:
     path = step_dir(folder, 3) / "manifest.json"
     body = json.loads(path.read_text())
-    # Version 1 had whole parameters alone, and no word on their place.
+    # Version 1 had only whole parameters, and no word on their place.
     body["fragments"] = {name: entries[0]["ranges"] for name, entries in body.pop("shards").items()}
     body["buffers"] = {name: {"shape": b["shape"], "dtype": b["dtype"]} for name, b in body["buffers"].items()}
     del body["layout"]["axes"]

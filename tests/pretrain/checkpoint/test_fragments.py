@@ -100,7 +100,7 @@ def put_back(stage: int, precision: str) -> list[str]:
             if not torch.equal(range_R[: len(own)], own):
                 wrong.append(f"range of {name}")
     if stage == 3:
-        assert len({weight.numel() > 0 for weight in engine.module.parameters()}) == 2, "small ones alone stay gathered"
+        assert len({weight.numel() > 0 for weight in engine.module.parameters()}) == 2, "only small ones stay gathered"
     return wrong
 
 

@@ -1,4 +1,4 @@
-"""Shards of any layout, written as its ranks would, give the shards of any other: numbers alone, no process groups."""
+"""Shards of any layout, written as its ranks would, give the shards of any other: only numbers, no process groups."""
 
 from __future__ import annotations
 

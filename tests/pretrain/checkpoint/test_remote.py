@@ -87,7 +87,7 @@ class Pusher:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     with s3_server() as (variables, _):
         variables |= {"HOME": str(tmp_path_factory.mktemp("home"))}
-        with pytest.MonkeyPatch.context() as patch:  # of these alone: what torch and DeepSpeed set meanwhile must stay
+        with pytest.MonkeyPatch.context() as patch:  # only of these: what torch and DeepSpeed set meanwhile must stay
             for name, value in variables.items():
                 patch.setenv(name, value)
             yield variables

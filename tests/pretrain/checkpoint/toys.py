@@ -82,7 +82,7 @@ def make_engine(
 
 
 def run_steps(engine: ZeroEngine, first: int, last: int) -> list[tuple[float, float]]:
-    """Step on inputs that depend on step and rank alone; returns (loss, gradient norm) a step."""
+    """Step on inputs that depend only on step and rank; returns (loss, gradient norm) a step."""
     results = []
     rank = engine.deepspeed.global_rank
     for step in range(first, last):

@@ -131,7 +131,7 @@ MOE = "model.moe={num_experts: 6, top_k: 2, expert_hidden_size: 12, shared_exper
         ),
         (
             [*BF16_STATES, "optimizer.kind=muon"],
-            "optimizer.state_dtype = bf16: is AdamW's alone: Muon would orthogonalise a momentum that was rounded, which has",
+            "optimizer.state_dtype = bf16: is only for AdamW: Muon would orthogonalise a momentum that was rounded, which has",
         ),
         (
             [*BF16_STATES, "parallel.zero_stage=0"],
@@ -139,7 +139,7 @@ MOE = "model.moe={num_experts: 6, top_k: 2, expert_hidden_size: 12, shared_exper
         ),
         (
             [*BF16_STATES, "parallel.offload_optimizer=true"],
-            "optimizer.state_dtype = bf16: is not for parallel.offload_optimizer: DeepSpeed keeps bf16 states on the host with",
+            "optimizer.state_dtype = bf16: is not for parallel.offload_optimizer: DeepSpeed keeps bf16 states on the host only with",
         ),
         (["parallel.tensor=3"], "parallel.tensor = 3: must divide model.vocab_size=512; use 1, 2, 4"),
         (["parallel.tensor=3"], "parallel.tensor = 3: must divide model.mamba.num_heads=4; use 1, 2, 4"),

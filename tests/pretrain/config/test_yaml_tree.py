@@ -64,7 +64,7 @@ def test_an_extended_name_with_nul_is_refused_with_its_place(tmp_path: Path) -> 
 
 
 def test_a_text_is_parsed_once_whoever_reads_it():
-    text = "a: {b: 1}  # of this test alone"
+    text = "a: {b: 1}  # only of this test"
     before = _compose.cache_info()
     one, other = (TreeReader(source).read(text) for source in ("one.yaml", "other.yaml"))
     after = _compose.cache_info()

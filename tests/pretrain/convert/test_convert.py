@@ -148,7 +148,7 @@ def test_the_verdict_says_when_the_linear_branch_is_unused() -> None:
     losses = {"teacher, tuned alike": 1.846, "tuned": 1.859, "window alone, tuned alike": 1.866}
     assert judge(losses | {"tuned, without linear branch": 1.8595}).startswith("linear branch unused: leaving it out")
     bypassed = judge(losses | {"tuned, without linear branch": 1.9, "window alone, tuned alike": 1.854})
-    assert bypassed.startswith("linear branch unused: window attention alone")
+    assert bypassed.startswith("linear branch unused: a model with only window attention")
     used = judge(losses | {"tuned": 1.884, "tuned, without linear branch": 2.136, "window alone, tuned alike": 2.003})
     assert used.startswith("linear branch used: leaving it out costs +0.2520 nats")
     assert "closes 76% of its gap" in used

@@ -1,4 +1,4 @@
-"""bf16 master weights and moments: rounding loses nothing on average, depends on places alone, and a run continues
+"""bf16 master weights and moments: rounding loses nothing on average, depends only on places, and a run continues
 bitwise.
 """
 
@@ -102,7 +102,7 @@ def make_engine(zero_stage: int, seed: int, **axes: int) -> ZeroEngine:
 
 
 def run_steps(engine: ZeroEngine, first: int, last: int) -> list[tuple[float, float]]:
-    """Step on tokens that depend on the step alone; (loss, gradient norm) a step."""
+    """Step on tokens that depend only on the step; (loss, gradient norm) a step."""
     results, meta = [], PackMeta.one_document_a_row(2, 16)
     for step in range(first, last):
         tokens_BT = torch.randint(0, 448, (2, 16), generator=torch.Generator().manual_seed(step))
@@ -153,4 +153,4 @@ def test_a_run_goes_on_bit_for_bit_and_moves_between_layouts(tmp_path: Path, cas
         assert diff_checkpoints(here / "straight/step-00000003", here / "resumed/step-00000003")["same"]
         assert diff_checkpoints(here / "first/step-00000002", here / "moved/step-00000002")["same"]
     assert "optimizer.state_dtype: the checkpoint has 'bf16', this run has 'float32'" in refused
-    assert "takes the weights alone, with run.initial_weights" in refused
+    assert "takes only the weights, with run.initial_weights" in refused

@@ -1,4 +1,4 @@
-"""A program without amfm: a module of the same names takes weights and AdamW's state by torch Distributed Checkpoint alone.
+"""A program without amfm: a module of the same names takes weights and AdamW's state by only torch Distributed Checkpoint.
 
 Arguments: the folder, a file of the checkpoint that it was made from, and a folder to write its own state to.
 """

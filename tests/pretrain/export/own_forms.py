@@ -36,7 +36,7 @@ def assert_pieces_are_the_whole(model: AmfmForCausalLM, tokens_BT: Tensor, lengt
 
 @torch.no_grad()
 def assert_padding_changes_nothing(model: AmfmForCausalLM, tokens_BT: Tensor, cut: int) -> None:
-    """The second of two rows, whose first eight tokens are padding, has the logits of its text alone, read in two pieces."""
+    """The second of two rows, whose first eight tokens are padding, has the logits of only its text, read in two pieces."""
     mask_BT = torch.ones_like(tokens_BT)
     mask_BT[1, :8] = 0
     output = model(tokens_BT[:, :cut], attention_mask=mask_BT[:, :cut], use_cache=True)

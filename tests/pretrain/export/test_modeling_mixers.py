@@ -68,7 +68,7 @@ def test_logits_and_all_gradients_equal_ours(name: str) -> None:
     of_theirs = dict(zip((key for key, _ in theirs.named_parameters()), actual))
     names = weight_map(mixer_config(name), "own").to_ours(of_theirs | dict(theirs.named_buffers()))
     for (key, _), gradient, exact in zip(ours.named_parameters(), expected, unrounded):
-        # A wrong formula shows in both; rounding that our side has alone shows in one.
+        # A wrong formula shows in both; rounding that only our side has shows in one.
         error, error_of_exact = relative_rms(names[key], gradient), relative_rms(names[key], exact)
         assert min(error, error_of_exact) <= 5 * FLOAT32 and error <= 25 * FLOAT32, (key, error, error_of_exact)
 

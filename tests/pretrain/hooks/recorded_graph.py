@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Kernels ask on a CPU alone whether there is a boundary at all; what they do if there is one is right if there is none.
+# Kernels ask only on a CPU whether there is a boundary at all; what they do if there is one is right if there is none.
 ALONE_ON_CPU = "drop_single_document"
 READS = ("aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.equal")
 

@@ -1,4 +1,4 @@
-"""Each validation set is measured alone and by name: any source, text that is never trained on, whole where it is small."""
+"""Each validation set is measured on its own and by name: any source, text that is never trained on, whole where it is small."""
 
 from __future__ import annotations
 

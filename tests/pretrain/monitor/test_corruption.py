@@ -63,7 +63,7 @@ def test_the_owner_then_the_majority_says_which_replica_is_wrong() -> None:
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_working_weight_that_is_not_its_rounded_master_is_found_at_the_first_look(stage: int) -> None:
-    """Nothing was noted at rest before, and one rank has no replicas: the master weights alone tell."""
+    """Nothing was noted at rest before, and one rank has no replicas: only the master weights tell."""
     parallel = initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     engine = make_engine(parallel, stage=stage, precision="bf16")
     run_steps_of_toy(engine, 0, 1)

@@ -1,4 +1,4 @@
-"""A run is watched from outside by its files alone, while it writes them, after it ended and after it died."""
+"""A run is watched from outside only by its files, while it writes them, after it ended and after it died."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Plain PyTorch forms of the mixers, which an own export carries; they import amfm's modeling files alone."""
+"""Plain PyTorch forms of the mixers, which an own export carries; they import only amfm's modeling files."""

@@ -39,7 +39,7 @@ class AmfmConfig(PretrainedConfig):
         heads, kv_heads, head_dim = _head_sizes(fields, names)
         fields |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
         fields["num_hidden_layers"] = len(names)
-        # What vLLM counts blocks of a kind by; without a state it is a model of attention alone.
+        # What vLLM counts blocks of a kind by; without a state it is a model of only attention.
         fields["layers_block_type"] = ["attention" if name in ATTENDING else name for name in names]
         if not set(names) & set(STATEFUL):
             fields["layer_types"] = ["full_attention"] * len(names)

@@ -27,7 +27,7 @@ SERVED = ("mamba2", "attention", "moe", "feed_forward", "short_conv", "gated_del
 STATEFUL = ("mamba2", "short_conv", "gated_deltanet")
 ATTENDING = ("attention", "window", "mla")
 
-# Settings of each block that the plug-in reads, and those that matter in training alone; another one that is set is rejected.
+# Settings of each block that the plug-in reads, and those that matter only in training; another one that is set is rejected.
 KNOWN = {
     "mamba2": "num_heads head_dim state_size num_groups conv_kernel conv_bias chunk_size keep_states a_init_min a_init_max "
     "time_step_min time_step_max time_step_floor",

@@ -49,7 +49,7 @@ def test_work_grows_with_the_square_of_the_short_side() -> None:
 
 
 def alone(parameters: dict[str, torch.nn.Parameter], **settings: object) -> Muon:
-    """Muon over whole matrices on this process alone."""
+    """Muon over whole matrices only on this process."""
     groups = [{"label": "muon", "weight_decay": 0.1, "params": list(parameters.values())}]
     muon = Muon(groups, MuonConfig(**settings), lr=0.0, fused=True)
     parts, stacks = [], []

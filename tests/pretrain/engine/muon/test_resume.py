@@ -35,7 +35,7 @@ def make_engine(zero_stage: int, seed: int, rule: str = "muon", **axes: int) -> 
 
 
 def run_steps(engine: ZeroEngine, first: int, last: int) -> list[tuple[float, float]]:
-    """Step on tokens that depend on the step alone; (loss, gradient norm) a step."""
+    """Step on tokens that depend only on the step; (loss, gradient norm) a step."""
     results = []
     meta = PackMeta.one_document_a_row(2, 16)
     for step in range(first, last):

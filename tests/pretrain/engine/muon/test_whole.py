@@ -139,7 +139,7 @@ def settings_for(rule: str, case: Case) -> MuonConfig | PackageMatrices:
 
 
 def run_rules(cases: dict[str, list[Case]]) -> dict[str, list[dict[str, Tensor]]]:
-    # A package decides itself whether heads are alone; its spec above has them so.
+    # A package decides itself whether heads are separate; its spec above has them so.
     return {
         rule: [run_case((*case[:2], case[2] or rule == "package"), settings_for(rule, case)) for case in members]
         for rule, members in cases.items()
@@ -190,7 +190,7 @@ def test_every_rule_under_every_cut(num_ranks: int) -> None:
 
 
 def alone(weight: torch.nn.Parameter, settings: MuonConfig | PackageMatrices) -> Muon:
-    """One matrix on this process alone, with a gradient."""
+    """One matrix only on this process, with a gradient."""
     weight.grad = torch.ones_like(weight)
     muon = Muon([{"label": "matrices", "weight_decay": 0.0, "params": [weight]}], settings, lr=0.1)
     spans = (Span("blocks.0.up", 0, weight.numel(), 0),)
