@@ -94,7 +94,7 @@ class MoeConfig(MixerOptions):
     )
     balance_counts: Literal["routed", "scores"] = Field(
         "scores",
-        description="Load in both balance losses: the routes that `scores` alone would choose, as the equations of both papers, or routes as `routed`, with bias and groups.",
+        description="Load in both balance losses: the routes that only `scores` would choose, as the equations of both papers, or routes as `routed`, with bias and groups.",
     )
     z_loss_weight: float = Field(
         0.0, ge=0, description="Squared log-sum-exp of the router logits (Zoph et al. 2022, arXiv 2202.08906)."
