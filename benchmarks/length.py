@@ -248,7 +248,7 @@ ROUNDS = 3
 def length(
     *,
     mixers: Annotated[
-        str | None, typer.Option(metavar="M,G,gla", help="Letters or names; default: all, and attention.")
+        str | None, typer.Option(metavar="M,G,gla", help="Symbols or names; default: all, and attention.")
     ] = None,
     lengths: Annotated[
         str | None, typer.Option(metavar="1024,16384", help="Tokens per sequence; a step holds the longest row's.")

@@ -131,7 +131,7 @@ def models(
     *,
     mixers: Annotated[
         str | None,
-        typer.Option(metavar="G,K", help="Instead: models of one mixer each, by letters or names, of equal sizes."),
+        typer.Option(metavar="G,K", help="Instead: models of one mixer each, by symbols or names, of equal sizes."),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 4,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 256,

@@ -24,7 +24,7 @@ class FilterConfig(Section):
 
 
 class FimConfig(Section):
-    """Fill in the middle: pieces of the rows of training are cut in three at random, and the middle comes last (Bavarian et al. 2022, arXiv 2207.14255)."""
+    """Fill in the middle: parts of the sequences of training are cut in three at random, and the middle comes last (Bavarian et al. 2022, arXiv 2207.14255)."""
 
     rate: float = Field(gt=0, le=1, description="Part of the documents, or of their part in a sequence, that is cut.")
     kind: Literal["psm", "spm"] = Field("psm", description="Prefix, suffix, middle; or suffix, prefix, middle.")
@@ -131,7 +131,7 @@ class SourceConfig(Section):
 
 
 class PhaseConfig(Section):
-    """Other weights or rows of another length from a global sample on.
+    """Other weights or sequences of another length from a global sample on.
 
     With other weights every source continues where it was: nothing is lost or repeated. With another length each source
     begins a new epoch, because its tokens are cut into other rows.
@@ -216,7 +216,7 @@ TaskName = Literal["mqar", "overwriting", "selective_copying", "parity", "s3", "
 
 
 class SyntheticConfig(Section):
-    """A synthetic task instead of text: rows generated from the sample number, with labels at known positions (docs/synthetic_tasks.md)."""
+    """A synthetic task instead of text: sequences generated from the sample number, with labels at known positions (docs/synthetic_tasks.md)."""
 
     task: TaskName = Field(
         description="Recall of pairs, of the last of several writes, copying past noise, parity, or products in a group (symmetric S_n, alternating A_n)."

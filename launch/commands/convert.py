@@ -126,11 +126,11 @@ def print_conversion(found: ConversionReport, *, as_json: bool) -> None:
         for block, shares in source.shares.items()
     ]
     if routed:
-        print_rows("Updates by source", ("source", "nats per token", "router", "share of the choices"), routed)
+        print_rows("Updates by source", ("source", "nats per token", "router", "share of the routes"), routed)
     pairs: list[tuple[str, object]] = []
     if found.linear_share:
         shares = ", ".join(f"block {block} {share:.2f}" for block, share in found.linear_share.items())
-        pairs.append(("mass behind the window", shares))
+        pairs.append(("mass outside the window", shares))
     left = found.start.left
     pairs += [
         ("weights", f"{len(found.start.taken)} taken, {len(found.start.new)} new, {len(left)} of the teacher left out"),

@@ -54,7 +54,7 @@ SettingsOption = Annotated[
 ]
 RowsOption = Annotated[int | None, typer.Option(min=1, help="Sequences of the synthetic task; default: 256.")]
 NprocOption = Annotated[
-    int, typer.Option(min=1, help="Ranks per node, which share the text and, where memory asks for it, the model.")
+    int, typer.Option(min=1, help="Ranks per node, which share the text and, if memory requires it, the model.")
 ]
 OnOption = Annotated[
     Literal["slurm"] | None, typer.Option(help="Start the ranks there, by the section `launch` of the run.")

@@ -37,7 +37,7 @@ def watch(
         ),
     ] = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Exit code 3 also where the run needs a look: for scripts and cron.")
+        bool, typer.Option("--strict", help="Exit code 3 also if the run needs a look: for scripts and cron.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:

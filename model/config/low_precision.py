@@ -58,7 +58,7 @@ class LowPrecisionConfig(Section):
         description="Quantize, then multiply in high precision: the same values on any device, slowly; for studies and tests.",
     )
     measure_every_steps: int = Field(
-        100, gt=0, description="Steps between measurements of what quantizing loses, in metrics.jsonl and the report."
+        100, gt=0, description="Steps between measurements of the quantization error, in metrics.jsonl and the report."
     )
 
     def chosen(self, letters: tuple[str, ...]) -> frozenset[str]:

@@ -105,7 +105,7 @@ class MoeConfig(MixerOptions):
     capacity_factor: float | None = Field(
         None,
         gt=0,
-        description="While training, an expert takes this many times its even share of a micro-batch's token-expert assignments; null: no limit.",
+        description="While training, an expert accepts this many times its even share of a micro-batch's token-expert assignments; null: no limit.",
     )
     overflow: Literal["drop", "recycle"] = Field(
         "drop",

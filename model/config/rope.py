@@ -108,7 +108,7 @@ class YarnStretch(Section):
 
 
 class MlaYarn(YarnStretch):
-    """YaRN of latent attention, whose factor may be on all scores instead of on what is rotated."""
+    """YaRN of latent attention, whose factor may be on all scores instead of on the rotated channels."""
 
     mscale: float | None = Field(
         None,

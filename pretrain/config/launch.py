@@ -70,7 +70,7 @@ class LaunchConfig(Section):
     heartbeat_seconds: float | None = Field(
         900.0,
         gt=0,
-        description="A rank that stays in one phase of a step for longer ends the attempt and names the ranks that it waits for; null: only collectives time out.",
+        description="A rank that stays in one phase of a step for longer ends the attempt and prints the ranks that it waits for; null: only collectives time out.",
     )
     max_restarts: int = Field(
         3, ge=0, description="Restarts after failures without a newer checkpoint; attempts that wrote one do not count."

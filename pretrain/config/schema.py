@@ -124,7 +124,7 @@ class ScheduleConfig(Section):
     decay_end_step: int | float | None = Field(
         None,
         gt=0,
-        description="wsd, cosine: where the decay reaches min_ratio, before the end of the run or after it; null: train.steps.",
+        description="wsd, cosine: step at which the decay reaches min_ratio, before the end of the run or after it; null: train.steps.",
     )
     decay_shape: Literal["linear", "sqrt", "cosine", "exponential"] = Field(
         "linear",

@@ -64,7 +64,7 @@ def print_shapes(result: dict[str, Any]) -> None:
 
 
 def print_variants(title: str, rows: list[dict[str, Any]], last: Columns) -> None:
-    """Print a line for each variant of each operation, `last` behind the columns that all machines have."""
+    """Print a line for each variant of each operation, `last` after the columns that all machines have."""
     lines: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
         key = (row["op"], row["dtype"], row["backend"])
