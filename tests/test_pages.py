@@ -293,6 +293,12 @@ def test_every_section_of_the_reference_is_listed_once_with_its_table() -> None:
     headings = [section.splitlines()[0] for section in sections]
     assert len(headings) == len(set(headings)) > 60
     without = {heading for heading, section in zip(headings, sections) if "| key | type |" not in section}
-    of_packages = {"## `model.mixers`", "## `optimizer.options`", "## `schedule.options`", "## `hooks`"}
+    of_packages = {
+        "## `model.mixers`",
+        "## `optimizer.options`",
+        "## `schedule.options`",
+        "## `hooks`",
+        "## `model.moe.router_options`",
+    }
     assert without == of_packages
     assert not re.search(r"^\| `[^|]+` \| text ", read(ROOT / "docs/configuration.md"), re.MULTILINE)

@@ -136,7 +136,7 @@ def _list_local(given: str, where: str) -> list[_Found]:
     if not given.strip():
         raise ValueError(f"{where} is empty, and would be all of the working directory; {_REMEDY}")
     path = Path(given).expanduser()
-    index = path.with_name(f"{path.name}.idx")
+    index = Path(f"{path}.idx")
     if not path.exists() and index.is_file():
         return [_stat(index, index.name, where)]  # the prefix of Megatron's --data-path
     if path.is_dir():

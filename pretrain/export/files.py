@@ -11,6 +11,7 @@ dtype of the master weights, so that an import of an export gives equal bits.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import math
@@ -128,6 +129,7 @@ def write_export(plan: ExportPlan, folder: Path) -> None:
         for name in TEMPLATE_FILES:
             (folder / name).write_text((template / name).read_text(encoding="utf-8"), encoding="utf-8")
         write_package_mixers(plan.weights.model, folder)
+        mark_configuration(folder)
         write_plugin(plan.weights.model, folder)
     (folder / "README.md").write_text(model_card(plan), encoding="utf-8")
 
@@ -152,6 +154,17 @@ def write_package_mixers(model: ModelConfig, folder: Path) -> None:
         assert found is not None and found.origin is not None, f"{module} is of an installed package"
         text = Path(found.origin).read_text(encoding="utf-8").replace(f"from {TEMPLATE}.", "from .")
         (folder / Path(found.origin).name).write_text(text, encoding="utf-8")
+
+
+def mark_configuration(folder: Path) -> None:
+    """Let the configuration's file differ where any modeling file does.
+
+    transformers keeps a folder's model class by its configuration class, which it keeps by that file alone: a process that reads
+    two exports would build the second with the files of the first.
+    """
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*_amfm.py")))).hexdigest()
+    with (folder / "configuration_amfm.py").open("a", encoding="utf-8") as file:
+        file.write(f"\n# Of the modeling files with SHA-256 {digest}.\n")
 
 
 def write_shards(plan: ExportPlan, folder: Path) -> None:

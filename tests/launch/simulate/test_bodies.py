@@ -192,7 +192,7 @@ TRITON = (
     lambda rows: norm._norm(rows(6, 8), rows(6, 8), leaf(8), 1e-5, 1, False),
     lambda rows: norm._norm(rows(6, 8), rows(6, 8), leaf(8), 1e-5, 2, True),
     lambda rows: diagonal(diag, rows, True),
-    lambda rows: swiglu._swiglu(rows(6, 8), 1.0, 0.0, 0.0),
+    lambda rows: swiglu._swiglu(rows(6, 8), 1.0, 0.0, 0.0, 0.0),
     lambda rows: swiglu._squared_relu(rows(6, 8)),
     lambda rows: stepped(delta, rows, steps=(3,)),
     lambda rows: stepped(delta_vector, rows, channels=(16,), erase=(None,)),

@@ -15,7 +15,9 @@ def test_a_typo_names_the_nearest_key_with_file_and_line(base, tmp_path):
 
 def test_a_key_of_another_section_is_sent_there(base, tmp_path):
     path = written(tmp_path, "extends: base.yaml\nsteps: 20\n")
-    places = "train.steps or train.batch_ramp.steps or train.profile.steps or stages.*.steps or "
+    places = (
+        "data.sources.*.steps or train.steps or train.batch_ramp.steps or train.profile.steps or stages.*.steps or "
+    )
     places += "convert.transfer.steps or convert.tune.steps"
     assert message_of(path) == f"{path}:2: steps = 20: unknown key; it belongs elsewhere: {places}"
 

@@ -18,6 +18,7 @@ from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
 from amfm.model.shapes import weight_shapes
 from amfm.pretrain.export.export import LOGIT_TOLERANCE, export_checkpoint
+from amfm.pretrain.export.files import mark_configuration
 from amfm.pretrain.export.import_huggingface import import_huggingface
 from amfm.pretrain.export.modeling_template.configuration_amfm import AmfmConfig
 from amfm.pretrain.export.modeling_template.modeling_amfm import AmfmForCausalLM
@@ -173,6 +174,18 @@ def test_an_export_with_registered_mixers_is_proved_generates_and_comes_back(dat
     back = read_weights(tmp_path / "back")
     assert back.model == weights.model
     assert all(torch.equal(back.state[name], weights.state[name]) for name in weights.state)
+
+
+def test_exports_of_other_modeling_files_have_other_files_of_the_configuration(tmp_path) -> None:
+    texts = []
+    for number in range(3):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "configuration_amfm.py").write_text("class AmfmConfig: ...\n")
+        (folder / "modeling_amfm.py").write_text(f"NUMBER = {number // 2}\n")
+        mark_configuration(folder)
+        texts.append((folder / "configuration_amfm.py").read_text())
+    assert texts[0] == texts[1] != texts[2]
 
 
 def test_a_mixer_of_another_package_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
