@@ -25,14 +25,18 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from amfm.data_pipeline.durable.foreign_files import read_bounded, read_object
 
 MAX_TEMPLATE_BYTES = 1 << 20
-# By what a template calls: filters and operators raise what Python's own do.
+# By what a template calls: filters and operators raise what Python's own do. Jinja makes Python of it, which may have too many loops in
+# each other (SyntaxError) or read a name before it is set.
 RAISED = (
     TemplateError,
     ArithmeticError,
+    AssertionError,
     AttributeError,
     LookupError,
     MemoryError,
+    NameError,
     RecursionError,
+    SyntaxError,
     TypeError,
     ValueError,
 )
@@ -76,7 +80,7 @@ class ChatTemplate:
             environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
             self._template = environment.from_string(source)
-        except (TemplateError, RecursionError, MemoryError) as error:
+        except RAISED as error:
             raise ValueError(f"the model's chat template cannot be read: {error}") from error
         self._special_tokens = dict(special_tokens)
         self._marks_turns = "endgeneration" in source

@@ -177,7 +177,7 @@ def test_counts_and_shapes_are_those_of_the_built_model(kind, guide):
         ),
         (
             {"linear_kind": "blockshuffle", "linear_blocks": 2, "linear_rank": 3},
-            r"linear_rank=3 is read by .* not by blockshuffle",
+            r"linear_rank=3 is read only by .* not by blockshuffle",
         ),
     ],
 )

@@ -46,3 +46,9 @@ def test_what_a_template_refuses_or_may_not_do_is_one_message(source):
 def test_a_template_that_is_none_is_named():
     with pytest.raises(ValueError, match="chat template cannot be read"):
         ChatTemplate("{% for %}", {})
+
+
+@pytest.mark.parametrize("depth", [25, 120])
+def test_a_template_with_too_many_loops_in_each_other_is_one_message(depth):
+    with pytest.raises(ValueError, match="chat template cannot be read: too many"):
+        ChatTemplate("{% for turn in messages %}" * depth + "{% endfor %}" * depth, {})
