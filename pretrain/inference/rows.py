@@ -32,8 +32,12 @@ def advance(model: HybridModel, state: DecodeState, ids: Sequence[int]) -> tuple
     tokens_BT = torch.tensor([list(ids)], device=device)
     stream = model.pass_blocks(model.embed(tokens_BT), model.blocks.indices(), meta, state)
     assert stream.delta_BTD is not None, "a model has blocks"
-    last = [each[:, -1:].expand(FEWEST_ROWS, -1, -1) for each in (stream.residual_BTD, stream.delta_BTD)]
-    return DecodeState(tuple(stream.states), state.length + len(ids)), read_logits(model, Stream(*last))[0]
+    residual_BTD, delta_BTD = (
+        each[:, -1:].expand(FEWEST_ROWS, -1, -1) for each in (stream.residual_BTD, stream.delta_BTD)
+    )
+    return DecodeState(tuple(stream.states), state.length + len(ids)), read_logits(
+        model, Stream(residual_BTD, delta_BTD)
+    )[0]
 
 
 @torch.inference_mode()
