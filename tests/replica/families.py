@@ -131,6 +131,8 @@ FAMILIES = {
                 "norm_topk_prob": True,
                 "moe_intermediate_size": 16,
                 "routed_scaling_factor": 2.5,
+                # Norms of the low-rank projections multiply rounding as that of qwen3_next does: docs/replica.md.
+                "rms_norm_eps": 1e-2,
                 **ROPE,
             },
             Recipe(bias_rate=1e-3, sequence=0.01),
