@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.distributed
 from torch import Tensor
 
-from amfm.model.loss import IGNORE_INDEX
+from amfm.model.loss import IGNORE_INDEX, head_logits
 from amfm.model.parallel.groups import ProcessGroupCollection
 
 DivergenceKind = Literal["kl", "reverse_kl"]
@@ -56,13 +55,8 @@ class HeadRows:
 
     def logits(self, rows: slice, groups: ProcessGroupCollection) -> Tensor:
         """Logits [r, V] of some rows, in float32 for bf16; every rank of `groups.tp` must call, and all get the same."""
-        own = torch.mm(self.read_RD[rows], self.weight_VD.T)
-        own = own.to(torch.promote_types(own.dtype, torch.float32))
-        if groups.tp.size() == 1:
-            return own
-        parts = [torch.empty_like(own) for _ in range(groups.tp.size())]
-        torch.distributed.all_gather(parts, own, group=groups.tp)
-        return torch.cat(parts, dim=-1)
+        logits = head_logits(self.read_RD[rows], self.weight_VD, groups)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def divergence_at_head(

@@ -18,7 +18,7 @@ from torch import Tensor
 from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
 from amfm.model.hybrid import HybridModel
-from amfm.model.packing import PackMeta
+from amfm.pretrain.inference.rows import advance
 from amfm.pretrain.inference.weights import Weights, read_weights
 
 # A character has at most four bytes, so never more byte pieces have to wait for one.
@@ -121,7 +121,6 @@ def generate(
     return model.stream(prompt, max_new_tokens, sampling)
 
 
-@torch.inference_mode()
 def generate_tokens(
     model: HybridModel,
     prompt: Sequence[int],
@@ -135,20 +134,15 @@ def generate_tokens(
 
     Ids from `vocab_size` on, which the tokenizer does not have, are never chosen.
     """
-    device = model.head_weight().device
     generator = torch.Generator().manual_seed(sampling.seed)
-    state = model.empty_state(1)
-    tokens_BT = torch.tensor([list(prompt)], device=device)
+    state, ids = model.empty_state(1), list(prompt)
     for _ in range(max_new_tokens):
-        meta = PackMeta.one_document_a_row(1, tokens_BT.shape[1], start=state.length, device=device)
-        output = model(tokens_BT, meta, state=state)
-        assert output.logits_BTV is not None and output.state is not None, "a state was given and no labels"
-        state = output.state
-        token = choose_token(output.logits_BTV[0, -1, :vocab_size].float().cpu(), sampling, generator)
+        state, logits_V = advance(model, state, ids)
+        token = choose_token(logits_V[:vocab_size], sampling, generator)
         if token == eos_id:
             return
         yield token
-        tokens_BT = torch.tensor([[token]], device=device)
+        ids = [token]
 
 
 def choose_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,6 +30,7 @@ from amfm.pretrain.inference.rows import advance, advance_rows
 
 PROMPT_PIECE = 256  # tokens of a prompt in one pass: other requests get a turn between two
 TAIL_TOKENS = 8
+FEW_WEIGHTS = 1 << 26  # a token's products of fewer take less time than threads that wait for each other
 JOIN_SECONDS = (
     0.005  # that a pass waits for texts which are about to ask; one whose client is slow does not hold up the others
 )
@@ -95,9 +96,10 @@ class SharedModel:
 
     def __init__(self, model: HybridModel, *, vocab_size: int, max_state_bytes: int) -> None:
         self.model, self.vocab_size = model, vocab_size
+        num_weights = sum(each.numel() for each in model.parameters())
+        self.num_threads = 1 if num_weights < FEW_WEIGHTS else torch.get_num_threads()
         self.kept = KeptStates(max_state_bytes)
-        # One thread computes: each that does would have threads of its own, and they would wait for the same processors.
-        self._computer = ThreadPoolExecutor(1, "amfm-model")
+        self._turn = threading.Lock()
         self._asked: list[NextToken] = []
         self._joins = threading.Condition()
         self._num_texts = 0
@@ -127,47 +129,48 @@ class SharedModel:
             with self._joins:
                 self._num_texts -= 1
                 self._joins.notify_all()
-            self._computer.submit(self.kept.keep, seen, state, logits_V).result()
+            with self._turn:
+                self.kept.keep(seen, state, logits_V)
 
     def _read_prompt(self, ids: list[int]) -> tuple[DecodeState, Tensor]:
         """Bring a state to the end of a prompt, from the longest kept beginning, and keep it there and shortly before."""
-        done, kept = self._computer.submit(self.kept.find, ids).result()
+        with self._turn:
+            done, kept = self.kept.find(ids)
         state, logits_V = (kept.state, kept.logits_V) if kept is not None else (self.model.empty_state(1), None)
         stops = {len(ids) - TAIL_TOKENS, len(ids)}
         while done < len(ids):
             stop = min([done + PROMPT_PIECE, *(stop for stop in stops if stop > done)])
-            state, logits_V = self._computer.submit(
-                self._read_piece, state, ids, done, stop, keeps=stop in stops
-            ).result()
+            with self._turn:
+                state, logits_V = advance(self.model, state, ids[done:stop])
+                logits_V = logits_V[: self.vocab_size]
+                if stop in stops:
+                    self.kept.keep(ids[:stop], state, logits_V)
             done = stop
         assert logits_V is not None, "a prompt has a token"
         return state, logits_V
 
-    def _read_piece(
-        self, state: DecodeState, ids: list[int], done: int, stop: int, *, keeps: bool
-    ) -> tuple[DecodeState, Tensor]:
-        state, logits_V = advance(self.model, state, ids[done:stop])
-        logits_V = logits_V[: self.vocab_size]
-        if keeps:
-            self.kept.keep(ids[:stop], state, logits_V)
-        return state, logits_V
-
     def _read_token(self, state: DecodeState, token: int) -> tuple[DecodeState, Tensor]:
-        """Read one more token of a text, in one pass with those of all texts that ask meanwhile."""
+        """Read one more token of a text, in one pass with those of all texts that ask meanwhile.
+
+        Whoever gets the turn computes for all: one text alone never waits for another thread, which on a machine of few
+        processors would wait for threads of OpenMP that spin.
+        """
         asked = NextToken(state, token, Future())
         with self._joins:
             self._asked.append(asked)
             self._joins.notify_all()
-        self._computer.submit(self._answer_all)
+        with self._turn:
+            if not asked.answer.done():
+                self._answer_all()
         return asked.answer.result()
 
     def _answer_all(self) -> None:
-        """Compute one more token of each text that asks; nothing if the pass before this one did it."""
+        """Compute one more token of each text that asks, which are one at least; called by whoever has the turn."""
         with self._joins:
-            if not self._asked:
-                return
             self._joins.wait_for(lambda: len(self._asked) >= self._num_texts, timeout=JOIN_SECONDS)
             asked, self._asked = self._asked, []
+        usual = torch.get_num_threads()
+        torch.set_num_threads(self.num_threads)
         try:
             answers = advance_rows(self.model, [each.state for each in asked], [each.token for each in asked])
         except Exception as error:  # noqa: BLE001 - each of the threads that wait raises it
@@ -176,3 +179,5 @@ class SharedModel:
         else:
             for each, (state, logits_V) in zip(asked, answers, strict=True):
                 each.answer.set_result((state, logits_V[: self.vocab_size]))
+        finally:
+            torch.set_num_threads(usual)

@@ -32,12 +32,8 @@ def advance(model: HybridModel, state: DecodeState, ids: Sequence[int]) -> tuple
     tokens_BT = torch.tensor([list(ids)], device=device)
     stream = model.pass_blocks(model.embed(tokens_BT), model.blocks.indices(), meta, state)
     assert stream.delta_BTD is not None, "a model has blocks"
-    residual_BTD, delta_BTD = (
-        each[:, -1:].expand(FEWEST_ROWS, -1, -1) for each in (stream.residual_BTD, stream.delta_BTD)
-    )
-    return DecodeState(tuple(stream.states), state.length + len(ids)), read_logits(
-        model, Stream(residual_BTD, delta_BTD)
-    )[0]
+    last = Stream(stream.residual_BTD[:, -1:], stream.delta_BTD[:, -1:])
+    return DecodeState(tuple(stream.states), state.length + len(ids)), read_logits(model, last)[0]
 
 
 @torch.inference_mode()
