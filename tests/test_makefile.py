@@ -1,4 +1,4 @@
-"""What `make install` says and asks before pip starts; nothing is installed here."""
+"""What `make install` says and asks before packages are installed; nothing is installed here."""
 
 from __future__ import annotations
 
@@ -33,14 +33,33 @@ def test_an_installation_names_what_it_takes_and_shows_its_progress(folder: Path
     said = make(folder, "--dry-run", "install").stdout
     assert "3.3 GB to download" in said and "6.3 GB on disk" in said and "TORCH_INDEX=" in said
     (step,) = (line for line in said.splitlines() if "--editable '.[all]'" in line)
-    assert "--quiet" not in step and f'TMPDIR="{folder}/.venv/temporary"' in step, "not in a memory that is called /tmp"
-    assert said.index("3.3 GB") < said.index("--editable") < said.rindex("rm -rf .venv/temporary")
+    installs = step.rsplit("&&", 1)[1]
+    assert "uv pip install" in installs and "--quiet" not in installs
+    assert f'UV_CACHE_DIR="{folder}/.venv/unpacked"' in installs, "not in a memory that is called /tmp"
+    assert said.index("3.3 GB") < said.index("--editable") < said.rindex("rm -rf .venv/unpacked")
     assert said.splitlines()[-1] == "touch .venv/.installed"
 
 
 def test_an_index_of_cpu_wheels_gives_torch_first(folder: Path) -> None:
     said = make(folder, "--dry-run", "install", "TORCH_INDEX=https://index/cpu").stdout
-    assert said.index('install --no-compile torch --index-url "https://index/cpu"') < said.index("--editable")
+    assert said.index('torch --index-url "https://index/cpu"') < said.index("--editable")
+
+
+def test_pip_installs_where_its_own_settings_are_needed(folder: Path) -> None:
+    said = make(folder, "--dry-run", "install", "INSTALLER=pip").stdout
+    assert f'TMPDIR="{folder}/.venv/unpacked" .venv/bin/python -m pip install --no-compile --editable' in said
+    assert "uv" not in said
+
+
+def test_uv_takes_the_index_of_pips_settings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uv = folder / ".venv" / "bin" / "uv"
+    uv.parent.mkdir(parents=True)
+    uv.write_text('#!/bin/sh\necho "index: $UV_DEFAULT_INDEX"\n', encoding="utf-8")
+    uv.chmod(0o755)
+    (uv.parent / "python").symlink_to(sys.executable)
+    monkeypatch.delenv("UV_DEFAULT_INDEX", raising=False)
+    monkeypatch.setenv("PIP_INDEX_URL", "https://mirror/simple")
+    assert "index: https://mirror/simple" in make(folder, "install").stdout
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_made(folder: Path) -> None:
