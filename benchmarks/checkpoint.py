@@ -118,7 +118,7 @@ def save_blocking(trainer: Trainer, folder: Path, timings: Timings) -> None:
     timings.durable.append(timings.stall[-1])
 
 
-def save_beside(trainer: Trainer, saver: BackgroundSaver, begin: Callable[[], object], timings: Timings) -> None:
+def time_own_save(trainer: Trainer, saver: BackgroundSaver, begin: Callable[[], object], timings: Timings) -> None:
     """Time our background save to the disk, or a replica in memory, with training steps until it stands."""
     begun = time.perf_counter()
     begin()
@@ -135,7 +135,7 @@ def replicas_in_memory(saver: BackgroundSaver, config: RunConfig, run_dir: Path)
     """Inside, the saver writes replicas to this machine's memory, where a run would by default; none are left."""
     saver.replicas = NodeMemory.of(MEMORY, run_dir, saver.ranks)
     saver.replicas.token = secrets.token_hex(16)
-    saver.replicas.check_room(saver.measure(config), saver.ranks)
+    saver.replicas.check_memory(saver.measure(config), saver.ranks)
     try:
         yield
     finally:
@@ -152,7 +152,7 @@ def save_torch(trainer: Trainer, folder: Path, timings: Timings) -> None:
     timings.durable.append(timings.stall[-1])
 
 
-def save_torch_beside(trainer: Trainer, folder: Path, timings: Timings) -> None:
+def time_torch_save(trainer: Trainer, folder: Path, timings: Timings) -> None:
     """Time torch.distributed.checkpoint in its own thread, with training steps meanwhile."""
     shutil.rmtree(folder, ignore_errors=True)
     begun = time.perf_counter()
@@ -192,10 +192,10 @@ def bench_checkpoint(
 
         variants: dict[str, Callable[[Timings], None]] = {
             "blocking": lambda timings: save_blocking(trainer, Path(root, "blocking"), timings),
-            "background": lambda timings: save_beside(trainer, saver, to_disk, timings),
-            "replica": lambda timings: save_beside(trainer, saver, to_memory, timings),
+            "background": lambda timings: time_own_save(trainer, saver, to_disk, timings),
+            "replica": lambda timings: time_own_save(trainer, saver, to_memory, timings),
             "torch_dcp": lambda timings: save_torch(trainer, Path(root, "dcp"), timings),
-            "torch_dcp_async": lambda timings: save_torch_beside(trainer, Path(root, "dcp_async"), timings),
+            "torch_dcp_async": lambda timings: time_torch_save(trainer, Path(root, "dcp_async"), timings),
         }
         trainer.step()
         first, timings = ({name: Timings() for name in variants} for _ in range(2))

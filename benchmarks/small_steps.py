@@ -135,7 +135,7 @@ def accumulate_gradients(
     sums = empty_sums(config.model, parallel.device)
     inputs = MicroBatches(batches, parallel, config.model)[:]
     engine.module.train()
-    with engine.accumulate(len(inputs)), opened(parallel.groups.row_room):
+    with engine.accumulate(len(inputs)), opened(parallel.groups.row_capacity):
         if pipeline is not None:
             for output in pipeline.train(inputs, lambda output: scaled_share(share, engine, output)):
                 sums.add(output)

@@ -55,10 +55,10 @@ class Case:
     gpu: str = "h100"
 
 
-def of_mixer(symbol: str, section: str, *options: str, beside: tuple[str, ...] = ()) -> tuple[str, ...]:
+def of_mixer(symbol: str, section: str, *options: str, other: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Settings of a model of four blocks, every other one the mixer `section` with these options."""
     chosen = (f"model.mixers.{section}.{option}" for option in options or (HEADS,))
-    return (f"model.pattern=({symbol}E)*2", *chosen, *beside)
+    return (f"model.pattern=({symbol}E)*2", *chosen, *other)
 
 
 CASES = (
@@ -144,7 +144,7 @@ CASES = (
     Case("mamba3", 8, of_mixer("{mamba3}", "mamba3")),
     Case("mamba1", 8, of_mixer("{mamba1}", "mamba1", "inner_size=2048")),
     Case("latent attention", 8, of_mixer("+", "mla", HEADS)),
-    Case("latent attention, chosen keys", 8, of_mixer("+", "mla", HEADS, CHOSEN, beside=AS_IT_IS)),
+    Case("latent attention, chosen keys", 8, of_mixer("+", "mla", HEADS, CHOSEN, other=AS_IT_IS)),
     Case("chosen keys, tensor", 8, (*SPLIT, *AS_IT_IS, f"model.attention.{CHOSEN}")),
     Case("warm-up of an indexer, context", 8, ("parallel.context=2", *WARM_UP)),
     Case("warm-up of an indexer, tensor, context", 8, (*SPLIT, "parallel.context=2", *WARM_UP)),
@@ -153,8 +153,8 @@ CASES = (
         8,
         ("model.pattern=CE(W&M)E", "model.mixers.short_conv={}", f"model.mixers.window={WINDOW}"),
     ),
-    Case("kda, tensor, ZeRO 2", 8, of_mixer("K", "kda", beside=(*SPLIT, "parallel.zero_stage=2"))),
-    Case("gla, context", 8, of_mixer("{gla}", "gla", beside=("parallel.context=2",))),
+    Case("kda, tensor, ZeRO 2", 8, of_mixer("K", "kda", other=(*SPLIT, "parallel.zero_stage=2"))),
+    Case("gla, context", 8, of_mixer("{gla}", "gla", other=("parallel.context=2",))),
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from amfm.pretrain.report.verdict import judge_run
 def conclude(run_dir: Path, code: int) -> list[str]:
     """Lines that end a training; none where it continues with other ranks, or before the first step."""
     followed = FollowedRun(run_dir)
-    seen = followed.look()
+    seen = followed.poll()
     if code == NEXT_LAYOUT or not followed.has_steps:
         return []
     record = read_run(run_dir)

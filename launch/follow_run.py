@@ -126,7 +126,7 @@ def following(config: RunConfig) -> Iterator[None]:
             is_last = ended.wait(POLL_SECONDS)
             try:
                 run = run or FollowedRun(Path(config.run.dir))
-                newest[:] = [run.look()]
+                newest[:] = [run.poll()]
             except (OSError, ValueError):
                 continue  # not there yet, being written, or storage that is away: the run itself says so
             for follower in followers:

@@ -28,7 +28,7 @@ from typing import Any
 
 from amfm.launch.cluster.forked import ForkedRank, RankProcess, name_process, why_not_fork
 from amfm.launch.cluster.node_check import main as check_this_node
-from amfm.launch.cluster.node_check import tell
+from amfm.launch.cluster.node_check import reply
 from amfm.launch.heavy_imports import heavy_imports
 from amfm.launch.rank_command import expand_segments, isolated_python, rank_command, rank_variables
 from amfm.pretrain.launcher_protocol import GOES_ON, LAUNCHER_PID, RESTART_CAUSE
@@ -69,7 +69,7 @@ class NodeServer:
 
     def serve(self) -> None:
         """Carry out orders and watch the ranks until standard input ends."""
-        tell(ready=True, reason=self.reason)
+        reply(ready=True, reason=self.reason)
         received = b""
         while True:
             is_busy = bool(self.ranks) or self.checker is not None
@@ -159,13 +159,13 @@ class NodeServer:
         codes = [rank.poll() for rank in self.ranks]
         if self.failed_at is None and any(codes):
             self.failed_at = time.monotonic()
-            tell(failed=True)
+            reply(failed=True)
         if self.failed_at is not None and time.monotonic() > self.failed_at + GRACE_SECONDS:
             self.kill()
             codes = [rank.poll() for rank in self.ranks]
         if all(code is not None for code in codes):
             self.ranks = []
-            tell(ended=codes)
+            reply(ended=codes)
 
     def kill(self) -> None:
         """End all ranks at once, and the check."""

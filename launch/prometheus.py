@@ -31,7 +31,7 @@ PARTS = {"expert_load": "block", "mtp_loss": "module", "validation_by_source": "
 def collect(verdicts: Verdicts) -> tuple[dict[str, str], dict[str, float], Seen]:
     """Look at the run: labels that name it, and what there is: the newest step's numbers, checkpoint, and ranks that give signs of life."""
     run = verdicts.run
-    seen = run.look()
+    seen = run.poll()
     verdict = verdicts.of(seen)
     metrics = run.panel.metrics or {}
     numbers = flatten_numbers(metrics)

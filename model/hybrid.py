@@ -256,7 +256,7 @@ class HybridModel(nn.Module):
         if not ahead:
             return output
         assert meta is not None, "MTP layers read the layout of the rows"
-        return self._look_ahead(output, hidden_BTD, ahead, meta)
+        return self._add_predictions(output, hidden_BTD, ahead, meta)
 
     def read_head(self, stream: Stream) -> Tensor:
         """What the head multiplies of the stream after the last block, [B, T, D] of all tokens; the model has a matrix for it."""
@@ -270,7 +270,7 @@ class HybridModel(nn.Module):
             self.before_use("embedding")
         return self.final_norm.add(stream.delta_BTD, stream.residual_BTD)[0].to(self.final_norm.weight.dtype)
 
-    def _look_ahead(
+    def _add_predictions(
         self, output: ModelOutput, hidden_BTD: Tensor, ahead: Sequence[Ahead], meta: PackMeta
     ) -> ModelOutput:
         """Add to an output what each MTP layer gives; hidden [B, T, D]: the normed stream.

@@ -43,7 +43,7 @@ class MicroBatch:
         The loader has counted the documents, so that nothing is searched for here. Raises ValueError if rows cannot
         be cut evenly. takes_turns: both halves of the rows pass blocks in turns.
         """
-        ahead, lengths_B = look_ahead(batch, num_depths), batch.lengths_B
+        ahead, lengths_B = shift_batch(batch, num_depths), batch.lengths_B
         meta = PackMeta(
             document_ids_BT=batch.document_ids_BT,
             positions_BT=batch.positions_BT,
@@ -78,7 +78,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def look_ahead(batch: Batch, num_depths: int) -> tuple[Ahead, ...]:
+def shift_batch(batch: Batch, num_depths: int) -> tuple[Ahead, ...]:
     """Shift the batch's rows, once for each MTP layer; empty without depths."""
     rows = batch.tokens_BT, batch.labels_BT, batch.document_ids_BT
     return tuple(Ahead.of_rows(*rows, depth) for depth in range(1, num_depths + 1))

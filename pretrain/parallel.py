@@ -29,7 +29,7 @@ from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-define
 from torch.distributed.rendezvous import rendezvous
 
 from amfm.kernels.runtime.compiling import use_deterministic_algorithms
-from amfm.model.parallel.groups import AXES, ProcessGroupCollection, RowRoom
+from amfm.model.parallel.groups import AXES, ProcessGroupCollection, RowCapacity
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.launcher_protocol import GOES_ON, LAUNCHER_PID
 from amfm.pretrain.ranks.group import RankGroup
@@ -265,7 +265,9 @@ def initialize_parallel(
     groups = ProcessGroupCollection.use_mpu_process_groups(AXES)
     groups.sequence_parallel, groups.overlap_experts = section.sequence_parallel, section.overlap_experts is True
     groups.takes_turns = section.overlap_experts == "rows"
-    groups.row_room = None if section.expert_buffer_factor is None else RowRoom(section.expert_buffer_factor, device)
+    groups.row_capacity = (
+        None if section.expert_buffer_factor is None else RowCapacity(section.expert_buffer_factor, device)
+    )
     return Parallel(rank, world_size, local_rank, local_world_size, device, groups, DataParallelUnit())
 
 

@@ -57,7 +57,7 @@ def resume(run: Run, report: Report = silent) -> LoadedCheckpoint | None:
     if run.saver.replicas is not None:
         # What was there is on the disk now, or cannot be had.
         run.saver.replicas.remarks += run.saver.replicas.clear()
-        run.saver.replicas.check_room(run.saver.measure(run.config), run.saver.ranks)
+        run.saver.replicas.check_memory(run.saver.measure(run.config), run.saver.ranks)
     return loaded
 
 

@@ -27,7 +27,7 @@ from amfm.model.loss import IGNORE_INDEX
 from amfm.model.parallel.groups import opened
 from amfm.model.scheduled import set_step
 from amfm.pretrain.engine.engine import StepOutcome
-from amfm.pretrain.micro_batch import LossShare, MicroBatch, MicroBatches, look_ahead, send
+from amfm.pretrain.micro_batch import LossShare, MicroBatch, MicroBatches, send, shift_batch
 from amfm.pretrain.monitor.anomalies import StepAnomaly, describe_skip, explain_refusal, judge_loss, remember
 from amfm.pretrain.parallel import Parallel
 from amfm.pretrain.run import Run
@@ -51,12 +51,12 @@ def train_step(run: Run) -> StepResult:
     run.engine.module.train()
     set_step(run.model, run.progress.step, run.num_steps)
     sums, report, anomaly = take_passes(run, batches, counts, share)
-    room = run.parallel.groups.row_room
-    if room is not None and room.settle(report.missed):
+    capacity = run.parallel.groups.row_capacity
+    if capacity is not None and capacity.settle(report.missed):
         run.engine.step(work.rate)  # rejected on all ranks: it lets go of the gradients
         run.tell("dispatch_overflow", "expert buffers overflowed: this step is computed again with exact counts")
         sums, report, anomaly = take_passes(run, batches, counts, share)
-        room.settle(report.missed)
+        capacity.settle(report.missed)
     for hook in run.hooks:
         hook.before_update()
     run.clock("optimizer")
@@ -81,12 +81,12 @@ def take_passes(
     where rows of spread experts had no room. `counts`: of valid tokens. Every rank must call this.
     """
     sums = empty_sums(run.config.model, run.parallel.device, extra=run.config.own_losses())
-    room = run.parallel.groups.row_room
+    capacity = run.parallel.groups.row_capacity
     with run.engine.accumulate(len(batches)):
         micro_batches = MicroBatches(batches, run.parallel, run.config.model)
         for hook in run.hooks:
             hook.before_passes(micro_batches, share)
-        with run.clock("forward"), opened(room):
+        with run.clock("forward"), opened(capacity):
             for output in forward_backward(run, micro_batches, share):
                 sums.add(output)
         run.clock("reduce")
@@ -94,7 +94,7 @@ def take_passes(
         report = sums.reduce(run.parallel, counts, gather_news(run))
         anomaly = judge_loss(report.loss, run.progress.recent_losses, run.config.health)
         is_spike = anomaly is not None and run.config.health.on_spike == "skip"
-        if is_spike or (room is not None and room.was_short(report.missed)):
+        if is_spike or (capacity is not None and capacity.was_short(report.missed)):
             run.engine.skip_next_step()
     return sums, report, anomaly
 
@@ -235,7 +235,7 @@ def count_valid_tokens(batches: Sequence[Batch], parallel: Parallel, model: Mode
     First those of the main loss, then those of each MTP layer; on the device, if no one waits.
     """
     own = [sum(int(batch.loss_mask_BT.sum()) for batch in batches)]
-    ahead = [look_ahead(batch, model.num_depths) for batch in batches]
+    ahead = [shift_batch(batch, model.num_depths) for batch in batches]
     own += [
         sum(int((given[depth].labels_BT != IGNORE_INDEX).sum()) for given in ahead) for depth in range(model.num_depths)
     ]

@@ -38,7 +38,7 @@ class StepReport:
 
     tokens: valid ones, of the main loss and then of each MTP layer, at least 1. expert_counts: choices by expert
     of each MoE block. news: the largest signal of any rank, whether some rank saves, the damaged samples of all data
-    ranks. missed: times that rows of spread experts had no place (`RowRoom`).
+    ranks. missed: times that rows of spread experts had no place (`RowCapacity`).
     """
 
     nll: float
@@ -137,8 +137,8 @@ class StepSums:
         vectors = [torch.stack([part.double() for part in parts])]
         vectors += [counts_E.double() for counts_E in self.expert_counts.values()]
         own = encode(news or RankNews(), parallel)
-        room = parallel.groups.row_room
-        of_each = own if room is None else torch.cat([own, room.missed.double().view(1)])
+        capacity = parallel.groups.row_capacity
+        of_each = own if capacity is None else torch.cat([own, capacity.missed.double().view(1)])
         summed = parallel.all_reduce_unique(torch.cat(vectors), of_each=of_each)
         sizes = [len(vector) for vector in vectors]
         counts = summed[: sum(sizes)].split(sizes)[1:]
@@ -151,7 +151,7 @@ class StepSums:
         by_block = {block: [int(next(taken)) for _ in counts_E] for block, counts_E in self.expert_counts.items()}
         signal = max(number if next(taken) else 0 for number in WATCHED)
         is_saving, damaged_samples = bool(next(taken)), int(next(taken))
-        num_missed = 0 if room is None else int(next(taken))
+        num_missed = 0 if capacity is None else int(next(taken))
         valid = [max(1, int(count)) for count in taken]
         news = RankNews(int(signal), is_saving, damaged_samples)
         return StepReport(nll, z_loss, auxiliary, mtp_nll, valid, by_block, news, num_missed)

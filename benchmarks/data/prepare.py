@@ -63,12 +63,12 @@ class _Watched:
         """Write the units on Ray, as `amfm prepare` does, once Ray's own processes have started."""
         with running_ray(None, min(len(units), config.prepare.num_actors or len(units))):
             _wait_until_calm()
-            self.moments.append(_look())
+            self.moments.append(_measure())
             for unit, report in run_on_ray(units, store, tokenizer, config):
                 if isinstance(report, UnitReport):
                     self.reports.append((time.monotonic(), report))
                     if len(self.reports) in (1, len(units)):
-                        self.moments.append(_look())
+                        self.moments.append(_measure())
                 yield unit, report
 
 
@@ -89,7 +89,7 @@ def measure_preparation(settings: BenchData, report: Callable[[str], None]) -> d
             report(f"preparing: round {turn} of {settings.rounds}")
             alone = tokenize_alone() if turn % 2 else []  # who comes first changes, so that a drift favours neither
             shutil.rmtree(settings.work / "fast", ignore_errors=True)
-            watched, before = _Watched(), _look()
+            watched, before = _Watched(), _measure()
             prepare(settings.data_config("fast"), runner=watched.run)
             rounds.append(_summary(settings, watched, before, alone or tokenize_alone()))
     shares = {call: [entry[f"share_of_{call}"] for entry in rounds] for call in CALLS}
@@ -139,10 +139,10 @@ def _wait_until_calm() -> None:
 
     Ray's agents import for seconds after Ray answers, which would count as work of the first units.
     """
-    deadline, before = time.monotonic() + CALM_SECONDS, _look()
+    deadline, before = time.monotonic() + CALM_SECONDS, _measure()
     while time.monotonic() < deadline:
         time.sleep(1)
-        now = _look()
+        now = _measure()
         if now.total - before.total <= 0.1 * (now.when - before.when):
             return
         before = now
@@ -172,7 +172,7 @@ def _tokenizers_alone(settings: BenchData) -> Iterator[Callable[[], list[_Alone]
         yield tokenize_alone
 
 
-def _look() -> _Moment:
+def _measure() -> _Moment:
     """CPU seconds of this process, of everything below it, and of the actors among them without Ray's threads.
 
     An actor works on its main thread and on short-lived ones of the tokenizer; the others that live are Ray's.

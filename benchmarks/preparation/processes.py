@@ -70,7 +70,7 @@ class MemoryWatch:
         self.pid, self.every_seconds = pid, every_seconds
         self.samples: list[Sample] = []
 
-    def look(self, seconds: float) -> None:
+    def sample(self, seconds: float) -> None:
         """Take a sample."""
         found = below(self.pid)
         actors = [resident_bytes(pid) for pid in found if title(pid).startswith(ACTOR)]
@@ -85,7 +85,7 @@ class MemoryWatch:
 
         def watch() -> None:
             while not stop.wait(self.every_seconds):
-                self.look(time.monotonic() - began)
+                self.sample(time.monotonic() - began)
 
         thread = threading.Thread(target=watch, daemon=True)
         thread.start()

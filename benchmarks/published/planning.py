@@ -125,7 +125,7 @@ def load_anchor(run: PublishedRun, presets: Path) -> Anchor:
     assumptions = Assumptions(
         imbalance=NATURAL_IMBALANCE if run.routing == "natural" and not is_padded else run.padding,
         sent_rows=sent_rows(config.model.moe, layout.expert, HARDWARE["h100"].gpus_per_node),
-        beside_experts=run.beside,
+        meanwhile=run.meanwhile,
         repeats=run.repeats,
         drains=run.drains,
     )

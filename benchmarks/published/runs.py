@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from amfm.launch.plan.expert_time import Beside
+from amfm.launch.plan.expert_time import Meanwhile
 
 TERA = 1e12
 
@@ -30,7 +30,7 @@ class PublishedRun:
     `depths`: of multi-token prediction, behind the preset's main blocks; several share one module, as all of these do.
     `is_stand_in`: the preset is another model than the one that was trained, so that only rates of FLOPs compare.
     `low_precision`: overrides of that section, for runs in FP8.
-    `beside`: what the code computes while experts' rows are sent. `repeats`: exchanges of a forward pass that its recomputation
+    `meanwhile`: what the code computes while experts' rows are sent. `repeats`: exchanges of a forward pass that its recomputation
     makes again: 1, the dispatch, where it stops at the last saved tensor; 2 where something is saved behind the combine.
     `drains`: times that its pipeline drains in a step. `padding`: rows of an expert over the mean to which all are padded, 1.0
     where they are not.
@@ -53,7 +53,7 @@ class PublishedRun:
     is_stand_in: bool = False
     cause: str = ""
     low_precision: tuple[str, ...] = ()
-    beside: Beside = "nothing"
+    meanwhile: Meanwhile = "nothing"
     repeats: int = 0
     drains: int = 1
     padding: float = 1.0
@@ -73,7 +73,7 @@ def _interleaved(pipeline: int, virtual_stages: int, expert: int, tensor: int = 
 
 PUBLISHED = (
     PublishedRun(
-        "Nemotron 3 Nano", NANO, 8, 16_789, 328 * TERA, {"expert": 8}, 4, 512, "full", beside="shared", repeats=1
+        "Nemotron 3 Nano", NANO, 8, 16_789, 328 * TERA, {"expert": 8}, 4, 512, "full", meanwhile="shared", repeats=1
     ),
     PublishedRun(
         "Nemotron 3 Super",
@@ -85,7 +85,7 @@ PUBLISHED = (
         2,
         512,
         "full",
-        beside="shared",
+        meanwhile="shared",
         repeats=2,
         cause="not known: its row with two pipeline stages, recomputation of only the experts and MTP is a third slower",
     ),
@@ -100,7 +100,7 @@ PUBLISHED = (
         256,
         "full",
         depths="/*E/*E",
-        beside="shared",
+        meanwhile="shared",
         repeats=2,
     ),
     PublishedRun(
@@ -184,7 +184,7 @@ PUBLISHED = (
         1,
         512,
         "full",
-        beside="shared",
+        meanwhile="shared",
         repeats=1,
     ),
     PublishedRun(
@@ -197,7 +197,7 @@ PUBLISHED = (
         1,
         8192,
         "full",
-        beside="shared",
+        meanwhile="shared",
         repeats=1,
         drains=4,
     ),
@@ -211,7 +211,7 @@ PUBLISHED = (
         1,
         512,
         "full",
-        beside="shared",
+        meanwhile="shared",
         repeats=1,
         drains=2,
     ),
@@ -226,7 +226,7 @@ PUBLISHED = (
         1,
         1024,
         "none",
-        beside="blocks",
+        meanwhile="blocks",
         cause="its exchanges run next to another micro-batch's blocks, on 32 multiprocessors; what that costs is not published",
     ),
     PublishedRun(
@@ -253,7 +253,7 @@ PUBLISHED = (
         1024,
         "none",
         "natural",
-        beside="blocks",
+        meanwhile="blocks",
     ),
 )
 

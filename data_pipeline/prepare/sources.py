@@ -124,7 +124,7 @@ def list_files(source: SourceConfig, pins: Mapping[str, str] = {}) -> list[Input
         if is_hub(given):
             found = _list_hub(given, pins.get(given) or pin_revisions([given], {})[given], where)
         elif is_http(given):
-            found = _choose_one(_look_up(given, where), where)
+            found = _choose_one(_find_source(given, where), where)
         else:
             found = _list_remote(given, where) if is_url(given) else _list_local(given, where)
         files += [_describe(item, f"{number}/{item.name}") for item in found]
@@ -218,11 +218,11 @@ def _list_hub(given: str, commit: str, where: str) -> list[_Found]:
     return matches
 
 
-def _look_up(given: str, where: str) -> _Found:
+def _find_source(given: str, where: str) -> _Found:
     """Describe one file of a web server. Raises ValueError if it cannot be had."""
     name = urllib.parse.unquote(urllib.parse.urlsplit(given).path.rpartition("/")[2])
     try:
-        file = HttpFile.look_up(given, headers_for(given))
+        file = HttpFile.stat(given, headers_for(given))
     except HttpError as error:
         raise ValueError(
             f"{where} cannot be read ({error}); check the address, the network and HTTPS_PROXY, or name a local file"
@@ -262,7 +262,7 @@ def _list_remote(given: str, where: str) -> list[_Found]:
         return _choose_in_folder(found, where)
     folder, name = split_url(given)  # a prefix without objects below it may be an object itself
     try:
-        facts = RemoteFolder(folder).look_up(name)
+        facts = RemoteFolder(folder).stat(name)
     except FileNotFoundError as error:
         raise ValueError(f"{where} does not exist; {_REMEDY}") from error
     return _choose_one(_Found(name, given, facts.num_bytes, facts.modified_ns), where)
@@ -363,7 +363,7 @@ def _stat_tokens(index: str) -> tuple[int, int]:
     try:
         if is_url(path):
             folder, name = split_url(path)
-            facts = RemoteFolder(folder).look_up(name)
+            facts = RemoteFolder(folder).stat(name)
             return facts.num_bytes, facts.modified_ns
         local = os.stat(path)
     except FileNotFoundError as error:

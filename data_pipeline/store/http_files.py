@@ -134,7 +134,7 @@ class HttpFile:
         self._address = url
 
     @staticmethod
-    def look_up(url: str, headers: Mapping[str, str] = {}, *, attempts: int = 2) -> HttpFile:
+    def stat(url: str, headers: Mapping[str, str] = {}, *, attempts: int = 2) -> HttpFile:
         """Ask for size and version by reading one byte, which every server of ranges answers.
 
         Raises HttpError if there is no answer, and ValueError if the server knows no ranges.

@@ -208,7 +208,7 @@ def _fetch(remote: RemoteFolder, name: str, size: int, number: int, block_bytes:
     except FileNotFoundError as error:
         raise DamagedError(f"{remote.url}/{name} is missing; {_REMEDY}") from error
     except RuntimeError:
-        found = remote.look_up(name).num_bytes
+        found = remote.stat(name).num_bytes
         if found == size:
             raise
         block = b""

@@ -69,7 +69,7 @@ class RemoteFolder:
             answer = library.get(client, name, options={"range": (start, stop)})
             return bytes(answer.bytes()), int(answer.meta["size"])
 
-    def look_up(self, name: str) -> ObjectFacts:
+    def stat(self, name: str) -> ObjectFacts:
         """Ask for the size and time of one object."""
         with self._explained(name) as (library, client):
             return _describe(library.head(client, name), name)
@@ -82,7 +82,7 @@ class RemoteFolder:
 
     def open(self, name: str) -> io.BufferedReader:
         """Open an object as a file that is read in ranges of 2 MiB."""
-        num_bytes = self.look_up(name).num_bytes
+        num_bytes = self.stat(name).num_bytes
         stream = RangeStream(num_bytes, lambda start, stop: self.read_range(name, start, stop)[0])
         return io.BufferedReader(stream, STREAM_BYTES)
 
@@ -102,7 +102,7 @@ class RemoteFolder:
 
     def _require_size(self, name: str, sent: int) -> None:
         """Raise RuntimeError for an object that has another size than was sent."""
-        arrived = self.look_up(name).num_bytes
+        arrived = self.stat(name).num_bytes
         if arrived != sent:
             raise RuntimeError(
                 f"{self.url}/{name} has {arrived} bytes, {sent} were sent; run the same command to continue"
@@ -110,7 +110,7 @@ class RemoteFolder:
 
     def copy(self, name: str, target: str) -> None:
         """Copy an object, by the store itself where one request can; a larger one comes through this machine. Checks the size."""
-        size = self.look_up(name).num_bytes
+        size = self.stat(name).num_bytes
         with self._explained(name, "copied") as (library, client):
             if size <= MAX_COPY_BYTES:
                 library.copy(client, name, target)

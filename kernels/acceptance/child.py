@@ -242,7 +242,7 @@ def _measure(settings: dict[str, Any], device: torch.device, answer: Answer) -> 
     from amfm.kernels.cases.problem import GpuSizes
     from amfm.kernels.proof.check import measure_milliseconds
 
-    problems = importlib.import_module(settings["cases"]).OPERATIONS[settings["operation"]].on_card
+    problems = importlib.import_module(settings["cases"]).OPERATIONS[settings["operation"]].on_gpu
     sizes = GpuSizes(**settings.get("sizes", {}))
     for name in settings.get("names") or problems:
         answer({"begun": name})

@@ -93,4 +93,4 @@ def _on_gpu(inputs: Inputs, sizes: GpuSizes) -> Problem:
     return attention_problem(inputs, sizes.tokens, sizes.attention_heads, sizes.kv_heads, sizes.attention_dim)
 
 
-CASE = OperationCase("attention", counted_problems, trials, on_card={"attention": _on_gpu})
+CASE = OperationCase("attention", counted_problems, trials, on_gpu={"attention": _on_gpu})

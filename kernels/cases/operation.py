@@ -13,7 +13,7 @@ from amfm.kernels.cases.trial import Kind, Sized
 class OperationCase:
     """An operation of `kernels/`: every way in which it is compiled, counted, checked and timed.
 
-    `counted`: problems of the audit. `trials`: what its kernels are compared with float64 at. `on_card`, `on_host`:
+    `counted`: problems of the audit. `trials`: what its kernels are compared with float64 at. `on_gpu`, `on_host`:
     builders of the problems that are timed, by the name that the benchmarks give them. `also`: calls on the meta device of
     kernels that no trial reaches there, such as those that only tuning chooses; with the trials they are what is compiled
     ahead of time (`amfm.kernels.proof.recorded`). `first_architecture`: the oldest that has what all of it needs.
@@ -22,7 +22,7 @@ class OperationCase:
     name: str
     counted: Callable[[], Iterator[CountedProblem]]
     trials: Callable[[], Iterator[Sized]]
-    on_card: Mapping[str, Callable[[Inputs, GpuSizes], Problem]] = field(default_factory=dict)
+    on_gpu: Mapping[str, Callable[[Inputs, GpuSizes], Problem]] = field(default_factory=dict)
     on_host: Mapping[str, Callable[[Inputs, HostSizes], Problem]] = field(default_factory=dict)
     also: Callable[[], None] = lambda: None
     first_architecture: int = 80

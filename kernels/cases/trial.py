@@ -91,7 +91,7 @@ def _direction(output: Tensor, seed: int) -> Tensor:
 @contextmanager
 def _own_generator(device: torch.device) -> Iterator[None]:
     """Inside, random numbers are those of one seed; afterwards they continue as if nothing had been drawn."""
-    cards = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cards):
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus):
         torch.manual_seed(_SEED)
         yield

@@ -100,6 +100,6 @@ CASE = OperationCase(
     "causal_conv1d",
     counted_problems,
     trials,
-    on_card={"causal_conv1d": _on_gpu},
+    on_gpu={"causal_conv1d": _on_gpu},
     on_host={"causal_conv1d": _on_host},
 )

@@ -253,7 +253,7 @@ CASE = OperationCase(
     "decay_scan",
     counted_problems,
     trials,
-    on_card={"decay_scan": _on_gpu, "linear_attention": _linear_attention_on_gpu},
+    on_gpu={"decay_scan": _on_gpu, "linear_attention": _linear_attention_on_gpu},
     on_host={"decay_scan": _on_host},
     also=segments_of_rows,
 )

@@ -161,13 +161,13 @@ class _Setup:
     def weigh(self, x: Tensor, weights: Tensor) -> Tensor:
         """x [n, H, Q, V] times weights [n, H, Q, 1], the heads of a group side by side: [n, G, Q, R V]."""
         s = self.sizes
-        weighed = self.room(len(x), s.G, s.Q, s.R * s.V)
+        weighed = self.empty(len(x), s.G, s.Q, s.R * s.V)
         torch.mul(self.grouped(x), self.grouped(weights), out=self.by_head(weighed))
         return weighed
 
     def multiply(self, left: Tensor, right: Tensor) -> Tensor:
         """Products of matrices [n, heads, ...], of operands in `gemm`, in the wide dtype."""
-        out = self.room(*left.shape[:3], right.shape[3])
+        out = self.empty(*left.shape[:3], right.shape[3])
         self.multiply_into(out, left, right, beta=0.0)
         return out
 
@@ -182,14 +182,14 @@ class _Setup:
         else:
             out.add_(torch.bmm(left, right))
 
-    def room(self, *shape: int) -> Tensor:
+    def empty(self, *shape: int) -> Tensor:
         """A tensor to be filled, in the wide dtype."""
         return torch.empty(shape, dtype=self.wide, device=self.b.device)
 
     def rows(self, x: Tensor, source: Tensor, skip: Tensor | None, dtype: torch.dtype) -> Tensor:
         """x [n, H, Q, V], plus skip times its source, as rows of tokens again: [B, T, H, V]."""
         s = self.sizes
-        tokens = self.room(s.B, s.chunks, s.Q, s.H, s.V)
+        tokens = self.empty(s.B, s.chunks, s.Q, s.H, s.V)
         out = tokens.permute(1, 0, 3, 2, 4)
         if skip is None:
             out.copy_(x.view(out.shape))
@@ -270,7 +270,7 @@ def _scan_states(setup: _Setup, initial: Tensor | None) -> tuple[Tensor, Tensor]
     A chunk's own part is made where its leaving state will stand, which is where the next chunk's entering state stands.
     """
     s = setup.sizes
-    states = setup.room(s.count + s.B, s.G, s.K, s.R * s.V)
+    states = setup.empty(s.count + s.B, s.G, s.K, s.R * s.V)
     weighted = setup.weigh(setup.v, setup.weights_to_end())
     setup.multiply_into(states[s.B :], setup.k.mT, weighted, beta=0.0)
     walked = states.view(s.chunks + 1, s.B, s.G, s.K, s.R, s.V)
@@ -313,8 +313,8 @@ def _through_states(
     s, n = setup.sizes, setup.sizes.count
     # Chunks are as [chunks, B], so leaving out each row's first or last chunk is one slice.
     first, last = 0 if has_initial else s.B, n if d_final is not None else n - s.B
-    states = setup.room(n + s.B, s.G, s.K, s.R * s.V)
-    dq, dk, dv = setup.room(*setup.q.shape), setup.room(*setup.k.shape), torch.empty_like(dy)
+    states = setup.empty(n + s.B, s.G, s.K, s.R * s.V)
+    dq, dk, dv = setup.empty(*setup.q.shape), setup.empty(*setup.k.shape), torch.empty_like(dy)
     dq[:first].zero_()
     dk[last:].zero_()
     dv[last:].zero_()

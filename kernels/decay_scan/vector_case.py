@@ -61,6 +61,6 @@ CASE = OperationCase(
     "decay_scan_vector",
     counted_problems,
     trials,
-    on_card={"decay_scan_vector": _on_gpu},
+    on_gpu={"decay_scan_vector": _on_gpu},
     on_host={"decay_scan_vector": _on_host},
 )

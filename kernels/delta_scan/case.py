@@ -119,5 +119,5 @@ def _on_host(inputs: Inputs, sizes: HostSizes) -> Problem:
 
 
 CASE = OperationCase(
-    "delta_scan", counted_problems, trials, on_card={"delta_scan": _on_gpu}, on_host={"delta_scan": _on_host}
+    "delta_scan", counted_problems, trials, on_gpu={"delta_scan": _on_gpu}, on_host={"delta_scan": _on_host}
 )

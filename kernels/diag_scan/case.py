@@ -107,5 +107,5 @@ def _on_host(inputs: Inputs, sizes: HostSizes) -> Problem:
 
 
 CASE = OperationCase(
-    "diag_scan", counted_problems, trials, on_card={"diag_scan": _on_gpu}, on_host={"diag_scan": _on_host}
+    "diag_scan", counted_problems, trials, on_gpu={"diag_scan": _on_gpu}, on_host={"diag_scan": _on_host}
 )

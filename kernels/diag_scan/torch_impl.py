@@ -59,7 +59,7 @@ class _Tile:
         inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
         begins: Tensor | None,
         where: tuple[slice, slice],
-        room: Tensor,
+        buffer: Tensor,
     ) -> None:
         """Views of x, dt [R, T, c], A [N, c], B and C [R, T, N], begins [R, T], and of room for [chunk, R, N, c] each."""
         rows, channels = where
@@ -69,8 +69,8 @@ class _Tile:
         self.A = A[channels].t().contiguous()
         self.exponents = self.A * LOG2_E
         self.shape = (self.x.shape[0], *self.A.shape)
-        self.chunk = room.shape[1]
-        self.decays, self.states, *rest = room[..., : math.prod(self.shape)].unflatten(-1, self.shape)
+        self.chunk = buffer.shape[1]
+        self.decays, self.states, *rest = buffer[..., : math.prod(self.shape)].unflatten(-1, self.shape)
         self.gradients = rest[0] if rest else None
 
     def chunks(self) -> list[slice]:
@@ -128,8 +128,8 @@ def _tiles(B: int, C: int, chunk: int) -> Iterator[tuple[slice, slice]]:
 
 def _tile_size(B: int, C: int, chunk: int) -> tuple[int, int]:
     """How many rows and channels fit a tile: all channels before a second row."""
-    room = max(1, _TILE // chunk)
-    return min(B, max(1, room // C)), min(C, room)
+    buffer = max(1, _TILE // chunk)
+    return min(B, max(1, buffer // C)), min(C, buffer)
 
 
 @torch.library.custom_op("amfm::diag_scan_torch", mutates_args=())
@@ -146,12 +146,12 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, last state, and the states that enter chunks [B, chunks, N, C]."""
     num_rows, T, num_channels = x.shape
-    room = dt.new_empty(2, chunk, math.prod(_tile_size(num_rows, num_channels, chunk)) * A.shape[1])
+    buffer = dt.new_empty(2, chunk, math.prod(_tile_size(num_rows, num_channels, chunk)) * A.shape[1])
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     final = dt.new_empty(num_rows, *A.shape)
     entering = dt.new_empty(num_rows, -(-T // chunk), A.shape[1], num_channels)
     for rows, channels in _tiles(num_rows, num_channels, chunk):
-        tile = _Tile((x, dt, A, B, C), begins, (rows, channels), room)
+        tile = _Tile((x, dt, A, B, C), begins, (rows, channels), buffer)
         state = dt.new_zeros(tile.shape) if initial is None else initial[rows, channels].transpose(1, 2)
         for number, tokens in enumerate(tile.chunks()):
             entering[rows, number, :, channels] = state
@@ -188,13 +188,13 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, dt, A, B, C, D and the initial state."""
     num_rows, _, num_channels = x.shape
-    room = dt.new_empty(3, chunk, math.prod(_tile_size(num_rows, num_channels, chunk)) * A.shape[1])
+    buffer = dt.new_empty(3, chunk, math.prod(_tile_size(num_rows, num_channels, chunk)) * A.shape[1])
     d_x, d_dt = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(dt)
     d_A, d_D = torch.zeros_like(A), torch.zeros_like(D)
     d_B, d_C = dt.new_zeros(B.shape), dt.new_zeros(C.shape)
     d_initial = dt.new_empty(num_rows, *A.shape)
     for rows, channels in _tiles(num_rows, num_channels, chunk):
-        tile = _Tile((x, dt, A, B, C), begins, (rows, channels), room)
+        tile = _Tile((x, dt, A, B, C), begins, (rows, channels), buffer)
         d_A_Nc = dt.new_zeros(tile.A.shape)
         d_state = dt.new_zeros(tile.shape) if d_final is None else d_final[rows, channels].transpose(1, 2).clone()
         for number, tokens in reversed(list(enumerate(tile.chunks()))):

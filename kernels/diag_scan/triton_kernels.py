@@ -133,7 +133,7 @@ def diag_forward_kernel(
 
 @triton.jit
 def diag_backward_kernel(
-    x, dt, A, B, C, D, firsts, d_y, d_final, entering, room, d_x, d_dt, d_A, d_B, d_C, d_D, d_initial,
+    x, dt, A, B, C, D, firsts, d_y, d_final, entering, buffer, d_x, d_dt, d_A, d_B, d_C, d_D, d_initial,
     T, channels, N, chunks, stride_xb, stride_xt, stride_bb, stride_bt, stride_cb, stride_ct,
     Q: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     DOCUMENTS: tl.constexpr, D_FINAL: tl.constexpr,
@@ -158,7 +158,7 @@ def diag_backward_kernel(
     through = tl.load(D + column, mask=column < channels, other=0.0)
     in_state = (n < N)[:, None] & (column < channels)[None, :]
     own = n[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    room_base = room + (batch * tl.num_programs(0) + block) * TILES * BLOCK_N * BLOCK_C
+    room_base = buffer + (batch * tl.num_programs(0) + block) * TILES * BLOCK_N * BLOCK_C
     d_state = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     if D_FINAL:
         d_state = load_matrix(d_final + state_base, n, column, N, channels)

@@ -118,6 +118,6 @@ CASE = OperationCase(
     "linear_cross_entropy",
     counted_problems,
     trials,
-    on_card={"linear_cross_entropy": _on_gpu},
+    on_gpu={"linear_cross_entropy": _on_gpu},
     on_host={"linear_cross_entropy": _on_host},
 )

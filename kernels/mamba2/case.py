@@ -138,4 +138,4 @@ def _on_gpu(inputs: Inputs, sizes: GpuSizes) -> Problem:
     )  # fmt: skip
 
 
-CASE = OperationCase("mamba2", counted_problems, trials, on_card={"mamba2": _on_gpu})
+CASE = OperationCase("mamba2", counted_problems, trials, on_gpu={"mamba2": _on_gpu})

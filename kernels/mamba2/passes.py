@@ -90,7 +90,7 @@ class Rows:
         out = normed if out_weight is None else linear(normed, out_weight)
         return out, reciprocal, *((y.new_empty(0), y.new_empty(0)) if entering is None else (y, entering))
 
-    def again(self, D: Tensor, y: Tensor, entering: Tensor) -> tuple[Tensor, Tensor]:
+    def recompute(self, D: Tensor, y: Tensor, entering: Tensor) -> tuple[Tensor, Tensor]:
         """y and the states that enter chunks, made again where `mix` kept none."""
         if entering.numel():
             return y, entering

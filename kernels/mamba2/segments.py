@@ -122,7 +122,7 @@ def _entered_backward(
     """
     sizes, d_projected = MixerSizes.of(numbers, epsilon), projected.new_empty(projected.shape)
     rows = Rows.of(projected, conv_weight, conv_bias, A_log, dt_bias, starts, sizes, chunk_size, window, initial)
-    y, states = rows.again(D, y, entering)
+    y, states = rows.recompute(D, y, entering)
     weights = norm_weight, out_weight
     d_y, d_norm, d_weight = rows.norm_back(d_out, y, reciprocal, *weights, d_projected, out_weight_sum, out_weight_adds)
     made = states.new_empty(0) if entering.numel() else states

@@ -117,7 +117,7 @@ def _backward(
     """
     sizes, d_projected = MixerSizes.of(numbers, epsilon), projected.new_empty(projected.shape)
     rows = Rows.of(projected, conv_weight, conv_bias, A_log, dt_bias, starts, sizes, chunk_size)
-    y, entering = rows.again(D, y, entering)
+    y, entering = rows.recompute(D, y, entering)
     weights = norm_weight, out_weight
     d_y, d_norm, d_weight = rows.norm_back(d_out, y, reciprocal, *weights, d_projected, out_weight_sum, out_weight_adds)
     del y

@@ -76,6 +76,6 @@ CASE = OperationCase(
     counted_problems,
     trials,
     first_architecture=100,
-    on_card={f"{name}_linear": partial(_linear_on_gpu, name=name) for name in MOVED}
+    on_gpu={f"{name}_linear": partial(_linear_on_gpu, name=name) for name in MOVED}
     | {f"{name}_experts": partial(_experts_on_gpu, name=name) for name in MOVED},
 )

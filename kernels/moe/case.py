@@ -271,7 +271,7 @@ CASE = OperationCase(
     "moe",
     counted_problems,
     trials,
-    on_card={"moe": _on_gpu, "moe_over_ranks": _sent_on_gpu, "moe_in_slots": _slots_on_gpu},
+    on_gpu={"moe": _on_gpu, "moe_over_ranks": _sent_on_gpu, "moe_in_slots": _slots_on_gpu},
     on_host={"moe": _on_host},
     also=persistent_products,
 )

@@ -162,5 +162,5 @@ CASE = OperationCase(
     counted_problems,
     trials,
     first_architecture=90,
-    on_card={"low_precision_linear": _linear_on_gpu, "low_precision_experts": _experts_on_gpu},
+    on_gpu={"low_precision_linear": _linear_on_gpu, "low_precision_experts": _experts_on_gpu},
 )

@@ -147,6 +147,6 @@ CASE = OperationCase(
     "norm",
     counted_problems,
     trials,
-    on_card={"rms_norm": _on_gpu, "gated_rms_norm": _gated_on_gpu},
+    on_gpu={"rms_norm": _on_gpu, "gated_rms_norm": _gated_on_gpu},
     on_host={"gated_rms_norm": _gated_on_host, "rms_norm": _on_host},
 )

@@ -28,7 +28,7 @@ def _find_cases() -> Iterator[OperationCase]:
 OPERATIONS: dict[str, OperationCase] = {case.name: case for case in _find_cases()}
 # What is timed, by the name that benchmarks give it; an operation may be timed in two forms.
 ON_CARD: dict[str, Callable[[Inputs, GpuSizes], Problem]] = {
-    name: build for case in OPERATIONS.values() for name, build in case.on_card.items()
+    name: build for case in OPERATIONS.values() for name, build in case.on_gpu.items()
 }
 ON_HOST: dict[str, Callable[[Inputs, HostSizes], Problem]] = {
     name: build for case in OPERATIONS.values() for name, build in case.on_host.items()

@@ -61,19 +61,21 @@ def find_faults(operation: str, device: torch.device) -> list[str]:
     Raises CannotCheck if the check itself cannot run.
     """
     versions = f"torch {torch.__version__} triton {importlib.metadata.version('triton')}"
-    card = f"{torch.cuda.get_device_name(device)} {versions} {os.environ.get('TRITON_PTXAS_PATH', '')}"
-    return look_up(operation, str(device), card.strip(), (find("checked") for find in (user_folder, scratch_folder)))
+    gpu = f"{torch.cuda.get_device_name(device)} {versions} {os.environ.get('TRITON_PTXAS_PATH', '')}"
+    return read_or_check(
+        operation, str(device), gpu.strip(), (find("checked") for find in (user_folder, scratch_folder))
+    )
 
 
-def look_up(
-    operation: str, device: str, card: str, folders: Iterable[Path | None], cases: str = DEFAULT_CASES
+def read_or_check(
+    operation: str, device: str, gpu: str, folders: Iterable[Path | None], cases: str = DEFAULT_CASES
 ) -> list[str]:
     """The faults that one of the folders knows of an operation on a GPU, after a check if none knows anything yet.
 
-    `card`: names the GPU and its compilers. folders: those that are None are passed over; the first that can be written keeps
+    `gpu`: names the GPU and its compilers. folders: those that are None are passed over; the first that can be written keeps
     what is found, and where none can, it is not kept. A check of another process is waited for.
     """
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{card} {digest_source()}").strip("-") + f"_{operation}.json"
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{gpu} {digest_source()}").strip("-") + f"_{operation}.json"
     refused = []
     for folder in folders:
         if folder is None:
@@ -82,20 +84,20 @@ def look_up(
         if known is not None:
             return known
         if can_write(folder):
-            return _check_once(folder / name, operation, device, card, cases)
+            return _check_once(folder / name, operation, device, gpu, cases)
         refused.append(f"{folder} cannot be written")
     _warn_not_kept(", ".join(refused) or "there is no home directory")
     return check_now(operation, device, cases)
 
 
-def _check_once(path: Path, operation: str, device: str, card: str, cases: str) -> list[str]:
+def _check_once(path: Path, operation: str, device: str, gpu: str, cases: str) -> list[str]:
     """The faults that a file keeps, after a check where another process has not written it meanwhile."""
     with _locked(path.with_suffix(".lock")):
         known = _read(path)
         if known is None:
             known = check_now(operation, device, cases)
             try:
-                write_whole(path, {"operation": operation, "card": card, "faults": known})
+                write_whole(path, {"operation": operation, "card": gpu, "faults": known})
             except OSError as error:
                 _warn_not_kept(f"{path.parent}: {error.strerror or error}")
     return known

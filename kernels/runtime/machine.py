@@ -21,8 +21,8 @@ def find_obstacle(device: str) -> str | None:
         return f"this torch is built without CUDA ({found}): `pip install 'torch>=2.15'` brings one with it. {REQUIREMENTS}"
     try:
         torch.cuda.init()
-        card = torch.device(device)
-        properties = torch.cuda.get_device_properties(card)
+        gpu = torch.device(device)
+        properties = torch.cuda.get_device_properties(gpu)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return (
@@ -30,5 +30,5 @@ def find_obstacle(device: str) -> str | None:
             f"one; a driver too old for this CUDA wants a newer driver, or a torch of an older CUDA (`pip install torch "
             f"--index-url https://download.pytorch.org/whl/cu126`). {REQUIREMENTS}"
         )
-    refusal = refuse_triton(card)
+    refusal = refuse_triton(gpu)
     return f"{properties.name}: {refusal}" if refusal else None

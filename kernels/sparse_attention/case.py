@@ -97,5 +97,5 @@ CASE = OperationCase(
     "sparse_attention",
     counted_problems,
     trials,
-    on_card={"sparse_attention": _on_gpu, "sparse_attention_latents": partial(_on_gpu, shape=LATENTS)},
+    on_gpu={"sparse_attention": _on_gpu, "sparse_attention_latents": partial(_on_gpu, shape=LATENTS)},
 )

@@ -92,4 +92,4 @@ def _on_gpu(inputs: Inputs, sizes: GpuSizes) -> Problem:
     return swiglu_problem(inputs, sizes.tokens, 2 * sizes.model)
 
 
-CASE = OperationCase("swiglu", counted_problems, trials, on_card={"swiglu": _on_gpu})
+CASE = OperationCase("swiglu", counted_problems, trials, on_gpu={"swiglu": _on_gpu})

@@ -78,13 +78,13 @@ class Job:
         path, own = self.configs[name]
         directory = self.folder / run
         words = ["train", path, f"run.dir={directory}", *own, *QUIET, *overrides, "--nproc", str(num_ranks)]
-        run_child(rank_command(words), hides_card=on_cpu or self.device == "cpu", variables=environment)
+        run_child(rank_command(words), hides_gpu=on_cpu or self.device == "cpu", variables=environment)
         return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def run_child(command: list[str], *, hides_card: bool, variables: Mapping[str, str] = {}) -> str:
+def run_child(command: list[str], *, hides_gpu: bool, variables: Mapping[str, str] = {}) -> str:
     """Run a command to its end and return its standard output. Raises RuntimeError with what it said if it fails."""
-    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if hides_card else {}) | dict(variables)
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if hides_gpu else {}) | dict(variables)
     try:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, check=False, timeout=STAGE_SECONDS
@@ -129,22 +129,22 @@ def compare_losses(job: Job) -> dict[str, Any]:
         cpu = _losses(job.train(name, f"{name}_cpu", *sizes, "train.precision=float32", on_cpu=True))
         result["losses"][name] = {"compared with: cpu float32": cpu}
         for precision, limits in LIMITS.items():
-            card = _losses(job.train(name, f"{name}_{precision}", *sizes, f"train.precision={precision}"))
-            result["losses"][name][f"{job.device} {precision}"] = card
-            result["faults"] += [f"{name} in {precision}: {fault}" for fault in judge_losses(card, cpu, limits)]
+            gpu = _losses(job.train(name, f"{name}_{precision}", *sizes, f"train.precision={precision}"))
+            result["losses"][name][f"{job.device} {precision}"] = gpu
+            result["faults"] += [f"{name} in {precision}: {fault}" for fault in judge_losses(gpu, cpu, limits)]
     return result
 
 
-def judge_losses(card: list[float], cpu: list[float], limits: tuple[float, float]) -> list[str]:
+def judge_losses(gpu: list[float], cpu: list[float], limits: tuple[float, float]) -> list[str]:
     """What is wrong with losses, compared with a CPU's or one GPU's: `limits` on the first step's relative difference and on all."""
-    if len(card) != len(cpu):
-        return [f"{len(card)} steps instead of {len(cpu)}"]
-    differences = [abs(one - other) / abs(other) for one, other in zip(card, cpu, strict=True)]
+    if len(gpu) != len(cpu):
+        return [f"{len(gpu)} steps instead of {len(cpu)}"]
+    differences = [abs(one - other) / abs(other) for one, other in zip(gpu, cpu, strict=True)]
     faults = (
         [] if differences[0] <= limits[0] else [f"the first loss differs by {differences[0]:.2g}, above {limits[0]:g}"]
     )
     # NaN is the worst, and compares with nothing.
-    worst = max(range(len(card)), key=lambda step: math.inf if math.isnan(differences[step]) else differences[step])
+    worst = max(range(len(gpu)), key=lambda step: math.inf if math.isnan(differences[step]) else differences[step])
     if not differences[worst] <= limits[1]:
         faults.append(f"the loss of step {worst + 1} differs by {differences[worst]:.2g}, above {limits[1]:g}")
     return faults
@@ -195,7 +195,7 @@ def compare_memory(job: Job) -> dict[str, Any]:
     for name, (path, own) in job.configs.items():
         settings = (*_one_rank(job), "train.steps=3", *_short_schedule(3))
         words = ["plan", path, *own, *settings, "--gpus", "1", "--margin", "0", "--json"]
-        planned = json.loads(run_child(rank_command(words), hides_card=True))
+        planned = json.loads(run_child(rank_command(words), hides_gpu=True))
         lines = job.train(name, f"{name}_memory", *settings)
         fixed = job.train(name, f"{name}_memory_fixed", *settings, environment=FIXED_SEGMENTS)
         result["memory"][name] = {
@@ -240,7 +240,7 @@ def profile(job: Job) -> dict[str, Any]:
     directory = job.folder / "profile"
     words = [path, f"run.dir={directory}", *own, *QUIET, *_one_rank(job), "train.steps=6", *_short_schedule(6)]
     command = [*isolated_python(), "-m", "amfm.launch.bench.gpu_profile", *words]
-    return {"kernels": json.loads(run_child(command, hides_card=job.device == "cpu")), "faults": []}
+    return {"kernels": json.loads(run_child(command, hides_gpu=job.device == "cpu")), "faults": []}
 
 
 STAGES: dict[str, Callable[[Job], dict[str, Any]]] = {

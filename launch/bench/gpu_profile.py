@@ -24,8 +24,8 @@ def profile_run(path: str, overrides: list[str]) -> list[dict[str, Any]]:
     from amfm.pretrain.train import train
 
     config = load_checked(path, overrides, world_size=1)
-    has_card = torch.cuda.is_available()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if has_card else [])]
+    has_gpu = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if has_gpu else [])]
     with profiler(activities=activities) as found:
         code = train(config)
     if code:
@@ -34,7 +34,7 @@ def profile_run(path: str, overrides: list[str]) -> list[dict[str, Any]]:
         {
             "name": event.key,
             "calls": event.count,
-            "milliseconds": (event.self_device_time_total if has_card else event.self_cpu_time_total) / 1e3,
+            "milliseconds": (event.self_device_time_total if has_gpu else event.self_cpu_time_total) / 1e3,
         }
         for event in found.key_averages()
     ]

@@ -26,7 +26,7 @@ def bench_cuda(names: list[str] | None = None, *, report: Callable[[str], None])
     operations whose process did not end well. Raises ValueError for an unknown operation.
     """
     check_names(names, ON_CARD)
-    result: dict[str, Any] = {"hardware": _describe_card(), "rows": [], "remarks": [], "faults": []}
+    result: dict[str, Any] = {"hardware": _describe_gpu(), "rows": [], "remarks": [], "faults": []}
     for name in names or ON_CARD:
         report(f"timing {name}")
         finished = _run("time", name, TIMING_SECONDS)
@@ -59,12 +59,12 @@ def tune_cuda(names: list[str] | None = None, *, report: Callable[[str], None]) 
 
 def _run(do: str, name: str, seconds: float) -> Finished:
     """Run one problem for a GPU in a child."""
-    operation = next(each.name for each in OPERATIONS.values() if name in each.on_card)
+    operation = next(each.name for each in OPERATIONS.values() if name in each.on_gpu)
     settings = {"do": do, "operation": operation, "names": [name], "device": "cuda", "cases": DEFAULT_CASES}
     return run_child(settings, seconds)
 
 
-def _describe_card() -> dict[str, Any]:
+def _describe_gpu() -> dict[str, Any]:
     """The GPU and the versions of what ran on it. Raises RuntimeError if the GPU does not answer."""
     described = run_child({"do": "describe", "device": "cuda"}, TIMING_SECONDS)
     if described.fault:

@@ -122,7 +122,7 @@ class HostServer:
         self.message = ""
         self.lines.clear()
 
-    def hang_up(self) -> None:
+    def disconnect(self) -> None:
         """Close the input: the server ends with it, and its ranks with the server."""
         assert self.process.stdin is not None, "started with a pipe"
         with suppress(OSError):
@@ -289,7 +289,7 @@ class RemoteHosts:
     def _drop(self, *servers: HostServer) -> None:
         """Give up servers, with one wait for all of them."""
         for server in servers:
-            server.hang_up()
+            server.disconnect()
         deadline = time.monotonic() + STOP_SECONDS
         for server in servers:
             server.close(deadline)

@@ -145,7 +145,7 @@ def check_links(link: Mapping[str, Any], token: str, patience: float) -> Iterato
             yield f"none of its ports {link['ports']} is free for others to reach it"
             return
         with listener:
-            tell(listening=listener.getsockname()[1])
+            reply(listening=listener.getsockname()[1])
             await_links(listener, link["expect"], token, patience)
     if "connect" in link:
         yield from check_link(link, token, patience)
@@ -189,7 +189,7 @@ def process_age() -> float:
     return max(0.0, time.monotonic() - started)
 
 
-def tell(**answer: Any) -> None:
+def reply(**answer: Any) -> None:
     """Answer the launcher with one line; started over, since a rank may have left one unfinished."""
     sys.stdout.write(f"\n{MARK}{json.dumps(answer)}\n")
     sys.stdout.flush()
@@ -209,7 +209,7 @@ def main(text: str) -> None:
         chosen = ("ports", "expect") if os.environ["SLURM_NODEID"] == "0" else ("connect",)
         request["link"] = {name: link[name] for name in chosen}
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-    tell(faults=check_node(request, received), node=node, port=find_port())
+    reply(faults=check_node(request, received), node=node, port=find_port())
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ class RayHead:
         except OSError:
             return False
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Look now and then; ends this program where the head has not answered for LOST_SECONDS.
 
         At once, since Ray's own clean-up would wait for the head, and end the program by another code.
@@ -214,7 +214,7 @@ class RayCluster:
             return Outcome(RUN_FAILED, first_line(error))
         finally:
             while not self.head.answers():  # or these would wait for it, and raise
-                self.head.look()
+                self.head.poll()
                 time.sleep(POLL_SECONDS)
             for actor in self.actors:
                 ray.kill(actor)
@@ -313,7 +313,7 @@ class RayCluster:
         while running and (deadline is None or time.monotonic() < deadline):
             done, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
             shown.show()
-            self.head.look()
+            self.head.poll()
             for reference in done:
                 rank = running.pop(reference)
                 place = f"rank {rank} on {hosts[rank]}"

@@ -65,14 +65,14 @@ class StorageWait:
         self.run_dir, self.limit = run_dir, limit
         self.deadline: float | None = None
 
-    def until(self, look: Callable[[], Found]) -> Found:
-        """The result of `look`, which may raise OSError, as soon as the storage takes a file. Raises RuntimeError after the limit."""
+    def until(self, attempt: Callable[[], Found]) -> Found:
+        """The result of `attempt`, which may raise OSError, as soon as the storage takes a file. Raises RuntimeError after the limit."""
         while True:
             try:
                 folder = self.run_dir / "launch"
                 folder.mkdir(parents=True, exist_ok=True)
                 probe(folder)
-                return look()
+                return attempt()
             except OSError as error:
                 self.refuse(error)
 

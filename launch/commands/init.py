@@ -118,9 +118,9 @@ def check(name: str, value: str) -> str:
     if not value:
         raise ValueError(f"--{name} needs an answer: name a file or a folder of text, such as data/corpus/shakespeare")
     if name == "data":
-        from amfm.launch.init.text import look_at
+        from amfm.launch.init.text import describe_text
 
-        look_at(value)
+        describe_text(value)
     if name == "hardware":
         from amfm.launch.init.machine import find_machine
 

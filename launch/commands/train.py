@@ -75,13 +75,13 @@ def train(
         with following(config):
             code = run_layouts(config, arguments, nproc, context.obj)
     else:
-        from amfm.launch.plan.card_fit import check_fits, this_card
+        from amfm.launch.plan.gpu_fit import check_fits, local_gpu
         from amfm.pretrain.checkpoint.names import continued_step
         from amfm.pretrain.failures import describe_exit, settings_worked
 
-        card = None if force else this_card()
-        if card is not None:
-            check_fits(config, numbers[0], card, steps_done=max(0, continued_step(config)))
+        gpu = None if force else local_gpu()
+        if gpu is not None:
+            check_fits(config, numbers[0], gpu, steps_done=max(0, continued_step(config)))
         try:
             with settings_worked(config.run.dir), nullcontext() if is_rank else following(config):
                 code = train_run(config)

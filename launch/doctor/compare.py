@@ -42,10 +42,10 @@ def compare_reports(reports: Sequence[RankReport]) -> list[Finding]:
             status="warn",
         )
     )
-    shared_cards = compare_cards(reports)
+    shared_gpus = compare_gpus(reports)
     return [
         *findings,
-        *([shared_cards] if shared_cards else []),
+        *([shared_gpus] if shared_gpus else []),
         *merge_host_findings(reports),
         compare_caches(reports),
         compare_disks(reports),
@@ -81,7 +81,7 @@ def shorten(items: Sequence[str]) -> str:
     return ", ".join(items[:SHOWN]) + more
 
 
-def compare_cards(reports: Sequence[RankReport]) -> Finding | None:
+def compare_gpus(reports: Sequence[RankReport]) -> Finding | None:
     """The UUIDs of all GPUs by host, a failure when several ranks share one; None on CPU."""
     named: dict[str, list[str]] = {}
     for report in reports:
@@ -89,9 +89,9 @@ def compare_cards(reports: Sequence[RankReport]) -> Finding | None:
             named.setdefault(report.host, []).append(f"rank {report.rank} {report.device_id}")
     if not named:
         return None
-    cards = Counter(report.device_id for report in reports if report.device_id is not None)
-    twice = [report.rank for report in reports if report.device_id is not None and cards[report.device_id] > 1]
-    every = shorten([f"{host}: {', '.join(cards)}" for host, cards in named.items()])
+    gpus = Counter(report.device_id for report in reports if report.device_id is not None)
+    twice = [report.rank for report in reports if report.device_id is not None and gpus[report.device_id] > 1]
+    every = shorten([f"{host}: {', '.join(gpus)}" for host, gpus in named.items()])
     if not twice:
         return Finding("cards", "ok", f"one for each rank; {every}")
     found = f"one GPU for several ranks: {name_ranks(twice, [report.host for report in reports])}; {every}"
@@ -122,8 +122,8 @@ def compare_caches(reports: Sequence[RankReport]) -> Finding:
     broken = [f"{report.host}: {report.cache.problem}" for report in own if report.cache.problem]
     if broken:
         remedy = "make it writable, or TRITON_CACHE_DIR=FOLDER in launch.setup"
-        on_cards = any(report.device_id is not None for report in own if report.cache.problem)
-        return Finding("triton cache", "fail" if on_cards else "warn", shorten(broken), remedy)
+        on_gpus = any(report.device_id is not None for report in own if report.cache.problem)
+        return Finding("triton cache", "fail" if on_gpus else "warn", shorten(broken), remedy)
     remote = [f"{report.host}: {report.cache.path} on {report.cache.file_system}" for report in own]
     remote = [text for text, report in zip(remote, own) if report.cache.is_on_network()]
     if remote:

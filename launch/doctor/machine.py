@@ -157,7 +157,7 @@ def examine_devices() -> list[Finding]:
     findings = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        found = describe_card(properties)
+        found = describe_gpu(properties)
         status: Literal["ok", "warn"] = "ok" if properties.major >= 8 else "warn"
         remedy = "" if status == "ok" else "bf16 needs capability 8.0 or more: train.precision=float32"
         findings.append(Finding(f"cuda:{index}", status, found, remedy))
@@ -167,7 +167,7 @@ def examine_devices() -> list[Finding]:
     return findings
 
 
-def describe_card(properties: Any) -> str:
+def describe_gpu(properties: Any) -> str:
     """A GPU's name, memory and compute capability in words."""
     return (
         f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, capability {properties.major}.{properties.minor}"

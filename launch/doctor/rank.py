@@ -16,7 +16,7 @@ from amfm.data_pipeline.durable.files import file_system_of, read_mounts
 from amfm.launch.doctor.machine import (
     GIB,
     Finding,
-    describe_card,
+    describe_gpu,
     examine_compiler,
     examine_devices,
     examine_known_bad,
@@ -119,7 +119,7 @@ def describe_device() -> tuple[str, str | None]:
     if not torch.cuda.is_available():
         return f"CPU, {platform.machine()}, {usable_cores()} cores", None
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return describe_card(properties), str(properties.uuid)
+    return describe_gpu(properties), str(properties.uuid)
 
 
 def triton_cache_folder() -> Path:

@@ -58,13 +58,13 @@ def run_storage_test(folder: Path, *, wait_seconds: float = WAIT_SECONDS) -> Sto
         if reasons[0] is not None:
             return StorageTest({0: reasons[0]}, {}, {}, 0.0, 0.0)
         room: float = gather(free_gib(folder) if rank == 0 else None)[0]
-        looks = gather(look_for({0: files[0]}, contents, wait_seconds)[0] if rank else (None, 0.0))
+        looks = gather(wait_for_files({0: files[0]}, contents, wait_seconds)[0] if rank else (None, 0.0))
         unseen_by = {number: why for number, (why, _) in enumerate(looks) if why is not None}
         reasons = gather(write_file(files[rank], contents[rank]) if rank else None)
         unwritten = {number: why for number, why in enumerate(reasons) if why is not None}
         expected = {number: path for number, path in files.items() if number not in {0, *unwritten}}
         seen: dict[int, tuple[str | None, float]] = gather(
-            look_for(expected, contents, wait_seconds) if rank == 0 else None
+            wait_for_files(expected, contents, wait_seconds) if rank == 0 else None
         )[0]
         unseen_from = {number: why for number, (why, _) in seen.items() if why is not None}
         slowest = max([seconds for why, seconds in (*looks, *seen.values()) if why is None], default=0.0)
@@ -89,7 +89,7 @@ def write_file(path: Path, content: bytes, *, make_folder: bool = False) -> str 
     return None
 
 
-def look_for(
+def wait_for_files(
     files: Mapping[int, Path], contents: Mapping[int, bytes], wait_seconds: float
 ) -> dict[int, tuple[str | None, float]]:
     """Poll for files until all are seen with their content or `wait_seconds` are over.

@@ -45,7 +45,7 @@ class Text:
         return float(f"{max(least, min(MOST_HELD, wanted)):.2g}")
 
 
-def look_at(data: str) -> Text:
+def describe_text(data: str) -> Text:
     """Look at the text. Raises ValueError if there is none; a data set of the Hub is taken for large, and not asked for."""
     if is_hub(data):
         parse_hub(data)

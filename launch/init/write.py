@@ -28,7 +28,7 @@ from amfm.data_pipeline.prepare.hub import is_hub, parse_hub
 from amfm.data_pipeline.store.object_store import is_url
 from amfm.launch.init.machine import Choice, Machine, find_layout, larger_machines
 from amfm.launch.init.shapes import STYLES, Size, bias_update_rate, model_section, size_of
-from amfm.launch.init.text import DEFAULT, Text, look_at
+from amfm.launch.init.text import DEFAULT, Text, describe_text
 from amfm.model.config.schema import ModelConfig
 from amfm.model.flops import count_parameters, flops_per_token
 from amfm.pretrain.checks.load import load_checked
@@ -107,7 +107,7 @@ def write_config(answers: Answers) -> Written:
     path = answers.folder / FILE_NAME
     if path.exists():
         raise ValueError(f"{path} is there already; name another folder, or move it away")
-    text = look_at(answers.data)
+    text = describe_text(answers.data)
     tree = compose(answers, text)
     with tempfile.TemporaryDirectory() as scratch:
         draft = Path(scratch) / FILE_NAME

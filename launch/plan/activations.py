@@ -36,7 +36,7 @@ class BlockBytes:
 @dataclass(frozen=True)
 class Storage:
     """Precision and kernels of a run: `element_bytes` of a weight or activation (4 or 2), `backend` triton or torch,
-    `state_bytes` of a master or moment, of which a weight that Muon does not step has `num_moments`, and `lands`: products add weight gradients to the float32 sums of ZeRO 1 and 2. keeps_average: a moving average of weights is next to the master weights.
+    `state_bytes` of a master or moment, of which a weight that Muon does not step has `num_moments`, and `accumulates`: products add weight gradients to the float32 sums of ZeRO 1 and 2. keeps_average: a moving average of weights is next to the master weights.
 
     The backend matters because Triton and PyTorch implementations save different tensors and slice the head
     differently.
@@ -45,7 +45,7 @@ class Storage:
     element_bytes: int
     backend: str
     state_bytes: int = FLOAT32_BYTES
-    lands: bool = False
+    accumulates: bool = False
     num_moments: int = 2
     keeps_average: bool = False
 
@@ -79,14 +79,14 @@ def up_rows(units: int, activation: Activation) -> int:
 
 
 def head_bytes(
-    config: ModelConfig, storage: Storage, tokens: float, tensor: int = 1, *, lands: bool = False
+    config: ModelConfig, storage: Storage, tokens: float, tensor: int = 1, *, accumulates: bool = False
 ) -> tuple[float, float]:
     """(kept, working) bytes of the head for `tokens` tokens in one pass; the loss makes its gradients in forward.
 
     Kept: gradients of hidden and weight. Working: one slice of float32 logits with its gradient, and the float32 sum of
     the weight's gradient. Slices keep the [tokens, vocab] logits from ever existing whole. With tensor parallelism
     Triton kernels compute the logits again in backward, because a slice's softmax needs sums over all ranks first; where
-    the weight's gradient `lands` in its bucket's sum, their products add to it.
+    the weight's gradient `accumulates` in its bucket's sum, their products add to it.
     """
     e, vocab, hidden = storage.element_bytes, config.vocab_size // tensor, config.hidden_size
     backend = storage.backend
@@ -102,6 +102,6 @@ def head_bytes(
         sums += product
     rows = min(tokens, rows)
     if tensor > 1 and backend == "triton":
-        own = 0.0 if lands else product + sums
+        own = 0.0 if accumulates else product + sums
         return tokens * hidden * 2 * e, tokens * hidden * e + rows * vocab * e + own
     return tokens * hidden * 3 * e + product, rows * vocab * (FLOAT32_BYTES + e) + sums

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from amfm.launch.plan.expert_time import Beside
+from amfm.launch.plan.expert_time import Meanwhile
 from amfm.launch.plan.hardware import GIB, Hardware
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.low_precision import narrow_flops_per_token
@@ -25,7 +25,7 @@ class Assumptions:
     `margin`: memory added for fragmentation and small allocations. `overlap`: part of ZeRO-3's gathers and of pipeline
     sends that hides behind compute. `imbalance`: routed rows of the most loaded expert rank over the mean. `sent_rows`: of the
     rows that amfm sends to experts, a token's to each rank once, the part that is sent; less than 1 where a dispatcher sends
-    it once to a node. `beside_experts`: what is computed while they are sent, of amfm the shared expert. `repeats`: exchanges of a
+    it once to a node. `meanwhile`: what is computed while they are sent, of amfm the shared expert. `repeats`: exchanges of a
     forward pass that recomputation makes again, 0 to 2. `drains`: times that a pipeline fills and drains in a step.
     `failures_per_day`: of the whole allocation, None: goodput is not asked for; `storage_bytes_per_second`: of the store of
     checkpoints, all ranks together, None: as `launch/plan/failures/goodput.py` assumes.
@@ -35,7 +35,7 @@ class Assumptions:
     overlap: float = 0.5
     imbalance: float = 1.2
     sent_rows: float = 1.0
-    beside_experts: Beside = "shared"
+    meanwhile: Meanwhile = "shared"
     repeats: int = 0
     drains: int = 1
     failures_per_day: float | None = None
@@ -101,7 +101,7 @@ def estimate(
         overlap=assumptions.overlap,
         imbalance=assumptions.imbalance,
         sent_rows=assumptions.sent_rows,
-        beside_experts=assumptions.beside_experts,
+        meanwhile=assumptions.meanwhile,
         repeats=assumptions.repeats,
         drains=assumptions.drains,
     )
@@ -187,7 +187,7 @@ def estimate_as_dict(item: Estimate) -> dict[str, Any]:
             "optimizer_seconds": step.optimizer,
             "reduction_seconds": step.reduction,
             "hidden_seconds": step.hidden,
-            "beside_experts_seconds": step.beside_experts,
+            "beside_experts_seconds": step.hidden_experts,
             "exposed_gather_seconds": step.exposed_gathers,
             "host_seconds": step.host,
             "multiprocessor_seconds": step.shared,

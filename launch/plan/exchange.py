@@ -37,16 +37,16 @@ def element_type(config: RunConfig) -> tuple[str, int]:
     return {"float32": ("float32", 4), "bf16": ("bfloat16", 2)}[config.train.precision]
 
 
-def crossing(config: RunConfig, layout: Layout, width: int, *, times: int, again: int = 0) -> Iterator[Exchange]:
+def crossing(config: RunConfig, layout: Layout, width: int, *, times: int, regathers: int = 0) -> Iterator[Exchange]:
     """A stream of `width` numbers per token enters or leaves a tensor region `times` times, backward passes included.
 
     Without sequence parallel a crossing is one sum: forward where a region ends, backward where it begins. With it a
-    crossing is a gather and a scatter, and projections gather the residual stream `again` in backward rather than keep it.
+    crossing is a gather and a scatter, and projections gather the residual stream again (`regathers` times) in backward rather than keep it.
     """
     dtype, size = element_type(config)
     whole = layout.stage_ranks * layout.tokens(config) * width * size
     if layout.sequence_parallel:
-        gathers = times + again
+        gathers = times + regathers
         share = layout.stage_ranks * (layout.tokens(config) // layout.tensor) * width * size
         yield Exchange("tp", "all_gather", dtype, gathers, gathers * share)
         yield Exchange("tp", "reduce_scatter", dtype, times, times * whole)
@@ -63,13 +63,13 @@ def part_crossings(config: RunConfig, layout: Layout, part: FeedForwardPart, tim
     if not part.inner:
         return
     if structure.kind == "dense":
-        yield from crossing(config, layout, width, times=2 * times, again=times)
+        yield from crossing(config, layout, width, times=2 * times, regathers=times)
         return
     enters = structure.between(width, up_rows(part.inner, part.activation))
     leaves = structure.between(part.inner, width) if structure.kind == "lowrank" else width
-    yield from crossing(config, layout, enters, times=times, again=times if structure.kind != "blockshuffle" else 0)
+    yield from crossing(config, layout, enters, times=times, regathers=times if structure.kind != "blockshuffle" else 0)
     yield from crossing(config, layout, leaves, times=times)
     if config.model.self_guided_training is not None:
         # The dense matrix reads the residual stream on its own; only under low rank its output leaves on its own too.
-        yield from crossing(config, layout, width, times=times, again=times)
+        yield from crossing(config, layout, width, times=times, regathers=times)
         yield from crossing(config, layout, width, times=times if structure.kind == "lowrank" else 0)

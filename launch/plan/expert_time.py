@@ -27,7 +27,7 @@ from amfm.model.config.schema import ModelConfig
 from amfm.pretrain.config.schema import RunConfig
 
 # What is computed while rows are sent: nothing, the block's shared expert, as in amfm, or blocks of another micro-batch.
-Beside = Literal["nothing", "shared", "blocks"]
+Meanwhile = Literal["nothing", "shared", "blocks"]
 
 
 def expert_exchange_seconds(
@@ -39,18 +39,18 @@ def expert_exchange_seconds(
     *,
     imbalance: float,
     sent_rows: float,
-    beside: Beside = "shared",
+    meanwhile: Meanwhile = "shared",
     repeats: int = 0,
     block: Mapping[tuple[str, bool], float] = MappingProxyType({}),
 ) -> tuple[float, float]:
     """Seconds of a micro-batch's exchanges over the expert axis: what computing waits for, and what is hidden next to
     it.
 
-    `sent_rows`: the part of planned rows that is sent. `beside`: what is computed meanwhile. `repeats`: exchanges of a forward
+    `sent_rows`: the part of planned rows that is sent. `meanwhile`: what is computed during it. `repeats`: exchanges of a forward
     pass that recomputation makes again: 1, the way out, or 2, the way home too. `block`: seconds of a block by symbol, and
     whether it has a recipe.
     """
-    if layout.turns > 1 and beside != "nothing":
+    if layout.turns > 1 and meanwhile != "nothing":
         return turns_exchange_seconds(config, layout, hardware, storage, held, imbalance, sent_rows, block)
     blocks = held.routed_blocks
     traffic = expert_traffic(config, layout, blocks)
@@ -79,9 +79,9 @@ def expert_exchange_seconds(
             waited += times * once
             whole += times * (2 * (there + home) + min(repeats, 1) * home + max(repeats - 1, 0) * travel)
     counts = exchange_seconds(traffic.counts, layout, hardware)
-    if beside == "blocks":
+    if meanwhile == "blocks":
         waited = max(0.0, whole - sum(block[symbol, False] for symbol in held.letters))
-    exposed = whole if beside == "nothing" else waited
+    exposed = whole if meanwhile == "nothing" else waited
     return counts + exposed, whole - exposed
 
 
@@ -124,7 +124,7 @@ def turns_exchange_seconds(
         return 0.0, 0.0
     uneven = sent_rows * (imbalance if traffic.details and layout.expert_buffer_factor is None else 1.0)
     travel = uneven * exchange_seconds(traffic.rows, turn, hardware) / blocks / 4
-    beside = uneven * exchange_seconds(traffic.details, turn, hardware) / blocks / 2 if traffic.details else 0.0
+    extra = uneven * exchange_seconds(traffic.details, turn, hardware) / blocks / 2 if traffic.details else 0.0
     packed = uneven * packed_seconds(config, turn, hardware) if config.low_precision.dispatch == "fp8" else travel
     narrow = held.narrow_letters(config.low_precision.narrow_blocks(config.model.letters))
     first, last, experts = computed_around(
@@ -144,12 +144,12 @@ def turns_exchange_seconds(
                     continue
                 around = max(0.0, own - back * (first + last + experts)) / 2
                 there, home = packed if symbol in narrow else travel, travel
-                whole_seconds += layout.turns * (there + home + beside)
-                stop = Stop(gap + around, back * first, back * experts, back * last, there + beside, home)
+                whole_seconds += layout.turns * (there + home + extra)
+                stop = Stop(gap + around, back * first, back * experts, back * last, there + extra, home)
                 stops.append(
                     stop
                     if is_forward
-                    else stop._replace(first=stop.last, last=stop.first, out=there, home=home + beside)
+                    else stop._replace(first=stop.last, last=stop.first, out=there, home=home + extra)
                 )
                 gap = around
             waited += seconds_in_turns(stops, gap)

@@ -239,8 +239,8 @@ class Layout:
             for name, value in self.settings().items()
             if name == "zero_stage" or value is True or value not in (1, False, "1f1b")
         ]
-        again = [f"recompute={''.join(sorted(self.recompute))}"] if self.recompute else []
-        return " ".join([*parts, f"micro_batch_size={self.micro_batch_size}", *again])
+        recompute = [f"recompute={''.join(sorted(self.recompute))}"] if self.recompute else []
+        return " ".join([*parts, f"micro_batch_size={self.micro_batch_size}", *recompute])
 
 
 @dataclass(frozen=True)

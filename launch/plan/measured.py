@@ -199,8 +199,8 @@ def _measure(
         live.stacked = frozenset(weight.shape for weight in block.parameters() if weight.dim() == 3)
         stack.enter_context(live)
         stack.enter_context(HostAnswers(config.moe, cut, tokens))
-        if groups.row_room is not None:
-            stack.enter_context(groups.row_room.opened())
+        if groups.row_capacity is not None:
+            stack.enter_context(groups.row_capacity.opened())
         for parameter in block.parameters():
             parameter.register_hook(live.leave_out)
             parameter.register_post_accumulate_grad_hook(_forget_gradient)

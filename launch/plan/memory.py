@@ -218,16 +218,16 @@ def busiest_pass(
     whole = bucketed_bytes(held, layout) if is_bucketed else held.parameters * gradient_bytes
     between = resting_bytes(held, layout) if is_bucketed else whole
     block_gradients = whole / max(1, len(held.letters))
-    lands = storage.lands and is_bucketed
+    accumulates = storage.accumulates and is_bucketed
     kept_head, working_head = 0.0, 0.0
     if held.has_head:
-        kept_head, working_head = head_bytes(model, storage, tokens, layout.tensor, lands=lands)
+        kept_head, working_head = head_bytes(model, storage, tokens, layout.tensor, accumulates=accumulates)
     kept_head *= held.heads  # the losses of MTP layers stay until the backward pass begins with them
     gathered, arriving = gathered_bytes(layout, storage, held)
     # Of routed experts all gradients are made at once, in the dtype of the weights, before they join the sums; those of halves
     # are next to each other. Where products add to the sums nothing is next to them.
     stored = held.routed_blocks - count_routed(model, repeated_letters(model, held))
-    is_apart = storage.backend == "triton" and not lands
+    is_apart = storage.backend == "triton" and not accumulates
     expert_gradients = e * held.routed / max(1, stored) if is_apart else 0.0
     waiting = waiting_gradients(model, layout, held, e, expert_gradients, kept_head / max(1, held.heads))
     expert_gradients *= layout.expert_parts
@@ -254,7 +254,7 @@ def busiest_pass(
         if is_forward:
             if piece == last:
                 gradients = summed(passed, between)
-                if lands and layout.tensor > 1:  # the head's product adds to its sum while the logits are there
+                if accumulates and layout.tensor > 1:  # the head's product adds to its sum while the logits are there
                     gradients = min(whole, gradients + of_head)
                 moment = gradients, activations, 0.0, kept_head + working_head, gathered
                 if sum(moment) > fullest_sum:

@@ -165,6 +165,6 @@ def at_stage(layout: Layout, config: RunConfig, index: int, run: RunConfig) -> L
     micro_rows = (
         run.train.micro_batch_size if declaring_stage(config, index, "micro_batch_size") else layout.micro_batch_size
     )
-    again = [declaring_stage(config, index, name) for name in ("recompute", "recompute_blocks")]
-    letters = recomputed_letters(run) if any(again) else layout.recompute
+    declared = [declaring_stage(config, index, name) for name in ("recompute", "recompute_blocks")]
+    letters = recomputed_letters(run) if any(declared) else layout.recompute
     return replace(layout, micro_batch_size=micro_rows, recompute=letters)

@@ -24,7 +24,7 @@ CODES: RecipeName = "fp8_block"  # by which hidden rows are kept
 class Roofline:
     """Sum of roofline seconds of forward and backward operations on one device.
 
-    `forwards` is 2 where blocks are recomputed, so that every method counts the forward part once more. `lands`: products
+    `forwards` is 2 where blocks are recomputed, so that every method counts the forward part once more. `accumulates`: products
     add a weight's gradient to its float32 sum, which they read and write, where others write it. `recipes`: of low precision,
     by the names of weights; `wide_gradient`: their third product keeps the run's precision; `kept_passes`: micro-batches that use
     the codes of a weight which are made once, 0 where each product makes them; `saves_codes`: hidden rows are kept as codes.
@@ -37,7 +37,7 @@ class Roofline:
         element_bytes: int,
         forwards: int = 1,
         *,
-        lands: bool = False,
+        accumulates: bool = False,
         recipes: Mapping[str, RecipeName] = MappingProxyType({}),
         wide_gradient: bool = False,
         kept_passes: int = 0,
@@ -45,7 +45,12 @@ class Roofline:
     ) -> None:
         self.recipes, self.wide_gradient, self.kept_passes = recipes, wide_gradient, kept_passes
         self.saves_codes = saves_codes
-        self.hardware, self.element_bytes, self.forwards, self.lands = hardware, element_bytes, forwards, lands
+        self.hardware, self.element_bytes, self.forwards, self.accumulates = (
+            hardware,
+            element_bytes,
+            forwards,
+            accumulates,
+        )
         self.peak = hardware.peak_flops(precision)
         self.bandwidth = hardware.memory_bytes_per_second * hardware.memory_efficiency
         self.seconds = 0.0
@@ -79,7 +84,7 @@ class Roofline:
         arithmetic, weights = 2 * rows * inputs * outputs / (peak * efficiency), groups * inputs * outputs
         for times, bytes_each in (
             (self.forwards + 1, size),
-            (1, 2 * FLOAT32_BYTES if self.lands else size),
+            (1, 2 * FLOAT32_BYTES if self.accumulates else size),
         ):
             moved = size * rows * (inputs + outputs) + bytes_each * weights
             self.seconds += times * max(arithmetic, moved / self.bandwidth)
@@ -100,7 +105,7 @@ class Roofline:
         flops, weights = 2 * rows * inputs * outputs, groups * inputs * outputs
         rate = hardware.recipe_peak(recipe) * hardware.recipe_efficiency(recipe, grouped=grouped)
         wide = self.peak * (hardware.grouped_efficiency if grouped else hardware.product_efficiency)
-        sums = 2 * FLOAT32_BYTES if self.lands else e
+        sums = 2 * FLOAT32_BYTES if self.accumulates else e
         third = e if self.wide_gradient else b
         for times, seconds, moved in (
             (

@@ -31,7 +31,7 @@ from amfm.kernels.runtime import backend
 from amfm.model.config.low_precision import LowPrecisionConfig
 from amfm.model.config.moe import MoeConfig
 from amfm.model.moe.transfer import expected_ranks
-from amfm.model.parallel.groups import AXES, ProcessGroupCollection, RowRoom, SingleRankGroup, count_places
+from amfm.model.parallel.groups import AXES, ProcessGroupCollection, RowCapacity, SingleRankGroup, count_places
 
 # Tokens of a rank's row whose pass is counted: chunks, windows and segments of the usual sizes, and not the width of a weight.
 COUNTED_TOKENS = 4608
@@ -41,7 +41,7 @@ COUNTED_TOKENS = 4608
 class Cut:
     """What of a layout decides how large a block is on a rank: the ranks that share it, and what its experts get.
 
-    `in_slots`: whether rows to experts are in slots of a capacity. Else they have `room` (`RowRoom`), or `sent` rows of a token
+    `in_slots`: whether rows to experts are in slots of a capacity. Else they have `room` (`RowCapacity`), or `sent` rows of a token
     are sent, once to each rank of its experts, and the most loaded rank gets `rows` times the mean. `in_halves`: of a micro-batch. `is_split`: whether weight
     gradients are left for later. `narrow`: the recipe by which its products are made, None without.
     """
@@ -65,7 +65,7 @@ class Cut:
         sizes = {"tp": self.tensor, "cp": self.context, "ep": self.expert, "expt_tp": inside}
         groups = ProcessGroupCollection(**{axis: StandInGroup(sizes.get(axis, 1)) for axis in AXES})
         groups.sequence_parallel, groups.overlap_experts = self.is_sequence_parallel, self.in_halves
-        groups.row_room = None if self.room is None else RowRoom(self.room, torch.device("meta"))
+        groups.row_capacity = None if self.room is None else RowCapacity(self.room, torch.device("meta"))
         return groups
 
 

@@ -24,7 +24,7 @@ from amfm.launch.plan.exchanges.seconds import (
     total_seconds,
 )
 from amfm.launch.plan.exchanges.stage import reduction_exchanges
-from amfm.launch.plan.expert_time import Beside, expert_exchange_seconds
+from amfm.launch.plan.expert_time import Meanwhile, expert_exchange_seconds
 from amfm.launch.plan.graphs import pass_launches
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stages
@@ -40,7 +40,7 @@ from amfm.pretrain.engine.bf16_adamw import STEP_BYTES
 class StepTime:
     """Seconds of one optimizer step of the slowest pipeline stage, by part.
 
-    `communication`: inside the passes, by axis, as far as computing waits for it; `beside_experts` is what is sent in
+    `communication`: inside the passes, by axis, as far as computing waits for it; `hidden_experts` is what is sent in
     parallel with experts. `bubble`: waiting for other stages. `reduction`: of gradients, and the gathers of new weights
     under ZeRO-1 and 2, as far as passes do not hide them; `hidden` is what they do. `exposed_gathers` is what compute
     does not hide of ZeRO-3's.
@@ -55,7 +55,7 @@ class StepTime:
     reduction: float
     exposed_gathers: float
     hidden: float = 0.0
-    beside_experts: float = 0.0
+    hidden_experts: float = 0.0
     host: float = 0.0
     shared: float = 0.0
     jitter: float = 0.0
@@ -83,13 +83,13 @@ class StepTime:
 
     def hidden_parts(self) -> list[tuple[str, float]]:
         """Name what takes no time of the step, since it runs in parallel with others, with its seconds."""
-        hidden = [("expert exchanges", self.beside_experts), ("gradient reduction", self.hidden)]
+        hidden = [("expert exchanges", self.hidden_experts), ("gradient reduction", self.hidden)]
         return [(name, seconds) for name, seconds in hidden if seconds > 1e-6]  # less is rounding
 
 
-def lands(layout: Layout, storage: Storage) -> bool:
+def accumulates(layout: Layout, storage: Storage) -> bool:
     """Whether products add weight gradients to float32 sums, which ZeRO 1 and 2 have."""
-    return storage.lands and layout.zero_stage in (1, 2)
+    return storage.accumulates and layout.zero_stage in (1, 2)
 
 
 def block_seconds(
@@ -112,7 +112,7 @@ def block_seconds(
         config.train.precision,
         storage.element_bytes,
         layout.forwards(symbol),
-        lands=lands(layout, storage),
+        accumulates=accumulates(layout, storage),
         recipes=planned_recipes(config.low_precision, symbol) if is_narrow else {},
         wide_gradient=config.low_precision.weight_gradient == "bf16",
         kept_passes=kept_passes(config.low_precision, layout.micro_batches(config)),
@@ -134,8 +134,10 @@ def head_seconds(config: RunConfig, layout: Layout, hardware: Hardware, storage:
     """Seconds of final norm, logits, loss and both gradients; logits pass through memory in float32."""
     model, tokens = config.model, layout.tokens(config)
     vocab = model.vocab_size / layout.tensor
-    is_added = lands(layout, storage) and layout.tensor > 1  # a whole head's gradient is made before its scale is known
-    line = Roofline(hardware, config.train.precision, storage.element_bytes, lands=is_added)
+    is_added = (
+        accumulates(layout, storage) and layout.tensor > 1
+    )  # a whole head's gradient is made before its scale is known
+    line = Roofline(hardware, config.train.precision, storage.element_bytes, accumulates=is_added)
     line.product(tokens, model.hidden_size, vocab)
     line.passes(4 * FLOAT32_BYTES * tokens * vocab + 9 * tokens * model.hidden_size * storage.element_bytes)
     return line.seconds
@@ -144,7 +146,7 @@ def head_seconds(config: RunConfig, layout: Layout, hardware: Hardware, storage:
 def depth_seconds(config: RunConfig, layout: Layout, hardware: Hardware, storage: Storage) -> float:
     """Seconds of what an MTP layer has around its blocks: two norms and its projection."""
     hidden, tokens = config.model.hidden_size, layout.tokens(config)
-    line = Roofline(hardware, config.train.precision, storage.element_bytes, lands=lands(layout, storage))
+    line = Roofline(hardware, config.train.precision, storage.element_bytes, accumulates=accumulates(layout, storage))
     line.passes(2 * 6 * tokens / layout.stream_ranks * hidden * storage.element_bytes)
     line.product(tokens, 2 * hidden / layout.tensor, hidden)
     return line.seconds
@@ -159,7 +161,7 @@ def estimate_step(
     overlap: float,
     imbalance: float = 1.0,
     sent_rows: float = 1.0,
-    beside_experts: Beside = "shared",
+    meanwhile: Meanwhile = "shared",
     repeats: int = 0,
     drains: int = 1,
     stage: int | None = None,
@@ -170,7 +172,7 @@ def estimate_step(
     parallel with the last backward pass under ZeRO-1 (each under ZeRO-2), gathers of weights next to the first forward
     pass. `imbalance`: routed rows of the most loaded rank over the mean. `sent_rows`: the part of rows that is sent to
     experts, of those that amfm sends.
-    `beside_experts`: what is computed while they are sent. `repeats`: of `expert_exchange_seconds`. `drains`: times that a
+    `meanwhile`: what is computed while they are sent. `repeats`: of `expert_exchange_seconds`. `drains`: times that a
     pipeline fills and drains.
     """
     every = held_by_stages(config.model, layout, config.train.sequence_length, config.optimizer.matrix_settings())
@@ -193,7 +195,7 @@ def estimate_step(
             held,
             imbalance=imbalance,
             sent_rows=sent_rows,
-            beside=beside_experts,
+            meanwhile=meanwhile,
             repeats=repeats,
             block=block,
         )
@@ -251,8 +253,8 @@ def _estimate_stage(
         gathers = 2 * passes * ring_seconds(moved, layout.dense_sharers, hardware, calls=len(held.letters))
     # Communication cannot hide behind more compute than there is.
     hidden = min(gathers * overlap, sum(compute.values()))
-    exposed, beside = reduction_seconds(config, layout, hardware, held, sum(compute.values()))
-    overlapped = beside + passes * experts[1]
+    exposed, hidden_reduction = reduction_seconds(config, layout, hardware, held, sum(compute.values()))
+    overlapped = hidden_reduction + passes * experts[1]
     busy_all = passes * busy + bubble + exposed
     return StepTime(
         compute,
@@ -261,7 +263,7 @@ def _estimate_stage(
         optimizer_seconds(held, passes, layout, hardware, storage, summed_behind(config, layout, storage, held)),
         exposed,
         gathers - hidden,
-        beside,
+        hidden_reduction,
         passes * experts[1],
         passes * host_seconds(config, layout, hardware, storage, held, sum(compute.values()) / passes),
         hardware.collective_share * overlapped,
@@ -296,7 +298,7 @@ def summed_behind(config: RunConfig, layout: Layout, storage: Storage, held: Sta
     All of them, or where products add what they make: those of a head that no tensor ranks share, which is scaled on its way.
     Vectors are too few to count, and of the embedding only the sequences of a micro-batch's tokens are touched.
     """
-    if not lands(layout, storage):
+    if not accumulates(layout, storage):
         return held.parameters
     return config.model.vocab_size * config.model.hidden_size * held.has_head * (layout.tensor == 1)
 

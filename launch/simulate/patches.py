@@ -22,7 +22,7 @@ from torch._C._distributed_c10d import FakeWork
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from amfm.launch.simulate.card import SimulatedCard, always
+from amfm.launch.simulate.gpu import SimulatedGpu, always
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ def replace(owner: Any, name: str, value: Any, reason: str) -> None:
 
 
 def install(
-    card: SimulatedCard, note_launch: Callable[[Any, Any, Any, Any], None], read_list: Callable[[FakeTensor], list[Any]]
+    gpu: SimulatedGpu, note_launch: Callable[[Any, Any, Any, Any], None], read_list: Callable[[FakeTensor], list[Any]]
 ) -> None:
     """Replace what has to be replaced before DeepSpeed is imported.
 
     `note_launch` is called with each launched Triton kernel, its grid and its arguments; `read_list` answers `Tensor.tolist`.
     """
     os.environ["DS_ACCELERATOR"] = "cuda"
-    for name, answer in card.answers().items():
+    for name, answer in gpu.answers().items():
         replace(torch.cuda, name, answer, "there is no GPU: ask the simulated one")
     for name in ("range_push", "range_pop"):
         replace(torch.cuda.nvtx, name, always(None), "marks for a profiler of a GPU")

@@ -36,7 +36,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from amfm.data_pipeline.batch import Batch
 from amfm.launch.cluster.child import open_answers
 from amfm.launch.simulate import patches
-from amfm.launch.simulate.card import SimulatedCard
+from amfm.launch.simulate.gpu import SimulatedGpu
 from amfm.launch.simulate.tracer import DeviceWords, Tracer
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.monitor.profile import StepProfiler
@@ -83,15 +83,15 @@ def trace_rank(config: RunConfig, settings: dict[str, Any], report: Callable[[st
     rank, ranks, node = settings["rank"], settings["ranks"], settings["gpus_per_node"]
     # The first GPU of its node whatever the rank: what is made on "cuda" without a number is there.
     tracer = Tracer(torch.device("cuda", 0))
-    card = SimulatedCard(0, node, tracer.note_wait, is_blackwell=settings["is_blackwell"])
-    patches.install(card, tracer.note_launch, tracer.read_list)
+    gpu = SimulatedGpu(0, node, tracer.note_wait, is_blackwell=settings["is_blackwell"])
+    patches.install(gpu, tracer.note_launch, tracer.read_list)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK="0", LOCAL_WORLD_SIZE=str(min(node, ranks)))
     torch.set_num_threads(1)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     from amfm.pretrain.parallel import initialize_parallel, set_determinism
 
     parallel = initialize_parallel(config.parallel, timeout_seconds=600, num_threads=1)
-    patches.install_deepspeed(card.index)
+    patches.install_deepspeed(gpu.index)
     set_determinism(config.train.seed, config.train.deterministic)
     tracer.watch(parallel.groups)
     if settings["events"]:

@@ -98,7 +98,9 @@ def trace_run(
             "is_blackwell": hardware.mxfp8_flops is not None,
             "events": events,
         }
-        result = run_child(settings, partial(tell, report, number * PROGRESS_LINES, len(chosen) * PROGRESS_LINES))
+        result = run_child(
+            settings, partial(report_progress, report, number * PROGRESS_LINES, len(chosen) * PROGRESS_LINES)
+        )
         layout, predicted = Layout.of(traced, ranks), predicted_memory(traced, ranks, rank)
         found.append(TracedRank(rank, stage_name or resolve_stages(config)[0].name, traced, layout, predicted, result))
     return found
@@ -122,7 +124,7 @@ def check_torch(version: str) -> None:
         )
 
 
-def tell(report: Report, before: int, lines: int, done: int, what: str) -> None:
+def report_progress(report: Report, before: int, lines: int, done: int, what: str) -> None:
     """Report one rank's progress as part of all ranks' progress."""
     report(before + done, lines, what)
 

@@ -195,7 +195,7 @@ class Tracer(TorchDispatchMode):
         """Run an operation on fake tensors and record what it did."""
         kwargs = dict(kwargs or {})
         self.operations += 1
-        self._tell_backward()
+        self._enter_phase()
         asked = kwargs.get("device")
         if asked is not None and asked.type == "meta" and not self.meant_meta:
             kwargs["device"] = self.device  # what C++ sees below a fake CUDA tensor
@@ -221,7 +221,7 @@ class Tracer(TorchDispatchMode):
         self._count(func, args, kwargs, out)
         return out
 
-    def _tell_backward(self) -> None:
+    def _enter_phase(self) -> None:
         """Tell backward from forward passes, which both run in the run's phase `forward`."""
         if self.base_phase == "forward":
             phase = "backward" if self.blocks.is_backward() else "forward"

@@ -25,7 +25,7 @@ from amfm.kernels.moe.rows.op import (
     sort_choices,
 )
 from amfm.model.moe.transfer import HeldExperts, RowTransfer, exchange_counts, sum_over_width_ranks
-from amfm.model.parallel.groups import RowRoom, count_places
+from amfm.model.parallel.groups import RowCapacity, count_places
 
 
 class RowsByRank:
@@ -41,8 +41,12 @@ class RowsByRank:
         sizes = [len(x_RD) - len(x_RD) // 2, len(x_RD) // 2] if num_parts == 2 else [len(x_RD)]
         x, ids, weights = (tensor.split(sizes) for tensor in (x_RD, expert_ids_RK, weights_RK))
         routes = [Destinations.of(ids_RK, experts) for ids_RK in ids]
-        room = experts.groups.row_room
-        plans = plan_places(routes, experts, room) if room is not None and room.is_used else plan_parts(routes, experts)
+        capacity = experts.groups.row_capacity
+        plans = (
+            plan_places(routes, experts, capacity)
+            if capacity is not None and capacity.is_used
+            else plan_parts(routes, experts)
+        )
         self.parts = [_Part(x[part], ids[part], weights[part], plans[part], experts) for part in range(len(sizes))]
 
     def collect(self) -> Tensor:
@@ -111,16 +115,16 @@ def plan_parts(routes: list[Destinations], experts: HeldExperts) -> list[RankPla
                 num_choices=sum(choices for counts in arrived_parts for _, choices in counts),
             )
         )
-    room = experts.groups.row_room
-    if room is not None and room.is_open:
+    capacity = experts.groups.row_capacity
+    if capacity is not None and capacity.is_open:
         for route, plan in zip(routes, plans):
-            rows, choices = _places(route, experts, room)
+            rows, choices = _places(route, experts, capacity)
             if max(plan.sent) > rows or plan.num_choices > choices:
-                room.note(torch.ones_like(room.missed))
+                capacity.note(torch.ones_like(capacity.missed))
     return plans
 
 
-def plan_places(routes: list[Destinations], experts: HeldExperts, room: RowRoom) -> list[RankPlan]:
+def plan_places(routes: list[Destinations], experts: HeldExperts, capacity: RowCapacity) -> list[RankPlan]:
     """Give the rows of each part places, and tell every rank which are filled; nothing waits.
 
     Every rank of `groups.ep` and `groups.expt_tp` must call, with as many tokens.
@@ -130,8 +134,8 @@ def plan_places(routes: list[Destinations], experts: HeldExperts, room: RowRoom)
     arrived_XPN = exchange_counts(counts_NP.T, experts.groups)
     plans = []
     for number, route in enumerate(routes):
-        rows, choices = _places(route, experts, room)
-        room.note((counts_NP[number] > rows).any())
+        rows, choices = _places(route, experts, capacity)
+        capacity.note((counts_NP[number] > rows).any())
         every_N = torch.arange(rows, device=counts_NP.device)
         plans.append(
             RankPlan(
@@ -146,11 +150,11 @@ def plan_places(routes: list[Destinations], experts: HeldExperts, room: RowRoom)
     return plans
 
 
-def _places(route: Destinations, experts: HeldExperts, room: RowRoom) -> tuple[int, int]:
+def _places(route: Destinations, experts: HeldExperts, capacity: RowCapacity) -> tuple[int, int]:
     """Places for a part's rows to each rank, and for the choices of its experts in all rows that a rank gets."""
     ranks, beside = experts.groups.ep.size(), experts.groups.expt_tp.size()
     tokens, top_k = route.choices_RK.shape
-    rows, choices = count_places(room.shares, tokens, top_k, experts.sent_share, ranks, len(experts.up_eFD))
+    rows, choices = count_places(capacity.shares, tokens, top_k, experts.sent_share, ranks, len(experts.up_eFD))
     return rows, beside * choices
 
 
@@ -194,11 +198,11 @@ class _Part:
         weights_SK, ids_SK = details_SC.split(self.top_k, 1)
         local_SK = ids_SK.detach().long() - self.experts.groups.ep.rank() * num_local
         is_here_SK = (local_SK >= 0) & (local_SK < num_local)
-        is_filled_S, room = self.plan.is_filled_S, self.experts.groups.row_room
+        is_filled_S, capacity = self.plan.is_filled_S, self.experts.groups.row_capacity
         if is_filled_S is not None:
-            assert room is not None, "places are made if there is room"
+            assert capacity is not None, "places are made if there is room"
             is_here_SK = is_here_SK & is_filled_S[:, None]
-            room.note(is_here_SK.sum() > self.plan.num_choices)
+            capacity.note(is_here_SK.sum() > self.plan.num_choices)
             # What an empty place has for a weight, and for its gradient, is anything.
             weights_SK = torch.where(is_here_SK, weights_SK, 0.0)
         return expert_feed_forward(

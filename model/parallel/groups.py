@@ -29,7 +29,7 @@ from torch import Tensor
 FITTING_STEPS = 8  # in a row, before room is used again
 
 
-class RowRoom:
+class RowCapacity:
     """How much room there is, whether passes use it, and whether it was enough; one for all blocks of a rank.
 
     `shares`: places in even shares, at least 1. `device`: where `missed` counts.
@@ -75,9 +75,9 @@ class RowRoom:
         self.missed += has_missed
 
 
-def opened(room: RowRoom | None) -> AbstractContextManager[None]:
-    """A context of the passes of a step (`RowRoom.opened`), if there is a room."""
-    return nullcontext() if room is None else room.opened()
+def opened(capacity: RowCapacity | None) -> AbstractContextManager[None]:
+    """A context of the passes of a step (`RowCapacity.opened`), if there is a capacity."""
+    return nullcontext() if capacity is None else capacity.opened()
 
 
 def count_places(shares: float, tokens: int, top_k: int, sent_share: float, ranks: int, held: int) -> tuple[int, int]:
@@ -101,14 +101,14 @@ class ProcessGroupCollection(process_groups_config.ProcessGroupCollection):
     tensor x context, `tp_ep` tensor inside experts x expert, `embd` the first and the last stage (None between them).
     With `sequence_parallel` the stream between blocks is [B, T of this tensor rank, D]. With `overlap_experts` half of the
     rows between experts are sent while experts compute the other half. With `takes_turns` both halves of a micro-batch's rows pass
-    the blocks in turns (model/mtp.py). With a `row_room` these rows have places, and no one counts
+    the blocks in turns (model/mtp.py). With a `row_capacity` these rows have places, and no one counts
     them on the host.
     """
 
     sequence_parallel: bool = False
     overlap_experts: bool = False
     takes_turns: bool = False
-    row_room: RowRoom | None = None
+    row_capacity: RowCapacity | None = None
 
 
 class SingleRankGroup:

@@ -135,7 +135,7 @@ class Neighbours:
         self.known, self.next_file = {}, None
         self.looked = time.monotonic()
 
-    def look(self, own_rank: int, of_node: Sequence[Beat]) -> list[tuple[Beat, float]]:
+    def poll(self, own_rank: int, of_node: Sequence[Beat]) -> list[tuple[Beat, float]]:
         """Look at the others of this node and at the next one; returns each beat with the seconds since it has changed."""
         now = time.monotonic()
         if now - self.looked > 3 * LOOK_SECONDS:

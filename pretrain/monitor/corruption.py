@@ -207,12 +207,12 @@ class StateWatch:
 
     def _raise_together(self, wrong: list[str], step: int) -> None:
         """Raise RuntimeError on every rank when something is wrong on any, naming rank and host."""
-        told = self.parallel.gather_objects((socket.gethostname(), wrong))
+        reports = self.parallel.gather_objects((socket.gethostname(), wrong))
         found = [
             f"rank {rank} on {host}: "
             + "; ".join(texts[:MAX_NAMED])
             + (f"; and {len(texts) - MAX_NAMED} more" if len(texts) > MAX_NAMED else "")
-            for rank, (host, texts) in enumerate(told)
+            for rank, (host, texts) in enumerate(reports)
             if texts
         ]
         if found:
@@ -225,20 +225,20 @@ def fetch_named(tensors: dict[str, Tensor]) -> dict[str, int]:
 
 
 def judge_replicas(
-    told: list[tuple[dict[tuple[int, ...], dict[Range, int]], dict[Range, int]]],
+    reports: list[tuple[dict[tuple[int, ...], dict[Range, int]], dict[Range, int]]],
 ) -> dict[int, list[str]]:
     """Find which ranks differ, given every rank's replicas and master weights: rank -> what is wrong with it, in words.
 
     The owner's master weights are right, without them the majority; on a tie all ranks are named.
     """
     wrong: dict[int, list[str]] = {}
-    for data_ranks in sorted(set().union(*(replicas for replicas, _ in told))):
-        for key in told[data_ranks[0]][0][data_ranks]:
+    for data_ranks in sorted(set().union(*(replicas for replicas, _ in reports))):
+        for key in reports[data_ranks[0]][0][data_ranks]:
             kind, name, start, count = key
-            values = {rank: told[rank][0][data_ranks][key] for rank in data_ranks}
+            values = {rank: reports[rank][0][data_ranks][key] for rank in data_ranks}
             if len(set(values.values())) == 1:
                 continue
-            owners = {told[rank][1][key] for rank in data_ranks if kind == WORKING and key in told[rank][1]}
+            owners = {reports[rank][1][key] for rank in data_ranks if kind == WORKING and key in reports[rank][1]}
             ranked = Counter(values.values()).most_common()
             right = owners.pop() if len(owners) == 1 else ranked[0][0] if ranked[0][1] > ranked[1][1] else None
             text = f"{name} [{start}:{start + count}]: {kind} differ from those of the other data ranks"

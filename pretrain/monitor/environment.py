@@ -47,7 +47,7 @@ VARIABLES = (
     "PYTORCH_CUDA_ALLOC_CONF",
 )
 # Dense matrix peaks in TFLOP/s (bf16, float32 as TF32) from the vendors' data sheets, without sparsity.
-CARD_TERAFLOPS = {
+GPU_TERAFLOPS = {
     "A100": (312.0, 156.0),
     "H100": (989.4, 494.7),
     "H100 PCIe": (756.0, 378.0),
@@ -81,11 +81,11 @@ def find_peak(parallel: Parallel, precision: str) -> Peak:
     Every rank must call this.
     """
     if parallel.device.type == "cuda":
-        card = find_card(torch.cuda.get_device_name(parallel.device))
-        if card is not None:
-            bf16, float32 = CARD_TERAFLOPS[card]
+        gpu = find_gpu(torch.cuda.get_device_name(parallel.device))
+        if gpu is not None:
+            bf16, float32 = GPU_TERAFLOPS[gpu]
             teraflops = bf16 if precision == "bf16" else float32
-            return Peak(teraflops * 1e12 * parallel.world_size, f"{precision} data-sheet peak of {card}")
+            return Peak(teraflops * 1e12 * parallel.world_size, f"{precision} data-sheet peak of {gpu}")
     # A CPU without bf16 instructions is faster in float32: a run in bf16 is compared with the faster of the two.
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     size = MEASURED_SIZE[parallel.device.type]
@@ -106,13 +106,13 @@ def find_peak(parallel: Parallel, precision: str) -> Peak:
     )
 
 
-def find_card(name: str) -> str | None:
+def find_gpu(name: str) -> str | None:
     """The GPU of the table that a driver's name is of, None of another one.
 
     By whole words, or an RTX A1000 were an A100.
     """
     words = set(re.split(r"[ -]", name))
-    return max((card for card in CARD_TERAFLOPS if words.issuperset(card.split())), key=len, default=None)
+    return max((gpu for gpu in GPU_TERAFLOPS if words.issuperset(gpu.split())), key=len, default=None)
 
 
 def read_peak_memory(device: torch.device) -> int:

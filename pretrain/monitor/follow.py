@@ -94,7 +94,7 @@ class FollowedRun:
         written = [(directory / name).stat().st_mtime for name in MARKS if (directory / name).exists()]
         self._written = time.monotonic() - max(0.0, time.time() - max(written))  # when something last grew
 
-    def look(self) -> Seen:
+    def poll(self) -> Seen:
         """Read what is new, and judge how the run is."""
         _, events = self._events.read()
         for event in events:
@@ -120,11 +120,11 @@ class FollowedRun:
 
     def final(self) -> Seen:
         """Look, and where no rank seems to live look again for a while: its clock may be behind ours."""
-        seen = self.look()
+        seen = self.poll()
         deadline = time.monotonic() + FRESH_SECONDS / 2
         while seen.state == "lost" and seen.beats and time.monotonic() < deadline:
             time.sleep(0.5)
-            seen = self.look()
+            seen = self.poll()
         return seen
 
     def describe(self, beats: list[Beat]) -> str:

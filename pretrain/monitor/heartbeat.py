@@ -137,7 +137,7 @@ class Heartbeat:
 
         Of many ranks one of each node looks at the other nodes: where all fail together, all would open every node's file.
         """
-        published = read_beats(self.directory) if self._may_look() else []
+        published = read_beats(self.directory) if self._may_read_beats() else []
         beats = {beat.rank: beat for beat in [*published, *self._node_beats()]}
         return {rank: beats[rank] for rank in sorted(beats) if rank < num_ranks and rank != self.rank}
 
@@ -146,7 +146,7 @@ class Heartbeat:
         host = socket.gethostname()
         return [Beat(rank, host, step, PHASES[phase], seen) for rank, step, phase, seen in self.board.read()]
 
-    def _may_look(self) -> bool:
+    def _may_read_beats(self) -> bool:
         """Whether this rank may open the beats of all nodes."""
         return self.board.num_slots <= MANY_RANKS or self._leads()
 
@@ -220,7 +220,7 @@ class Heartbeat:
             seconds = stall.measure(time.monotonic(), self._place[2])
             if self.timeout_seconds is not None and seconds > self.timeout_seconds:
                 what = f"no progress for {seconds:.0f} s (launch.heartbeat_seconds={self.timeout_seconds:g})"
-                self._end(what, self._look_around())
+                self._end(what, self._find_laggards())
 
     def _watch_neighbours(self) -> None:
         """End the process when it waits and a neighbour gives no sign of life; a thread that may hang in the storage."""
@@ -233,7 +233,7 @@ class Heartbeat:
                 neighbours.forget()
                 continue
             try:
-                beats = neighbours.look(self.rank, self._node_beats())
+                beats = neighbours.poll(self.rank, self._node_beats())
             except OSError:
                 continue
             gone = [(beat, silent) for beat, silent in beats if silent > SILENT_SECONDS]
@@ -250,9 +250,9 @@ class Heartbeat:
         sys.stderr.flush()
         os._exit(HUNG)
 
-    def _look_around(self) -> str:
+    def _find_laggards(self) -> str:
         """Name who holds this rank up, by the beats of the others, if the storage gives them within LOOK_SECONDS."""
-        if not self._may_look():
+        if not self._may_read_beats():
             return name_laggards(self._node_beats(), self.rank, 3 * self.interval)
         found: list[list[Beat]] = []
         looker = threading.Thread(target=lambda: found.append(read_beats(self.directory)), daemon=True)

@@ -129,7 +129,7 @@ def pass_once(
                 report(f"checking and compiling the kernels of {part.words}{words}")
                 later: Later = []
                 splits: AbstractContextManager[None] = split_backward(later) if cuts else nullcontext()
-                with splits, keep_weights() if keeps else nullcontext(), opened(parallel.groups.row_room):
+                with splits, keep_weights() if keeps else nullcontext(), opened(parallel.groups.row_capacity):
                     total = part.run(batch)
                     if total.requires_grad:  # the embedding of a conversion is frozen
                         total.backward()

@@ -125,7 +125,7 @@ def render_runs(records: Sequence[RunRecord]) -> str:
         tokens, speed = record.last("tokens"), record.typical("tokens_per_second")
         losses = [record.last("loss"), record.last("validation_loss")]
         followed = FollowedRun(record.directory)
-        seen = followed.look()
+        seen = followed.poll()
         cells = [
             f"{describe_state(record, seen)[0].partition(':')[0]}, {judge_run(followed, seen, record).level}",
             f"{record.last_step():,} of {record.num_steps:,}",

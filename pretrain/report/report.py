@@ -88,7 +88,7 @@ def choose_place(folders: Sequence[Path]) -> Path:
 def render_run(record: RunRecord) -> str:
     """Render the page of one run."""
     followed = FollowedRun(record.directory)
-    seen = followed.look()
+    seen = followed.poll()
     progress = min(100.0, 100 * record.last_step() / record.num_steps)
     curves, tasks, time = tasks_plot(record), describe_tasks(record), describe_time(record)
     timeline, samples = make_timeline(record), choose_samples(record)

@@ -60,7 +60,7 @@ def find_runs(folder: Path) -> Iterator[Path]:
 def read_row(directory: Path, folder: Path) -> RunRow:
     """Read a run directory. Raises ValueError for files in it that cannot be read."""
     followed = FollowedRun(directory)
-    seen = followed.look()
+    seen = followed.poll()
     name = str(directory.relative_to(folder)) if directory != folder else directory.resolve().name
     if not followed.has_steps:
         steps = followed.panel.last_step

@@ -39,7 +39,7 @@ def test_processes_below_this_one_are_found_with_their_memory() -> None:
     assert os.getpid() in below(known[os.getpid()]) and os.getpid() not in below(os.getpid())
     assert "pytest" in title(os.getpid()) or "python" in title(os.getpid())
     watch = MemoryWatch(os.getpid())
-    watch.look(0.0)
+    watch.sample(0.0)
     (sample,) = watch.samples
     assert sample.actor == 0 and 0 < sample.driver <= sample.total
 

@@ -38,7 +38,7 @@ class Outcome(NamedTuple):
     agreed: float = 0.0
 
 
-def look_ahead(rows: Tensor) -> Ahead:
+def shift_batch(rows: Tensor) -> Ahead:
     return Ahead.of_rows(rows[:, :-1], rows[:, 1:], torch.zeros_like(rows[:, 1:]), 1)
 
 
@@ -53,7 +53,7 @@ def train(folder: Path, **model: object) -> Outcome:
     for step in range(STEPS):
         starts = torch.randint(0, len(text) - TOKENS - 1, (ROWS, 1), generator=generator)
         rows = text[starts + torch.arange(TOKENS + 1)]
-        ahead = [look_ahead(rows)] * config.num_depths
+        ahead = [shift_batch(rows)] * config.num_depths
         output = hybrid(rows[:, :-1], meta, rows[:, 1:], ahead=ahead)
         loss = output.loss.total / (ROWS * TOKENS)
         for depth in output.mtp:
@@ -72,7 +72,7 @@ def train(folder: Path, **model: object) -> Outcome:
 def measure(model: HybridModel, rows: Tensor) -> Outcome:
     tokens_BT, labels_BT = rows[:, :-1], rows[:, 1:]
     meta = PackMeta.one_document_a_row(*tokens_BT.shape)
-    given = look_ahead(rows)
+    given = shift_batch(rows)
     output = model(tokens_BT, meta, labels_BT, predicts=True, ahead=[given] * model.config.num_depths)
     loss = float(output.loss.nll_sum) / labels_BT.numel()
     if output.mtp_hits is None:

@@ -258,7 +258,7 @@ class Readers:
 
     def followed(self) -> tuple[Path, Callable[[], Any]]:
         path = self.place / "metrics.jsonl"
-        return path, lambda: FollowedRun(self.place).look()
+        return path, lambda: FollowedRun(self.place).poll()
 
     def dcp_metadata(self) -> tuple[Path, Callable[[], Any]]:
         return self.place / "dcp" / ".metadata", lambda: self.read_dcp(self.place / "dcp")

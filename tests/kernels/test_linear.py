@@ -152,7 +152,7 @@ class ProductWatch(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("lands", [False, True])
-def test_float32_products_of_bfloat16_run_on_tensor_cores_in_both_passes_on_cuda(lands):
+def test_float32_products_of_bfloat16_run_on_tensor_cores_in_both_passes_on_cuda(accumulates):
     """On fake tensors: which products a GPU would take. One forward, two backward; each half of a gradient that
     lands.
     """
@@ -165,13 +165,13 @@ def test_float32_products_of_bfloat16_run_on_tensor_cores_in_both_passes_on_cuda
                 ((2, 21, 40), torch.float32),
             )
         )
-        total = Place(torch.empty(40, 64, device="cuda")) if lands else None
+        total = Place(torch.empty(40, 64, device="cuda")) if accumulates else None
         y = _Float32Linear.forward(SimpleNamespace(save_for_backward=lambda *_: None), x, weight, total)
         grads = _Float32Linear.backward(SimpleNamespace(saved_tensors=(x, weight), total=total), grad)
     assert (y.dtype, y.shape) == (torch.float32, grad.shape)
     assert (grads[0].dtype, grads[0].shape) == (torch.bfloat16, x.shape)
-    assert grads[1] is None if lands else (grads[1].dtype, grads[1].shape) == (torch.bfloat16, weight.shape)
-    assert watch.names == ["mm", "mm", *(["mm", "addmm"] if lands else ["mm"])]
+    assert grads[1] is None if accumulates else (grads[1].dtype, grads[1].shape) == (torch.bfloat16, weight.shape)
+    assert watch.names == ["mm", "mm", *(["mm", "addmm"] if accumulates else ["mm"])]
     assert watch.dtypes == [(torch.bfloat16, torch.bfloat16, torch.float32)] * len(watch.names)
 
 

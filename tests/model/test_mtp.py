@@ -20,13 +20,13 @@ LENGTHS = ((1, 2, 7, 3, 4, 6),)  # documents of k and k + 1 tokens among them, f
 BALANCED = MOE.model_copy(update={"auxiliary_loss_weight": 0.01})
 
 
-def look_ahead(tokens_BT, labels_BT, ids_BT, depths):
+def shift_batch(tokens_BT, labels_BT, ids_BT, depths):
     return [Ahead.of_rows(tokens_BT, labels_BT, ids_BT, depth) for depth in range(1, depths + 1)]
 
 
 def run(model, batch):
     tokens_BT, labels_BT, ids_BT = batch
-    return model(tokens_BT, meta_of(ids_BT), labels_BT, ahead=look_ahead(*batch, model.config.num_depths))
+    return model(tokens_BT, meta_of(ids_BT), labels_BT, ahead=shift_batch(*batch, model.config.num_depths))
 
 
 def total_of(output):
@@ -35,7 +35,7 @@ def total_of(output):
 
 def test_labels_ahead_are_those_of_the_same_document():
     tokens_BT, labels_BT, ids_BT = packed_batch(LENGTHS)
-    for depth, given in enumerate(look_ahead(tokens_BT, labels_BT, ids_BT, 2), 1):
+    for depth, given in enumerate(shift_batch(tokens_BT, labels_BT, ids_BT, 2), 1):
         by_hand = []
         for start, length in zip((0, 1, 3, 10, 13, 17), LENGTHS[0]):
             for place in range(length):
@@ -59,7 +59,7 @@ def test_a_depth_is_its_formula(shared):
 
     stream = model.pass_blocks(model.embed(tokens_BT), [0], meta_of(ids_BT))
     hidden = norm(stream.residual_BTD + stream.delta_BTD, "final_norm")
-    for number, given in enumerate(look_ahead(*batch, 2)):
+    for number, given in enumerate(shift_batch(*batch, 2)):
         own = f"mtp.{0 if shared else number}"
         embedded = F.embedding(given.tokens_BT, model.embedding.weight)
         joined = torch.cat([norm(embedded, f"{own}.embed_norm"), norm(hidden, f"{own}.stream_norm")], -1)
@@ -97,7 +97,7 @@ def test_a_depth_sees_the_token_ahead_and_none_after_it():
     def losses(changed):
         other_BT = tokens_BT.clone()
         other_BT[0, changed] = (other_BT[0, changed] + 1) % 40
-        given = Ahead(look_ahead(other_BT, labels_BT, ids_BT, 1)[0].tokens_BT, labels_BT)
+        given = Ahead(shift_batch(other_BT, labels_BT, ids_BT, 1)[0].tokens_BT, labels_BT)
         return model(other_BT, meta_of(ids_BT), labels_BT, ahead=[given]).mtp[0].token_nll_R
 
     before = losses([])
@@ -140,7 +140,7 @@ def test_hits_count_the_labels_that_a_depth_finds_most_likely():
     assert output.mtp_hits.shape == (2,)
     model.train()
     assert run(model, batch).mtp_hits is None
-    given = look_ahead(*batch, 1)[0]
+    given = shift_batch(*batch, 1)[0]
     wrong = Ahead(given.tokens_BT, torch.where(given.labels_BT == -100, -100, 39))
     tokens_BT, labels_BT, ids_BT = batch
     assert int(model.eval()(tokens_BT, meta_of(ids_BT), labels_BT, ahead=[wrong]).mtp_hits[0]) <= 46
@@ -158,7 +158,7 @@ def test_the_last_piece_has_the_depths_and_a_copy_of_the_embedding():
         part.load_state_dict({name: whole.state_dict()[name] for name in part.state_dict()})
     stream = first.pass_blocks(first.embed(tokens_BT), first.blocks.indices(), meta_of(ids_BT))
     stream = last.pass_blocks(stream, last.blocks.indices(), meta_of(ids_BT))
-    ahead = look_ahead(*batch, 1)
+    ahead = shift_batch(*batch, 1)
     output = last.finish(stream, labels_BT, ahead=ahead, meta=meta_of(ids_BT))
     expected = run(whole, batch)
     assert_near(total_of(output), total_of(expected), FLOAT64)

@@ -99,10 +99,10 @@ def test_the_log_says_that_depths_begin_at_random(data: DataConfig, tmp_path: Pa
 
 
 def test_context_ranks_cut_what_was_shifted_on_whole_rows() -> None:
-    from amfm.pretrain.micro_batch import MicroBatch, look_ahead
+    from amfm.pretrain.micro_batch import MicroBatch, shift_batch
 
     batch = make_batch([[0, 5, 13], [0]])
-    whole = look_ahead(batch, 2)
+    whole = shift_batch(batch, 2)
     for rank in range(2):
         own = MicroBatch.from_batch(batch, rank, 2, 2)
         places = [*range(6 * rank, 6 * rank + 6), *range(18 - 6 * rank, 24 - 6 * rank)]

@@ -10,7 +10,7 @@ import torch
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import ModelOutput
 from amfm.model.loss import CrossEntropy
-from amfm.model.parallel.groups import RowRoom
+from amfm.model.parallel.groups import RowCapacity
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.parallel import initialize_parallel
 from amfm.pretrain.step_sums import RankNews, StepReport, empty_sums
@@ -24,8 +24,8 @@ def report_of_rank(tensor: int) -> tuple[StepReport, dict[int, list[int]]]:
     parallel = initialize_parallel(ParallelConfig(tensor=tensor), timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     sums = empty_sums(ModelConfig.model_validate(MODEL), parallel.device)
     part = 1 if tensor == 2 else 1 + parallel.rank
-    room = parallel.groups.row_room = RowRoom(1.0, parallel.device)
-    room.missed += part
+    capacity = parallel.groups.row_capacity = RowCapacity(1.0, parallel.device)
+    capacity.missed += part
     sums.nll += 0.1 * part
     sums.z_loss += 2.0 * part
     for name in sums.auxiliary:

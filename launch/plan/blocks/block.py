@@ -61,7 +61,7 @@ class PlannedBlock:
 
         Here: the two crossings of one region, its entry and its exit.
         """
-        yield from crossing(self.config, layout, self.model.hidden_size, times=2 * times, again=times)
+        yield from crossing(self.config, layout, self.model.hidden_size, times=2 * times, regathers=times)
 
     def context_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
         """The same over context ranks.

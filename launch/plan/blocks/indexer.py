@@ -183,11 +183,11 @@ def context_exchanges(config: RunConfig, layout: Layout, options: MixerOptions, 
         return
     dtype, size = element_type(config)
     tokens = layout.stage_ranks * layout.tokens(config) * size
-    again = 0.0
+    extra_keys = 0.0
     if indexer.stage == "warm_up":
-        again = Pair.of(options, layout.tensor).keys
-    keys = tokens * (indexer.head_dim + again)
-    yield Exchange("cp", "all_gather", dtype, times * (2 if again else 1), times * keys)
+        extra_keys = Pair.of(options, layout.tensor).keys
+    keys = tokens * (indexer.head_dim + extra_keys)
+    yield Exchange("cp", "all_gather", dtype, times * (2 if extra_keys else 1), times * keys)
     yield Exchange("cp", "reduce_scatter", dtype, times, layout.context * times * tokens * indexer.head_dim)
 
 

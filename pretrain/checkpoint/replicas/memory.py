@@ -168,7 +168,7 @@ class NodeMemory:
         doomed = [path for path in self.folder.glob(f"{self.prefix}*") if OWN_NAME.fullmatch(path.name)]
         return [remark for path in doomed for remark in try_to_delete(path, OWN_NAME)]
 
-    def check_room(self, own_bytes: int, ranks: RankGroup) -> None:
+    def check_memory(self, own_bytes: int, ranks: RankGroup) -> None:
         """Reject a node whose memory does not hold two replicas; all ranks must call it, before the first step.
 
         own_bytes: what this rank writes into a checkpoint. Raises RuntimeError on all ranks, naming host, folder and bytes.

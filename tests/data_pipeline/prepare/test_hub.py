@@ -186,7 +186,7 @@ def test_what_is_not_there_is_named(hub: Hub):
         names(f"hub:{NAME}/empty")
 
 
-def hang_up(server: socket.socket, callers: list[int]) -> None:
+def disconnect(server: socket.socket, callers: list[int]) -> None:
     """Count who calls, and answer no one."""
     while True:
         connection, (_, port) = server.accept()
@@ -199,7 +199,7 @@ def test_without_a_network_there_is_one_message_after_few_tries(tmp_path, monkey
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     silent, callers = socket.create_server(("127.0.0.1", 0)), []
-    threading.Thread(target=hang_up, args=(silent, callers), daemon=True).start()
+    threading.Thread(target=disconnect, args=(silent, callers), daemon=True).start()
     dead_end = f"http://127.0.0.1:{silent.getsockname()[1]}"
     for address in (f"http://127.0.0.1:{port}", "http://name.invalid", dead_end):
         monkeypatch.setenv("HF_ENDPOINT", address)

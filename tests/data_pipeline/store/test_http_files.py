@@ -68,7 +68,7 @@ def test_an_answer_that_is_no_json_is_one_error_with_its_address(content: bytes)
 
 def test_a_file_that_changed_since_the_plan_is_an_error(server: Hub):
     url = serve(server, "a.jsonl", b"0123456789")
-    assert HttpFile.look_up(url).open().read() == b"0123456789"
+    assert HttpFile.stat(url).open().read() == b"0123456789"
     with pytest.raises(HttpError, match="it changed since it was planned"):
         HttpFile(url, 9).open().read()
     (file,) = list_files(SourceConfig(name="web", paths=(url,)))

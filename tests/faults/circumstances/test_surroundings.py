@@ -73,7 +73,7 @@ def test_a_clock_that_is_set_back_and_on_changes_nothing(place: Path) -> None:
     spent = (datetime.fromisoformat(times[-1]) - datetime.fromisoformat(record.events[0]["began_at"])).total_seconds()
     assert use is not None and use.held() == pytest.approx(spent, abs=1.0) and use.away == 0
     assert record.metrics[-1]["time"] - record.metrics[0]["time"] < use.held()
-    assert FollowedRun(place / "clock").look().state == "finished"
+    assert FollowedRun(place / "clock").poll().state == "finished"
     assert write_report([place / "clock"]).exists()
 
 

@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def made_on_the_card() -> Iterator[None]:
+def made_on_the_gpu() -> Iterator[None]:
     """On a GPU, move there what tests make without naming a device."""
     with MadeOn(torch.device("cuda")) if ON_CARD else nullcontext():
         yield

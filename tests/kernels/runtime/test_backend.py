@@ -46,9 +46,9 @@ def test_unknown_names_are_refused() -> None:
 
 
 def test_a_run_in_float32_takes_pytorchs_products_on_a_card_unless_it_names_a_backend() -> None:
-    card = torch.device("cuda")
-    assert resolve_for_run("auto", card, torch.float32) == "torch"
-    assert resolve_for_run("reference", card, torch.float32) == "reference"
+    gpu = torch.device("cuda")
+    assert resolve_for_run("auto", gpu, torch.float32) == "torch"
+    assert resolve_for_run("reference", gpu, torch.float32) == "reference"
     assert resolve_for_run("auto", CPU, torch.bfloat16) == "torch"
 
 

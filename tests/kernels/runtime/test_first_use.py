@@ -14,7 +14,7 @@ import torch
 
 from amfm.kernels.runtime import backend, first_use
 from amfm.kernels.runtime.backend import INTERPRETED
-from amfm.kernels.runtime.first_use import CannotCheck, digest_source, look_up
+from amfm.kernels.runtime.first_use import CannotCheck, digest_source, read_or_check
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the check starts its own interpreter")
 
@@ -22,26 +22,26 @@ PLANTED = "tests.kernels.acceptance.planted"
 
 
 def test_a_wrong_kernel_is_found_once_and_remembered_for_this_card_and_source(tmp_path: Path) -> None:
-    faults = look_up("wrong", "cpu", "NVIDIA H100, torch 2.11", [tmp_path], PLANTED)
+    faults = read_or_check("wrong", "cpu", "NVIDIA H100, torch 2.11", [tmp_path], PLANTED)
     assert len(faults) == 1 and faults[0].startswith("the wrong one: d_x is off by")
     (kept,) = tmp_path.glob("*.json")
     assert "NVIDIA-H100" in kept.name and digest_source() in kept.name
     # What is kept is read, not found again; another GPU asks again.
     kept.write_text(json.dumps({"faults": ["as kept"]}))
-    assert look_up("wrong", "cpu", "NVIDIA H100, torch 2.11", [tmp_path], PLANTED) == ["as kept"]
+    assert read_or_check("wrong", "cpu", "NVIDIA H100, torch 2.11", [tmp_path], PLANTED) == ["as kept"]
 
 
 @pytest.mark.slow
 def test_a_kernel_that_crashes_is_found_and_a_right_one_is_not(tmp_path: Path) -> None:
-    (fault,) = look_up("crash", "cpu", "a GPU", [tmp_path], PLANTED)
+    (fault,) = read_or_check("crash", "cpu", "a GPU", [tmp_path], PLANTED)
     assert fault.startswith("the crash one: the check ended with code -11")
-    assert look_up("right", "cpu", "a GPU", [None], PLANTED) == []
+    assert read_or_check("right", "cpu", "a GPU", [None], PLANTED) == []
 
 
 @pytest.mark.slow
 def test_a_check_that_cannot_run_is_an_error_and_not_a_verdict(tmp_path: Path) -> None:
     with pytest.raises(CannotCheck, match=r"kernels of right could not be checked on this GPU.*no_such_module"):
-        look_up("right", "cpu", "a GPU", [tmp_path], "tests.no_such_module")
+        read_or_check("right", "cpu", "a GPU", [tmp_path], "tests.no_such_module")
     assert not [*tmp_path.glob("*.json")]
 
 
@@ -52,14 +52,16 @@ def test_a_folder_that_cannot_be_written_costs_a_check_and_one_warning(
     checks = count_checks(monkeypatch)
     (tmp_path / "home").write_text("not a folder")
     homeless = [tmp_path / "home" / ".cache", None]
-    assert look_up("right", "cpu", "a GPU", homeless, PLANTED) == look_up("wrong", "cpu", "a GPU", homeless, PLANTED)
+    assert read_or_check("right", "cpu", "a GPU", homeless, PLANTED) == read_or_check(
+        "wrong", "cpu", "a GPU", homeless, PLANTED
+    )
     assert checks == ["right", "wrong"]
     assert [record.getMessage() for record in caplog.records if "not kept" in record.getMessage()] == [
         f"checks of kernels are not kept ({homeless[0]} cannot be written), so each start repeats them; set XDG_CACHE_HOME"
     ]
     # The next folder keeps them, and is not even asked for where the first one knows.
-    look_up("right", "cpu", "a GPU", [*homeless, tmp_path / "scratch"], PLANTED)
-    look_up("right", "cpu", "a GPU", [*homeless, tmp_path / "scratch"], PLANTED)
+    read_or_check("right", "cpu", "a GPU", [*homeless, tmp_path / "scratch"], PLANTED)
+    read_or_check("right", "cpu", "a GPU", [*homeless, tmp_path / "scratch"], PLANTED)
     assert checks == ["right", "wrong", "right"]
 
 
@@ -72,15 +74,15 @@ def test_a_home_without_locks_and_a_quota_that_is_full_do_not_end_a_run(
         raise OSError(errno.ENOSYS, "Function not implemented")  # Lustre without -o flock
 
     monkeypatch.setattr(first_use.fcntl, "flock", flock)
-    assert look_up("right", "cpu", "a GPU", [tmp_path / "lustre"], PLANTED) == []
-    assert look_up("right", "cpu", "a GPU", [tmp_path / "lustre"], PLANTED) == []
+    assert read_or_check("right", "cpu", "a GPU", [tmp_path / "lustre"], PLANTED) == []
+    assert read_or_check("right", "cpu", "a GPU", [tmp_path / "lustre"], PLANTED) == []
     assert checks == ["right"]
 
     def write(*_: object) -> None:
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
     monkeypatch.setattr(first_use, "write_whole", write)
-    assert look_up("right", "cpu", "a GPU", [tmp_path / "full"], PLANTED) == []
+    assert read_or_check("right", "cpu", "a GPU", [tmp_path / "full"], PLANTED) == []
     assert not [*(tmp_path / "full").glob("*.json")]
 
 
@@ -107,7 +109,7 @@ def test_a_gpu_for_one_process_is_checked_in_this_one_and_draws_nothing_from_its
     monkeypatch.setenv("AMFM_TEST_OWNER", str(os.getpid()))
     before = torch.get_rng_state()
     with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(refuse_to_keep, refuse_to_keep):
-        found = look_up(operation, "cpu", "a GPU", [None], "tests.kernels.acceptance.exclusive")
+        found = read_or_check(operation, "cpu", "a GPU", [None], "tests.kernels.acceptance.exclusive")
     assert [fault[: len("off: y is off by")] for fault in found] == faults
     assert torch.equal(torch.get_rng_state(), before)
     assert first_use.CHECKING_VARIABLE not in os.environ

@@ -35,18 +35,18 @@ def test_a_refusal_is_waited_for_and_said_once(
     monkeypatch.setattr(storage, "LOOK_SECONDS", 0.0)
     answers = [FULL, OSError(errno.EROFS, os.strerror(errno.EROFS)), None]
 
-    def look() -> str:
+    def attempt() -> str:
         if (error := answers.pop(0)) is not None:
             raise error
         return "done"
 
     wait = StorageWait(tmp_path, 300)
-    assert wait.until(look) == "done" and not answers
+    assert wait.until(attempt) == "done" and not answers
     assert capsys.readouterr().err.count("waiting for the storage") == 1
     wait.limit = wait.deadline = 0.0  # short: the wait is over before it begins
     answers += [FULL]
     with pytest.raises(RuntimeError, match=r"No space left on device, for 0 s \(launch\.storage_wait_seconds\)"):
-        wait.until(look)
+        wait.until(attempt)
     with pytest.raises(PermissionError):  # which does not pass
         wait.refuse(PermissionError(errno.EACCES, "no"))
     assert not list((tmp_path / "launch").iterdir())

@@ -131,11 +131,11 @@ def test_devices_cards_caches_and_disks_are_compared(reports: list[RankReport]) 
     first, second, third, fourth = reports
     other = dataclasses.replace(fourth, device="H200, 141 GiB")
     assert by_name(compare_reports([first, second, third, other]))["devices"].status == "warn"
-    cards = [dataclasses.replace(item, device_id=card) for item, card in zip(reports, "wxyy")]
+    gpus = [dataclasses.replace(item, device_id=gpu) for item, gpu in zip(reports, "wxyy")]
     every = "a: rank 0 w, rank 1 x, b: rank 2 y, rank 3 y"
-    shared = by_name(compare_reports(cards))["cards"]
+    shared = by_name(compare_reports(gpus))["cards"]
     assert (shared.status, shared.found) == ("fail", f"one GPU for several ranks: b (ranks 2, 3); {every}")
-    own = [dataclasses.replace(item, device_id=card) for item, card in zip(reports, "wxyz")]
+    own = [dataclasses.replace(item, device_id=gpu) for item, gpu in zip(reports, "wxyz")]
     found = by_name(compare_reports(own))["cards"]
     assert (found.status, found.found) == ("ok", f"one for each rank; {every[:-1]}z")
     remote = dataclasses.replace(third, cache=CacheFolder("/home/me/.triton/cache", "nfs4", None))

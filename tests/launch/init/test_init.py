@@ -16,7 +16,7 @@ from amfm.launch.cli import run
 from amfm.launch.init import write
 from amfm.launch.init.machine import find_machine
 from amfm.launch.init.shapes import SIZES, STYLES, model_section
-from amfm.launch.init.text import look_at
+from amfm.launch.init.text import describe_text
 from amfm.launch.init.write import Answers, compose, cpu_seconds_per_token
 from amfm.launch.plan.estimate import Assumptions
 from amfm.launch.plan.plan import make_plan
@@ -208,17 +208,17 @@ def test_enough_documents_are_kept_for_validation(
         (tmp_path / f"{number}.txt").touch()
         os.truncate(tmp_path / f"{number}.txt", letters)
     (tmp_path / "empty.txt").touch()
-    text = look_at(str(tmp_path))
+    text = describe_text(str(tmp_path))
     assert text.documents == documents and text.held_fraction(256) == fraction
     tree = compose(Answers(tmp_path, "3m", "nemotron", str(tmp_path), find_machine("cpu")), text)
     assert ("validate_every_steps" in tree["train"]) == (fraction > 0)
 
 
 def test_records_are_counted_by_the_length_of_the_first(tmp_path: Path, text: Path) -> None:
-    assert look_at(str(text)).documents == pytest.approx(800, rel=0.05)
+    assert describe_text(str(text)).documents == pytest.approx(800, rel=0.05)
     column = pyarrow.table({"text": ["a text of some words"] * 300})
     pyarrow.parquet.write_table(column, tmp_path / "a.parquet")
-    assert look_at(str(tmp_path / "a.parquet")).documents == pytest.approx(300)
+    assert describe_text(str(tmp_path / "a.parquet")).documents == pytest.approx(300)
 
 
 def test_time_of_a_run_is_that_of_passes_on_one_core(for_a_cpu: Path) -> None:

@@ -39,7 +39,7 @@ def test_no_more_is_hidden_than_is_computed_meanwhile_and_nothing_is_lost():
     config = preset("nemotron3_ultra_550b", ranks=1024)
     layout = replace(Layout.of(config, 1024), overlap_experts=False)
     held, (waited, hidden) = exchanged(config, layout)
-    _, (whole, nothing) = exchanged(config, layout, beside="nothing")
+    _, (whole, nothing) = exchanged(config, layout, meanwhile="nothing")
     assert nothing == 0.0 < hidden < whole
     assert waited + hidden == pytest.approx(whole)
     first, last, _ = computed_around(config, layout, H100, storage_of(config), 1.0)
@@ -50,25 +50,25 @@ def test_no_more_is_hidden_than_is_computed_meanwhile_and_nothing_is_lost():
 def test_what_recomputation_sends_again_is_counted_and_hides_like_a_first_pass():
     config = preset("nemotron3_ultra_550b", ranks=1024)
     layout = replace(Layout.of(config, 1024), overlap_experts=False)
-    counts = exchanged(config, layout, beside="nothing", sent_rows=0.0)[1][0]
-    whole = [exchanged(config, layout, beside="nothing", repeats=times)[1][0] for times in (0, 1, 2)]
+    counts = exchanged(config, layout, meanwhile="nothing", sent_rows=0.0)[1][0]
+    whole = [exchanged(config, layout, meanwhile="nothing", repeats=times)[1][0] for times in (0, 1, 2)]
     # Both ways again are half of a step's exchanges; the way out has weights of choices besides.
     assert whole[2] - whole[0] == pytest.approx((whole[0] - counts) / 2)
     assert whole[1] - whole[0] > whole[2] - whole[1] > 0.0
-    beside = [exchanged(config, layout, repeats=times)[1] for times in (0, 1, 2)]
-    assert [sum(seconds) for seconds in beside] == pytest.approx(whole)
-    assert beside[0][1] < beside[1][1] < beside[2][1]
+    meanwhile = [exchanged(config, layout, repeats=times)[1] for times in (0, 1, 2)]
+    assert [sum(seconds) for seconds in meanwhile] == pytest.approx(whole)
+    assert meanwhile[0][1] < meanwhile[1][1] < meanwhile[2][1]
 
 
 def test_exchanges_next_to_another_micro_batch_wait_for_what_its_blocks_do_not_cover():
     config = preset("nemotron3_ultra_550b", ranks=1024)
     layout = replace(Layout.of(config, 1024), overlap_experts=False)
-    counts = exchanged(config, layout, beside="nothing", sent_rows=0.0)[1][0]
-    held, (whole, _) = exchanged(config, layout, beside="nothing")
+    counts = exchanged(config, layout, meanwhile="nothing", sent_rows=0.0)[1][0]
+    held, (whole, _) = exchanged(config, layout, meanwhile="nothing")
     for covered, exposed in ((0.25, 0.75), (1.0, 0.0), (3.0, 0.0)):
         one = covered * (whole - counts) / len(held.letters)
         block = {(letter, False): one for letter in held.letters}
-        _, (waited, hidden) = exchanged(config, layout, beside="blocks", block=block)
+        _, (waited, hidden) = exchanged(config, layout, meanwhile="blocks", block=block)
         assert waited - counts == pytest.approx(exposed * (whole - counts), abs=1e-9)
         assert waited + hidden == pytest.approx(whole)
 
@@ -85,8 +85,8 @@ def test_halves_hide_more_and_cost_what_reads_the_weights_again():
     # Read once more forward and backward, their gradients written twice and added.
     assert seconds[1] - seconds[0] > 3 * weights / H100.memory_bytes_per_second
     step = estimate_step(config, halves, H100, storage, overlap=0.5)
-    assert dict(step.hidden_parts())["expert exchanges"] == step.beside_experts > 0
-    assert step.beside_experts not in dict(step.parts()).values()
+    assert dict(step.hidden_parts())["expert exchanges"] == step.hidden_experts > 0
+    assert step.hidden_experts not in dict(step.parts()).values()
 
 
 def test_halves_in_turns_wait_at_the_ends_of_a_piece_alone_where_they_compute_longer_than_rows_travel():
@@ -117,5 +117,5 @@ def test_rows_in_turns_hand_in_what_two_micro_batches_of_half_of_them_do_and_wai
     steps = [estimate_step(config, layout, H100, storage, overlap=0.5, imbalance=1.2) for layout in (single, turns)]
     assert steps[1].compute == pytest.approx(steps[0].compute)
     assert steps[1].communication["expert"] < 0.3 * steps[0].communication["expert"]
-    travelled = [step.communication["expert"] + step.beside_experts for step in steps]
+    travelled = [step.communication["expert"] + step.hidden_experts for step in steps]
     assert travelled[1] == pytest.approx(travelled[0], rel=1e-3)

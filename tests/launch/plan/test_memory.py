@@ -218,10 +218,10 @@ def test_gradients_that_others_of_the_same_weight_join_wait_beside_prediction_de
 
     # The most loaded moment is in an expert block of the first depth, where experts work with more than anything else takes.
     storage = storage_of(config)
-    assert storage.lands, "experts leave no gradients of their own"
+    assert storage.accumulates, "experts leave no gradients of their own"
     sizes = block_sizes(config, layout, storage, 1.0, held.letters)
     sizes["E"] = replace(sizes["E"], working=1e6)
-    kept_head, _ = head_bytes(model, storage, layout.tokens(config), layout.tensor, lands=True)
+    kept_head, _ = head_bytes(model, storage, layout.tokens(config), layout.tensor, accumulates=True)
     working = busiest_pass(config, layout, storage, held, sizes)["working space"]
     assert working - 1e6 * layout.tokens(config) == pytest.approx(2 * table + kept_head)
 
@@ -229,7 +229,7 @@ def test_gradients_that_others_of_the_same_weight_join_wait_beside_prediction_de
 def test_the_head_of_tensor_ranks_adds_to_its_sum_while_logits_are_there():
     config = preset("ladder_20m", "parallel.tensor=2", "train.global_batch_size=32")
     layout, storage, model = Layout.of(config, 8), storage_of(config), config.model
-    assert layout.micro_batches(config) == 1 and storage.lands
+    assert layout.micro_batches(config) == 1 and storage.accumulates
     (held,) = held_by_stages(model, layout, config.train.sequence_length)
     sizes = {letter: BlockBytes(0.0, 0.0) for letter in held.letters}
     parts = busiest_pass(config, layout, storage, held, sizes)

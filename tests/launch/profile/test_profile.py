@@ -106,7 +106,7 @@ def test_traces_that_no_step_or_rank_would_write_are_refused(
     assert message in capsys.readouterr().err
 
 
-def write_card_trace(path: Path) -> None:
+def write_gpu_trace(path: Path) -> None:
     """A step on a GPU as torch.profiler writes it: kernels later than the operations that launched them, two
     threads.
     """
@@ -145,7 +145,7 @@ def write_card_trace(path: Path) -> None:
 
 def test_kernels_belong_where_the_operation_is_that_launched_them(tmp_path: Path) -> None:
     path = tmp_path / "rank-0.json.gz"
-    write_card_trace(path)
+    write_gpu_trace(path)
     trace = read_trace(path)
     assert trace.on_device and trace.busy == 75.0, "60 without a gap from 10 to 70, and 15 of the optimizer"
     assert trace.shares == {

@@ -23,7 +23,7 @@ from amfm.model.hybrid import HybridModel
 from amfm.model.moe.block import MoeMixer
 from amfm.model.moe.choices import slots_for
 from amfm.model.moe.transfer import RowTransfer
-from amfm.model.parallel.groups import ProcessGroupCollection, RowRoom, single_rank_groups
+from amfm.model.parallel.groups import ProcessGroupCollection, RowCapacity, single_rank_groups
 from amfm.model.parallel.shards import parameter_shards
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients
@@ -296,14 +296,14 @@ def compare_room(is_slow: bool) -> list[tuple[str, bool, int, int, list[str]]]:
         layout = Layout(section, shunned=(2, 3))  # a rank of four gets nothing
         counted = run_batches(CONFIGS["dropless"], layout, parallel.groups)
         for shares in (1.0, 100.0):
-            room = parallel.groups.row_room = RowRoom(shares, parallel.device)
-            with room.opened():
+            capacity = parallel.groups.row_capacity = RowCapacity(shares, parallel.device)
+            with capacity.opened():
                 own = run_batches(CONFIGS["dropless"], layout, parallel.groups)
-                used = int(room.missed)
-            room.settle(1)
-            with room.opened():
+                used = int(capacity.missed)
+            capacity.settle(1)
+            with capacity.opened():
                 run_batches(CONFIGS["dropless"], layout, parallel.groups)
-                told = int(room.missed)
+                told = int(capacity.missed)
             differing = [key for key, value in counted.gradients.items() if not torch.equal(own.gradients[key], value)]
             differing += ["loss"] * (not torch.equal(own.loss, counted.loss))
             found.append((name, shares > 1, used, told, differing))

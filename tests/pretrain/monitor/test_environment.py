@@ -2,7 +2,7 @@
 
 import pytest
 
-from amfm.pretrain.monitor.environment import CARD_TERAFLOPS, describe_allocator, find_card
+from amfm.pretrain.monitor.environment import GPU_TERAFLOPS, describe_allocator, find_gpu
 
 
 @pytest.mark.parametrize(
@@ -25,11 +25,11 @@ from amfm.pretrain.monitor.environment import CARD_TERAFLOPS, describe_allocator
     ],
 )
 def test_a_card_is_known_by_whole_words_of_the_drivers_name(name, card):
-    assert find_card(name) == card
+    assert find_gpu(name) == card
 
 
 def test_a_card_is_as_fast_as_its_data_sheet_says_in_float32_too():
-    assert all(float32 == pytest.approx(bf16 / 2, rel=0.02) for bf16, float32 in CARD_TERAFLOPS.values())
+    assert all(float32 == pytest.approx(bf16 / 2, rel=0.02) for bf16, float32 in GPU_TERAFLOPS.values())
 
 
 def test_what_an_allocator_says_is_in_bytes_and_times_and_nothing_is_none_yet():

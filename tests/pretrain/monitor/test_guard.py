@@ -55,7 +55,7 @@ def start(code: str) -> subprocess.Popen[str]:
 
 def looks(signs: Signs, until: float, *, stopped: bool = False) -> list[tuple[float, str] | None]:
     """What each look found until a second, from that of the look before on."""
-    times = [signs.looked + LOOK_SECONDS * look for look in range(1, round((until - signs.looked) / LOOK_SECONDS) + 1)]
+    times = [signs.looked + LOOK_SECONDS * poll for poll in range(1, round((until - signs.looked) / LOOK_SECONDS) + 1)]
     return [signs.find_overdue(now, stopped) for now in times]
 
 

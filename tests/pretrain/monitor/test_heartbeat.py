@@ -137,14 +137,14 @@ def test_a_neighbour_is_silent_since_its_beat_changed_by_whatever_clock_it_has(t
     file = tmp_path / "rank-2.json"
     other = beat(2, 5, "forward", unseen_seconds=-1e6)
     file.write_text(json.dumps(asdict(other)))
-    assert neighbours.look(0, [own, mate]) == [(mate, 0.0), (other, 0.0)]
+    assert neighbours.poll(0, [own, mate]) == [(mate, 0.0), (other, 0.0)]
     time.sleep(0.01)
     newer = replace(other, seen=other.seen + 2)
     file.write_text(json.dumps(asdict(newer)))
-    (first, second) = neighbours.look(0, [own, mate])
+    (first, second) = neighbours.poll(0, [own, mate])
     assert first[0] == mate and first[1] >= 0.01 and second == (newer, 0.0)
     file.unlink()
-    assert [found.rank for found, _ in neighbours.look(0, [own, mate])] == [1], "it ended in good order"
+    assert [found.rank for found, _ in neighbours.poll(0, [own, mate])] == [1], "it ended in good order"
 
 
 def unwatched(run_dir: Path, rank: int) -> Heartbeat:

@@ -38,7 +38,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 def findings(run_dir: Path) -> dict[str, str]:
     followed = FollowedRun(run_dir)
-    verdict = Verdicts(followed).of(followed.look())
+    verdict = Verdicts(followed).of(followed.poll())
     assert verdict is not None
     return {finding.rule: finding.text for finding in verdict.findings}
 
@@ -104,9 +104,9 @@ def test_a_run_whose_last_step_is_saved_is_finished_also_where_no_event_says_so(
 def test_a_verdict_is_kept_until_the_state_changes_or_its_time_is_over(run_dir: Path) -> None:
     followed = FollowedRun(run_dir)
     verdicts = Verdicts(followed)
-    first = verdicts.of(followed.look())
-    assert verdicts.of(followed.look()) is first
+    first = verdicts.of(followed.poll())
+    assert verdicts.of(followed.poll()) is first
     append(run_dir / "events.jsonl", {"event": "end", "step": 40, "time": at(time.time()), "reason": "finished"})
     for rank in (0, 1):
         (run_dir / "heartbeats" / f"rank-{rank}.json").unlink()
-    assert verdicts.of(followed.look()) is not first
+    assert verdicts.of(followed.poll()) is not first

@@ -120,7 +120,7 @@ def test_a_replica_that_fails_is_a_remark_and_leaves_the_one_before(tmp_path: Pa
     saver.replicas = memory = NodeMemory.of(str(tmp_path), tmp_path / "run", saver.ranks)
     memory.token = "0" * 32
     config = toy_config()
-    memory.check_room(saver.measure(config), saver.ranks)
+    memory.check_memory(saver.measure(config), saver.ranks)
     for step in (1, 2):
         saver.replicate(step, state={}, config=config, identities=IDENTITIES)
         saved = saver.wait()
@@ -137,7 +137,7 @@ def test_a_replica_that_fails_is_a_remark_and_leaves_the_one_before(tmp_path: Pa
     with pytest.raises(
         RuntimeError, match=r"replica_folder=.* cannot keep replicas: rank 0: .* bytes free, and two replicas"
     ):
-        memory.check_room(1 << 60, saver.ranks)
+        memory.check_memory(1 << 60, saver.ranks)
     (tmp_path / memory.directory().name.replace("0" * 32, "1" * 32)).mkdir()
     (tmp_path / "amfm-of-others").mkdir()
     assert memory.clear() == [] and list(tmp_path.iterdir()) == [tmp_path / "amfm-of-others"]

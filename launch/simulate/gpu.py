@@ -20,7 +20,7 @@ GENERATOR_STATE_BYTES = 16  # of a CUDA generator: seed and offset
 Wait = Callable[[str], None]
 
 
-class SimulatedCard:
+class SimulatedGpu:
     """One H100 of a node, or with `is_blackwell` one B200, as torch.cuda would describe it.
 
     `index`: the device's number among `count` of its node. `note_wait` is called with a name whenever the host waits
@@ -95,21 +95,21 @@ class StandIn:
         self.__dict__.update(attributes)
 
 
-def make_stream(card: SimulatedCard) -> Any:
+def make_stream(gpu: SimulatedGpu) -> Any:
     """A stream on which all work is already done; only its `synchronize` counts as a wait."""
     stream: Any = StandIn(
-        cuda_stream=0, stream_id=0, device=torch.device("cuda", card.index), device_index=card.index, device_type=1
+        cuda_stream=0, stream_id=0, device=torch.device("cuda", gpu.index), device_index=gpu.index, device_type=1
     )
     stream.wait_stream = stream.wait_event = always(None)
     stream.query = always(True)
-    stream.record_event = lambda event=None: event or make_event(card)
-    stream.synchronize = lambda: card.note_wait("Stream.synchronize")
+    stream.record_event = lambda event=None: event or make_event(gpu)
+    stream.synchronize = lambda: gpu.note_wait("Stream.synchronize")
     return stream
 
 
-def make_event(card: SimulatedCard) -> Any:
+def make_event(gpu: SimulatedGpu) -> Any:
     """An event that has already happened; only its `synchronize` counts as a wait."""
     event: Any = StandIn(record=always(None), wait=always(None), query=always(True))
     event.elapsed_time = always(1.0)
-    event.synchronize = lambda: card.note_wait("Event.synchronize")
+    event.synchronize = lambda: gpu.note_wait("Event.synchronize")
     return event

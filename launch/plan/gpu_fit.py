@@ -21,7 +21,7 @@ from amfm.pretrain.stages import resolve_stages, stage_of
 ALONE = Assumptions(margin=0.0)
 
 
-def this_card() -> Hardware | None:
+def local_gpu() -> Hardware | None:
     """The accelerator of this process: the row of the table that its name has, else H100's, with its own memory.
 
     None on a machine without one.
@@ -38,7 +38,7 @@ def this_card() -> Hardware | None:
     return (known or [HARDWARE["h100"]])[0].model_copy(update=own)
 
 
-def check_fits(config: RunConfig, ranks: int, card: Hardware, *, steps_done: int = 0) -> None:
+def check_fits(config: RunConfig, ranks: int, gpu: Hardware, *, steps_done: int = 0) -> None:
     """Reject a run of which a stage to come needs more memory than the GPU has; `config` has passed `check_run`.
 
     A stage with its optimizer in the host's memory is not modelled and passes. Raises ValueError with stage, parts and the
@@ -51,17 +51,17 @@ def check_fits(config: RunConfig, ranks: int, card: Hardware, *, steps_done: int
         run = stage.config
         number = ranks_of_stage(config, stage, range(ranks, 0, -1))
         layout = Layout.of(run, number)
-        reason = explain_misfit(memory_of(run, layout, ALONE), card)
+        reason = explain_misfit(memory_of(run, layout, ALONE), gpu)
         if not reason:
             continue
-        found = rank_layouts(run, [run], neighbour_layouts(run, number), card, ALONE, recomputes=True)
+        found = rank_layouts(run, [run], neighbour_layouts(run, number), gpu, ALONE, recomputes=True)
         if not found.fitting:
-            layouts = all_layouts(run, number, card.gpus_per_node)
-            found = rank_layouts(run, [run], layouts, card, ALONE, recomputes=True)
+            layouts = all_layouts(run, number, gpu.gpus_per_node)
+            found = rank_layouts(run, [run], layouts, gpu, ALONE, recomputes=True)
         remedy = "no layout of this many ranks fits; use more ranks, larger GPUs or a smaller model"
         if found.fitting:
             remedy = f"fits by the plan: {found.fitting[0].layout.describe()}"
         where = f"stage {stage.name}: " if config.stages else ""
         raise ValueError(
-            f"{where}{layout.describe()} on {number} x {card.name} {reason}; {remedy} (--force trains anyway)"
+            f"{where}{layout.describe()} on {number} x {gpu.name} {reason}; {remedy} (--force trains anyway)"
         )

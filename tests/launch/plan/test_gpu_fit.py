@@ -2,7 +2,7 @@
 
 import pytest
 
-from amfm.launch.plan.card_fit import check_fits, this_card
+from amfm.launch.plan.gpu_fit import check_fits, local_gpu
 from amfm.pretrain.checks.load import load_checked
 from tests.launch.plan.presets import CONFIGS, H100, preset, preset_gpus
 
@@ -10,7 +10,7 @@ SMALL = H100.model_copy(update={"memory_gib": 9.0, "name": "a small GPU"})
 
 
 def test_a_machine_without_cards_checks_nothing():
-    assert this_card() is None
+    assert local_gpu() is None
 
 
 @pytest.mark.parametrize("name", ["ladder_1b_a300m", "granite4_h_small"])
