@@ -31,7 +31,7 @@ from amfm.pretrain.micro_batch import LossShare, MicroBatch, MicroBatches, send,
 from amfm.pretrain.monitor.anomalies import StepAnomaly, describe_skip, explain_refusal, judge_loss, remember
 from amfm.pretrain.parallel import Parallel
 from amfm.pretrain.run import Run
-from amfm.pretrain.step_sums import RankNews, StepReport, StepResult, StepSums, empty_sums
+from amfm.pretrain.step_sums import RankStatus, StepReport, StepResult, StepSums, empty_sums
 
 
 def train_step(run: Run) -> StepResult:
@@ -50,12 +50,12 @@ def train_step(run: Run) -> StepResult:
     share = LossShare.of_counts(counts, work.num_micro_batches, run.config.model)
     run.engine.module.train()
     set_step(run.model, run.progress.step, run.num_steps)
-    sums, report, anomaly = take_passes(run, batches, counts, share)
+    sums, report, anomaly = accumulate_gradients(run, batches, counts, share)
     capacity = run.parallel.groups.row_capacity
     if capacity is not None and capacity.settle(report.missed):
         run.engine.step(work.rate)  # rejected on all ranks: it lets go of the gradients
         run.tell("dispatch_overflow", "expert buffers overflowed: this step is computed again with exact counts")
-        sums, report, anomaly = take_passes(run, batches, counts, share)
+        sums, report, anomaly = accumulate_gradients(run, batches, counts, share)
         capacity.settle(report.missed)
     for hook in run.hooks:
         hook.before_update()
@@ -72,7 +72,7 @@ def train_step(run: Run) -> StepResult:
     return conclude(run, work, report, outcome, anomaly, skip)
 
 
-def take_passes(
+def accumulate_gradients(
     run: Run, batches: Sequence[Batch], counts: Tensor, share: LossShare
 ) -> tuple[StepSums, StepReport, StepAnomaly | None]:
     """Forward and backward of a step's micro-batches: what they summed up, what that says, and whether it is a spike.
@@ -171,10 +171,10 @@ def conclude(
     )
 
 
-def gather_news(run: Run) -> RankNews:
+def gather_news(run: Run) -> RankStatus:
     """What only this rank knows, for the reduction at the end of a step."""
     damaged = len(run.loader.quarantined) - damaged_before(run) if reports_damage(run) else 0
-    return RankNews(run.signals.received, run.saver.is_writing(), damaged)
+    return RankStatus(run.signals.received, run.saver.is_writing(), damaged)
 
 
 def reports_damage(run: Run) -> bool:

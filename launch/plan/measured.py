@@ -44,9 +44,9 @@ from amfm.launch.plan.stand_ins import (
     WHOLE,
     Cut,
     HostAnswers,
+    assume_triton,
     default_dtype,
     replaced,
-    triton_at_hand,
     without_device,
 )
 from amfm.model.block import Block
@@ -180,7 +180,7 @@ def _measure(
     later: Later = []
     with ExitStack() as stack:
         if backend == "triton":
-            stack.enter_context(triton_at_hand())
+            stack.enter_context(assume_triton())
             stack.enter_context(counted_launches(live, note_launch))
         stack.enter_context(without_device())
         stack.enter_context(torch.device("meta"))
@@ -193,7 +193,7 @@ def _measure(
         residual_BTD = torch.empty(1, own, config.hidden_size, dtype=stream, requires_grad=True)
         delta_BTD = torch.empty(1, own, config.hidden_size, requires_grad=True)
         if cut.narrow is not None:
-            stack.enter_context(codes_at_hand(block, cut.narrow))
+            stack.enter_context(assume_codes(block, cut.narrow))
         if cut.is_split:
             stack.enter_context(split_backward(later))
         live.stacked = frozenset(weight.shape for weight in block.parameters() if weight.dim() == 3)
@@ -250,7 +250,7 @@ def takes_kernels(config: ModelConfig, symbol: str) -> bool:
 
 
 @contextmanager
-def codes_at_hand(block: Block, settings: LowPrecisionConfig) -> Iterator[None]:
+def assume_codes(block: Block, settings: LowPrecisionConfig) -> Iterator[None]:
     """Inside, a block multiplies by a recipe; codes of weights are there, since they do not grow with tokens."""
     with keep_weights():
         for weight in attach_to_block(block, settings):

@@ -134,7 +134,7 @@ class _Importer(MetaPathFinder, Loader):
 
 
 @contextmanager
-def triton_at_hand() -> Iterator[None]:
+def assume_triton() -> Iterator[None]:
     """Let kernels' files be imported inside of the block, whether Triton is installed or not."""
     if find_spec("triton") is not None:
         yield

@@ -37,7 +37,7 @@ from amfm.model.feed_forward import FeedForward, up_segments
 from amfm.model.mixers.interface import BlockState, BuildContext, Mixer, MixerOutput
 from amfm.model.moe.balance import add_entropies, auxiliary_losses
 from amfm.model.moe.choices import Choices, leave_out
-from amfm.model.moe.dispatch import Dispatched, dispatch_feed_forward, dispatch_steps
+from amfm.model.moe.dispatch import DispatchArguments, dispatch_feed_forward, dispatch_steps
 from amfm.model.moe.transfer import HeldExperts, expected_ranks
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import ProcessGroupCollection
@@ -260,7 +260,7 @@ class MoeMixer(Mixer):
         sums_RD, shared_BTD = dispatch_feed_forward(**self._way(x_BTD, chosen))
         return self._widen(x_BTD, sums_RD, chosen), shared_BTD
 
-    def _way(self, x_BTD: Tensor, chosen: Choices) -> Dispatched:
+    def _way(self, x_BTD: Tensor, chosen: Choices) -> DispatchArguments:
         """What `dispatch_feed_forward` is given: this rank's rows, their choices, and the shared expert as the other work."""
         shared = self.shared
         narrow_BTD = x_BTD if self.latent_down is None else self.latent_down(x_BTD)

@@ -125,7 +125,7 @@ class _Part:
         return self.home.finish(self.under_way)
 
 
-class Dispatched(TypedDict):
+class DispatchArguments(TypedDict):
     """What is sent and what is done meanwhile.
 
     x [R, D], only of this rank; expert ids [R, K] in the numbering of all experts, where the number of experts itself marks a
@@ -143,7 +143,7 @@ class Dispatched(TypedDict):
 
 
 @disable_compile
-def dispatch_feed_forward(**way: Unpack[Dispatched]) -> tuple[Tensor, Any]:
+def dispatch_feed_forward(**way: Unpack[DispatchArguments]) -> tuple[Tensor, Any]:
     """Sum weight times expert over each token's choices, [R, D], and call the other work while rows are sent; returns both.
 
     Sums are in float32 at least. Four all-to-alls of rows at most, each once more in backward: out over `ep`, over `expt_tp` and

@@ -13,7 +13,7 @@ from amfm.model.loss import CrossEntropy
 from amfm.model.parallel.groups import RowCapacity
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.parallel import initialize_parallel
-from amfm.pretrain.step_sums import RankNews, StepReport, empty_sums
+from amfm.pretrain.step_sums import RankStatus, StepReport, empty_sums
 from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import MODEL
@@ -32,7 +32,7 @@ def report_of_rank(tensor: int) -> tuple[StepReport, dict[int, list[int]]]:
         sums.auxiliary[name] += part
     for counts_E in sums.expert_counts.values():
         counts_E += torch.tensor([1, 2, 3, 2**40]) * part
-    news = [RankNews(signal.SIGUSR1, False, 2), RankNews(signal.SIGTERM, True, 5)][parallel.rank]
+    news = [RankStatus(signal.SIGUSR1, False, 2), RankStatus(signal.SIGTERM, True, 5)][parallel.rank]
     report = sums.reduce(parallel, torch.tensor([10, 0]), news)
     return report, {block: counts_E.tolist() for block, counts_E in sums.expert_counts.items()}
 
@@ -69,7 +69,7 @@ def test_micro_batches_add_up_by_hand_one_without_a_loss_among_them() -> None:
     assert [float(loss) for loss in sums.micro_losses] == [3.5, 6.0]
     report = sums.reduce(parallel, torch.tensor([20, 7]))
     assert (report.loss, report.z_loss, report.depth_losses()) == (7.0 / 20, 2.5, (2.0,))
-    assert report.expert_counts == {1: [3, 6, 0, 9]} and report.news == RankNews(0, False, 0) and report.missed == 0
+    assert report.expert_counts == {1: [3, 6, 0, 9]} and report.news == RankStatus(0, False, 0) and report.missed == 0
     means = report.mean_auxiliary(config, 3)
     assert means == dict(zip(names, (1.0, 2.0, 3.0))) | {"logits_z": 2.5 / 20}
     assert "logits_z" not in report.mean_auxiliary(ModelConfig.model_validate(MODEL), 3)
