@@ -128,8 +128,9 @@ def count_weights(config: ModelConfig, symbol: str) -> Weights:
         if weight.dim() > 1 and not name.endswith("bias"):  # the taps of a convolution are a matrix, too
             matrices += weight.numel()
             routed += weight.numel() * shard.per_expert
-    chosen, moe = config.block_options(symbol).routed_experts(), config.moe
-    idle = routed - routed * moe.top_k // chosen if chosen and moe is not None else 0
+    options = config.block_options(symbol)
+    chosen = options.routed_experts()
+    idle = routed - routed * getattr(options, "top_k", chosen) // chosen if chosen else 0
     return Weights(total, total - idle, matrices - idle, routed)
 
 

@@ -30,6 +30,7 @@ from amfm.kernels.runtime.backend import resolve_backend
 from amfm.kernels.runtime.compiling import prepare_to_compile
 from amfm.model.block import Block, Blocks, Stream, multiply
 from amfm.model.config.checks import check_model
+from amfm.model.config.kinds import kind_of
 from amfm.model.config.mup import logits_multiplier
 from amfm.model.config.rope import RopeConfig
 from amfm.model.config.schema import ModelConfig
@@ -329,7 +330,7 @@ class HybridModel(nn.Module):
         return DecodeState(tuple(block.mixer.empty_state(num_rows) for block in self.blocks), 0)
 
     def set_rope(self, rope: RopeConfig | None) -> None:
-        """Set the rotary positions of every attention block; None or the present ones change nothing.
+        """Set the rotary positions of every block of `model.attention`, not of its variants; None or the present ones change nothing.
 
         Parameters stay as they are: it is how a trained model continues with longer rows. Changes `config` too.
         """
@@ -338,7 +339,8 @@ class HybridModel(nn.Module):
             return
         self.config = self.config.model_copy(update={"attention": attention.model_copy(update={"rope": rope})})
         for _, block in self.all_blocks():
-            block.mixer.set_rope(rope)
+            if "attention" in {kind.section for kind in kind_of(block.letter).parts}:
+                block.mixer.set_rope(rope)
 
     def update_expert_bias(self, counts: dict[int, Tensor]) -> None:
         """Move the balancing bias of each block with a router held here against the expert loads of the whole step.

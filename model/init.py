@@ -24,7 +24,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from amfm.model.config.moe import BIAS_CHANNELS
+from amfm.model.config.moe import BIAS_CHANNELS, MoeConfig
 from amfm.model.config.mup import width_scales
 from amfm.model.config.schema import ModelConfig
 from amfm.model.head import Head
@@ -123,7 +123,8 @@ def _fill_experts(
     for row, expert in zip(stack, own.tolist(), strict=True):
         fill_part(row, f"{name}.{expert}", each, shape[1:], config, groups, seed)
     dim = {"up": 2, "down": 1}.get(name.rpartition(".experts.")[2])
-    if dim is not None and config.moe is not None and config.moe.bias:
+    moe = _experts_of(name, config)
+    if dim is not None and moe is not None and moe.bias:
         # Biases begin at 0, and so does what fills their channels up (see `Experts`).
         stack.narrow(dim, -BIAS_CHANNELS, BIAS_CHANNELS).zero_()
 
@@ -189,9 +190,18 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(named_seed(seed, name))
 
 
+def _experts_of(name: str, config: ModelConfig) -> MoeConfig | None:
+    """The section of the block of a parameter, where that has routed experts."""
+    symbols = config.letters if name.startswith("blocks.") else config.parsed_pattern.depth_letters
+    options = config.block_options(symbols[int(name.partition("blocks.")[2].partition(".")[0])])
+    return options if isinstance(options, MoeConfig) else None
+
+
 def _deviation(name: str, config: ModelConfig) -> float:
-    is_inside = config.moe is not None and config.moe.latent_size is not None and not config.megatron_init
-    is_output = name.endswith(_OUTPUT_PROJECTIONS) or (".experts.down." in name and not is_inside)
+    is_output = name.endswith(_OUTPUT_PROJECTIONS)
+    if ".experts.down." in name:
+        moe = _experts_of(name, config)
+        is_output = moe is None or moe.latent_size is None or config.megatron_init
     deviation = config.initializer_range * width_scales(name, config).deviation
     if config.depth_scaled_init and is_output:
         return deviation / math.sqrt(len(config.letters))

@@ -68,7 +68,7 @@ def _matrices(activation: str) -> float:
 def mean_auxiliary(config: ModelConfig, auxiliary: Mapping[str, float], num_blocks: int) -> dict[str, float]:
     """Balance losses as Megatron-LM logs them: means over `num_blocks` blocks with experts, without their weights."""
     moe = config.moe
-    if moe is None or not num_blocks:
+    if moe is None or not num_blocks or len(config.expert_sections()) > 1:
         return {}
     weights = {
         "balance": moe.auxiliary_loss_weight,

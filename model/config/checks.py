@@ -50,6 +50,10 @@ def check_model(config: ModelConfig) -> None:
             _check_wrapped(config, kind)
     if config.mup is not None:
         check_mup(config)
+    if config.megatron_init and any(True for _ in config.variants.items()):
+        raise ValueError(
+            "model.megatron_init=true draws by model.mamba and has no rule for model.variants; use false, or remove the variants"
+        )
     _check_head(config)
     for kind, options in config.sections():
         _check_rules(f"model.{kind.section}", options, _beyond(options))

@@ -13,7 +13,7 @@ the class is loaded when a model is built.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from operator import attrgetter
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -85,6 +85,11 @@ class Kind:
         """Key of its options below `model`."""
         return self.name if self.is_core else f"mixers.{self.name}"
 
+    @property
+    def base(self) -> str:
+        """Name of the kind whose mixer and form it has: its own, but for a variant."""
+        return self.name
+
     def describe(self) -> str:
         """Name it in words."""
         return self.title or self.name.replace("_", " ")
@@ -131,6 +136,39 @@ class ParallelKind(Kind):
         options = [kind.read(model) for kind in self.branches]
         names = tuple(kind.name for kind in self.branches)
         return None if None in options else ParallelOptions(names=names, branches=tuple(options))
+
+
+@dataclass(frozen=True)
+class VariantKind(Kind):
+    """A kind with other options under a name of its own, `{mamba_narrow}`; of: the kind (variants.py)."""
+
+    of: str = ""
+
+    @staticmethod
+    def named(name: str) -> VariantKind | None:
+        """The variant of this name: of the kind that it is named after, the longest; None if there is none."""
+        bases = [kind for kind in all_kinds().values() if name.startswith(f"{kind.name}_") and kind.mixes != "logits"]
+        if not bases:
+            return None
+        base = max(bases, key=lambda kind: len(kind.name))
+        same = {each.name: getattr(base, each.name) for each in fields(base)}
+        own = {"name": name, "letter": None, "aliases": "", "title": "", "is_core": False, "of": base.name}
+        return VariantKind(**(same | own))
+
+    @property
+    def section(self) -> str:
+        """Key of its options below `model`."""
+        return f"variants.{self.name}"
+
+    @property
+    def base(self) -> str:
+        """Name of the kind."""
+        return self.of
+
+    def read(self, model: Any) -> MixerOptions | None:
+        """Its options, None if there is no such variant."""
+        options: MixerOptions | None = model.variants.get(self.name)
+        return options
 
 
 CORE = (
@@ -249,14 +287,14 @@ def registered_kinds() -> dict[str, Kind]:
 
 
 def find_kind(name: str) -> Kind:
-    """Look up the kind of this name. Raises ValueError, which lists the kinds, for a name that nothing registers."""
-    kinds = all_kinds()
-    if name not in kinds:
+    """Look up the kind of this name, or the variant of one. Raises ValueError, which lists the kinds, for a name that is neither."""
+    found = all_kinds().get(name) or VariantKind.named(name)
+    if found is None:
         raise ValueError(
             f"no mixer is called {name!r}; there are {list_kinds()} and what packages register under the entry point group "
             f"{ENTRY_POINTS}: {how_to_install(name, 'install the package')}, or take another"
         )
-    return kinds[name]
+    return found
 
 
 def kind_of(symbol: str) -> Kind:

@@ -23,6 +23,7 @@ from amfm.model.config.plugins import PluginSections, list_packages, read_saved_
 from amfm.model.config.routers import RegisteredRouters
 from amfm.model.config.section import Section
 from amfm.model.config.structure import DENSE
+from amfm.model.config.variants import Variants
 
 Projection = Literal["q", "k", "v", "o", "in", "out"]
 BALANCE, SPECIALIZATION = "lora_balance", "lora_specialization"  # names of the losses
@@ -160,6 +161,10 @@ class ModelConfig(Section):
     moe: MoeConfig | None = Field(None, description="Needed by E (F).")
     feed_forward: FeedForwardConfig | None = Field(None, description="Needed by - (D).")
     mixers: RegisteredMixers = Field(RegisteredMixers(), description="Other sequence mixers; docs/mixers.md.")
+    variants: Variants = Field(
+        Variants(),
+        description="Second options of kinds of block by name, `mamba_narrow: {of: mamba, ...}`; in the pattern as `{mamba_narrow}` (docs/mixers.md#variants).",
+    )
     self_guided_training: GuideConfig | None = Field(
         None, description="Guide factored matrices while they train; null: no guide."
     )
@@ -181,8 +186,14 @@ class ModelConfig(Section):
     def packages_used(self) -> dict[str, str]:
         """Name and version of the package behind each mixer and router that is used, by its dotted key."""
         found = {f"model.mixers.{name}": package for name, package in self.mixers.packages_used().items()}
-        if self.moe is not None and self.moe.router in RegisteredRouters.packages:
-            found["model.moe.router"] = RegisteredRouters.packages[self.moe.router]
+        packages = RegisteredMixers.packages
+        found |= {
+            f"model.variants.{name}": packages[own.of] for name, own in self.variants.items() if own.of in packages
+        }
+        for kind, options in self.sections():
+            router: str | None = getattr(options, "router", None)
+            if router is not None and router in RegisteredRouters.packages:
+                found[f"model.{kind.section}.router"] = RegisteredRouters.packages[router]
         return found
 
     def options_of(self, kind: Kind) -> MixerOptions | None:
@@ -193,6 +204,8 @@ class ModelConfig(Section):
         """The same model with other options for a kind of block."""
         if kind.is_core:
             return self.model_copy(update={kind.section: options})
+        if kind.base != kind.name:
+            return self.model_copy(update={"variants": Variants(**dict(self.variants.items()) | {kind.name: options})})
         return self.model_copy(update={"mixers": self.mixers.model_copy(update={kind.name: options})})
 
     def block_options(self, symbol: str) -> MixerOptions:
@@ -204,10 +217,14 @@ class ModelConfig(Section):
 
     def sections(self) -> Iterator[tuple[Kind, MixerOptions]]:
         """Iterate over all kinds whose section is there, whether the pattern has them or not, with their options."""
-        for kind in all_kinds().values():
+        for kind in (*all_kinds().values(), *(find_kind(name) for name, _ in self.variants.items())):
             options = self.options_of(kind)
             if options is not None:
                 yield kind, options
+
+    def expert_sections(self) -> tuple[tuple[str, MoeConfig], ...]:
+        """The sections of routed experts, of `model.moe` and of its variants, by key."""
+        return tuple((f"model.{kind.section}", moe) for kind, moe in self.sections() if isinstance(moe, MoeConfig))
 
     def kinds_in_use(self) -> Iterator[tuple[Kind, MixerOptions]]:
         """Iterate over the kinds of the blocks that are built, and those that they wrap, whose section is there.

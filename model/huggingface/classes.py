@@ -13,6 +13,7 @@ from amfm.model.config.kinds import CORE, kind_of
 from amfm.model.config.mup import without_mup
 from amfm.model.config.plugins import describe_entry, installed_specs
 from amfm.model.config.schema import ModelConfig
+from amfm.model.config.variants import Variants
 from amfm.model.huggingface import (
     bailing_hybrid,
     deepseek_v2,
@@ -119,9 +120,11 @@ def _drop_unused_sections(config: ModelConfig) -> ModelConfig:
     """Drop the sections whose letter the pattern lacks: config.json must not depend on what nothing reads."""
     letters = {part.symbol for letter in config.built_letters for part in kind_of(letter).parts}
     names = (*registered_mixers(config).values(), *([config.head] if config.head else []))
-    used = {name: getattr(config.mixers, name) for name in names}
-    unused = {kind.section: None for kind in CORE if kind.symbol not in letters}
-    return config.model_copy(update=unused | {"mixers": type(config.mixers)(**used)})
+    variants = {name: options for name, options in config.variants.items() if name in names}
+    used = {name: getattr(config.mixers, name) for name in names if name not in variants}
+    unused: dict[str, Any] = {kind.section: None for kind in CORE if kind.symbol not in letters}
+    sections = {"mixers": type(config.mixers)(**used), "variants": Variants(**variants)}
+    return config.model_copy(update=unused | sections)
 
 
 NO_LIMIT = (0.0, 1e30)  # of time steps: JSON cannot spell infinity

@@ -35,15 +35,17 @@ def unfit_for_own(config: ModelConfig) -> list[str]:
         f"model.pattern has {symbol}: the mixer {name} of another package is not in our modelling file; "
         "use a mixer of ours where the model must leave amfm"
         for symbol, name in registered_mixers(config).items()
-        if name not in ours and not find_kind(name).modeling
+        if find_kind(name).base not in ours and not find_kind(name).modeling
     ] + list(_unfit_router(config))
 
 
 def _unfit_router(config: ModelConfig) -> Iterator[str]:
-    spec = config.moe.package_router() if config.moe is not None and config.routed_experts() else None
-    if spec is not None and not spec.modeling:
+    for key, moe in config.expert_sections() if config.routed_experts() else ():
+        spec = moe.package_router()
+        if spec is None or spec.modeling:
+            continue
         yield (
-            f"model.moe.router={spec.name}: the router of another package brings no form for our modelling file "
+            f"{key}.router={spec.name}: the router of another package brings no form for our modelling file "
             "(RouterSpec.modeling); use a router of ours where the model must leave amfm"
         )
 
@@ -74,7 +76,7 @@ def own_fields(config: ModelConfig) -> dict[str, Any]:
         "moe": config.moe.model_dump() if config.moe else None,
         "feed_forward": config.feed_forward.model_dump() if config.feed_forward else None,
         "mixers": {
-            name: getattr(config.mixers, name).model_dump()
+            name: getattr(find_kind(name).read(config), "model_dump")()  # noqa: B009
             for name in (*registered_mixers(config).values(), *([config.head] if config.head else []))
         },
         **({"head": config.head} if config.head else {}),
@@ -84,6 +86,8 @@ def own_fields(config: ModelConfig) -> dict[str, Any]:
 def model_config_from_own(fields: Mapping[str, Any]) -> ModelConfig:
     """Invert `own_fields`; validation checks what someone may have edited."""
     sections = {name: fields.get(name) for name in ("mamba", "attention", "moe", "feed_forward")}
+    mixers = fields.get("mixers") or {}  # exports of earlier versions have none
+    variants = {name: options for name, options in mixers.items() if "of" in options}
     saved = read_saved_model(
         {
             "pattern": fields["pattern"],
@@ -92,8 +96,8 @@ def model_config_from_own(fields: Mapping[str, Any]) -> ModelConfig:
             "norm_epsilon": fields["norm_epsilon"],
             "tie_embeddings": fields["tie_word_embeddings"],
             "initializer_range": fields["initializer_range"],
-            # Exports of earlier versions have none.
-            "mixers": fields.get("mixers") or {},
+            "mixers": {name: options for name, options in mixers.items() if name not in variants},
+            "variants": variants,
             "head": fields.get("head"),
             "norm_placement": fields.get("norm_placement") or "before",
             "multipliers": fields.get("multipliers") or {},

@@ -33,10 +33,11 @@ def graph_problems(config: RunConfig) -> Iterator[Problem]:
         ),
         "model.lora_mixer": (config.model.lora_mixer, "changes with the step, which a replay does not know"),
     }
-    moe = config.model.moe
-    if config.data.packing == "best_fit" and moe is not None:
+    if config.data.packing == "best_fit":
         rule = "counts the tokens of each micro-batch on the host, where data.packing=best_fit pads rows"
-        sections["model.moe.capacity_factor"] = (moe.capacity_factor, rule)
+        sections |= {
+            f"{name}.capacity_factor": (moe.capacity_factor, rule) for name, moe in config.model.expert_sections()
+        }
     for key, (section, rule) in sections.items():
         if section is not None:
             yield Problem(key, f"does not go with {KEY}=blocks: it {rule}", f"remove it, {NONE}")

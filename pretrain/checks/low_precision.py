@@ -48,12 +48,13 @@ def low_precision_problems(config: RunConfig) -> Iterator[Problem]:
 
 def bias_problems(config: RunConfig) -> Iterator[Problem]:
     """Reject experts with biases; letters of the section must be those of kinds."""
-    moe, chosen = config.model.moe, config.low_precision.chosen(config.model.letters)
-    if moe is not None and moe.bias and any(HIDDEN in config.low_precision.recipes_of(symbol) for symbol in chosen):
-        rule = "was not tried with biases of experts, which are columns of their matrices"
-        yield Problem(
-            f"{SECTION}.recipe", rule, "leave E out of low_precision.block_types, or use model.moe.bias: false"
-        )
+    chosen = config.low_precision.chosen(config.model.letters)
+    for key, moe in config.model.expert_sections():
+        if moe.bias and any(HIDDEN in config.low_precision.recipes_of(symbol) for symbol in chosen):
+            rule = "was not tried with biases of experts, which are columns of their matrices"
+            yield Problem(
+                f"{SECTION}.recipe", rule, f"leave E out of low_precision.block_types, or use {key}.bias: false"
+            )
 
 
 def without_recipe(section: LowPrecisionConfig) -> Iterator[Problem]:

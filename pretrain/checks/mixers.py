@@ -64,7 +64,7 @@ def kernel_problems(config: RunConfig, backend: str) -> Iterator[Problem]:
 
     A kernel keeps a head's state and a chunk's products on chip, so both have bounds (`kernels/common/limits.py`).
     """
-    experts, has_experts = config.kernels.experts, config.model.moe is not None
+    experts, has_experts = config.kernels.experts, bool(config.model.expert_sections())
     if experts != "auto" and not (has_experts and backend in ("auto", "triton", experts)):
         where = f"all operations run in kernels.backend={backend}" if has_experts else "the model has no experts"
         yield Problem("kernels.experts", f"has no effect where {where}", "leave it out", experts)

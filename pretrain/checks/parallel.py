@@ -54,13 +54,11 @@ def ineffective_problems(config: RunConfig) -> Iterator[Problem]:
             "raise parallel.expert, or use none",
             str(section.expert_buffer_factor),
         )
-    elif (
-        section.expert_buffer_factor is not None
-        and config.model.moe is not None
-        and config.model.moe.capacity_factor is not None
-    ):
-        rule = f"is room for rows that are not limited, and model.moe.capacity_factor={config.model.moe.capacity_factor:g} limits them"
-        yield Problem("parallel.expert_buffer_factor", rule, "use none", str(section.expert_buffer_factor))
+    limits = [(f"{key}.capacity_factor", moe.capacity_factor) for key, moe in config.model.expert_sections()]
+    for key, limit in limits if section.expert_buffer_factor is not None and section.expert > 1 else ():
+        if limit is not None:
+            rule = f"is room for rows that are not limited, and {key}={limit:g} limits them"
+            yield Problem("parallel.expert_buffer_factor", rule, "use none", str(section.expert_buffer_factor))
     if section.offload_optimizer and section.zero_stage == 0:
         rule = "moves what ZeRO spreads, and parallel.zero_stage is 0"
         yield Problem("parallel.offload_optimizer", rule, "use parallel.zero_stage=1 or higher, or false", "true")

@@ -122,7 +122,7 @@ def unmatched(factors: RateFactors | DecayFactors, config: RunConfig) -> Iterato
     given = factors.model_fields_set
     if "head" in given and config.model.tie_embeddings:
         yield "head", "matches nothing: model.tie_embeddings makes the head the embedding, whose factor it has"
-    if "router" in given and config.model.moe is None:
+    if "router" in given and not config.model.expert_sections():
         yield "router", "matches nothing: no block of model.pattern has a router"
     matrices = config.optimizer.matrix_settings()
     if "adamw" in given and matrices is None:

@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from amfm.model.config.plugins import PluginSections
+from amfm.model.config.variants import Variants
 from amfm.pretrain.config.rarely_set import user_of
 from amfm.pretrain.config.schema import RunConfig
 
@@ -120,9 +121,10 @@ def section_at(parts: tuple[str | int, ...], root: type[BaseModel] = RunConfig) 
             continue
         info = model.model_fields.get(part)
         found = section_of(info.annotation) if info else None
-        if found is None:
+        inside = Variants.section_named(part) if model is Variants else found[0] if found else None
+        if inside is None:
             return None
-        model = found[0]
+        model = inside
     return model
 
 

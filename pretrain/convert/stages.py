@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from amfm.model.config.kinds import find_kind
+from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.pretrain.checkpoint.names import newest_saved_step
 from amfm.pretrain.config.convert import ConvertConfig, StageName
@@ -100,9 +101,10 @@ def conversion_stages(config: RunConfig) -> Iterator[ConversionStage]:
 def _stage(config: RunConfig, name: StageName, initial: Path, steps: int, rate: float) -> ConversionStage:
     convert = conversion_of(config)
     model = config.model if name == "tune-teacher" else converted_model(config)
-    if model.moe is not None:
-        # Routers are frozen, and so is the balance that they were trained with.
-        model = model.model_copy(update={"moe": model.moe.model_copy(update={"bias_update_rate": 0.0})})
+    # Routers are frozen, and so is the balance that they were trained with.
+    for kind, options in model.sections():
+        if isinstance(options, MoeConfig):
+            model = model.with_options(kind, options.model_copy(update={"bias_update_rate": 0.0}))
     if name != "transfer":
         model = model.model_copy(update={"lora_mixer": convert.tuning().routed()})
     run_dir = str(folder_of(config, f"convert-{name}"))

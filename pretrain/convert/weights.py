@@ -181,7 +181,7 @@ def stage_weights(stage: ConversionStage, report: Report = silent) -> Weights:
         given = find_adapter(adapter).merge_update(given, rank=tune.rank, alpha=tune.alpha)
     model: ModelConfig = stage.config.model
     if model.moe is not None and first.model.moe is not None:
-        model = model.model_copy(update={"moe": first.model.moe})
+        model = model.model_copy(update={"moe": first.model.moe, "variants": first.model.variants})
     if model.lora_mixer is not None:
         # What continues from these weights makes hard choices from its own first step.
         model = model.model_copy(update={"lora_mixer": model.lora_mixer.model_copy(update={"hard_from_step": None})})

@@ -136,12 +136,12 @@ def write_export(plan: ExportPlan, folder: Path) -> None:
 
 def write_package_mixers(model: ModelConfig, folder: Path) -> None:
     """Write the forms of a model's mixers, router and head of packages, as modeling files next to ours, and the table that names them."""
-    router = model.moe.package_router() if model.moe is not None and model.routed_experts() else None
-    used = {kind.name: kind.modeling for kind, _ in model.kinds_in_use() if kind.modeling}
+    routers = [moe.package_router() for _, moe in model.expert_sections() if model.routed_experts()]
+    used = {kind.base: kind.modeling for kind, _ in model.kinds_in_use() if kind.modeling}
     tables = {
         "PACKAGE_MIXERS": {name: named for name, named in used.items() if name != model.head},
         "PACKAGE_HEADS": {name: named for name, named in used.items() if name == model.head},
-        "PACKAGE_ROUTERS": {} if router is None else {router.name: router.modeling},
+        "PACKAGE_ROUTERS": {router.name: router.modeling for router in routers if router is not None},
     }
     forms = {named: named.split(":") for table in tables.values() for named in table.values()}
     lines = ['"""Mixers, routers and heads of packages by name."""', ""]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from amfm.data_pipeline.loader.loader import SourceUse
+from amfm.model.config.moe import MoeConfig
 from amfm.model.flops import flops_per_token
 from amfm.model.megatron_flops import mean_auxiliary, megatron_flops_per_token
 from amfm.pretrain.event_log import log_time
@@ -54,17 +55,20 @@ class Experts(Hook):
 
     def before_update(self) -> None:
         """Ask how many experts of a block could get no token in this step by design: equally many in all blocks."""
-        if self.run.config.model.moe is not None and is_due(self.run.progress.step + 1, EXPERT_STEPS):
+        if self.run.config.model.expert_sections() and is_due(self.run.progress.step + 1, EXPERT_STEPS):
             retired = max((block.mixer.num_retired() for _, block in self.run.model.all_blocks()), default=0)
             (self.num_retired,) = self.run.parallel.max_over_all([retired])  # a pipeline rank may hold no such block
 
     def after_step(self, result: StepResult) -> None:
         """Compare the loads when that is due; retired experts get no tokens, and are left out."""
-        moe = self.run.config.model.moe
-        if moe is None or not is_due(self.run.progress.step, EXPERT_STEPS):
+        model = self.run.config.model
+        if not model.expert_sections() or not is_due(self.run.progress.step, EXPERT_STEPS):
             return
         living = {block: sorted(counts)[self.num_retired :] for block, counts in result.expert_counts.items()}
-        shares = find_collapsed(living, moe.top_k)
+        shares: dict[int, float] = {}
+        for block, counts in living.items():
+            moe = model.block_options(model.built_letters[block])
+            shares |= find_collapsed({block: counts}, moe.top_k) if isinstance(moe, MoeConfig) else {}
         if shares.keys() - self.collapsed:
             blocks = ", ".join(f"{block} ({share:.0%} of tokens)" for block, share in shares.items())
             self.run.tell(

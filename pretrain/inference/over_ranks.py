@@ -133,7 +133,7 @@ def sections(model: ModelConfig, num_ranks: int, work: Work) -> Iterator[Paralle
         for expert in range(1, num_ranks + 1):
             if num_ranks % tensor or num_ranks % expert or (work.whole_rows and tensor > 1 and expert > 1):
                 continue
-            if expert > 1 and model.moe is None:
+            if expert > 1 and not model.expert_sections():
                 continue
             section = ParallelConfig(tensor=tensor, expert=expert)
             if not any(size_problems(model, section)) and not any(refusal_problems(model, section)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig
 
 EXPERT_STEPS = 20
@@ -19,22 +20,26 @@ def describe_unbalanced(model: ModelConfig) -> str | None:
     """Report that no setting balances the experts, and which ones would; None if one does or no token has a
     choice.
     """
-    moe = model.moe
-    if moe is None or not model.routed_experts() or moe.top_k == moe.num_experts:
+    return next(
+        filter(None, (_unbalanced(key, moe) for key, moe in model.expert_sections() if model.routed_experts())), None
+    )
+
+
+def _unbalanced(key: str, moe: MoeConfig) -> str | None:
+    balances = (
+        moe.top_k == moe.num_experts,
+        moe.package_router() is not None,
+        moe.expert_bias and moe.bias_update_rate > 0,
+        moe.auxiliary_loss_weight,
+        moe.sequence_loss_weight,
+        moe.overflow == "recycle",
+    )
+    if any(balances):
         return None
-    bias = moe.expert_bias and moe.bias_update_rate > 0
-    if (
-        moe.package_router() is not None
-        or bias
-        or moe.auxiliary_loss_weight
-        or moe.sequence_loss_weight
-        or moe.overflow == "recycle"
-    ):
-        return None
-    remedies = "model.moe.expert_bias=true, or " if moe.router != "softmax" else ""
+    remedies = f"{key}.expert_bias=true, or " if moe.router != "softmax" else ""
     return (
         f"nothing balances the {moe.num_experts} experts: few of them may end up with all tokens; "
-        f"set {remedies}for example model.moe.auxiliary_loss_weight=1e-3"
+        f"set {remedies}for example {key}.auxiliary_loss_weight=1e-3"
     )
 
 

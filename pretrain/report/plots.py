@@ -189,12 +189,13 @@ def expert_load_plot(record: RunRecord) -> Plot | None:
     # Half a step on either side, so that a single step still has a width.
     edges = np.linspace(first - 0.5, last + 0.5, min(most_columns(len(blocks)), last - first + 1) + 1).tolist()
     rows = tuple(tuple(mean_of_spans(*loads[block], edges)) for block in blocks)
-    moe = record.config.model.moe
-    most = "" if moe is None else f"; {moe.num_experts / moe.top_k:g}, the most possible, is collapse"
+    highest_loads = [moe.num_experts / moe.top_k for _, moe in record.config.model.expert_sections()]
+    most = f"; {max(highest_loads):g}, the most possible, is collapse" if highest_loads else ""
     caption = f"By MoE block: 1 is even{most}."
     # A fixed scale, so that a colour means the same in every run; by ratios, or all that is usual would be the darkest.
-    most_possible = 0.0 if moe is None else moe.num_experts / moe.top_k
-    highest = max(1.2, most_possible or max(value for row in rows for value in row if value is not None))
+    highest = max(
+        1.2, max(highest_loads, default=0.0) or max(value for row in rows for value in row if value is not None)
+    )
     heat = HeatMap(tuple(f"block {block}" for block in blocks), tuple(edges), rows, 1.0, highest, is_log=True)
     return Plot("experts", "Expert load", caption, "most loaded / mean", heat=heat)
 

@@ -14,7 +14,7 @@ from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.roofline import Roofline, add_part
 from amfm.model.config.core_options import AttentionConfig, FeedForwardConfig, Mamba2Config
 from amfm.model.config.key_mixer_options import MlaOptions
-from amfm.model.config.kinds import find_kind
+from amfm.model.config.kinds import find_kind, kind_of
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.options import MixerOptions, ParallelOptions
 from amfm.pretrain.config.schema import RunConfig
@@ -188,4 +188,4 @@ KNOWN: dict[type[MixerOptions], type[PlannedBlock]] = {
 def planned_block(config: RunConfig, symbol: str) -> PlannedBlock:
     """The blocks of a symbol of the pattern, as the planner sees them."""
     options = config.model.block_options(symbol)
-    return KNOWN.get(type(options), PlannedBlock)(config, symbol, options)
+    return KNOWN.get(kind_of(symbol).options, PlannedBlock)(config, symbol, options)

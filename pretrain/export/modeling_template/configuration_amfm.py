@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ from transformers import PretrainedConfig
 # Of these files and the names of weights. Files of an export without a number multiply the loss by the pieces of gradient
 # accumulation and let packed documents see each other.
 MODELING_VERSION = 2
+CORE_SYMBOLS = {"mamba": "M", "attention": "*", "moe": "E", "feed_forward": "-"}
 
 
 class AmfmConfig(PretrainedConfig):
@@ -85,5 +87,28 @@ class AmfmConfig(PretrainedConfig):
         return re.findall(r"\([^)]*\)|\{[a-z0-9_]+\}|.", self.pattern)
 
     def mixer_symbols(self) -> list[str]:
-        """List the mixers of all blocks, those side by side one after the other."""
-        return [symbol for letter in self.letters() for symbol in letter.strip("()").split("&")]
+        """List the mixers of all blocks, those side by side one after the other; of a variant, its kind's."""
+        return [self.symbol_of(symbol) for letter in self.letters() for symbol in letter.strip("()").split("&")]
+
+    def symbol_of(self, symbol: str) -> str:
+        """The symbol of the kind of a block: that of its kind for a variant, whose options name it as `of`."""
+        kind = self.mixers.get(symbol.strip("{}"), {}).get("of")
+        return symbol if kind is None else CORE_SYMBOLS.get(kind, f"{{{kind}}}")
+
+    def of_block(self, symbol: str) -> AmfmConfig:
+        """This configuration with the options of a variant, for a symbol of one, as those of its kind."""
+        options = self.mixers.get(symbol.strip("{}"), {})
+        kind = options.get("of")
+        if kind is None:
+            return self
+        own = copy.copy(self)
+        if kind in CORE_SYMBOLS:
+            setattr(own, kind, options)
+        else:
+            own.mixers = {**self.mixers, kind: options}
+        return own
+
+    def sections_of(self, kind: str) -> list[dict[str, Any]]:
+        """The options of a kind by name and of its variants."""
+        own = getattr(self, kind, None) or self.mixers.get(kind)
+        return [*([own] if own else []), *(each for each in self.mixers.values() if each.get("of") == kind)]

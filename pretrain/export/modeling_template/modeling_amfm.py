@@ -38,19 +38,21 @@ LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 def make_mixer(letter: str, index: int, config: AmfmConfig) -> nn.Module:
     """Make the mixer of a letter or `{name}` in the block of this index."""
-    if letter in CORE:
-        return CORE[letter](config, index)
+    kind, own = config.symbol_of(letter), config.of_block(letter)
+    if kind in CORE:
+        mixer = CORE[kind](own, index)
+        mixer.config = config  # where programs change the choice of attention later
+        return mixer
     # Mixers with decays by depth count the blocks that mix over the sequence, not experts and feed-forward.
-    sequence = [number for number, other in enumerate(config.letters()) if other not in CHANNELS]
-    return build_mixer(letter, config, sequence.index(index), len(sequence))
+    sequence = [number for number, other in enumerate(config.letters()) if config.symbol_of(other) not in CHANNELS]
+    return build_mixer(kind, own, sequence.index(index), len(sequence))
 
 
 def make_feed_forward(config: AmfmConfig, index: int) -> nn.Module:
     """Make the mixer of `-`."""
-    section = config.feed_forward
-    assert section is not None, "the pattern has '-', the configuration no feed_forward section"
-    limit = section.get("activation_limit")
-    return FeedForward(config.hidden_size, section["hidden_size"], section["activation"], limit)
+    own = config.feed_forward
+    assert own is not None, "the pattern has '-', the configuration no feed_forward section"
+    return FeedForward(config.hidden_size, own["hidden_size"], own["activation"], own.get("activation_limit"))
 
 
 CORE: dict[str, Callable[[AmfmConfig, int], nn.Module]] = {
@@ -157,7 +159,7 @@ class AmfmPreTrainedModel(PreTrainedModel):
             )
         if self._has_sinks():
             raise ValueError("flash attention has no sinks here; use attn_implementation='eager'")
-        if "*" in self.config.mixer_symbols() and (self.config.attention or {}).get("indexer"):
+        if any(section.get("indexer") for section in self.config.sections_of("attention")):
             raise ValueError(
                 "flash attention does not read the keys that an indexer chooses; use attn_implementation='sdpa'"
             )
@@ -171,8 +173,7 @@ class AmfmPreTrainedModel(PreTrainedModel):
 
     def _has_sinks(self) -> bool:
         """Whether attention that reads the mask of the chosen implementation has sinks."""
-        sections = {"*": self.config.attention or {}, "+": self.config.mixers.get("mla", {})}
-        return any(sections.get(letter, {}).get("sinks", False) for letter in self.config.mixer_symbols())
+        return any(own.get("sinks") for kind in ("attention", "mla") for own in self.config.sections_of(kind))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
