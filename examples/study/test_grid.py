@@ -116,7 +116,7 @@ def test_axes_that_make_no_model_are_refused(folder, settings, message):
 
 def test_a_broken_cell_is_named(folder):
     study = make_study(folder, mixers=(MixerConfig(mixer="M", overrides=("model.mamba.num_groups=3",)),))
-    with pytest.raises(ConfigError, match=r"cell Mamba2-none-text-seed0: .*num_groups=3 must divide"):
+    with pytest.raises(ConfigError, match=r"run Mamba2-none-text-seed0: .*num_groups=3 must divide"):
         expand_grid(study)
 
 
@@ -124,7 +124,7 @@ def test_text_without_a_held_out_part_has_no_loss_to_compare(folder):
     text = (folder / "text.yaml").read_text().replace("validation_fraction: 0.1", "validation_fraction: 0.0")
     (folder / "text.yaml").write_text(text)
     with pytest.raises(
-        ConfigError, match=r"cell Mamba2-none-text-seed0: data.validation_fraction = 0: a study compares"
+        ConfigError, match=r"run Mamba2-none-text-seed0: data.validation_fraction = 0: a study compares"
     ):
         expand_grid(make_study(folder))
 

@@ -68,7 +68,7 @@ def test_after_a_kill_only_what_is_missing_runs_and_the_killed_cell_goes_on_from
     assert stopped_at < STEPS and len(read_metrics(first)) == STEPS
 
     code, summary, _ = call(command)
-    assert (code, summary["cells"], summary["finished"], summary["failed"]) == (0, 2, 2, {})
+    assert (code, summary["planned"], summary["finished"], summary["failed"]) == (0, 2, 2, {})
     assert [event["resumed_from"] for event in read_events(first, "start")] == [None]
     starts = [event["resumed_from"] for event in read_events(second, "start")]
     assert starts[0] is None and starts[1] is not None
@@ -88,7 +88,7 @@ def test_a_failed_cell_is_shown_with_its_cause_after_the_others_are_done(tmp_pat
     assert (code, summary["finished"], list(summary["failed"])) == (3, 1, [CELLS[0]])
     cause = f"another process trains in {first}; wait for it"
     assert cause in summary["failed"][CELLS[0]]
-    assert f"amfm study: cell {CELLS[0]} failed: amfm: {cause}" in " ".join(remarks.split())
+    assert f"amfm study: run {CELLS[0]} failed: amfm: {cause}" in " ".join(remarks.split())
     assert read_metrics(second)[-1]["step"] == 4
 
     code, summary, _ = call(command)

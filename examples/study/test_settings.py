@@ -55,7 +55,7 @@ def test_cells_differ_by_their_overrides_alone(folder: Path) -> None:
         ),
         (
             {"settings": (SettingConfig(label="x", overrides=("optimizer.muon={rounds: 6}",)),)},
-            "cell x-text-seed0: override optimizer.muon={rounds: 6}: has settings of Muon, and optimizer.kind is adamw",
+            "run x-text-seed0: override optimizer.muon={rounds: 6}: has settings of Muon, and optimizer.kind is adamw",
         ),
     ],
 )
@@ -76,14 +76,15 @@ def test_finished_runs_make_the_table(folder: Path, capsys: pytest.CaptureFixtur
         finish(cell, number)
     assert run(["study", "settings", str(path), "--dry-run", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
-    assert [(row["cell"], row["overrides"], row["done"]) for row in listed] == [
+    assert [(row["run"], row["overrides"], row["done"]) for row in listed] == [
         ("adamw-text-seed0", "", True),
         ("muon-text-seed0", "optimizer.kind=muon optimizer.learning_rate=4e-3", True),
     ]
     assert run(["study", "settings", str(path)]) == 0
     shown = capsys.readouterr().out
     assert shown == (folder / "study" / "study.md").read_text()
-    assert "| settings | text: validation loss |" in shown and "| adamw | 3.000 |" in shown
+    assert "| setting | parameters | active | tokens | FLOPs | text: validation loss |" in shown
+    assert " | 3.000 | " in shown and "+0.143, one seed: no verdict |" in shown
     found = json.loads((folder / "study" / "study.json").read_text())
     assert [row["label"] for row in found["table"]] == ["adamw", "muon"]
-    assert found["table"][1]["tasks"]["text"]["mean"] == pytest.approx(3 + 1 / 7)
+    assert found["table"][1]["summary"]["mean"] == pytest.approx(3 + 1 / 7)

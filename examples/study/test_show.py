@@ -38,7 +38,7 @@ def test_events_are_lines_where_there_is_no_terminal(cells):
     display.end(cells[3], CellEnd(0), None)
     display.close()
     lines = text.getvalue().splitlines()
-    assert lines[0] == "study: 1 of 10 cells are done"
+    assert lines[0] == "study: 1 of 10 runs are done"
     assert lines[1] == f"study: {cells[1].name}: started (1 of 10 done)"
     assert lines[4:] == [
         f"study: {cells[1].name}: done after 0s, validation loss 3.1429, 101 tokens/s",

@@ -40,7 +40,7 @@ def test_the_numbers_of_table_and_json_are_those_of_the_runs(study_path, capsys)
     folder = study_path.parent / "study"
     written = json.loads((folder / "study.json").read_text())
     assert shown == written | {"failed": {}}
-    assert (written["cells"], written["finished"]) == (10, 10)
+    assert (written["planned"], written["finished"]) == (10, 10)
     for row in written["table"]:
         own = [cell for cell in cells if (cell.mixer, cell.ratio) == (row["mixer"], row["ratio"])]
         assert [cell.seed for cell in own] == [0, 1]
@@ -111,7 +111,7 @@ def test_dry_run_lists_the_cells_and_what_is_done(study_path, capsys):
     finish(cells[0], 0)
     assert run(["study", "mixers", str(study_path), SOME, "--dry-run", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
-    assert [(item["cell"], item["done"]) for item in listed[:2]] == [(cells[0].name, True), (cells[1].name, False)]
+    assert [(item["run"], item["done"]) for item in listed[:2]] == [(cells[0].name, True), (cells[1].name, False)]
     assert listed[1]["state_bytes"] == state_bytes(cells[1].config.model, 4096)
 
 

@@ -11,6 +11,7 @@ import itertools
 import json
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from amfm.model.config.kinds import describe_symbol, find_kind, kind_of
 from amfm.model.config.pattern import parse_pattern
@@ -36,6 +37,9 @@ class Cell:
     task: str
     seed: int
     config: RunConfig
+    # Of a study of settings: what is its own, and its values on the axes of the grid.
+    overrides: tuple[str, ...] = ()
+    values: tuple[tuple[str, Any], ...] = ()
 
     @property
     def attention_share(self) -> float:
@@ -69,7 +73,7 @@ def make_cell(
 ) -> Cell:
     """Configuration of one point of the grid, checked as `amfm train` would.
 
-    Raises ConfigError with each problem under the cell's name.
+    Raises ConfigError with each problem under the run's name.
     """
     config, mixer = study.config, study.config.mixers[index]
     pattern = make_pattern(symbol_of(mixer.mixer), ratio, config.num_mixers, task.between)
@@ -82,7 +86,7 @@ def make_cell(
 def load_run(study: Study[RunsConfig], task: RunTask, name: str, overrides: list[str], seed: int) -> RunConfig:
     """Configuration of a cell's run: its task's file, its own overrides, and what a study sets in all of them.
 
-    Raises ConfigError with each problem under the cell's name.
+    Raises ConfigError with each problem under the run's name.
     """
     settings = {
         "train.seed": seed,
@@ -96,7 +100,7 @@ def load_run(study: Study[RunsConfig], task: RunTask, name: str, overrides: list
         run = load_checked(study.task_path(task), overrides, world_size=1)
         check_measured(run)
     except ConfigError as error:
-        raise ConfigError([Problem("", f"cell {name}: {problem}", "") for problem in error.problems]) from error
+        raise ConfigError([Problem("", f"run {name}: {problem}", "") for problem in error.problems]) from error
     return run
 
 

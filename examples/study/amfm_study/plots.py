@@ -16,8 +16,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from amfm.data_pipeline.durable.files import replacing
 from amfm.pretrain.report.numbers import short
-from amfm_study.grid import ONLY_ATTENTION
-from amfm_study.table import ACCURACY, Measure, Row, show_ratio
+from amfm_study.crossed import name_value
+from amfm_study.equal import flops_of_run, tokens_per_step
+from amfm_study.grid import ONLY_ATTENTION, Cell
+from amfm_study.settings_table import SettingRow
+from amfm_study.table import ACCURACY, Measure, Row, TaskSummary, read_record, show_ratio
 
 # Told apart by people who do not see all colours (Wong 2011, Nature Methods 8, 441), and by marker.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
@@ -32,6 +35,7 @@ STYLE = {
     "grid.linewidth": 0.6,
     "legend.frameon": False,
 }
+MOST_IN_LEGEND = 10
 Point = tuple[float, float, float]  # value, lowest, highest
 
 
@@ -146,3 +150,116 @@ def show_bytes(value: float, _position: int | None = None) -> str:
         if value >= 1024**power:
             return f"{value / 1024**power:.3g} {unit}"
     return f"{value:.0f} bytes"
+
+
+def draw_settings(
+    rows: Sequence[SettingRow], measures: Mapping[str, Measure], cells: Sequence[Cell], path: Path
+) -> None:
+    """Write one PNG, for each task: the measure by setting or along the longest axis of a grid, and loss against FLOPs."""
+    with matplotlib.rc_context(STYLE):
+        canvas = Figure(figsize=(10.5, 0.5 + 3.6 * len(measures)), layout="constrained")
+        panels = canvas.subplots(len(measures), 2, squeeze=False)
+        for (left, right), (task, measure) in zip(panels, measures.items()):
+            own = [row for row in rows if row.task == task]
+            axis = longest_axis(own)
+            if axis is None:
+                draw_labels(left, own)
+            else:
+                draw_axis(left, own, axis, lower_is_better=measure is not ACCURACY)
+            draw_curves(right, [cell for cell in cells if cell.task == task], axis)
+            left.set_title(f"{task}: {measure.name}", loc="left")
+            right.set_title(f"{task}: training loss", loc="left")
+            (left.set_xlabel if axis is None else left.set_ylabel)(measure.unit)
+        with replacing(path) as file:
+            canvas.savefig(file, format="png", dpi=130, metadata={"Software": None})
+
+
+def longest_axis(rows: Sequence[SettingRow]) -> str | None:
+    """The axis of numbers with the most values; None without one of three."""
+    values: dict[str, set[float]] = {}
+    for row in rows:
+        for key, value in row.values.items():
+            if type(value) in (int, float):
+                values.setdefault(key, set()).add(value)
+    best = max(values, key=lambda key: len(values[key]), default=None)
+    return best if best is not None and len(values[best]) > 2 else None
+
+
+def draw_labels(axes: Any, rows: Sequence[SettingRow]) -> None:
+    """A line for each setting: its mean and, of several seeds, the lowest and the highest; the first one's mean is dotted."""
+    found = [(row.label, row.summary) for row in rows if row.summary is not None]
+    for place, (_, summary) in enumerate(found):
+        spread = [[summary.mean - summary.low], [summary.high - summary.mean]]
+        axes.errorbar([summary.mean], [place], xerr=spread, color=COLOURS[0], marker="o", markersize=5, capsize=2.5)
+    if found:
+        axes.axvline(found[0][1].mean, color="#7f7f7f", linewidth=1, linestyle=":")
+    axes.set_yticks(range(len(found)), [label for label, _ in found])
+    axes.set_ylim(len(found) - 0.5, -0.5)
+
+
+def line_of(label: str, values: Mapping[str, Any], axis: str | None) -> str:
+    """The line that a setting is on: its label without its value on the axis."""
+    if axis is None:
+        return label
+    return label.replace(name_value(axis, values[axis]), "").strip("-").replace("--", "-")
+
+
+def draw_axis(axes: Any, rows: Sequence[SettingRow], axis: str, *, lower_is_better: bool) -> None:
+    """One line for each combination of the other axes, over the values of this one; the best point is filled."""
+    lines: dict[str, list[tuple[float, TaskSummary]]] = {}
+    for row in rows:
+        points = lines.setdefault(line_of(row.label, row.values, axis), [])
+        if row.summary is not None:
+            points.append((row.values[axis], row.summary))
+    for number, (label, points) in enumerate(lines.items()):
+        if not points:
+            continue
+        points.sort(key=lambda point: point[0])
+        means = [summary.mean for _, summary in points]
+        spread = [[s.mean - s.low for _, s in points], [s.high - s.mean for _, s in points]]
+        style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 6}
+        values = [value for value, _ in points]
+        axes.errorbar(values, means, yerr=spread, label=label, capsize=2.5, markerfacecolor="white", **style)
+        best = means.index(min(means) if lower_is_better else max(means))
+        axes.plot([values[best]], [means[best]], zorder=5, **style)
+    values = sorted({row.values[axis] for row in rows})
+    if values[0] > 0 and values[-1] >= 4 * values[0]:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel(axis)
+    if any(lines):
+        axes.legend(fontsize=8)
+
+
+def draw_curves(axes: Any, cells: Sequence[Cell], axis: str | None) -> None:
+    """Training loss of each setting's first seed over the FLOPs spent, also of those that ended early.
+
+    Colours are those of the lines along the axis; a lighter one is of a lower value on it.
+    """
+    own = [cell for cell in cells if cell.seed == cells[0].seed]
+    lines = list(dict.fromkeys(line_of(cell.mixer, dict(cell.values), axis) for cell in own))
+    places = [] if axis is None else sorted({dict(cell.values)[axis] for cell in own})
+    for cell in own:
+        record, values = read_record(cell), dict(cell.values)
+        if record is None:
+            continue
+        steps, losses = record.series("loss")
+        flops = flops_of_run(cell.config, tokens_per_step(cell.config))
+        window = max(1, len(losses) // 40)
+        smooth = [sum(losses[max(0, at - window + 1) : at + 1]) / min(window, at + 1) for at in range(len(losses))]
+        line = line_of(cell.mixer, values, axis)
+        place = 1.0 if axis is None else (places.index(values[axis]) + 1) / len(places)
+        axes.plot(
+            [step * flops for step in steps],
+            smooth,
+            label=line if place == 1 else None,
+            color=COLOURS[lines.index(line) % len(COLOURS)],
+            alpha=0.2 + 0.8 * place,
+            linewidth=1.3,
+        )
+    axes.set_xlabel("training FLOPs")
+    axes.xaxis.set_major_formatter(FuncFormatter(short))
+    axes.set_ylabel("nats per token")
+    if any(lines) and len(lines) <= MOST_IN_LEGEND:
+        axes.legend(fontsize=8, title=None if axis is None else f"lighter: lower {axis.rpartition('.')[2]}")

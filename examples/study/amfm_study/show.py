@@ -61,7 +61,7 @@ class StudyDisplay:
             self.live = LivePanel(self.console, self.draw)
             self.live.start()
         elif finished:
-            self.say(f"{len(finished)} of {len(cells)} cells are done")
+            self.say(f"{len(finished)} of {len(cells)} runs are done")
 
     def begin(self, cell: Cell) -> None:
         """Note that a cell started."""
@@ -133,12 +133,12 @@ class StudyDisplay:
     def draw(self) -> Table:
         """Table of all cells; running and failed ones on top, because a terminal may be shorter than the table."""
         table = Table(
-            title=f"{self.count('done')} of {len(self.lines)} cells done, {self.remaining()}",
+            title=f"{self.count('done')} of {len(self.lines)} runs done, {self.remaining()}",
             title_justify="left",
             box=None,
             padding=(0, 2, 0, 0),
         )
-        for column in ("cell", "", "steps", "time", "newest"):
+        for column in ("run", "", "steps", "time", "newest"):
             table.add_column(column, no_wrap=column != "newest", overflow="fold" if column == "newest" else "ellipsis")
         for line in sorted(self.lines.values(), key=lambda line: ORDER.index(line.state)):
             steps = total_steps(line.cell.config)

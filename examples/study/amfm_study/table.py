@@ -18,7 +18,8 @@ from amfm.model.flops import count_parameters
 from amfm.model.state_size import state_bytes
 from amfm.pretrain.config.file import diff_configs
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.report.data import read_run
+from amfm.pretrain.report.data import RunRecord, read_run
+from amfm_study.equal import flops_of_run
 from amfm_study.grid import NO_ATTENTION, ONLY_ATTENTION, Cell
 
 
@@ -31,6 +32,8 @@ class Measure:
     unit: str
 
 
+# Names and folders, and where a rung of successive halving stops.
+NOT_COMPARED = ("run.", "train.stop_after_steps")
 LOSS = Measure("validation_loss", "validation loss", "nats per token")
 ACCURACY = Measure("validation_accuracy", "accuracy", "of labelled tokens")
 
@@ -66,12 +69,15 @@ class TaskSummary:
 
 @dataclass(frozen=True)
 class Row:
-    """One mixer at one ratio. Parameters and bytes are those of the first task's model."""
+    """One mixer at one ratio. Parameters and bytes are those of the first task's model, tokens and FLOPs those of a run of it."""
 
     mixer: str
     ratio: str
     attention_share: float
     parameters: int
+    active_parameters: int
+    tokens: int
+    flops: float
     state_bytes: int
     tasks: dict[str, TaskSummary]
 
@@ -81,8 +87,8 @@ def measure_of(config: RunConfig) -> Measure:
     return LOSS if config.data.synthetic is None else ACCURACY
 
 
-def read_result(cell: Cell) -> CellResult | None:
-    """Result of a cell's run; None while it is not finished.
+def read_record(cell: Cell) -> RunRecord | None:
+    """What a cell's run has logged so far; None before its first step.
 
     Raises ValueError for a run directory that was trained with other settings, because its numbers belong to another
     study.
@@ -94,13 +100,21 @@ def read_result(cell: Cell) -> CellResult | None:
         record = read_run(folder)
     except ValueError:
         return None  # started, and no step yet
-    # Names and folders may differ; any other setting makes it another experiment.
-    changed = [item for item in diff_configs(record.config, cell.config) if not item.key.startswith("run.")]
+    # Any other setting makes it another experiment.
+    changed = [item for item in diff_configs(record.config, cell.config) if not item.key.startswith(NOT_COMPARED)]
     if changed:
         raise ValueError(
             f"{folder} was trained with other settings than the study now gives it ({changed[0]}); name another `dir` for "
             "this study, or remove that folder to train it again"
         )
+    return record
+
+
+def read_result(cell: Cell) -> CellResult | None:
+    """Result of a cell's run; None while it is not finished. Raises as `read_record`."""
+    record = read_record(cell)
+    if record is None:
+        return None
     measure = measure_of(cell.config)
     value, speed, tokens = record.last(measure.key), record.typical("tokens_per_second"), record.last("tokens")
     if not record.is_finished() or value is None or speed is None or tokens is None:
@@ -138,13 +152,16 @@ def make_rows(cells: Sequence[Cell], results: Iterable[CellResult], state_tokens
         found = by_place.get((cell.mixer, cell.ratio))
         if not found:
             continue
-        model = cell.config.model
+        counts, tokens = count_parameters(cell.config.model), next(iter(found.values()))[0].tokens
         rows.append(
             Row(
                 mixer=cell.mixer,
                 ratio=cell.ratio,
                 attention_share=cell.attention_share,
-                parameters=count_parameters(model).total,
+                parameters=counts.total,
+                active_parameters=counts.active,
+                tokens=tokens,
+                flops=flops_of_run(cell.config, tokens),
                 state_bytes=count_state(cell.config, state_tokens),
                 tasks={task: summarize(entries) for task, entries in found.items()},
             )
@@ -170,7 +187,7 @@ def study_json(
 ) -> dict[str, Any]:
     """The study as JSON values: everything that table and plots show, and each run."""
     return {
-        "cells": len(cells),
+        "planned": len(cells),
         "finished": len(results),
         "runs_at_once": slots,
         "state_tokens": state_tokens,
@@ -185,12 +202,21 @@ def study_markdown(
 ) -> str:
     """The table as Markdown, followed by the facts it rests on: tokens per run, runs, hardware, seeds."""
     measures = {cell.task: measure_of(cell.config) for cell in cells}
-    header = ["mixer", "linear : attention", "parameters", f"state at {state_tokens:,} tokens"]
+    header = [
+        "mixer",
+        "linear : attention",
+        "parameters",
+        "active",
+        "tokens",
+        "FLOPs",
+        f"state at {state_tokens:,} tokens",
+    ]
     for task, measure in measures.items():
         header += [f"{task}: {measure.name}", f"{task}: tokens/s"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in rows:
-        columns = [row.mixer, show_ratio(row.ratio), f"{row.parameters:,}", f"{row.state_bytes / 1024:,.0f} KiB"]
+        columns = [row.mixer, show_ratio(row.ratio), f"{row.parameters:,}", f"{row.active_parameters:,}"]
+        columns += [f"{row.tokens:,}", f"{row.flops:.3g}", f"{row.state_bytes / 1024:,.0f} KiB"]
         for task in measures:
             columns += show_summary(row.tasks.get(task))
         lines.append("| " + " | ".join(columns) + " |")

@@ -18,12 +18,14 @@ from amfm.pretrain.launcher_protocol import DONE, RUN_FAILED
 if TYPE_CHECKING:
     from amfm_study.grid import Cell
     from amfm_study.run import CellEnd, Room
-    from amfm_study.study import RunsConfig, SettingsStudyConfig, Study, StudyConfig
+    from amfm_study.study import RunsConfig, Study, StudyConfig
 
 StudyArgument = Annotated[
     Path, typer.Argument(metavar="STUDY.yaml", help="Study file (examples/study/README.md).", callback=require_exists)
 ]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="List the cells and their progress, without training.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="List the runs and their progress, without training.")]
+
+QUEUED_AT_ONCE = 100  # runs that a cluster is given
 
 study = typer.Typer(
     epilog="Example: amfm study mixers configs/studies/hybrid_ratio_1m.yaml",
@@ -39,7 +41,7 @@ def mixers(
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train the unfinished cells of a grid of mixer x share of attention, and write a table and plots."""
+    """Train the unfinished runs of a grid of mixer x share of attention, and write a table and plots."""
     from amfm.data_pipeline.prepare.ray_token import choose_token
 
     choose_token()
@@ -62,19 +64,19 @@ def settings(
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a model with several sets of overrides, such as optimizers and rates, and write one table."""
+    """Train a model with several or crossed sets of overrides, such as rates and widths, and write one table."""
     from amfm.data_pipeline.prepare.ray_token import choose_token
 
     choose_token()
-    from amfm_study.settings import expand_settings
+    from amfm_study.settings_run import print_settings, run_settings
     from amfm_study.study import load_settings_study
 
     plan = load_settings_study(path, overrides or [])
-    cells = expand_settings(plan)
     if dry_run:
-        print_settings(plan, cells, as_json=as_json)
-        return
-    run_study(plan, cells, lambda slots: write_settings_results(plan, cells, slots), as_json=as_json)
+        print_settings(plan, as_json=as_json)
+    else:
+        require_extra("report", "amfm study")
+        run_settings(plan, as_json=as_json)
 
 
 @study.command(epilog="Example: amfm study mixture configs/studies/mixture_three_sources.yaml --dry-run")
@@ -105,7 +107,7 @@ def mixture(
         shares = [
             {name: round(float(share), 3) for name, share in zip(search.sources, row)} for row in weights_of(cells)
         ]
-        rows = [{"cell": cell.name, **row, "done": read_result(cell) is not None} for cell, row in zip(cells, shares)]
+        rows = [{"run": cell.name, **row, "done": read_result(cell) is not None} for cell, row in zip(cells, shares)]
         print_table(rows, as_json=as_json)
         return
     device = choose_device("auto")
@@ -127,27 +129,31 @@ def mixture(
         print(texts["study.md"], end="")
 
 
-def train_all(plan: Study[RunsConfig], cells: Sequence[Cell]) -> None:
+def train_all(
+    plan: Study[RunsConfig], cells: Sequence[Cell], is_done: Callable[[Cell], bool] = lambda cell: False
+) -> None:
     """Train those of the cells that are not done; exits with RUN_FAILED where one failed, with DONE where a signal came."""
     from amfm_study.table import read_result
 
-    missing = [cell for cell in cells if read_result(cell) is None]
+    missing = [cell for cell in cells if not is_done(cell) and read_result(cell) is None]
     if not missing:
         return
     failures, went_through = run_missing(plan, cells, missing, room_of(plan.config))
     for name, end in failures.items():
-        say(f"amfm study: cell {name} failed: {end.cause}")
+        say(f"amfm study: run {name} failed: {end.cause}")
     if failures or not went_through:
-        say("amfm study: no law is fitted before all runs are done; the same command continues")
+        say("amfm study: what follows needs all of these runs; the same command continues")
         raise typer.Exit(RUN_FAILED if failures else DONE)
 
 
 def room_of(config: RunsConfig) -> Room:
-    """What this machine has for the runs of a study."""
+    """What there is for the runs of a study: of this machine, or as many as a cluster is asked for at once."""
     import torch
 
-    from amfm_study.run import find_room
+    from amfm_study.run import Room, find_room
 
+    if config.on != "local":
+        return Room(config.runs_at_once or QUEUED_AT_ONCE, config.threads_per_run, gpus=False)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return find_room(config.threads_per_run, config.runs_at_once, gpus)
 
@@ -168,7 +174,7 @@ def run_study(
     else:
         print(Path(plan.config.dir, "study.md").read_text(encoding="utf-8"), end="")
     for name, end in failures.items():
-        say(f"amfm study: cell {name} failed: {end.cause}")
+        say(f"amfm study: run {name} failed: {end.cause}")
     if not went_through:
         say("amfm study: stopped by a signal; the same command continues")
     raise typer.Exit(RUN_FAILED if failures else DONE)
@@ -202,7 +208,16 @@ def run_missing(
             failures[cell.name] = end
 
     try:
-        whole = run_cells(missing, Path(plan.config.dir), room, begins=display.begin, ends=hear_end, polls=display.poll)
+        whole = run_cells(
+            missing,
+            Path(plan.config.dir),
+            room,
+            begins=display.begin,
+            ends=hear_end,
+            polls=display.poll,
+            on=plan.config.on,
+            ray_address=plan.config.ray_address,
+        )
     finally:
         display.close()
     return failures, whole
@@ -231,21 +246,6 @@ def write_results(plan: Study[StudyConfig], cells: Sequence[Cell], slots: int) -
     return summary
 
 
-def write_settings_results(plan: Study[SettingsStudyConfig], cells: Sequence[Cell], slots: int) -> dict[str, Any]:
-    """Write study.json and study.md of the finished runs; returns what study.json holds."""
-    from amfm_study.settings import settings_json, settings_markdown
-    from amfm_study.table import read_result
-
-    results = [result for cell in cells if (result := read_result(cell)) is not None]
-    summary = settings_json(cells, results, slots)
-    texts = {
-        "study.json": json.dumps(summary, indent=2) + "\n",
-        "study.md": settings_markdown(cells, results, slots),
-    }
-    replace_files(Path(plan.config.dir), texts)
-    return summary
-
-
 def replace_files(folder: Path, texts: Mapping[str, str]) -> None:
     """Write files of a folder, each instead of the last one in a rename."""
     from amfm.data_pipeline.durable.files import write_file_atomically
@@ -263,31 +263,11 @@ def print_cells(cells: Sequence[Cell], state_tokens: int, *, as_json: bool) -> N
 
     rows = [
         {
-            "cell": cell.name,
+            "run": cell.name,
             "pattern": cell.config.model.pattern,
             "parameters": count_parameters(cell.config.model).total,
             "state_bytes": count_state(cell.config, state_tokens),
             "ratio": show_ratio(cell.ratio),
-            "steps": total_steps(cell.config),
-            "done": read_result(cell) is not None,
-        }
-        for cell in cells
-    ]
-    print_table(rows, as_json=as_json)
-
-
-def print_settings(plan: Study[SettingsStudyConfig], cells: Sequence[Cell], *, as_json: bool) -> None:
-    """The cells of a study of settings before they run, each with what is its own."""
-    from amfm.model.flops import count_parameters
-    from amfm.pretrain.stages import total_steps
-    from amfm_study.table import read_result
-
-    overrides = {setting.label: " ".join(setting.overrides) for setting in plan.config.settings}
-    rows = [
-        {
-            "cell": cell.name,
-            "overrides": overrides[cell.mixer],
-            "parameters": count_parameters(cell.config.model).total,
             "steps": total_steps(cell.config),
             "done": read_result(cell) is not None,
         }
@@ -301,4 +281,4 @@ def print_table(rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
     if as_json:
         print_json(list(rows))
     else:
-        print_rows(f"{len(rows)} cells", list(rows[0]), [list(row.values()) for row in rows])
+        print_rows(f"{len(rows)} runs", list(rows[0]), [list(row.values()) for row in rows])
