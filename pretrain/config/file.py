@@ -143,8 +143,8 @@ def apply_override(tree: Entry, override: str, problems: list[Problem], schema: 
         return
     origin = Origin(f"override {key}={text}")
     reader = TreeReader(origin.source, keep_lines=False)
-    if text.startswith("{") and takes_text(key, schema):
-        value = Entry(text, origin)  # a pattern such as {retnet}*, which YAML would read as a mapping
+    if text.startswith(("{", "*")) and takes_text(key, schema):
+        value = Entry(text, origin)  # a pattern such as {retnet}* or *-, which YAML would read as a mapping or an alias
     else:
         value = reader.read(text) if text.strip() else Entry(None, origin)
     problems += reader.problems

@@ -1,7 +1,8 @@
 """Reads YAML into a tree that keeps the file and line of every key, and merges such trees.
 
 Scalars follow the YAML 1.2 core rules rather than PyYAML's 1.1: `1e-3` is a number, `on`, `no` and `2026-01-01` are
-text. An integer in exponent form (`1e6`) is an integer, so that counts can be written short.
+text. An integer in exponent form (`1e6`) is an integer, so that counts can be written short, and so is `3000000.0`, which
+`yaml.dump` makes of 3e6.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _TRUE = re.compile(r"(true|True|TRUE)\Z")
 _FALSE = re.compile(r"(false|False|FALSE)\Z")
 _INTEGER = re.compile(r"[-+]?[0-9]+(_[0-9]+)*\Z")
 _WHOLE_EXPONENT = re.compile(r"([-+]?[0-9]+)(\.0*)?[eE]\+?([0-9]{1,2})\Z")
+_WHOLE_FRACTION = re.compile(r"([-+]?[0-9]+)\.0+\Z")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
 _COLONLESS = re.compile(r"\s*[A-Za-z_]\w*(:\S[^{}\[\]\"']*|\s+[\w.+-]+)?\s*\Z")  # `steps 400`, `steps:400`, `steps`
 # Bounds far above any configuration: aliases can make a small file expand without end.
@@ -80,6 +82,8 @@ def parse_scalar(text: str) -> Scalar:
     whole = _WHOLE_EXPONENT.match(text)
     if whole:
         return int(whole.group(1)) * 10 ** int(whole.group(3))
+    if whole := _WHOLE_FRACTION.match(text):
+        return int(whole.group(1))
     if _FLOAT.match(text):
         return float(text)
     return _SPECIAL.get(text.lower(), text)

@@ -14,6 +14,19 @@ def test_numbers_of_exponent_form_need_no_dot(base):
     assert type(config.train.steps) is int
 
 
+def test_a_whole_number_with_a_point_is_one_and_a_rate_of_1_stays_a_float(base):
+    config = load_config(base, ["train.steps=3000000.0", "optimizer.learning_rate=1.0"])
+    assert type(config.train.steps) is int and config.train.steps == 3_000_000
+    assert type(config.optimizer.learning_rate) is float
+    with pytest.raises(ConfigError, match=r"train\.steps=2\.5: must be an integer"):
+        load_config(base, ["train.steps=2.5"])
+
+
+@pytest.mark.parametrize("pattern", ["**", "*-", "{retnet}*"])
+def test_a_pattern_that_begins_as_no_text_of_yaml_is_an_override(base, pattern):
+    assert load_config(base, [f"model.pattern={pattern}"]).model.pattern == pattern
+
+
 def test_words_that_older_yaml_takes_for_booleans_are_text(base):
     assert load_config(base, ["run.name=no"]).run.name == "no"
     assert load_config(base, ["run.name=2026-01-01"]).run.name == "2026-01-01"
