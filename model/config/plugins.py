@@ -20,14 +20,17 @@ from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_s
 from amfm.model.config.section import Section
 
 MORE_MIXERS = (
+    "comba",
     "gla",
     "gdn2",
     "hedgehog",
     "lightning",
     "lightnet",
+    "log_linear",
     "mala",
     "mamba1",
     "mamba3",
+    "mesa",
     "mom",
     "plstm",
     "retnet",

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from amfm.kernels.common.limits import DECAY_LIMITS, DIAG_LIMITS, ScanLimits
+from amfm.kernels.common.limits import DECAY_LIMITS, DELTA_LIMITS, DIAG_LIMITS, ScanLimits
 from amfm.model.config.kinds import IN_OUT, Kind
 from amfm.model.config.mixer_options import ChannelDeltaOptions, HeadOptions, LinearOptions, VectorGateOptions
 from amfm.model.config.options import Axis, MixerOptions, must_divide
@@ -45,6 +45,38 @@ class LightNetOptions(VectorGateOptions):
 
 class Gdn2Options(ChannelDeltaOptions):
     """Gated DeltaNet-2: Kimi Delta Attention with a gate per key channel that erases and one per value channel that writes."""
+
+
+class CombaOptions(HeadOptions):
+    """Comba (Hu et al. 2025, arXiv 2506.02475): Gated DeltaNet with a weaker feedback and a corrected query."""
+
+    conv_kernel: Literal[0, 2, 3, 4] = Field(4, description="Width of the causal convolution over q, k and v; 0: none.")
+    correction: float = Field(
+        1.0, ge=0, description="First value of D, by which keys are taken from queries; 0.02 is better in small models."
+    )
+    scan_limits: ClassVar[ScanLimits | None] = DELTA_LIMITS
+    allow_negative_eigenvalues: ClassVar[bool] = False
+
+    def key_heads(self) -> int:
+        """As many as value heads."""
+        return self.num_heads
+
+
+class MesaOptions(HeadOptions):
+    """MesaNet (von Oswald et al. 2025, arXiv 2506.05233): reads as ridge regression from keys to values, solved at each token."""
+
+    conv_kernel: Literal[0, 2, 3, 4] = Field(4, description="Width of the causal convolution over q and k; 0: none.")
+    num_iterations: int = Field(
+        30,
+        gt=0,
+        description="Iterations of the solver; each costs a scan of head_dim x head_dim, and more than head_dim change nothing.",
+    )
+    least_ridge: float = Field(0.25, gt=0, description="Lower bound of lambda, the ridge of each key channel.")
+    scan_limits: ClassVar[ScanLimits | None] = DECAY_LIMITS
+
+    def state_shape(self) -> tuple[int, int]:
+        """Keys by keys and by values."""
+        return self.key_dim(), self.key_dim() + self.value_dim()
 
 
 class FeatureMapOptions(HeadOptions):
@@ -98,6 +130,66 @@ class PlstmOptions(HeadOptions):
     """pLSTM along a line (Poeppel et al. 2025, arXiv 2506.11997): source, transition and mark gates."""
 
     scan_limits: ClassVar[ScanLimits | None] = DECAY_LIMITS
+
+
+class LogLinearOptions(MixerOptions):
+    """Log-linear Mamba2 (Guo et al. 2025, arXiv 2506.04761): a state for each power of two of the distance."""
+
+    num_heads: int = Field(
+        gt=0, description="Heads of the recurrence; num_heads x head_dim is usually twice hidden_size."
+    )
+    head_dim: int = Field(64, gt=0, description="Channels of x per head.")
+    state_size: int = Field(128, gt=0, description="State numbers per channel of each level.")
+    num_groups: int = Field(1, gt=0, description="Groups of heads that share B and C.")
+    max_tokens: int = Field(
+        16_384, gt=1, description="Longest document that is seen whole, a power of two; a longer one starts over there."
+    )
+    conv_kernel: Literal[0, 2, 3, 4] = Field(4, description="Width of the causal convolution over x, B and C; 0: none.")
+    chunk_size: int = Field(
+        64, gt=0, description="Tokens per chunk of the scans; changes speed and rounding, not meaning."
+    )
+
+    def num_levels(self) -> int:
+        """Levels of a token's weights: itself, and a power of two each."""
+        return self.max_tokens.bit_length()
+
+    def heads(self) -> int:
+        """num_heads."""
+        return self.num_heads
+
+    def key_dim(self) -> int:
+        """state_size."""
+        return self.state_size
+
+    def value_dim(self) -> int:
+        """head_dim."""
+        return self.head_dim
+
+    def state_shape(self) -> tuple[int, int]:
+        """A matrix for each level above 0, one below the other."""
+        return (self.num_levels() - 1) * self.state_size, self.head_dim
+
+    def lookback(self) -> tuple[int, str]:
+        """What the convolution reads."""
+        return max(0, self.conv_kernel - 1), "conv_kernel"
+
+    def scan(self) -> tuple[ScanLimits, int, tuple[int, int]] | None:
+        """A level's."""
+        return DECAY_LIMITS, self.chunk_size, (self.state_size, self.head_dim)
+
+    def broken_rules(self) -> Iterator[tuple[str, str]]:
+        """Levels are powers of two, and groups have equally many heads."""
+        if self.max_tokens & (self.max_tokens - 1):
+            yield "max_tokens", f"must be a power of two; use {1 << self.max_tokens.bit_length()}"
+        yield from must_divide("num_groups", self.num_groups, "num_heads", self.num_heads)
+
+    def cut_evenly(self) -> dict[Axis, dict[str, int]]:
+        """Heads."""
+        return {"tensor": {"num_heads": self.num_heads}}
+
+    def cut_or_copied(self) -> dict[str, int]:
+        """Groups may be fewer than tensor ranks."""
+        return {"num_groups": self.num_groups}
 
 
 class Mamba1Options(LinearOptions):
@@ -204,6 +296,7 @@ def _linear(name: str, module: str, mixer: str, options: type[MixerOptions], for
     return Kind(name, f"amfm_mixers.{module}:{mixer}", options, products=IN_OUT, modeling=place, **fields)
 
 
+COMBA = _linear("comba", "comba", "CombaMixer", CombaOptions, "feedback_amfm:Comba")
 GLA = _linear("gla", "vector_gates", "GlaMixer", GlaOptions, "linear_forms_amfm:Gla")
 GDN2 = _linear("gdn2", "vector_gates", "Gdn2Mixer", Gdn2Options, "linear_forms_amfm:Gdn2")
 HEDGEHOG = _linear("hedgehog", "feature_maps", "HedgehogMixer", HedgehogOptions, "linear_forms_amfm:Hedgehog")
@@ -216,9 +309,25 @@ LIGHTNET = _linear(
     "linear_forms_amfm:LightNet",
     refuses={"context": "its running softmax does not pass between ranks yet"},
 )
+LOG_LINEAR = _linear(
+    "log_linear",
+    "log_linear",
+    "LogLinearMixer",
+    LogLinearOptions,
+    "log_linear_amfm:LogLinear",
+    refuses={"context": "its states of all levels do not pass between ranks yet"},
+)
 MALA = _linear("mala", "feature_maps", "MalaMixer", MalaOptions, "linear_forms_amfm:Mala")
 MAMBA1 = _linear("mamba1", "mamba1", "Mamba1Mixer", Mamba1Options, "linear_forms_amfm:Mamba1")
 MAMBA3 = _linear("mamba3", "mamba3", "Mamba3Mixer", Mamba3Options, "mamba3_amfm:Mamba3")
+MESA = _linear(
+    "mesa",
+    "mesa",
+    "MesaMixer",
+    MesaOptions,
+    "feedback_amfm:Mesa",
+    refuses={"context": "what it reads is not linear in the state that another rank sends"},
+)
 MOM = Kind(
     "mom",
     "amfm_mixers.mom:MomMixer",
@@ -231,4 +340,20 @@ RETNET = _linear("retnet", "retention", "RetentionMixer", RetentionOptions, "lin
 TRANSNORMER = _linear(
     "transnormer", "feature_maps", "TransNormerMixer", TransNormerOptions, "linear_forms_amfm:TransNormer"
 )
-SPECS = (GLA, GDN2, HEDGEHOG, LIGHTNING, LIGHTNET, MALA, MAMBA1, MAMBA3, MOM, PLSTM, RETNET, TRANSNORMER)
+SPECS = (
+    COMBA,
+    GLA,
+    GDN2,
+    HEDGEHOG,
+    LIGHTNING,
+    LIGHTNET,
+    LOG_LINEAR,
+    MALA,
+    MAMBA1,
+    MAMBA3,
+    MESA,
+    MOM,
+    PLSTM,
+    RETNET,
+    TRANSNORMER,
+)

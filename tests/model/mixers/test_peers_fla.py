@@ -8,6 +8,7 @@ peer's. `make test-peers` makes the environment that it takes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -134,6 +135,33 @@ def read_no_decay(rows: ScanRows) -> Tensor:
     return naive_recurrent_linear_attn(rows.q, rows.k, rows.v, scale=1.0)[0]
 
 
+def read_comba(feedback_H: Tensor, rows: ScanRows) -> Tensor:
+    """The peer takes what it asks with apart: b k of each head."""
+    from fla.ops.comba.naive import naive_recurrent_comba
+
+    q, k, v, g, beta, _ = for_each_head(rows)
+    k, v, b_H1 = k[:, :, 0], v[:, :, 0], feedback_H.sigmoid()[:, None]
+    return naive_recurrent_comba(q, k, v * b_H1, b_H1 * k, beta[:, :, 0] / b_H1[:, 0], g, scale=1.0)[0]
+
+
+def read_mesa(rows: ScanRows) -> Tensor:
+    """Solved exactly by the peer."""
+    from fla.ops.mesa_net.naive import naive_mesa_net_exact
+
+    assert rows.erase is not None
+    return naive_mesa_net_exact(rows.q, rows.k, rows.v, rows.g, rows.erase[0, 0], rows.beta)[0]
+
+
+def read_log_linear(rows: ScanRows) -> Tensor:
+    """Of all pairs of tokens; the peer's keys and queries are those of one group."""
+    from fla.ops.log_linear_attn.naive import construct_H_matrix
+
+    assert rows.g is not None and rows.erase is not None
+    weights = construct_H_matrix(rows.g.permute(0, 2, 1), rows.erase.permute(0, 2, 3, 1))
+    scores = torch.einsum("bhts,bthk,bshk->bhts", weights, rows.q, rows.k)
+    return torch.einsum("bhts,bshv->bthv", scores, rows.v)
+
+
 def read_weights_that_sum_to_1(rows: ScanRows) -> Tensor:
     """Divided by the peer; the last column, by which the mixer would divide, is 1."""
     from fla.ops.linear_attn.naive import naive_recurrent_linear_attn
@@ -154,6 +182,8 @@ PEERS: list[tuple[str, Read, dict[str, Any]]] = [
     ("hgrn2", read_decay_a_channel, {}),
     ("lightnet", read_decay_a_channel, {}),
     ("lightning", read_decay_a_head, {}),
+    ("log_linear", read_log_linear, {"max_tokens": 64}),
+    ("mesa", read_mesa, {"value_head_dim": 6}),
     ("plstm", read_decay_a_head, {}),
     ("retnet", read_retention, {}),
     ("transnormer", read_no_decay, {}),
@@ -165,6 +195,16 @@ PEERS: list[tuple[str, Read, dict[str, Any]]] = [
 def test_the_recurrence_equals_the_peers(name: str, read: Read, options: dict[str, Any]) -> None:
     mixers = {name: sample_options(name) | options}
     ours, twin = (our_mixer("{" + name + "}", **mixers) for _ in range(2))
+    assert_recurrences_equal(ours, twin, read)
+
+
+def test_combas_recurrence_equals_the_peers() -> None:
+    ours, twin = (our_mixer("{comba}", comba=sample_options("comba")) for _ in range(2))
+    assert_recurrences_equal(ours, twin, partial(read_comba, twin.feedback_logit))
+
+
+def assert_recurrences_equal(ours: Any, twin: Any, read: Read) -> None:
+    """Outputs and the gradients of input and weights, of a mixer and of one whose recurrence is a peer's."""
     twin.recurrence = PeerRecurrence(read)
     compare(whole_rows(ours), whole_rows(twin))
     x_BTD = torch.randn(ROWS, TOKENS, WIDTH, generator=torch.Generator().manual_seed(3))
