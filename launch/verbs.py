@@ -69,6 +69,11 @@ VERBS = {
         "runs",
         "List the runs of a folder in a table: state, step, loss, speed, time, and whether each is well.",
     ),
+    "distill": (
+        "Train",
+        "distill.verbs",
+        "Store a teacher's likeliest tokens for every sample of a run, which then learns from them (docs/distillation.md).",
+    ),
     "plan": (
         "Scale",
         "plan",
@@ -221,6 +226,8 @@ def import_file(name: str) -> Any:
             from amfm.launch.commands import compact as module
         case "serve":
             from amfm.launch.commands import serve as module
+        case "distill.verbs":
+            from amfm.launch.commands.distill import verbs as module
         case "bench.verbs":
             from amfm.launch.commands.bench import verbs as module
         case _:

@@ -9,7 +9,7 @@ others with what remains of p and of q. Nothing is renormalised: that divergence
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -29,15 +29,30 @@ class Divergence:
     temperature: float = 1.0
     top_k: int | None = None
 
-    def of_logits(self, student_RV: Tensor, teacher_RV: Tensor) -> Tensor:
-        """The divergence of each token [R] in nats, of logits [R, V]; only the student's get gradients."""
-        log_q, log_p = (logits.div(self.temperature).log_softmax(-1) for logits in (student_RV, teacher_RV.detach()))
-        if self.top_k is not None and self.top_k < log_p.shape[-1]:
-            chosen_RK = teacher_RV.topk(self.top_k, dim=-1).indices
-            log_q, log_p = with_rest(log_q, chosen_RK), with_rest(log_p, chosen_RK)
+    def outcomes(self, logits_RV: Tensor) -> Outcomes:
+        """What a teacher of these logits says of each token, without gradients."""
+        log_p_RV = logits_RV.detach().div(self.temperature).log_softmax(-1)
+        if self.top_k is None or self.top_k >= log_p_RV.shape[-1]:
+            return Outcomes(log_p_RV)
+        chosen_RK = logits_RV.topk(self.top_k, dim=-1).indices
+        return Outcomes(with_rest(log_p_RV, chosen_RK), chosen_RK)
+
+    def between(self, student_RV: Tensor, teacher: Outcomes) -> Tensor:
+        """The divergence of each token [R] in nats, of the student's logits [R, V], which get gradients."""
+        log_p, log_q = teacher.log_p, student_RV.div(self.temperature).log_softmax(-1)
+        if teacher.chosen_RK is not None:
+            log_q = with_rest(log_q, teacher.chosen_RK)
         if self.kind == "reverse_kl":
             log_q, log_p = log_p, log_q
         return self.temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """A teacher's log probabilities, float32 or wider: [R, V] of all tokens, or [R, K + 1] of those chosen and of all others together."""
+
+    log_p: Tensor
+    chosen_RK: Tensor | None = None
 
 
 def with_rest(log_p_RV: Tensor, chosen_RK: Tensor) -> Tensor:
@@ -58,9 +73,32 @@ class HeadRows:
         logits = head_logits(self.read_RD[rows], self.weight_VD, groups)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
+    def outcomes(self, rows: slice, divergence: Divergence, groups: ProcessGroupCollection) -> Outcomes:
+        """What these rows say, as a teacher's; every rank of `groups.tp` must call."""
+        return divergence.outcomes(self.logits(rows, groups))
+
+
+class TeacherRows(Protocol):
+    """What a teacher says of rows [R], a slice of them at a time."""
+
+    def outcomes(self, rows: slice, divergence: Divergence, groups: ProcessGroupCollection) -> Outcomes:
+        """The outcomes of some rows, on the device of the student's; every rank of `groups.tp` must call."""
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Outcomes that were computed before, of all rows."""
+
+    all: Outcomes
+
+    def outcomes(self, rows: slice, divergence: Divergence, groups: ProcessGroupCollection) -> Outcomes:
+        """Take some rows."""
+        assert self.all.chosen_RK is not None, "only the likeliest tokens are stored"
+        return Outcomes(self.all.log_p[rows], self.all.chosen_RK[rows])
+
 
 def divergence_at_head(
-    student: HeadRows, teacher: HeadRows, labels_R: Tensor, divergence: Divergence, groups: ProcessGroupCollection
+    student: HeadRows, teacher: TeacherRows, labels_R: Tensor, divergence: Divergence, groups: ProcessGroupCollection
 ) -> tuple[Tensor, Tensor]:
     """Sum the divergence less the negative log-likelihood over tokens with a label, and the divergence on its own, without gradient.
 
@@ -79,7 +117,7 @@ class _AtHead(torch.autograd.Function):
         ctx: Any,
         read_RD: Tensor,
         weight_VD: Tensor,
-        teacher: HeadRows,
+        teacher: TeacherRows,
         labels_R: Tensor,
         divergence: Divergence,
         groups: ProcessGroupCollection,
@@ -94,7 +132,7 @@ class _AtHead(torch.autograd.Function):
             labels, logits = labels_R[rows], student.logits(rows, groups).requires_grad_()
             with torch.enable_grad():
                 is_valid = labels != IGNORE_INDEX
-                found = divergence.of_logits(logits, teacher.logits(rows, groups))
+                found = divergence.between(logits, teacher.outcomes(rows, divergence, groups))
                 nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE_INDEX)
                 found = torch.where(is_valid, found, 0.0)
                 total = (found - nll).sum()

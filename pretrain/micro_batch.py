@@ -100,12 +100,12 @@ class MicroBatches(Sequence[MicroBatch]):
     """
 
     def __init__(self, batches: Sequence[Batch], parallel: Parallel, model: ModelConfig) -> None:
-        self._batches = batches
+        self.batches = batches
         self._move = partial(move_batch, parallel=parallel, model=model, takes_turns=parallel.groups.takes_turns)
         self._ready: list[MicroBatch] = []
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self.batches)
 
     @overload
     def __getitem__(self, number: int) -> MicroBatch: ...
@@ -115,7 +115,7 @@ class MicroBatches(Sequence[MicroBatch]):
         """The micro-batch of a number, those before it prepared too; of a slice a list."""
         if isinstance(number, slice):
             return [self[each] for each in range(*number.indices(len(self)))]
-        for batch in self._batches[len(self._ready) : range(len(self))[number] + 1]:
+        for batch in self.batches[len(self._ready) : range(len(self))[number] + 1]:
             self._ready.append(self._move(batch))
         return self._ready[number]
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from amfm.data_pipeline.durable.files import check_free
 from amfm.data_pipeline.progress import Report, silent
-from amfm.pretrain.checkpoint.fork import fork_run
+from amfm.pretrain.checkpoint.fork import copy_teacher, fork_run
 from amfm.pretrain.checkpoint.inspect import require_sound
 from amfm.pretrain.checkpoint.names import checkpoint_name, list_checkpoints, step_of
 from amfm.pretrain.checkpoint.reader import RangeReader, kinds_of
@@ -129,6 +129,7 @@ def prepare_replay(
     else:
         check_free(out)
         out.mkdir(parents=True, exist_ok=True)
+        copy_teacher(run_dir, out)
     remarks = dict.fromkeys(each for start, _ in turns for each in describe_changes(start.event, num_ranks))
     return Replay(out, before + 1, step, tuple(legs), tuple(remarks))
 

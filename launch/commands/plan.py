@@ -279,6 +279,7 @@ def print_plan(made: Plan, title: str) -> None:
         (kind, f"{counts.total_by_kind[kind]:,}", f"{counts.active_by_kind[kind]:,}", short(made.flops.get(kind, 0)))
         for kind in kinds
     ]
+    rows += [(kind, "-", "-", short(flops)) for kind, flops in made.flops.items() if kind not in counts.total_by_kind]
     rows.append(("all", f"{counts.total:,}", f"{counts.active:,}", short(sum(made.flops.values()))))
     print_rows(f"Model of {title}", ("part", "parameters", "active", "FLOPs per token"), rows)
     parts = [(name, f"{size / GIB:,.2f} GiB") for name, size in own.memory.parts.items()]
@@ -290,6 +291,10 @@ def print_plan(made: Plan, title: str) -> None:
     held = made.host
     saved = f"{held.save_bytes / GIB:,.1f} GiB of {held.ranks} ranks, {held.rank_bytes / GIB:,.2f} GiB written by each"
     print_pairs("Memory of each host", [("the copy that a save makes and keeps", saved)])
+    if made.store_bytes is not None:
+        print_pairs(
+            "Store of the teacher", [("size, written by amfm distill store", f"{made.store_bytes / GIB:,.3g} GiB")]
+        )
     print_sparse(made)
     print_replicas(made)
     print_goodput(made)

@@ -105,6 +105,10 @@ def estimate(
         repeats=assumptions.repeats,
         drains=assumptions.drains,
     )
+    if config.distill is not None:
+        from amfm.launch.plan.teacher import with_teacher  # where one teaches
+
+        step = with_teacher(step, config, layout, hardware, storage, assumptions.imbalance)
     train = config.train
     tokens = train.global_batch_size * train.sequence_length
     flops = sum(flops_per_token(config.model, train.sequence_length).values())

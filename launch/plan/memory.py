@@ -156,6 +156,11 @@ def estimate_stage(
     codes = {"codes of weights": code_bytes(config.model, config.low_precision, layout, held)}
     phases = busiest_pass(config, layout, storage, held, sizes), step_bytes(held, layout, storage)
     passes, step = with_graphs(config, layout, storage, held, sizes, *phases, is_captured=is_captured)
+    if config.distill is not None:
+        from amfm.launch.plan.teacher import comparison_bytes, teacher_bytes  # where one teaches
+
+        stays |= teacher_bytes(config, layout, storage)
+        passes |= comparison_bytes(config, layout, storage)
     moments = {
         "passes": stays | codes | passes,
         "optimizer step": stays | step,

@@ -95,6 +95,15 @@ class Plan:
         return estimate_replicas(self.config, self.own, self.hardware)
 
     @property
+    def store_bytes(self) -> int | None:
+        """Bytes of the store of a teacher; None for a run without one."""
+        if self.config.distill is None:
+            return None
+        from amfm.launch.plan.teacher import store_bytes
+
+        return store_bytes(self.config)
+
+    @property
     def host(self) -> HostMemory:
         """What saves take of each host in the first training stage."""
         return estimate_host(self.config, self.own, self.hardware)
@@ -151,7 +160,7 @@ def make_plan(
         config=config,
         hardware=hardware,
         counts=count_parameters(config.model),
-        flops=flops_per_token(config.model, stages[0].train.sequence_length),
+        flops=flops_of(config, stages[0].train.sequence_length),
         stages=tuple(entries),
         layouts=found[0].fitting,
         near_misses=found[0].misses,
@@ -218,17 +227,30 @@ def search_stages(
     return [known[shape] for shape in shapes]
 
 
-UNPLANNED_TEACHER = (
-    "the teacher of distill is not planned: its weights (2 bytes per parameter in bf16, cut over tensor and expert ranks) and a "
-    "forward pass of it come on top"
-)
+def flops_of(config: RunConfig, sequence_length: int) -> dict[str, float]:
+    """FLOPs of a token by kind of block, those of a teacher among them."""
+    found = flops_per_token(config.model, sequence_length)
+    if config.distill is None:
+        return found
+    from amfm.launch.plan.teacher import teacher_flops  # where one teaches
+
+    return found | teacher_flops(config)
+
+
+def describe_unplanned(config: RunConfig) -> str:
+    """What to know of a teacher that the plan does not count; empty for most runs."""
+    if config.distill is None:
+        return ""
+    from amfm.launch.plan.teacher import describe_missing
+
+    return describe_missing(config)
 
 
 def advise(plan: Plan) -> str:
     """What to do when a stage does not fit in the configuration's own layout, or a save in the hosts; empty when all do."""
     misfits = [entry for entry in plan.stages if not entry.estimate.fits()]
     if not misfits:
-        return plan.host.problem() or (UNPLANNED_TEACHER if plan.config.distill is not None else "")
+        return plan.host.problem() or describe_unplanned(plan.config)
     where = f"stage {misfits[0].stage.name} of " if len(plan.stages) > 1 else ""
     if plan.layouts:
         best = plan.layouts[0].layout.describe()
@@ -323,6 +345,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
         },
         "host": asdict(plan.host),
         "replicas": None if plan.replicas is None else plan.replicas.to_json(),
+        **({} if plan.store_bytes is None else {"teacher_store_bytes": plan.store_bytes}),
         "goodput": None if plan.goodput is None else plan.goodput.to_json(),
         "advice": advise(plan),
         "layouts": [estimate_as_dict(item) for item in plan.layouts],

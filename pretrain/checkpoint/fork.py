@@ -14,7 +14,7 @@ from amfm.data_pipeline.progress import Report, silent
 from amfm.pretrain.checkpoint.commit import mark
 from amfm.pretrain.checkpoint.compatibility import check_resumable
 from amfm.pretrain.checkpoint.inspect import require_sound
-from amfm.pretrain.checkpoint.names import checkpoint_name, list_checkpoints, step_of
+from amfm.pretrain.checkpoint.names import TEACHER_FILE, checkpoint_name, list_checkpoints, step_of
 from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.event_log import append_event
@@ -58,6 +58,7 @@ def fork_run(run_dir: Path, step: int, config: RunConfig, report: Report = silen
             (temporary / "config.yaml").write_text(resolved_yaml(config), encoding="utf-8")
             for name in ("metrics.jsonl", "events.jsonl"):
                 copy_lines(run_dir / name, temporary / name, step)
+            copy_teacher(run_dir, temporary)
             append_event(temporary, "forked", step, source=str(run_dir), changes=list(changes))
             if out.exists():
                 out.rmdir()
@@ -74,6 +75,12 @@ def link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+def copy_teacher(run_dir: Path, out: Path) -> None:
+    """Copy which weights teach, where any do."""
+    if (run_dir / TEACHER_FILE).is_file():
+        shutil.copy2(run_dir / TEACHER_FILE, out / TEACHER_FILE)
 
 
 def copy_lines(source: Path, target: Path, step: int) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # `step-N.old` is a complete checkpoint that is being replaced by another of the same step.
 CHECKPOINT_NAME = re.compile(r"step-(\d{8,})(\.old)?")
+TEACHER_FILE = "teacher.json"  # of a run directory: which weights the path of a teacher meant at its start
 
 
 def checkpoint_name(step: int) -> str:

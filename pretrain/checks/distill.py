@@ -15,6 +15,10 @@ def distill_problems(config: RunConfig) -> Iterator[Problem]:
         return
     parallel = config.parallel
     layouts = [parallel, *(stage.parallel for stage in config.stages if stage.parallel is not None)]
+    if section.store is not None and section.top_k is None:
+        yield Problem(
+            "distill.store", "holds the likeliest tokens alone", "set distill.top_k, such as 64", section.store
+        )
     if any(each.pipeline > 1 for each in layouts):
         rule = (
             "is read whole by every rank, and with parallel.pipeline above 1 no rank reads the tokens and has the head"
@@ -22,7 +26,7 @@ def distill_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "distill.teacher", rule, "use parallel.pipeline=1 with tensor, expert or ZeRO ranks", section.teacher
         )
-    if any(each.expert_buffer_factor is not None for each in layouts):
+    if section.store is None and any(each.expert_buffer_factor is not None for each in layouts):
         rule = "may have experts, whose rows would be counted as those of the model in parallel.expert_buffer_factor"
         yield Problem("distill.teacher", rule, "remove parallel.expert_buffer_factor", section.teacher)
     if config.convert is not None:

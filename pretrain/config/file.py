@@ -38,7 +38,7 @@ _OVERRIDE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*\Z")
 # Settings that name one place; those of lists and caches find the home folder where they are used.
 PATHS = (
     *("run.dir", "run.initial_weights", "data.store", "data.tokenizer.model", "train.replica_folder"),
-    *("evaluate.include_path", "convert.teacher", "distill.teacher"),
+    *("evaluate.include_path", "convert.teacher", "distill.teacher", "distill.store"),
 )
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 SOURCE_PATH = re.compile(r"data\.sources\.\d+\.paths\.\d+")

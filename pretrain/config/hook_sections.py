@@ -59,6 +59,11 @@ class DistillConfig(Section):
         min_length=1,
         description="A run, checkpoint or weights folder, or a folder of a transformers class that `amfm import` reads, with this run's tokenizer and vocabulary. Of a run that still trains, name a checkpoint.",
     )
+    store: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder with the teacher's likeliest tokens for every sample of the run, which `amfm distill store` writes; null: the teacher reads each micro-batch.",
+    )
     weight: float = Field(
         0.5, gt=0, le=1, description="Of the divergence from the teacher; the cross entropy of the text has the rest."
     )

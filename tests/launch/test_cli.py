@@ -38,6 +38,7 @@ def test_the_verbs_are_those_of_the_contract():
             "replay",
             "compact",
             "convert",
+            "distill",
             "recipes",
         ),
     }

@@ -9,6 +9,7 @@ import pytest
 from amfm.data_pipeline.config import DataConfig
 from amfm.pretrain.monitor import peaks
 from tests.pretrain.config.files import BASE
+from tests.pretrain.distillation.teachers import train_teacher
 from tests.pretrain.tiny_run import tiny_data
 
 peaks.MEASURED_SECONDS = 0.0  # one product of matrices in place of 0.1 s a run: no test claims what a CPU can do
@@ -26,3 +27,9 @@ def base(tmp_path: Path) -> Path:
     path = tmp_path / "base.yaml"
     path.write_text(BASE, encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def teacher(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The run of a small teacher; nothing writes to it."""
+    return train_teacher(data, tmp_path_factory.mktemp("teacher") / "run")

@@ -11,7 +11,6 @@ from amfm.launch.plan.hardware import GIB
 from amfm.launch.plan.plan import advise, plan_as_dict
 from amfm.launch.simulate.trace import chosen_ranks, predicted_memory, traced_config
 from amfm.model.flops import count_parameters
-from amfm.pretrain.config.hook_sections import DistillConfig
 from tests.launch.plan.presets import CONFIGS, PRESETS, ZERO_ALONE, headers, plan_of, preset, preset_gpus
 
 
@@ -112,8 +111,6 @@ def test_a_save_that_the_hosts_do_not_have_is_refused_with_its_bytes(capsys):
     # Master weights and two moments of an eighth of all weights, in tensors that are rounded up.
     assert plan.host.save_bytes == pytest.approx(1.44 * 12 * plan.counts.total / 8, rel=0.01)
     assert plan.host.problem() is None and advise(plan) == ""
-    taught = replace(plan, config=plan.config.model_copy(update={"distill": DistillConfig(teacher="large")}))
-    assert advise(taught).startswith("the teacher of distill is not planned: its weights")
     averaged = plan_of("ladder_8b_a1b", "ema={}", ranks=64).host
     assert averaged.rank_bytes == pytest.approx(plan.host.rank_bytes * 16 / 12, rel=1e-6)
     little = replace(plan, hardware=plan.hardware.model_copy(update={"host_memory_gib": 15.0}))

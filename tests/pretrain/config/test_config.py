@@ -134,7 +134,7 @@ export.target export.every_steps export.max_position_embeddings
 evaluate.tasks evaluate.include_path evaluate.every_steps evaluate.limit evaluate.num_fewshot evaluate.micro_batch_size evaluate.merge_last evaluate.prompts
 validation.*.name validation.*.source validation.*.paths validation.*.batches validation.*.tokens
 prune.groups prune.keep prune.method prune.start_step prune.every_steps prune.end_step
-forget.every_steps forget.until_step qk_clip.limit ema.decay ema.every_steps ema.start distill.teacher distill.weight distill.temperature distill.top_k distill.kind trace_choices.every_steps trace_choices.max_mebibytes
+forget.every_steps forget.until_step qk_clip.limit ema.decay ema.every_steps ema.start distill.teacher distill.store distill.weight distill.temperature distill.top_k distill.kind trace_choices.every_steps trace_choices.max_mebibytes
 convert.teacher convert.to convert.blocks convert.keep_blocks convert.stage
 convert.upcycle.num_copies convert.upcycle.num_slices convert.upcycle.top_copies convert.upcycle.router
 convert.upcycle.noise convert.upcycle.reset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +24,11 @@ from amfm.pretrain.step import train_step
 from amfm.pretrain.train import train
 from tests.helpers.numbers import assert_bitwise
 from tests.helpers.spawn import run_ranks
-from tests.pretrain.tiny_run import MODEL, read_events, read_metrics, tiny_config
+from tests.pretrain.distillation.teachers import SURE, distilling
+from tests.pretrain.tiny_run import read_events, read_metrics, tiny_config
 
-DISTILL: dict[str, Any] = {"weight": 0.7, "temperature": 1.5, "top_k": 20}
-# Narrower, and without experts: a teacher may be another model.
-TEACHER = MODEL | {"pattern": "M*-", "hidden_size": 24}
-# So that a teacher has something to say.
-SURE = {"train__steps": 12, "optimizer__learning_rate": 0.03}
 # An epsilon this large does not blow up rounding.
 CALM = {"optimizer__epsilon": 1e-3, "train__micro_batch_size": 1}
-
-
-@pytest.fixture(scope="module")
-def teacher(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("teacher") / "run"
-    config = tiny_config(data, folder, **SURE).model_dump(mode="json")
-    assert train(RunConfig.model_validate(config | {"model": TEACHER})) == 0
-    return str(folder)
-
-
-def distilling(
-    data: DataConfig, run_dir: Path, teacher: str, distill: dict[str, Any] = DISTILL, **overrides: Any
-) -> RunConfig:
-    config = tiny_config(data, run_dir, **overrides).model_dump(mode="json")
-    return RunConfig.model_validate(config | {"distill": {"teacher": teacher, **distill}})
 
 
 @pytest.mark.parametrize("weight", [0.3, 1.0])
@@ -98,6 +80,31 @@ def test_a_resume_continues_to_the_bit_and_logs_the_divergence(data: DataConfig,
     for name in ends[0]:
         assert_bitwise(ends[0][name], ends[1][name], name)
     assert "step 12" in read_events(tmp_path / "straight", "distill")[0]["teacher"]
+
+
+def test_a_run_that_teaches_stays_at_the_step_that_was_found_first(
+    data: DataConfig, tmp_path: Path, teacher: str
+) -> None:
+    lent = tmp_path / "teacher/checkpoints"
+    shutil.copytree(Path(teacher) / "checkpoints/step-00000006", lent / "step-00000006")
+
+    def train_to(step: int) -> int:
+        return train(distilling(data, tmp_path / "run", str(lent.parent), train__stop_after_steps=step))
+
+    assert train_to(1) == 0
+    shutil.copytree(Path(teacher) / "checkpoints/step-00000012", lent / "step-00000012")
+    assert train_to(2) == 0
+    assert ["step 6" in event["teacher"] for event in read_events(tmp_path / "run", "distill")] == [True, True]
+
+
+def test_a_micro_batch_that_is_examined_counts_once(data: DataConfig, tmp_path: Path, teacher: str) -> None:
+    for name, every in (("plain", None), ("examined", 1)):
+        config = distilling(
+            data, tmp_path / name, teacher, train__stop_after_steps=1, health__check_state_every_steps=every
+        )
+        assert train(config) == 0
+    plain, examined = (read_metrics(tmp_path / name)[0] for name in ("plain", "examined"))
+    assert plain["divergence"] == examined["divergence"]
 
 
 LAYOUTS: list[dict[str, Any]] = [
