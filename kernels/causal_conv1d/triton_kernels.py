@@ -21,7 +21,7 @@ from amfm.kernels.common.tiles import load_values
 
 
 @triton.jit
-def _load_tap(weight, shift: tl.constexpr, column, C, W: tl.constexpr):
+def load_tap(weight, shift: tl.constexpr, column, C, W: tl.constexpr):
     """The weight that meets the input `shift` tokens back: column W - 1 - shift, zero if there is none.
 
     [BLOCK_C] float32.
@@ -39,7 +39,7 @@ def _load_inputs(x, window, t, T, stride, column, C, W: tl.constexpr, WINDOW: tl
 
 
 @triton.jit
-def _reach(ids, t, source, T, DOCUMENTS: tl.constexpr):
+def reach(ids, t, source, T, DOCUMENTS: tl.constexpr):
     """1 where tokens t and source are in one document, [BLOCK_T, 1].
 
     Places outside the row are clamped: a window belongs to the document of the row's first token, and all else reads as zero.
@@ -53,15 +53,15 @@ def _reach(ids, t, source, T, DOCUMENTS: tl.constexpr):
 
 
 @triton.jit
-def _add_taps(x0, x1, x2, x3, w0, w1, w2, w3, bias, ids, t, T, DOCUMENTS: tl.constexpr):
+def add_taps(x0, x1, x2, x3, w0, w1, w2, w3, bias, ids, t, T, DOCUMENTS: tl.constexpr):
     """The sum before SiLU at tokens t, given x at t, t - 1, t - 2 and t - 3.
 
     Tiles [BLOCK_T, BLOCK_C] and taps [BLOCK_C]; the token itself is always of its own document.
     """
     total = bias[None, :] + x0 * w0[None, :]
-    total += x1 * w1[None, :] * _reach(ids, t, t - 1, T, DOCUMENTS)
-    total += x2 * w2[None, :] * _reach(ids, t, t - 2, T, DOCUMENTS)
-    return total + x3 * w3[None, :] * _reach(ids, t, t - 3, T, DOCUMENTS)
+    total += x1 * w1[None, :] * reach(ids, t, t - 1, T, DOCUMENTS)
+    total += x2 * w2[None, :] * reach(ids, t, t - 2, T, DOCUMENTS)
+    return total + x3 * w3[None, :] * reach(ids, t, t - 3, T, DOCUMENTS)
 
 
 @triton.jit
@@ -98,13 +98,13 @@ def convolution_forward_kernel(
     start = tl.zeros((BLOCK_C,), tl.float32)
     if BIAS:
         start = tl.load(bias + column, mask=column < C, other=0.0).to(tl.float32)
-    w0, w1 = _load_tap(weight, 0, column, C, W), _load_tap(weight, 1, column, C, W)
-    w2, w3 = _load_tap(weight, 2, column, C, W), _load_tap(weight, 3, column, C, W)
+    w0, w1 = load_tap(weight, 0, column, C, W), load_tap(weight, 1, column, C, W)
+    w2, w3 = load_tap(weight, 2, column, C, W), load_tap(weight, 3, column, C, W)
     x0 = load_values(x_row, t, T, stride_t, column, C)
     x1 = _load_inputs(x_row, before, t - 1, T, stride_t, column, C, W, WINDOW)
     x2 = _load_inputs(x_row, before, t - 2, T, stride_t, column, C, W, WINDOW)
     x3 = _load_inputs(x_row, before, t - 3, T, stride_t, column, C, W, WINDOW)
-    total = _add_taps(x0, x1, x2, x3, w0, w1, w2, w3, start, ids_row, t, T, DOCUMENTS)
+    total = add_taps(x0, x1, x2, x3, w0, w1, w2, w3, start, ids_row, t, T, DOCUMENTS)
     out = total
     if SILU:
         out = silu(total)
@@ -135,8 +135,8 @@ def convolution_backward_kernel(
     start = tl.zeros((BLOCK_C,), tl.float32)
     if BIAS:
         start = tl.load(bias + column, mask=column < C, other=0.0).to(tl.float32)
-    w0, w1 = _load_tap(weight, 0, column, C, W), _load_tap(weight, 1, column, C, W)
-    w2, w3 = _load_tap(weight, 2, column, C, W), _load_tap(weight, 3, column, C, W)
+    w0, w1 = load_tap(weight, 0, column, C, W), load_tap(weight, 1, column, C, W)
+    w2, w3 = load_tap(weight, 2, column, C, W), load_tap(weight, 3, column, C, W)
     d_w0, d_w1 = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     d_w2, d_w3 = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     d_start = tl.zeros((BLOCK_C,), tl.float32)
@@ -154,26 +154,26 @@ def convolution_backward_kernel(
         next2 = _load_inputs(x_row, before, t + 2, T, stride_t, column, C, W, WINDOW)
         next3 = load_values(x_row, t + 3, T, stride_t, column, C)
 
-        total = _add_taps(here, back1, back2, back3, w0, w1, w2, w3, start, ids_row, t, T, DOCUMENTS)
+        total = add_taps(here, back1, back2, back3, w0, w1, w2, w3, start, ids_row, t, T, DOCUMENTS)
         e = _through_silu(load_values(dy_row, t, T, C, column, C), total, SILU)
         dx = e * w0[None, :]
         d_start += tl.sum(e, axis=0)
         d_w0 += tl.sum(e * here, axis=0)
-        d_w1 += tl.sum(e * back1 * _reach(ids_row, t, t - 1, T, DOCUMENTS), axis=0)
-        d_w2 += tl.sum(e * back2 * _reach(ids_row, t, t - 2, T, DOCUMENTS), axis=0)
-        d_w3 += tl.sum(e * back3 * _reach(ids_row, t, t - 3, T, DOCUMENTS), axis=0)
+        d_w1 += tl.sum(e * back1 * reach(ids_row, t, t - 1, T, DOCUMENTS), axis=0)
+        d_w2 += tl.sum(e * back2 * reach(ids_row, t, t - 2, T, DOCUMENTS), axis=0)
+        d_w3 += tl.sum(e * back3 * reach(ids_row, t, t - 3, T, DOCUMENTS), axis=0)
 
         # x_t also entered the sums of the three tokens behind it, each with its own tap and only inside the
         # document.
-        total = _add_taps(next1, here, back1, back2, w0, w1, w2, w3, start, ids_row, t + 1, T, DOCUMENTS)
+        total = add_taps(next1, here, back1, back2, w0, w1, w2, w3, start, ids_row, t + 1, T, DOCUMENTS)
         e = _through_silu(load_values(dy_row, t + 1, T, C, column, C), total, SILU)
-        dx += e * w1[None, :] * _reach(ids_row, t + 1, t, T, DOCUMENTS)
-        total = _add_taps(next2, next1, here, back1, w0, w1, w2, w3, start, ids_row, t + 2, T, DOCUMENTS)
+        dx += e * w1[None, :] * reach(ids_row, t + 1, t, T, DOCUMENTS)
+        total = add_taps(next2, next1, here, back1, w0, w1, w2, w3, start, ids_row, t + 2, T, DOCUMENTS)
         e = _through_silu(load_values(dy_row, t + 2, T, C, column, C), total, SILU)
-        dx += e * w2[None, :] * _reach(ids_row, t + 2, t, T, DOCUMENTS)
-        total = _add_taps(next3, next2, next1, here, w0, w1, w2, w3, start, ids_row, t + 3, T, DOCUMENTS)
+        dx += e * w2[None, :] * reach(ids_row, t + 2, t, T, DOCUMENTS)
+        total = add_taps(next3, next2, next1, here, w0, w1, w2, w3, start, ids_row, t + 3, T, DOCUMENTS)
         e = _through_silu(load_values(dy_row, t + 3, T, C, column, C), total, SILU)
-        dx += e * w3[None, :] * _reach(ids_row, t + 3, t, T, DOCUMENTS)
+        dx += e * w3[None, :] * reach(ids_row, t + 3, t, T, DOCUMENTS)
         where = d_x + (batch * T + t.to(tl.int64))[:, None] * stride_dx + column[None, :]
         tl.store(where, dx.to(d_x.dtype.element_ty), mask=((t >= 0) & (t < T))[:, None] & (column < C)[None, :])
         if WINDOW:

@@ -37,6 +37,13 @@ def pack_inner(x: Tensor, dims: int = 1) -> Tensor:
     return x
 
 
+def pack_tokens(x_BTX: Tensor) -> Tensor:
+    """The tensor itself if its channels are packed and its tokens one distance apart over all rows, else a copy."""
+    rows, tokens, _ = x_BTX.shape
+    is_even = rows == 1 or x_BTX.stride(0) == tokens * x_BTX.stride(1)
+    return x_BTX if x_BTX.stride(2) == 1 and is_even else x_BTX.contiguous()
+
+
 def stride_unit(*strides: int) -> int:
     """The largest of 16, 8, 4, 2 and 1 that divides all strides.
 

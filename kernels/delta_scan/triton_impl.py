@@ -167,6 +167,20 @@ def _forward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """Output and last state."""
+    return scan_rows(q, k, v, beta, g, initial, firsts, chunk_size)
+
+
+def scan_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    firsts: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Launch both kernels: output [B, T, H, V] and last state."""
     q, k, v, beta = pack_inner(q, 2), pack_inner(k, 2), pack_inner(v, 2), beta.contiguous()
     g, initial = pack(g), pack(initial)
     launch = _Launch.of(q, v, chunk_size)
@@ -196,6 +210,25 @@ def _backward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, beta, g and the initial state; those of absent inputs are empty."""
+    given = q, k, v, beta, g, initial, firsts, chunk_size
+    d_q, d_k, d_v, d_beta, d_g, d_initial = scan_rows_backward(d_o, d_final, *given)
+    d_q, d_k = (d[0] if len(d) == 1 else d.sum(0) for d in (d_q, d_k))
+    return d_q, d_k, d_v, d_beta, d_g, d_initial
+
+
+def scan_rows_backward(
+    d_o: Tensor,
+    d_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    firsts: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launch the kernels of backward: as `_backward`, with those of q and k [R, ...] as each head that shares them has them."""
     q, k, v, beta, d_o = pack_inner(q, 2), pack_inner(k, 2), pack_inner(v, 2), beta.contiguous(), d_o.contiguous()
     g, d_final = pack(g), pack(d_final)
     launch = _Launch.of(q, v, chunk_size)
@@ -218,7 +251,6 @@ def _backward(
         *launch.sizes, *outer_strides(q), *outer_strides(k, dims=3), GATE=g is not None, DOCUMENTS=firsts is not None,
         **launch.config("delta_gradients", gradient_candidates(N), v),
     )  # fmt: skip
-    d_q, d_k = (d[0] if launch.R == 1 else d.sum(0) for d in (d_q, d_k))
     return d_q, d_k, d_v, d_beta, d_g, q.new_empty(0) if initial is None else d_initial.to(initial.dtype)
 
 

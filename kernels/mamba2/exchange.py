@@ -1,4 +1,4 @@
-"""What segments of rows, on other ranks or on the same one, tell each other while Mamba2's mixer computes them."""
+"""What segments of rows, on other ranks or on the same one, hand each other while a mixer computes them as one operation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class Exchange(Protocol):
     def states(self, final_RHNP: Tensor, factor_RH: Tensor) -> tuple[Tensor, Tensor]:
         """The state that enters each segment, and what `states_back` needs of all.
 
-        Of the states after segments that began from zero, and the factors by which segments pass on what entered them.
+        Of the states after segments that began from zero, and of what segments do to a state that enters them: factors [R, H],
+        or matrices [R, H, K, K] to its left.
         """
         ...
 
@@ -65,7 +66,8 @@ class SegmentsInOrder:
 
     def states_back(self, d_entering_RHNP: Tensor, kept: Tensor) -> Tensor:
         """From the last segment to the first."""
-        return self._pass_on(d_entering_RHNP.flip(0), kept.flip(0), self.goes_on_R[1:].flip(0)).flip(0)
+        kept = kept.flip(0) if kept.dim() == 2 else kept.flip(0).transpose(-1, -2)
+        return self._pass_on(d_entering_RHNP.flip(0), kept, self.goes_on_R[1:].flip(0)).flip(0)
 
     def _own(self, windows_RWC: Tensor) -> Tensor:
         ids_RW = self.ids_RL[:, self.ids_RL.shape[1] - windows_RWC.shape[1] :].roll(1, 0)
@@ -75,7 +77,8 @@ class SegmentsInOrder:
     def _pass_on(self, own_RHNP: Tensor, factor_RH: Tensor, goes_on_R: Tensor) -> Tensor:
         state_HNP = torch.zeros_like(own_RHNP[0])
         states = [state_HNP]
-        for own_HNP, factor_H, goes_on in zip(own_RHNP, factor_RH, goes_on_R):
-            state_HNP = torch.where(goes_on, own_HNP + factor_H[:, None, None] * state_HNP, torch.zeros_like(own_HNP))
+        for own_HNP, factor, goes_on in zip(own_RHNP, factor_RH, goes_on_R):
+            passed_HNP = factor[:, None, None] * state_HNP if factor.dim() == 1 else factor @ state_HNP
+            state_HNP = torch.where(goes_on, own_HNP + passed_HNP, torch.zeros_like(own_HNP))
             states.append(state_HNP)
         return torch.stack(states)

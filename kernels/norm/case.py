@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,8 @@ from amfm.kernels.cases.problem import (
     find_package,
     formula_goals,
 )
-from amfm.kernels.cases.trial import Sized
-from amfm.kernels.norm.op import gated_rms_norm, norm_bytes, norm_flops, rms_norm
+from amfm.kernels.cases.trial import Sized, slices
+from amfm.kernels.norm.op import gated_rms_norm, head_norm, norm_bytes, norm_flops, rms_norm
 
 
 def norm_problem(
@@ -82,6 +82,23 @@ def gated_problem(inputs: Inputs, *shape: int, groups: int = 1, exact: str = "re
     return Problem(leaves, run, _text(shape), *_minima(shape, gated=True), peers, exact=exact)
 
 
+def head_problem(
+    inputs: Inputs, tokens: int, heads: int, size: int, *, act: Literal["silu", "sigmoid"] = "silu", gated: bool = True,
+    exact: str = "reference",
+) -> Problem:  # fmt: skip
+    """The norm of each head and its gate, as linear mixers end; leaves: o [1, T, H, V], the gate, a slice, and the weight [V]."""
+    leaves = {"o": inputs.normal(1, tokens, heads, size)}
+    if gated:
+        leaves["gate"] = slices(inputs.normal(1, tokens, heads * size + 8), 8, heads * size)[1]
+    leaves["weight"] = inputs.normal(size)
+
+    def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
+        return {"y": head_norm(given["o"], given.get("gate"), given["weight"], EPSILON, act=act, backend=backend)}
+
+    least = _minima((tokens, heads, size), gated=gated)
+    return Problem(leaves, run, f"{tokens} tokens, {heads} heads of {size}", *least, exact=exact)
+
+
 def _text(shape: tuple[int, ...]) -> str:
     """A shape as it is shown in tables."""
     return "x".join(map(str, shape))
@@ -107,6 +124,8 @@ def counted_problems() -> Iterator[CountedProblem]:
     ):
         problem = build(bfloat16_inputs(), 512, 512)
         yield CountedProblem(op, problem, *formula_goals(problem, 1.1))
+    problem = head_problem(bfloat16_inputs(), 128, 4, 128)
+    yield CountedProblem("head_norm", problem, *formula_goals(problem, 1.1))
 
 
 def trials() -> Iterator[Sized]:
@@ -120,9 +139,14 @@ def trials() -> Iterator[Sized]:
 
     yield Sized("with residual, 1024 wide", "first", normed(37, 1024, residual=True))
     yield Sized("gated, groups of 512", "first", gated(37, 1024, groups=2))
+    yield Sized("heads with a gate", "first", partial(head_problem, tokens=9, heads=4, size=128))
+    odd = partial(head_problem, tokens=37, heads=3, size=20)
+    yield Sized("uneven heads with a sigmoid", "small", partial(odd, act="sigmoid"))
+    yield Sized("uneven heads without a gate", "small", partial(odd, gated=False))
     yield Sized("uneven width", "small", normed(63, 129))
     yield Sized("gated, 8 uneven groups", "small", gated(9, 24, groups=8))
     yield Sized("with residual, 4096 wide", "long", normed(8205, 4096, residual=True, exact="torch"))
+    yield Sized("32 heads with a gate", "long", partial(head_problem, tokens=8205, heads=32, size=128, exact="torch"))
     yield Sized("gated, 8192 wide", "long", gated(8205, 8192, exact="torch"))
     yield Sized("gated, 3072 wide in 3 groups", "long", gated(8205, 3072, groups=3, exact="torch"))
 

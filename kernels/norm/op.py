@@ -7,10 +7,11 @@ of a few thousand squares would lose the small ones.
 
 from __future__ import annotations
 
-from typing import overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from amfm.kernels.common.shapes import check_float, check_shape
 from amfm.kernels.norm.reference import normalize, normalize_gated
@@ -83,6 +84,37 @@ def gated_rms_norm(
 
         return gated_rms_norm_triton(y, z, weight, epsilon, num_groups)
     return gated_rms_norm_torch(y, z, weight, epsilon, num_groups)
+
+
+def head_norm(
+    o_BTHV: Tensor,
+    gate_BTI: Tensor | None,
+    weight_V: Tensor,
+    epsilon: float,
+    *,
+    act: Literal["silu", "sigmoid"] = "silu",
+    backend: str = "auto",
+) -> Tensor:
+    """The norm of each head of o [B, T, H, V], with one weight [V] for all, times act(gate) [B, T, H V] where there is one.
+
+    Returns [B, T, H V] in the dtype of o. Triton takes norm and gate in one pass and rounds once; the others round the norm
+    before the gate, which is taken in float32 for bf16. Raises ValueError for shapes, dtypes or devices that do not fit.
+    """
+    check_shape("o_BTHV", o_BTHV, (-1, -1, -1, -1))
+    _check_rows("o_BTHV", o_BTHV, weight_V, epsilon)
+    if gate_BTI is not None:
+        check_shape("gate_BTI", gate_BTI, (*o_BTHV.shape[:2], o_BTHV.shape[2] * o_BTHV.shape[3]), o_BTHV)
+        check_float("gate_BTI", gate_BTI, o_BTHV)
+    if resolve_backend(backend, o_BTHV.device, "norm") == "triton" and o_BTHV.numel():
+        from amfm.kernels.norm.heads import head_norm_triton
+
+        return head_norm_triton(o_BTHV, gate_BTI, weight_V, epsilon, "none" if gate_BTI is None else act)
+    normed_BTI = rms_norm(o_BTHV.contiguous(), weight_V, epsilon, backend=backend).flatten(-2)
+    if gate_BTI is None:
+        return normed_BTI
+    wide = torch.promote_types(gate_BTI.dtype, torch.float32)
+    gate = gate_BTI.to(wide)
+    return (normed_BTI.to(wide) * (functional.silu(gate) if act == "silu" else gate.sigmoid())).to(o_BTHV.dtype)
 
 
 def _check_rows(name: str, x: Tensor, weight: Tensor, epsilon: float) -> None:

@@ -111,7 +111,11 @@ class LinearMixer(SequenceMixer):
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
         """x [B, T, D] -> y [B, T, D]; with a state it continues from there and returns the next one."""
-        parts, _ = self.project(x_BTD)
+        projected = self._project(x_BTD, ())
+        mixed_BTD = None if state is not None else self.at_once(*projected[:2], meta)
+        if mixed_BTD is not None:
+            return MixerOutput(leave_tensor_region(mixed_BTD, self.build.groups), None)
+        parts = self._split(*projected[:2])
         next_state: MixerState | None = None
         if meta.segments is not None:
             assert state is None, "rows that are cut over context ranks have no decode state"
@@ -124,20 +128,37 @@ class LinearMixer(SequenceMixer):
         y_BTI = self.output(o_BTHV, parts)
         return MixerOutput(leave_tensor_region(self.out_proj(y_BTI), self.build.groups), next_state)
 
+    def at_once(self, cut_BTX: Tensor, whole_BTX: Tensor | None, meta: PackMeta) -> Tensor | None:
+        """This rank's addend of the output, [B, T, D], from both projections as one operation; None: from the parts, in turn."""
+        return None
+
     def project(self, x_BTD: Tensor, others: Sequence[Tensor] = ()) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         """Project the residual stream to the parts [B, T, channels of this rank], and to its products with other weights.
 
         Every rank of `groups.tp` must call.
         """
+        cut_BTX, whole_BTX, products = self._project(x_BTD, others)
+        return self._split(cut_BTX, whole_BTX), products
+
+    def _project(self, x_BTD: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        """Products with in_proj, with shared_proj if there is one, and with other weights."""
         own = [self.in_proj.weight] + ([] if self.shared_proj is None else [self.shared_proj])
         lora = self.in_proj.lora
         read = own if lora is None else [*own, lora.down]
         products = project_stream(x_BTD, [*read, *others], self.build.groups)
-        cut = products[0] if lora is None else products[0] + lora.raise_rank(products[len(own)])
-        parts = dict(zip(self._cut_sizes, cut.split(list(self._cut_sizes.values()), dim=-1)))
-        if self.shared_proj is not None:
-            parts |= zip(self._whole_sizes, products[1].split(list(self._whole_sizes.values()), dim=-1))
-        return parts, products[len(read) :]
+        cut_BTX = products[0] if lora is None else products[0] + lora.raise_rank(products[len(own)])
+        return cut_BTX, None if self.shared_proj is None else products[1], products[len(read) :]
+
+    def _split(self, cut_BTX: Tensor, whole_BTX: Tensor | None) -> dict[str, Tensor]:
+        """Parts of both projections by name."""
+        parts = dict(zip(self._cut_sizes, cut_BTX.split(list(self._cut_sizes.values()), dim=-1)))
+        if whole_BTX is not None:
+            parts |= self.split_whole(whole_BTX)
+        return parts
+
+    def split_whole(self, whole_BTX: Tensor) -> dict[str, Tensor]:
+        """Parts that every tensor rank has whole, by name."""
+        return dict(zip(self._whole_sizes, whole_BTX.split(list(self._whole_sizes.values()), dim=-1)))
 
     def mix(self, parts: dict[str, Tensor], meta: PackMeta) -> Tensor:
         """Mix whole rows of documents: outputs [B, T, H, V] of the recurrence. Replaces parts by their convolution."""

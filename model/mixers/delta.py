@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from amfm.kernels.delta_block.op import DeltaSizes
 from amfm.kernels.linear.op import linear
 from amfm.model.config.mixer_options import (
     ChannelDeltaOptions,
@@ -27,7 +28,8 @@ from amfm.model.config.mixer_options import (
     GatedDeltaNetOptions,
     KdaOptions,
 )
-from amfm.model.mixers.base import LinearMixer, Part
+from amfm.model.mixers.base import Part
+from amfm.model.mixers.delta_block import DeltaBlock
 from amfm.model.mixers.interface import BuildContext
 from amfm.model.mixers.recurrence import DeltaRecurrence, ScanRows
 from amfm.model.mixers.shared_layers import GatedHeadNorm, first_decay_rates, first_time_steps
@@ -35,7 +37,7 @@ from amfm.model.packing import PackMeta
 from amfm.model.parallel.shards import Shard, ShardSpec, divide_units
 
 
-class DeltaNetMixer(LinearMixer):
+class DeltaNetMixer(DeltaBlock):
     """q and k of unit length per head, v, and a strength beta = sigmoid(b): S <- (I - beta k k^T) S + beta k v^T.
 
     q, k and v pass the short convolution with SiLU, q is scaled by 1 / sqrt(K), each head's output is normed.
@@ -73,6 +75,21 @@ class DeltaNetMixer(LinearMixer):
         if self.has_gate:
             parts["gate"] = Part(heads * self.value_dim, heads)
         return parts
+
+    def delta_sizes(self) -> DeltaSizes:
+        """As in the base class."""
+        return DeltaSizes(
+            self.num_key_heads,
+            self.num_heads,
+            self.key_dim,
+            self.value_dim,
+            self.num_steps,
+            "softplus" if self.has_decay else "none",
+            False,
+            "silu" if self.has_gate else "none",
+            self.norm.epsilon,
+            2.0 if self.options.allow_negative_eigenvalues else 1.0,
+        )
 
     def rows(self, parts: dict[str, Tensor], meta: PackMeta) -> ScanRows:
         """Pointwise in time; beta and the decay in float32 for bf16."""
@@ -131,7 +148,7 @@ def unit_length(x: Tensor) -> Tensor:
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
-class KdaMixer(LinearMixer):
+class KdaMixer(DeltaBlock):
     """S <- diag(e^g) S, then S <- (I - beta k k^T) S + beta k v^T, with q, k and v as Gated DeltaNet has them.
 
     g = -exp(A_log) softplus(W2 W1 x + dt_bias), a rate a head and a time step a key channel, or with a floor
@@ -154,7 +171,7 @@ class KdaMixer(LinearMixer):
             self.decay_proj = nn.Parameter(torch.empty(self.num_heads * self.key_dim, options.rank()))
             self.gate_proj = nn.Parameter(torch.empty(self.num_heads * self.value_dim, options.rank()))
             self.shards |= {"decay_proj": Shard((by_key,)), "gate_proj": Shard((by_value,))}
-        self.norm = GatedHeadNorm(self.value_dim, build, activate=torch.sigmoid)
+        self.norm = GatedHeadNorm(self.value_dim, build, act="sigmoid")
 
     @property
     def has_whole_gates(self) -> bool:
@@ -173,6 +190,30 @@ class KdaMixer(LinearMixer):
     def strengths(self) -> dict[str, Part]:
         """What says how strongly a token erases and writes: beta by head."""
         return {"beta": Part(self.options.num_heads, self.options.num_heads)}
+
+    def delta_sizes(self) -> DeltaSizes:
+        """As in the base class."""
+        own = self.options
+        return DeltaSizes(
+            self.num_heads,
+            self.num_heads,
+            self.key_dim,
+            self.value_dim,
+            1,
+            "softplus" if self.floor is None else "floor",
+            True,
+            "sigmoid",
+            self.norm.epsilon,
+            2.0 if isinstance(own, KdaOptions) and own.allow_negative_eigenvalues else 1.0,
+            self.floor or 0.0,
+        )
+
+    def gates_apart(self, whole_BTX: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """As in the base class: raw decays and output gates of low-rank projections."""
+        if whole_BTX is None:
+            return None, None
+        inside = self.split_whole(whole_BTX)
+        return linear(inside["decay_inside"], self.decay_proj), linear(inside["gate_inside"], self.gate_proj)
 
     def rows(self, parts: dict[str, Tensor], meta: PackMeta) -> ScanRows:
         """Pointwise in time; beta and the decay in float32 for bf16."""

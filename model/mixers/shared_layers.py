@@ -14,13 +14,12 @@ a gate cannot add nothing; with it, it can. Shared by attention, window and late
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from amfm.kernels.norm.op import rms_norm
+from amfm.kernels.norm.op import head_norm
 from amfm.model.config.options import OutputGate
 from amfm.model.mixers.interface import BuildContext
 from amfm.model.parallel.groups import ProcessGroupCollection
@@ -60,7 +59,7 @@ def first_time_steps(
 
 
 class GatedHeadNorm(nn.Module):
-    """RMSNorm over each head, then times `activate`(gate): [B, T, H, V] -> [B, T, H V]; one weight [V] for all heads."""
+    """RMSNorm over each head, then times `act`(gate): [B, T, H, V] -> [B, T, H V]; one weight [V] for all heads."""
 
     extra_repr = own_shapes
 
@@ -68,11 +67,11 @@ class GatedHeadNorm(nn.Module):
         self,
         value_dim: int,
         build: BuildContext,
-        activate: Callable[[Tensor], Tensor] = functional.silu,
+        act: Literal["silu", "sigmoid"] = "silu",
         epsilon: float | None = None,
     ) -> None:
         super().__init__()
-        self.activate = activate
+        self.act = act
         self.weight = nn.Parameter(torch.empty(value_dim))
         # One weight serves the heads of all tensor ranks.
         self.shards = {"weight": Shard(partial=("tp",))}
@@ -80,8 +79,4 @@ class GatedHeadNorm(nn.Module):
 
     def forward(self, o_BTHV: Tensor, gate_BTI: Tensor | None) -> Tensor:
         """Norm o [B, T, H, V] by head and multiply by the activated gate [B, T, H V], in float32 for bf16."""
-        normed_BTI = rms_norm(o_BTHV.contiguous(), self.weight, self.epsilon, backend=self.backend).flatten(-2)
-        if gate_BTI is None:
-            return normed_BTI
-        wide = torch.promote_types(gate_BTI.dtype, torch.float32)
-        return (normed_BTI.to(wide) * self.activate(gate_BTI.to(wide))).to(o_BTHV.dtype)
+        return head_norm(o_BTHV, gate_BTI, self.weight, self.epsilon, act=self.act, backend=self.backend)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from amfm.kernels.norm.op import gated_rms_norm, rms_norm
+from amfm.kernels.norm.op import gated_rms_norm, head_norm, rms_norm
 from tests.helpers.numbers import assert_all_near, assert_near
 
 FLOAT64 = 1e-13  # means over at most some hundred values, in another order
@@ -123,3 +123,13 @@ def test_wrong_inputs_are_named(arguments: tuple[Tensor, ...], message: str) -> 
 def test_groups_must_divide_the_width() -> None:
     with pytest.raises(ValueError, match="num_groups must divide the last dim of y, 8; got 3"):
         gated_rms_norm(torch.zeros(3, 8), torch.zeros(3, 8), torch.zeros(8), 1e-5, num_groups=3)
+
+
+def test_norm_of_heads_is_the_norm_times_the_activated_gate() -> None:
+    o, gate, weight = make(torch.float64, (2, 3, 2, 5), (2, 3, 10), (5,))
+    normed = rms_norm(o, weight, 1e-5, backend="reference").flatten(-2)
+    assert_all_near([head_norm(o, gate, weight, 1e-5, backend="torch")], [normed * gate * gate.sigmoid()], FLOAT64)
+    found = head_norm(o, gate, weight, 1e-5, act="sigmoid", backend="torch")
+    assert_all_near([found, head_norm(o, None, weight, 1e-5)], [normed * gate.sigmoid(), normed], FLOAT64)
+    with pytest.raises(ValueError, match=r"gate_BTI must have shape \[2, 3, 10\]"):
+        head_norm(o, gate[..., 1:], weight, 1e-5)

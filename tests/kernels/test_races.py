@@ -3,7 +3,7 @@
 import pytest
 
 from amfm.kernels.runtime.backend import INTERPRETED
-from tests.kernels.interpreter.races import find_races
+from tests.kernels.watch.races import find_races
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this process interprets")

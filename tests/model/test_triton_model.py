@@ -42,6 +42,11 @@ CONFIG = small_config(
 )
 
 CUT = small_config("M", hidden_size=16, mamba=CONFIG.mamba)
+DELTA = {"num_heads": 2, "head_dim": 8, "chunk_size": 16}
+DELTAS = {
+    "gated_deltanet": small_config("G", hidden_size=16, mixers={"gated_deltanet": DELTA | {"value_head_dim": 12}}),
+    "kda": small_config("K", hidden_size=16, mixers={"kda": DELTA}),
+}
 
 
 @pytest.mark.slow
@@ -93,11 +98,11 @@ CUTS = {
 }
 
 
-def run_cut_rows(section):
-    """The loss and all gradients of a Mamba2 block in Triton, whose rows two context ranks cut, and tensor ranks its heads."""
+def run_cut_rows(section, config=CUT):
+    """The loss and all gradients of one block in Triton, whose rows two context ranks cut, and tensor ranks its heads."""
     groups = initialize_parallel(section, timeout_seconds=PATIENCE_SECONDS, num_threads=1).groups
-    model = HybridModel(CUT, groups, seed=3, backend="triton")
-    assert model.blocks[0].mixer.is_one_operation
+    model = HybridModel(config, groups, seed=3, backend="triton")
+    assert config is not CUT or model.blocks[0].mixer.is_one_operation
     tokens_BT, labels_BT, meta = cut_batch(ROWS, groups)
     loss = loss_of(model(tokens_BT, meta, labels_BT))
     loss.backward()
@@ -113,9 +118,48 @@ def run_cut_rows(section):
 @pytest.mark.skipif(not INTERPRETED, reason="run by the test above in a process that interprets")
 @pytest.mark.parametrize("cut", CUTS)
 def test_context_ranks_in_one_operation_compute_what_one_rank_does(cut):
-    section = CUTS[cut]
-    ranks = run_ranks(run_cut_rows, section, num_ranks=section.context * section.tensor)
-    model = HybridModel(CUT, single_rank_groups(), seed=3).double()
+    assert_ranks_agree(CUTS[cut], CUT)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not INTERPRETED, reason="run by the test above in a process that interprets")
+@pytest.mark.parametrize("kind", DELTAS)
+@pytest.mark.parametrize("cut", CUTS)
+def test_context_ranks_of_a_delta_block_compute_what_one_rank_does(cut, kind):
+    assert_ranks_agree(CUTS[cut], DELTAS[kind])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not INTERPRETED, reason="run by the test above in a process that interprets")
+@pytest.mark.parametrize("kind", DELTAS)
+def test_delta_blocks_agree_with_pytorch_and_decode_on(kind):
+    wide = small_model(DELTAS[kind])
+    model = small_model(DELTAS[kind], dtype=torch.float32, backend="triton")
+    tokens_BT, labels_BT, ids_BT = packed_batch()
+    losses = []
+    for each in (wide, model):
+        loss = loss_of(each(tokens_BT, PackMeta.from_document_ids(ids_BT), labels_BT))
+        loss.backward()
+        losses.append(loss.detach().double())
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    for (name, expected), parameter in zip(wide.named_parameters(), model.parameters()):
+        difference, scale = (parameter.grad - expected.grad).norm(), expected.grad.norm()
+        assert difference <= 5e-5 * scale, f"{name}: off by {difference:.3g} of {scale:.3g}"
+    with torch.no_grad():
+        full_BTV = wide(tokens_BT, PackMeta.one_document_a_row(2, 23)).logits_BTV
+        state, pieces = model.empty_state(2), []
+        for start, length in ((0, 20), (20, 1), (21, 2)):
+            meta = PackMeta.one_document_a_row(2, length, start=start)
+            output = model(tokens_BT[:, start : start + length], meta, state=state)
+            state = output.state
+            pieces.append(output.logits_BTV)
+    torch.testing.assert_close(torch.cat(pieces, 1).double(), full_BTV, rtol=1e-4, atol=1e-5)
+
+
+def assert_ranks_agree(section, config):
+    """Every rank has the loss and the gradients of one rank, in float64, that has whole rows and all heads."""
+    ranks = run_ranks(run_cut_rows, section, config, num_ranks=section.context * section.tensor)
+    model = HybridModel(config, single_rank_groups(), seed=3).double()
     tokens_BT, labels_BT, ids_BT = packed_batch(ROWS)
     loss = loss_of(model(tokens_BT, meta_of(ids_BT), labels_BT))
     loss.backward()

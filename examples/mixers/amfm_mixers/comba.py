@@ -33,7 +33,7 @@ class CombaMixer(GatedDeltaNetMixer):
         self.feedback_logit = nn.Parameter(torch.empty(self.num_heads))
         self.D = nn.Parameter(torch.empty(self.num_heads))
         self.shards |= {"feedback_logit": by_head, "D": by_head}
-        self.norm = GatedHeadNorm(self.value_dim, build, activate=torch.sigmoid)
+        self.norm = GatedHeadNorm(self.value_dim, build, act="sigmoid")
 
     def rows(self, parts: dict[str, Tensor], meta: PackMeta) -> ScanRows:
         """Pointwise in time; what scales keys, values and beta in float32 for bf16."""

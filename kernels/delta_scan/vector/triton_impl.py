@@ -132,6 +132,21 @@ def _forward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """Output and last state."""
+    return scan_vector_rows(q, k, v, beta, g, erase, initial, firsts, chunk_size)
+
+
+def scan_vector_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    erase: Tensor | None,
+    initial: Tensor | None,
+    firsts: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Launch both kernels: output [B, T, H, V] and last state."""
     q, k, v, beta, g = pack_inner(q, 2), pack_inner(k, 2), pack_inner(v, 2), beta.contiguous(), g.contiguous()
     launch = _launch(q, v, chunk_size)
     o = v.new_empty(v.shape)
@@ -160,6 +175,23 @@ def _backward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, beta, g, erase and the initial state; that of an absent one is empty."""
+    return scan_vector_rows_backward(d_o, d_final, q, k, v, beta, g, erase, initial, firsts, chunk_size)
+
+
+def scan_vector_rows_backward(
+    d_o: Tensor,
+    d_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    erase: Tensor | None,
+    initial: Tensor | None,
+    firsts: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launch the kernels of backward: what `_backward` returns."""
     q, k, v, beta, g = pack_inner(q, 2), pack_inner(k, 2), pack_inner(v, 2), beta.contiguous(), g.contiguous()
     d_o, d_final, erase = d_o.contiguous(), pack(d_final), pack(erase)
     launch = _launch(q, v, chunk_size)

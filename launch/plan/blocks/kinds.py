@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
+from amfm.kernels.delta_block.op import DeltaSizes, block_bytes, scan_bytes
 from amfm.launch.plan.activations import FLOAT32_BYTES, Storage
 from amfm.launch.plan.blocks import indexer
-from amfm.launch.plan.blocks.block import SEGMENTS, PlannedBlock, segment_states
+from amfm.launch.plan.blocks.block import SEGMENTS, PlannedBlock, measured_sizes, segment_states
 from amfm.launch.plan.blocks.indexer import PlannedLatent
 from amfm.launch.plan.blocks.moe import PlannedMoe
 from amfm.launch.plan.exchange import FLOAT32, Exchange, element_type, part_crossings
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.roofline import Roofline, add_part
+from amfm.model.build import sample_mixer
 from amfm.model.config.core_options import AttentionConfig, FeedForwardConfig, Mamba2Config
 from amfm.model.config.key_mixer_options import MlaOptions
 from amfm.model.config.kinds import find_kind, kind_of
+from amfm.model.config.mixer_options import (
+    DeltaNetOptions,
+    DeltaProductOptions,
+    GatedDeltaNetOptions,
+    KdaOptions,
+    LinearOptions,
+)
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.options import MixerOptions, ParallelOptions
+from amfm.model.config.schema import ModelConfig
+from amfm.model.mixers.delta_block import DeltaBlock
 from amfm.pretrain.config.schema import RunConfig
 
 
@@ -85,6 +97,37 @@ def conv_channels(mamba: Mamba2Config, tensor: int) -> int:
     A group of B and C that several tensor ranks share is whole on each of them.
     """
     return mamba.inner_size() // tensor + 2 * max(1, mamba.num_groups // tensor) * mamba.state_size
+
+
+class PlannedDelta(PlannedBlock):
+    """A mixer on the delta rule, on the Triton backend one operation whose passes are known by formula."""
+
+    options: LinearOptions
+
+    def add(self, line: Roofline, layout: Layout, storage: Storage, imbalance: float) -> None:
+        """Products, the scan, and what opens it and closes it, of a rank's heads; apart as of any kind."""
+        sizes = sizes_at_once(self.model, self.symbol) if storage.backend == "triton" else None
+        if sizes is None:
+            super().add(line, layout, storage, imbalance)
+            return
+        tokens, tensor, e = layout.tokens(self.config), layout.tensor, line.element_bytes
+        measured = measured_sizes(self.model, self.symbol, self.config.train.sequence_length)
+        for name, outputs, inputs in measured.matrices:
+            if name != "conv.weight":
+                line.product(tokens, inputs, outputs / tensor, weight=name)
+        share, chunk = tokens / tensor, self.options.chunk_size
+        around, around_back = (share * block_bytes(sizes, value_bytes=e, backward=way) for way in (False, True))
+        scan, scan_back = (share * scan_bytes(sizes, chunk, value_bytes=e, backward=way) for way in (False, True))
+        line.mixing(share * measured.sequence_flops, scan, backward=scan_back / scan)
+        line.passes(3 * around)
+        line.backward_passes(around_back - 2 * around)
+
+
+@lru_cache(maxsize=64)
+def sizes_at_once(config: ModelConfig, symbol: str) -> DeltaSizes | None:
+    """Sizes of a whole mixer that runs as one operation; None for one without a convolution, whose parts run in turn."""
+    mixer = sample_mixer(config, symbol)
+    return mixer.delta_sizes() if isinstance(mixer, DeltaBlock) and mixer.conv is not None else None
 
 
 class PlannedAttention(PlannedBlock):
@@ -182,6 +225,10 @@ KNOWN: dict[type[MixerOptions], type[PlannedBlock]] = {
     FeedForwardConfig: PlannedFeedForward,
     MlaOptions: PlannedLatent,
     ParallelOptions: PlannedParallel,
+    DeltaNetOptions: PlannedDelta,
+    GatedDeltaNetOptions: PlannedDelta,
+    DeltaProductOptions: PlannedDelta,
+    KdaOptions: PlannedDelta,
 }
 
 

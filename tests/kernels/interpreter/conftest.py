@@ -75,7 +75,7 @@ def no_races() -> Iterator[None]:
     if not INTERPRETED:
         yield
         return
-    from tests.kernels.interpreter.races import find_races
+    from tests.kernels.watch.races import find_races
 
     with find_races() as races:
         yield

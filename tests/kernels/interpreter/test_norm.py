@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from amfm.kernels.norm import triton_impl
-from amfm.kernels.norm.op import gated_rms_norm, rms_norm
+from amfm.kernels.norm.op import gated_rms_norm, head_norm, rms_norm
 from tests.helpers.numbers import assert_all_near, assert_near
 from tests.helpers.registration import assert_registered
 from tests.kernels.twice import Twice
@@ -55,6 +55,21 @@ def test_gated_norm_equals_its_definition_twice_bitwise(
 
     once = twice(lambda: run(tensors, "triton"))
     assert_all_near(once, run(exact, "reference"), FLOAT32)
+
+
+@pytest.mark.parametrize(("shape", "act"), [((1, 1, 1, 3), "silu"), ((2, 11, 3, 20), "sigmoid"), ((1, 9, 2, 16), "")])
+def test_norm_of_heads_with_a_gate_equals_its_definition_twice_bitwise(
+    shape: tuple[int, ...], act: str, twice: Twice, poisoned_memory: None
+) -> None:
+    gates = [(*shape[:2], shape[2] * shape[3] + 4)] if act else []
+    tensors = make(shape, shape[-1:], *gates)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+
+    def run(t: list[Tensor], backend: str) -> list[Tensor]:
+        gate = t[2][..., 4:] if act else None  # a slice of a projection
+        return with_gradients(head_norm(t[0], gate, t[1], 1e-5, act=act or "silu", backend=backend), t)  # type: ignore[arg-type]
+
+    assert_all_near(twice(lambda: run(tensors, "triton")), run(exact, "reference"), FLOAT32)
 
 
 def test_slices_of_a_wider_projection_are_read_where_they_lie() -> None:

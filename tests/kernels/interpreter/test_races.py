@@ -9,7 +9,7 @@ import triton.language as tl
 
 from amfm.kernels.swiglu.op import swiglu
 from benchmarks.kernels.counting import count_launches
-from tests.kernels.interpreter.races import Race, find_races
+from tests.kernels.watch.races import Race, find_races
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,1 @@
+"""Delta mixers between their projections as one operation."""

@@ -1,0 +1,1 @@
+"""What watches kernels while they are interpreted."""
