@@ -13,7 +13,7 @@ from amfm.data_pipeline.progress import Waiting
 from amfm.launch.arguments import JsonOption
 from amfm.launch.console import print_json, print_pairs, say
 from amfm.launch.heavy_imports import loading
-from amfm.launch.init.shapes import SIZES, STYLES
+from amfm.launch.init.shapes import SIZES, STYLES, dial_size
 from amfm.pretrain.extras import require_extra
 from amfm.pretrain.launcher_protocol import INTERRUPTED
 
@@ -45,6 +45,12 @@ def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for run.yaml; created if missing.")] = Path(),
     *,
     size: Annotated[str | None, typer.Option(metavar="|".join(SIZES), help="Approximate number of parameters.")] = None,
+    depth: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Layers, instead of --size: width, tokens, batch and rate follow by scaling laws."
+        ),
+    ] = None,
     style: Annotated[
         str | None, typer.Option(metavar="|".join(STYLES), help="Model family whose blocks to use.")
     ] = None,
@@ -59,26 +65,46 @@ def init(
     if path.exists():  # before anything is asked
         raise ValueError(f"{path} is there already; name another folder, or move it away")
     require_extra("data", "amfm init")
+    if depth is not None:
+        size = check_depth(depth, size)
     given = {"size": size, "style": style, "data": data, "hardware": hardware}
     defaults = DEFAULTS | ({} if hardware in (None, "cpu") else {"size": SIZE_FOR_GPUS})
-    answers = {name: ask(name, defaults) if value is None else check(name, value) for name, value in given.items()}
+    answers = {
+        name: ask(name, defaults) if value is None else value if name == "size" and depth else check(name, value)
+        for name, value in given.items()
+    }
     with loading("init"):
         from amfm.launch.init.machine import find_machine
         from amfm.launch.init.write import Answers, next_commands, write_config
 
-    asked = Answers(folder, answers["size"], answers["style"], answers["data"], find_machine(answers["hardware"]))
+    asked = Answers(
+        folder, answers["size"], answers["style"], answers["data"], find_machine(answers["hardware"]), depth
+    )
     with Waiting("amfm init") as waiting:
         waiting("planning layouts, and on a CPU timing passes of the model")
         written = write_config(asked)
     facts, commands = describe(written), next_commands(asked)
     if as_json:
-        print_json(facts | {"next": commands})
+        print_json(facts | {"warnings": list(written.warnings), "next": commands})
         return
     millions = {key: f"{facts[key] / 1e6:,.1f}M" for key in ("parameters", "active_parameters")}
     millions["parameters"] += f", with a vocabulary of {written.choice.config.model.vocab_size:,}"
     shown = facts | millions | {"memory_gib": f"{facts['memory_gib']} GiB"}
     print_pairs("Configuration", ((WORDS.get(key, key), value) for key, value in shown.items()))
+    for warning in written.warnings:
+        say(f"warning: {warning}")
     say("next:\n" + "\n".join(f"  {command}" for command in commands))
+
+
+def check_depth(depth: int, size: str | None) -> str:
+    """Name of a depth as a size. Raises ValueError for a depth that makes no model, and where both are given."""
+    if size is not None:
+        raise ValueError(f"--depth {depth} and --size {size} both say how large the model is; give one of them")
+    try:
+        dial_size(depth)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
+    return f"d{depth}"
 
 
 def ask(name: str, defaults: Mapping[str, str]) -> str:

@@ -149,11 +149,14 @@ def size_of(name: str, style: str) -> Size:
     return replace(size, **_GRANITE_30B) if (name, style) == ("30b", "granite") else size
 
 
-def model_section(name: str, style: str) -> dict[str, Any]:
-    """The `model` section of a size in a style, as plain values for a configuration file."""
-    size = size_of(name, style)
+def model_section(name: str, style: str, size: Size | None = None) -> dict[str, Any]:
+    """The `model` section of a size in a style, as plain values for a configuration file.
+
+    `size`: shapes that are not in the table, under any other name.
+    """
+    size = size or size_of(name, style)
     section: dict[str, Any] = {
-        "pattern": pattern_of(name, style),
+        "pattern": pattern_of(size, name, style),
         "vocab_size": size.vocab_size,
         "hidden_size": size.hidden_size,
     }
@@ -161,7 +164,7 @@ def model_section(name: str, style: str) -> dict[str, Any]:
         section["tie_embeddings"] = True
     heads, state, groups = size.mamba
     if style == "qwen3next":
-        options = {"num_heads": heads, "head_dim": 64, "num_key_heads": max(1, heads // 2)}
+        options = {"num_heads": heads, "head_dim": 64, "num_key_heads": heads // 2 if heads % 2 == 0 else heads}
         section["mixers"] = {"gated_deltanet": options}
     else:
         section["mamba"] = {"num_heads": heads, "head_dim": 64, "state_size": state, "num_groups": groups}
@@ -171,9 +174,8 @@ def model_section(name: str, style: str) -> dict[str, Any]:
     return section
 
 
-def pattern_of(name: str, style: str) -> str:
+def pattern_of(size: Size, name: str, style: str) -> str:
     """Block pattern of a size in the letters of the style's family."""
-    size = size_of(name, style)
     if style == "qwen3next":
         return size.delta_pattern
     if style == "turbos":
@@ -220,3 +222,46 @@ def bias_update_rate(steps: int) -> float:
 def narrow(width: int) -> int:
     """Width of SwiGLU experts with about the parameters of squared-ReLU ones of `width`; a multiple of 32."""
     return max(32, round(width * SWIGLU_SHARE / 32) * 32)
+
+
+# One dial: a layer is a sequence mixer and the experts after it, and the width is 32 channels per layer, so that depth and width
+# grow together and parameters as depth^3. `amfm study ladder` fits its laws to models of this shape.
+CHANNELS_PER_LAYER = 32
+HEAD_DIM = 32  # of attention
+ATTENTION_EVERY = 6  # layers, as in ladder_20m
+LEAST_DEPTH, MOST_DEPTH = 2, 64
+EXPERTS, TOP_K = 16, 2
+
+
+def dial_size(depth: int, width: int | None = None, vocab_size: int = 16_384) -> Size:
+    """Shapes of a model of `depth` layers; `width` in channels: another than 32 per layer.
+
+    Tokens, batch and rate are left at 0: they follow from laws and not from shapes. Raises ValueError for a depth out of
+    2 to 64, and for a width that heads of 32 channels do not divide.
+    """
+    if not LEAST_DEPTH <= depth <= MOST_DEPTH:
+        raise ValueError(f"depth {depth} must be from {LEAST_DEPTH} to {MOST_DEPTH} layers")
+    width = CHANNELS_PER_LAYER * depth if width is None else width
+    if width < 2 * HEAD_DIM or width % HEAD_DIM:
+        raise ValueError(f"width {width} must be a multiple of {HEAD_DIM} from {2 * HEAD_DIM}")
+    heads = width // HEAD_DIM
+    return Size(
+        pattern=" ".join(f"{letter}E" for letter in mixers(depth, "M", ATTENTION_EVERY)),
+        delta_pattern=" ".join(f"{letter}E" for letter in mixers(depth, "G", 4)),
+        vocab_size=vocab_size,
+        hidden_size=width,
+        mamba=(heads, 64 if width >= 256 else 32, 1),  # inner width twice the model's, in heads of 64
+        attention=(heads, heads // 2 if heads % 2 == 0 else heads, HEAD_DIM),
+        experts=(EXPERTS, TOP_K, width * 3 // 4, width * 3 // 2),
+        sequence_length=0,
+        global_batch_size=0,
+        steps=0,
+        learning_rate=0.0,
+        warmup_steps=0,
+    )
+
+
+def mixers(depth: int, linear: str, every: int) -> str:
+    """Letters of the sequence mixers: one attention block in every `every`, the first in the middle of a group."""
+    first = min(every // 2, depth // 2)
+    return "".join("*" if layer % every == first else linear for layer in range(depth))

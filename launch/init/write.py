@@ -26,6 +26,7 @@ import yaml
 from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.data_pipeline.prepare.hub import is_hub, parse_hub
 from amfm.data_pipeline.store.object_store import is_url
+from amfm.launch.init.laws import LAWS, Recipe, recipe_of
 from amfm.launch.init.machine import Choice, Machine, find_layout, larger_machines
 from amfm.launch.init.shapes import STYLES, Size, bias_update_rate, model_section, size_of
 from amfm.launch.init.text import DEFAULT, Text, describe_text
@@ -82,13 +83,22 @@ SMALL_VOCABULARIES = ((2e6, 1_024), (10e6, 2_048), (50e6, 8_192))
 
 @dataclass(frozen=True)
 class Answers:
-    """Inputs of a first configuration. `data`: a file, folder, glob or URL with text, or hub:OWNER/NAME."""
+    """Inputs of a first configuration. `data`: a file, folder, glob or URL with text, or hub:OWNER/NAME.
+
+    `depth`: layers of the one dial (laws.py), instead of a size of the table.
+    """
 
     folder: Path
     size: str
     style: str
     data: str
     machine: Machine
+    depth: int | None = None
+
+    @property
+    def option(self) -> str:
+        """The option that said how large the model is."""
+        return f"--size {self.size}" if self.depth is None else f"--depth {self.depth}"
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,7 @@ class Written:
 
     path: Path
     choice: Choice
+    warnings: tuple[str, ...] = ()
 
 
 def write_config(answers: Answers) -> Written:
@@ -114,20 +125,21 @@ def write_config(answers: Answers) -> Written:
         choice = lay_out(tree, answers.machine, draft)
         if choice is None:
             raise ValueError(
-                f"--size {answers.size} does not fit --hardware {answers.machine.name} "
-                f"({answers.machine.hardware.memory_gib:.1f} GiB per rank); take a smaller --size"
+                f"{answers.option} does not fit --hardware {answers.machine.name} "
+                f"({answers.machine.hardware.memory_gib:.1f} GiB per rank); take a smaller {answers.option.split()[0]}"
                 + name_enough(answers, text, draft)
             )
         tree["train"] |= {"micro_batch_size": choice.config.train.micro_batch_size}
         tree["train"] |= {"recompute": "full"} if choice.config.train.recompute == "full" else {}
         tree["parallel"] = changed_settings(choice)
-        written = explain(answers, choice, tree)
+        written = explain(answers, choice, tree, find_recipe(answers, text))
         # The text that is written, warnings included, is what is checked, not the dictionary it came from.
         draft.write_text(written, encoding="utf-8")
         load_checked(draft, world_size=answers.machine.ranks)
     answers.folder.mkdir(parents=True, exist_ok=True)
     write_file_atomically(path, written.encode())
-    return Written(path, choice)
+    recipe = find_recipe(answers, text)
+    return Written(path, choice, recipe.warnings if recipe else ())
 
 
 def source_section(data: str, column: str, train: dict[str, Any]) -> dict[str, Any]:
@@ -155,14 +167,16 @@ def name_enough(answers: Answers, text: Text, draft: Path) -> str:
 
 def compose(answers: Answers, text: Text) -> dict[str, Any]:
     """All sections but `parallel`, as plain values; small texts get a small vocabulary."""
-    size, folder = size_of(answers.size, answers.style), answers.folder
-    model = model_section(answers.size, answers.style)
-    train = short_training() if answers.machine.is_cpu else training(size)
+    recipe, folder = find_recipe(answers, text), answers.folder
+    size = size_of(answers.size, answers.style) if recipe is None else recipe.size
+    model = model_section(answers.size, answers.style, size)
+    is_short = answers.machine.is_cpu and recipe is None  # the dial's run is the laws' on every machine
+    train = short_training() if is_short else training(size)
+    if answers.machine.is_cpu:
+        train["precision"] = "float32"
     if "bias_update_rate" in model["moe"]:
         model["moe"]["bias_update_rate"] = bias_update_rate(train["steps"])
-    if not is_url(answers.data):
-        fitting = [pieces for limit, pieces in SMALL_VOCABULARIES if text.num_bytes < limit]
-        model["vocab_size"] = min([model["vocab_size"], *fitting])
+    model["vocab_size"] = min([model["vocab_size"], *small_vocabularies(answers, text)])
     held = text.held_fraction(train["sequence_length"])
     if not held:
         del train["validate_every_steps"]
@@ -178,9 +192,21 @@ def compose(answers: Answers, text: Text) -> dict[str, Any]:
         },
         "train": train,
         "optimizer": {"learning_rate": size.learning_rate, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1},
-        "schedule": short_schedule() if answers.machine.is_cpu else schedule(size),
+        "schedule": short_schedule() if is_short else schedule(size),
         "export": {"target": "auto"},
     }
+
+
+def find_recipe(answers: Answers, text: Text) -> Recipe | None:
+    """Shapes and run of `depth` by the laws; None for a size of the table."""
+    if answers.depth is None:
+        return None
+    return recipe_of(answers.depth, answers.style, min(small_vocabularies(answers, text), default=None))
+
+
+def small_vocabularies(answers: Answers, text: Text) -> list[int]:
+    """Vocabularies that are as large as a small text allows; none for a large one."""
+    return [] if is_url(answers.data) else [pieces for limit, pieces in SMALL_VOCABULARIES if text.num_bytes < limit]
 
 
 def project_name(answers: Answers) -> str:
@@ -256,13 +282,14 @@ REMARKS = {
 }
 
 
-def explain(answers: Answers, choice: Choice, tree: dict[str, Any]) -> str:
+def explain(answers: Answers, choice: Choice, tree: dict[str, Any], recipe: Recipe | None) -> str:
     """Text of the file: a head that says what it is and what to run next, then sections with warnings."""
     memory, hardware = choice.estimate.memory.total() / 2**30, answers.machine.hardware
     counts = count_parameters(choice.config.model)
     head = [
-        f"A model of {counts.total / 1e6:,.1f}M parameters ({counts.active / 1e6:,.1f}M active per token), size "
-        f"{answers.size} in the style of {answers.style}: {STYLES[answers.style]}.",
+        f"A model of {counts.total / 1e6:,.1f}M parameters ({counts.active / 1e6:,.1f}M active per token), "
+        f"{answers.option.removeprefix('--')} in the style of {answers.style}: {STYLES[answers.style]}.",
+        *describe_laws(recipe),
         f"Planned for {answers.machine.name}: {memory:.1f} of {hardware.memory_gib:.1f} GiB on the most loaded rank.",
         *describe_time(answers, choice),
         "Paths are relative to where amfm is called. Next:",
@@ -270,6 +297,20 @@ def explain(answers: Answers, choice: Choice, tree: dict[str, Any]) -> str:
         "Every setting: docs/configuration.md, or amfm config --fields.",
     ]
     return "\n".join(f"# {line}" for line in head) + "\n\n" + to_yaml(tree, REMARKS)
+
+
+def describe_laws(recipe: Recipe | None) -> list[str]:
+    """What the run follows from, with sources, and what is outside of their ranges."""
+    if recipe is None:
+        return []
+    given = f"N = {recipe.active:.3g} active parameters, {recipe.body:.3g} without embedding and head, D = {recipe.tokens:.3g} tokens."
+    laws = [f"  {law.name}: {law.text} ({law.source})" for law in LAWS]
+    return [
+        "Tokens, batch and rate follow from the depth:",
+        *laws,
+        given,
+        *(f"Warning: {text}." for text in recipe.warnings),
+    ]
 
 
 def describe_time(answers: Answers, choice: Choice) -> list[str]:
