@@ -299,6 +299,7 @@ def test_every_section_of_the_reference_is_listed_once_with_its_table() -> None:
         "## `schedule.options`",
         "## `hooks`",
         "## `model.moe.router_options`",
+        "## `model.variants`",
     }
     assert without == of_packages
     assert not re.search(r"^\| `[^|]+` \| text ", read(ROOT / "docs/configuration.md"), re.MULTILINE)
