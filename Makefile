@@ -43,7 +43,7 @@ INSTALL_GB ?= $(if $(TORCH_INDEX),4,10)
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "amfm needs Python 3.11, 3.12 or 3.13: install one, or name it: make PYTHON=/path/to/python"; exit 2; }
 	@free=$$(df -Pk . | awk 'NR == 2 {print int($$4 / 1000000)}'); test "$$free" -ge $(INSTALL_GB) || { \
-		echo "installing amfm needs $(INSTALL_GB) GB of disk in $(CURDIR), and $$free are free: make room, or continue with less: make INSTALL_GB=0"; exit 2; }
+		echo "installing amfm needs $(INSTALL_GB) GB of disk in $(CURDIR), and $$free are free: free space, or continue with less: make INSTALL_GB=0"; exit 2; }
 	$(PYTHON) -m venv "$(VENV)"
 	$(PIP_INSTALL) --quiet --upgrade pip
 

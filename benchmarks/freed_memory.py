@@ -28,7 +28,7 @@ def choose_treatments() -> tuple[tuple[str, ...], list[str]]:
     """
     own = [name for name in OWN_SETTINGS if name in os.environ]
     if own:
-        return (" ".join(own),), [f"memory is treated one way, as the environment says in {', '.join(own)}"]
+        return (" ".join(own),), [f"memory is treated one way, as set in the environment by {', '.join(own)}"]
     if platform.libc_ver()[0] != "glibc":
         return (RETURNED,), ["freed memory is kept where the C library is glibc, which it is not here"]
     return (RETURNED, KEPT), []
@@ -36,4 +36,4 @@ def choose_treatments() -> tuple[tuple[str, ...], list[str]]:
 
 def title_of(treatment: str) -> str:
     """Title of a table with one treatment."""
-    return TITLES.get(treatment, f"Freed memory as {treatment} says")
+    return TITLES.get(treatment, f"Freed memory as set by {treatment}")

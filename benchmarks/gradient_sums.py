@@ -1,4 +1,4 @@
-"""Weight gradients summed in the products that make them vs. behind them: seconds of a step, and distance to float32.
+"""Weight gradients summed in the products that make them vs. after them: seconds of a step, and distance to float32.
 
     python -m benchmarks.gradient_sums configs/tiny_cpu.yaml [--rounds 5] [train.precision=bf16 ...]
 

@@ -32,7 +32,7 @@ from amfm.pretrain.parallel import initialize_parallel
 from benchmarks.command import main
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
-# How far a rate may be off that of the shortest rows and still count as flat.
+# How far a rate may be off that of the shortest sequences and still count as flat.
 TOLERANCE = 0.15
 HIDDEN_SIZE, VOCAB_SIZE = 128, 256
 MAMBA = Mamba2Config(num_heads=4, head_dim=64, state_size=64, num_groups=1)
@@ -117,7 +117,7 @@ def bench_lengths(
     num_threads: int | None,
     report: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Measure tokens per second by sequence length for each mixer; returns rates, ratios to the shortest rows, and a
+    """Measure tokens per second by sequence length for each mixer; returns rates, ratios to the shortest sequences, and a
     mark.
     """
     configs = [length_config(symbol) for symbol in symbols]
@@ -201,7 +201,7 @@ def _say_rates(seconds: dict[int, list[Seconds]]) -> str:
     cpu, fastest, wall = (", ".join(f"{row[name]:.2f}" for row in rows) for name in names)
     rates = ", ".join(f"{row['tokens_per_cpu_second']:,.0f}" for row in rows)
     return (
-        f"  {rates} tokens per second of CPU time; x the shortest rows {cpu} by CPU time ({fastest} between the fastest "
+        f"  {rates} tokens per second of CPU time; x the shortest sequences {cpu} by CPU time ({fastest} between the fastest "
         f"steps), {wall} by wall time"
     )
 
@@ -213,7 +213,7 @@ def _spread(values: Sequence[float]) -> float:
 def summarize(seconds: dict[int, list[Seconds]], clock: Clock) -> dict[str, Any]:
     """A mixer's figures by length, and how its rate goes: `flat`, or `falls` or `rises` by more than the tolerance.
 
-    The ratio of a length is the median over the rounds of its rate over that of the shortest rows in the same round;
+    The ratio of a length is the median over the rounds of its rate over that of the shortest sequences in the same round;
     `ratio_fastest` compares the fastest step of each instead, which says more on a machine that others load.
     """
     shortest, tokens = min(seconds), max(seconds)
@@ -271,7 +271,7 @@ def length(
 
 
 def print_length_table(result: dict[str, Any]) -> None:
-    """Print a line for each mixer of `bench_lengths`: tokens per second at the shortest rows, then ratios to it."""
+    """Print a line for each mixer of `bench_lengths`: tokens per second at the shortest sequences, then ratios to it."""
     rows = []
     for name, figures in result["mixers"].items():
         shortest, *longer = figures["rows"]
@@ -295,7 +295,7 @@ def print_length_table(result: dict[str, Any]) -> None:
     print_rows(title, (*columns, ""), rows)
     say(
         f"judged by the clock whose rounds differ less, {result['judged_by']}; flat: within {result['tolerance']:.0%} of "
-        "the shortest rows at every length"
+        "the shortest sequences at every length"
     )
     say(", ".join(f"{name} {value}" for name, value in result["hardware"].items()))
 

@@ -77,9 +77,9 @@ CASES = (
     ),
     Case("expert, halves", 8, ("parallel.expert=4", "parallel.overlap_experts=true")),
     Case(
-        "expert, rows in turns",
+        "expert, two-batch overlap",
         8,
-        ("parallel.expert=4", "parallel.overlap_experts=rows", "train.micro_batch_size=2"),
+        ("parallel.expert=4", "parallel.overlap_experts=two_batch", "train.micro_batch_size=2"),
     ),
     Case(
         "expert, capacity, halves",

@@ -115,9 +115,7 @@ class SourceConfig(Section):
         if self.messages_column is not None and self.prompt_column is not None:
             raise ValueError("messages_column and prompt_column exclude each other; give one of the two")
         if self.template is not None and (self.has_loss_spans or self.text_column != "text"):
-            raise ValueError(
-                "template takes the place of text_column and of columns of conversations; give one of them"
-            )
+            raise ValueError("template replaces text_column and of columns of conversations; give one of them")
         if self.has_loss_spans and self.steps:
             raise ValueError("steps are for text, and conversations have parts that count; remove one of the two")
         if self.has_loss_spans and self.fim is not None:
@@ -285,5 +283,7 @@ class DataConfig(Section):
     def text_store(self) -> str:
         """Where the token store is; ValueError for a run on a synthetic task, which has none."""
         if self.store is None:
-            raise ValueError("the run has no data.store but a synthetic task, whose rows are computed; this needs text")
+            raise ValueError(
+                "the run has no data.store but a synthetic task, whose sequences are computed; this needs text"
+            )
         return self.store

@@ -91,7 +91,7 @@ def train(
         config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"kind": optimizer.name})})
     code = train_run(config, hooks)
     if code not in (DONE, INTERRUPTED):
-        raise RuntimeError(f"the run in {config.run.dir} failed: the end of its events.jsonl says why")
+        raise RuntimeError(f"the run in {config.run.dir} failed: the end of its events.jsonl states why")
     return read_run(config.run.dir)
 
 

@@ -39,7 +39,7 @@ class Place:
         num_ranks, chosen = int(os.environ.get("WORLD_SIZE", "1")), choose_device(device)
         if num_ranks > 1 and chosen == "cpu" and choose_device("auto") == "cuda":
             raise ValueError(
-                "--device cpu does not reach ranks, which take a GPU each; set CUDA_VISIBLE_DEVICES= for CPUs"
+                "--device cpu does not reach ranks, which use a GPU each; set CUDA_VISIBLE_DEVICES= for CPUs"
             )
         is_first = os.environ.get("RANK", "0") == "0"
         return cls(chosen, backend, precision or ("float32" if num_ranks == 1 else "bf16"), num_ranks, is_first)

@@ -30,9 +30,7 @@ from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, INTERRUPTED, RUN_FA
 # Wrong options and arguments. Typer exports no name for this class: it has click inside in later releases, next to it
 # before.
 USAGE_ERROR: Any = typer.BadParameter.__base__
-OLD_NAME = (
-    r"[\w.]+ is called [\w.]+ now; the old name is read"  # model/config/old_names.py, whose import is slower than help
-)
+OLD_NAME = r"[\w.=]+ is called [\w.=]+ now; the old name is read"  # model/config/old_names.py, whose import is slower than help
 FORMAT_WARNING = warnings.formatwarning
 READING_VERBS = ("config", "plan")  # of which a configuration names no code that is run
 REGISTERING = "amfm.model.config.registering"

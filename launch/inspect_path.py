@@ -44,7 +44,7 @@ class Inspection:
 
 
 def inspect_path(path: str | Path, *, quick: bool = False, report: Report = silent) -> Inspection:
-    """Inspect a folder, or a token store behind a URL: read everything and verify checksums.
+    """Inspect a folder, or a token store at a URL: read everything and verify checksums.
 
     `quick`: of a token store only sizes, indices and document ends. Raises FileNotFoundError if it does not exist,
     ValueError if it is nothing that amfm writes, or for `quick` of anything but a store.
@@ -80,7 +80,7 @@ def inspect_path(path: str | Path, *, quick: bool = False, report: Report = sile
 
 
 def inspect_store(path: str, *, quick: bool = False, report: Report = silent) -> Inspection:
-    """Inspect a token store in a folder or behind a URL.
+    """Inspect a token store in a folder or at a URL.
 
     Verifies manifest, tokenizer, sizes, document ends and, unless `quick`, every chunk and digest.
     """

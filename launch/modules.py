@@ -147,7 +147,7 @@ def build_layer(
     try:
         found = kind_of(kind)
     except ValueError as error:
-        raise ConfigError([Problem("kind", f"there is no kind {kind!r}", f"take one of {list_kinds()}")]) from error
+        raise ConfigError([Problem("kind", f"there is no kind {kind!r}", f"use one of {list_kinds()}")]) from error
     own, others = {found.name: options}, dict(mixers or {})
     sections = own | {"mixers": others} if found.is_core else {"mixers": others | own}
     config = read_model_config({"pattern": found.symbol, "vocab_size": 1, "hidden_size": hidden_size, **sections})

@@ -61,7 +61,7 @@ class Observer:
         furthest = max(seen.beats, key=Beat.place, default=None)
         is_lost = seen.state == "lost"
         if is_lost and not self.is_lost:
-            yield Message("lost", furthest.step if furthest else 0, "no rank gives a sign of life")
+            yield Message("lost", furthest.step if furthest else 0, "no rank sends a heartbeat")
         self.is_lost = is_lost
         place = None if furthest is None or seen.state != "running" else (*furthest.place(), furthest.phase)
         if place != self.place:
@@ -130,7 +130,7 @@ class Notifier:
             if not self.has_failed:
                 reason = f"status {error.code}" if isinstance(error, urllib.error.HTTPError) else str(error)
                 say(
-                    f"amfm: warning: launch.notify: {self.host} does not take messages ({reason}); the run continues without"
+                    f"amfm: warning: launch.notify: {self.host} does not accept messages ({reason}); the run continues without"
                 )
             self.has_failed = True
 

@@ -23,7 +23,7 @@ def preset_path(name: str) -> Path:
     names = preset_names()
     if name in names:
         return FOLDER / f"{name}.yaml"
-    raise ValueError(f"--preset {name}: amfm brings no such preset along; {nearest_or_all(name, names)}")
+    raise ValueError(f"--preset {name}: amfm has no preset of this name; {nearest_or_all(name, names)}")
 
 
 def choose_config(path: Path | None, overrides: Sequence[str] | None, preset: str | None) -> tuple[Path, list[str]]:
@@ -36,7 +36,7 @@ def choose_config(path: Path | None, overrides: Sequence[str] | None, preset: st
         if path is None:
             raise ValueError("no CONFIG.yaml given; name a file, or a preset: --preset tiny_cpu")
         if not path.exists() and path.with_suffix("").name in preset_names():
-            raise FileNotFoundError(f"{path} does not exist; amfm brings one along: --preset {path.stem}")
+            raise FileNotFoundError(f"{path} does not exist; a preset has this name: --preset {path.stem}")
         near = difflib.get_close_matches(path.stem, preset_names(), n=1, cutoff=0.8)
         remedy = f"did you mean --preset {near[0]}?" if near else "name an existing YAML file"
         return require(path, remedy), words

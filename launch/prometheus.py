@@ -2,7 +2,7 @@
 
 The standard library's server and the text format, which is a line per number: nothing that a client library would add is needed.
 Gauges carry the names of metrics.jsonl; the state of the run is a gauge per state, 1 for the one that holds. What the launcher
-does while no rank lives is told too: its last sign of life, restarts, nodes that are left out.
+does while no rank lives is a number too: its last sign of life, restarts, excluded nodes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, get_args
 
-from amfm.data_pipeline.durable.foreign_files import read_object
+from amfm.launch.cluster.excluded_nodes import file_of, read_excluded
 from amfm.launch.http_server import HttpHandler, HttpServer
 from amfm.pretrain.monitor.follow import Seen, State
 from amfm.pretrain.monitor.held import read_held
@@ -37,7 +37,10 @@ def collect(verdicts: Verdicts) -> tuple[dict[str, str], dict[str, float], Seen]
     numbers = flatten_numbers(metrics)
     own = {"step": metrics.get("step"), "checkpoint_step": run.panel.checkpoint_step}
     own |= {"last_step": run.panel.last_step or None, "validation_loss": run.panel.validation_loss}
-    own |= {"restarts": max(0, run.starts - 1), "left_out_nodes": len(read_left_out(run.directory))}
+    own |= {
+        "restarts": max(0, run.starts - 1),
+        "excluded_nodes": len(read_excluded(file_of(run.directory)).get("excluded") or ()),
+    }
     own |= {"step_age_seconds": age(metrics.get("time")), "launcher_age_seconds": launcher_age(run.directory)}
     numbers |= {name: float(value) for name, value in own.items() if value is not None}
     numbers |= {"ranks": float(len(seen.beats)), "hosts": float(len({beat.host for beat in seen.beats}))}
@@ -121,12 +124,6 @@ def launcher_age(directory: Path) -> float | None:
     """Seconds since the last sign of the run's launcher: few while it lives, also when it waits for nodes or storage."""
     held = read_held(directory)
     return age(held[-1][1]) if held else None
-
-
-def read_left_out(directory: Path) -> list[str]:
-    """Nodes that the run does without; none if no file says so."""
-    path = directory / "launch" / "left_out.json"
-    return list(read_object(path).get("left_out") or {}) if path.is_file() else []
 
 
 def escape(text: str) -> str:

@@ -1,6 +1,6 @@
 """One block, its norm and mixer, and how the residual stream passes several of them.
 
-Residual and delta: a block does not add its output to the stream. Between blocks the stream is a pair, the residual and
+Residual and delta: a block does not add its output to the residual stream. Between blocks the residual stream is a pair, the residual and
 the newest mixer's output (delta), because the next norm must read both and adds them in the same pass over memory. The
 residual may be wider than the weights (`residual_in_fp32`). What else blocks give (auxiliary losses, expert counts, decode
 states) collects in `Stream` on the way.
@@ -170,7 +170,7 @@ class Block(nn.Module):
 
         Of a mixer that `travels`, in training; hooks of the modules do not see it. Each is continued by `advance`.
         """
-        assert not self.recomputes, "checked: blocks in turns keep their activations"
+        assert not self.recomputes, "checked: blocks under two-batch overlap keep their activations"
         normed_BTD, residual_BTD = self._add_and_norm(residual_BTD, delta_BTD)
         steps, again = self.mixer.steps(normed_BTD, meta), self._recomputed_norm(normed_BTD, residual_BTD)
         mixed = self._leave((yield from (steps if again is None else run_inside(again, steps))))
@@ -285,7 +285,7 @@ class Stream:
 def pass_through(
     stream: Stream, blocks: Iterable[tuple[int, Block]], meta: PackMeta, states: Sequence[BlockState] | None = None
 ) -> Stream:
-    """Pass the stream through blocks, given with their indices, adding their auxiliary losses, counts and states to it.
+    """Pass the residual stream through blocks, given with their indices, adding their auxiliary losses, counts and states to it.
 
     Returns a new Stream; the one given is not changed. states: of all blocks, by index.
     """

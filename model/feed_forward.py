@@ -67,7 +67,7 @@ class FeedForward(nn.Module):
         return self.project_down(self.project_up(x))
 
     def project_up(self, x: Tensor) -> Tensor:
-        """The first half: the stream x [B, T, D] -> inner rows of all tokens, before the activation, this rank's width."""
+        """The first half: the residual stream x [B, T, D] -> inner rows of all tokens, before the activation, this rank's width."""
         if isinstance(self.up_proj, StructuredUp):
             return self.up_proj.from_stream(x)
         (inner,) = project_stream(x, [self.up_proj.weight], self.groups)

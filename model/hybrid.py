@@ -72,7 +72,7 @@ class HybridModel(nn.Module):
 
     With `pieces` it is what one pipeline rank holds: their blocks, the embedding with the first piece, final norm and head
     and MTP layers with the last (and there, when they are tied or there are depths, a copy of the
-    embedding, named in `copied_parameters`). Such a model is not called: its owner passes the stream from `embed` through `pass_blocks` to `finish`.
+    embedding, named in `copied_parameters`). Such a model is not called: its owner passes the residual stream from `embed` through `pass_blocks` to `finish`.
 
     Parameters have torch's default dtype; `.bfloat16()` casts them all, and the model then computes in bf16 except where a
     block says float32. On the meta device nothing is allocated or initialised: move with `to_empty`, then call
@@ -235,7 +235,7 @@ class HybridModel(nn.Module):
         ahead: Sequence[Ahead] = (),
         meta: PackMeta | None = None,
     ) -> ModelOutput:
-        """Apply final norm and head to the stream after the last block: logits, or with labels the loss and predictions.
+        """Apply final norm and head to the residual stream after the last block: logits, or with labels the loss and predictions.
 
         ahead, with the layout of the rows: MTP layers continue from the normed stream. Every rank
         of `groups.tp` must call, with depths those of the blocks' groups too; all get the same result.
@@ -260,7 +260,7 @@ class HybridModel(nn.Module):
         return self._add_predictions(output, hidden_BTD, ahead, meta)
 
     def read_head(self, stream: Stream) -> Tensor:
-        """What the head multiplies of the stream after the last block, [B, T, D] of all tokens; the model has a matrix for it."""
+        """What the head multiplies of the residual stream after the last block, [B, T, D] of all tokens; the model has a matrix for it."""
         return self._enter_head(self._norm_last(stream))
 
     def _norm_last(self, stream: Stream) -> Tensor:
@@ -377,7 +377,7 @@ def use_at_once(part: str) -> None:
 def _check_groups(groups: ProcessGroupCollection, *, has_pieces: bool) -> None:
     """Reject a pipeline rank that was not told which blocks it holds."""
     if groups.pp.size() > 1 and not has_pieces:
-        raise ValueError(f"the pp group has {groups.pp.size()} ranks; give the pieces of the model that this one holds")
+        raise ValueError(f"the pp group has {groups.pp.size()} ranks; give the model chunks that this one holds")
 
 
 def _check_cut(meta: PackMeta, groups: ProcessGroupCollection) -> None:

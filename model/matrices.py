@@ -1,6 +1,6 @@
 """The matrices of a model, as a rank holds them: what an optimizer of whole matrices must know of its parameters.
 
-A parameter is often several matrices: q, k and v stand one behind the other in one weight, a stack has one for each expert.
+A parameter is often several matrices: q, k and v stand one after the other in one weight, a stack has one for each expert.
 Orthogonalising them together would mix functions that have nothing to do with each other, and let a large one drown a small
 one. Which rows are which, and how many heads each has, the `Shard`s say already, so the list follows from them:
 
@@ -39,7 +39,7 @@ class MatrixCut:
 
 @dataclass(frozen=True)
 class MatrixStack:
-    """Matrices of one shape, one behind the other in this rank's part of a parameter; `start`: in the flattened part.
+    """Matrices of one shape, one after the other in this rank's part of a parameter; `start`: in the flattened part.
 
     `rows` and `columns` are those on this rank: `cut` says which ranks have the others. `first`: the number of its first matrix
     among all of the whole parameter, in its order, whatever the layout.

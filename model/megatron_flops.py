@@ -1,6 +1,6 @@
 """FLOPs of a token by Megatron-LM's formula, so that its TFLOP/s per GPU and ours can be compared.
 
-What differs from `flops.py` is in docs/metrics.md: an inner width of Mamba2 of twice the stream's, seven operations a
+What differs from `flops.py` is in docs/metrics.md: an inner width of Mamba2 of twice the residual stream's, seven operations a
 number of its state, T / 2 keys, no router and no convolution. Source: `num_floating_point_operations` of
 megatron/training/training.py (Megatron-LM, August 2026).
 """

@@ -1,4 +1,4 @@
-"""Multi-token prediction: small modules behind the last block that each predict one token further ahead.
+"""Multi-token prediction: small modules after the last block that each predict one token further ahead.
 
     h_0 = final_norm(stream)
     depth k = 1..D, token t:
@@ -13,17 +13,17 @@ Documents: x_(t+k) and the label must be in the document of t, else the place ha
 main ones and reset like them. What a depth reads is shifted on whole rows, before these are cut over context ranks
 (`Ahead.of_rows`), so that a place at the end of a rank's segment needs nothing of another rank.
 
-Two halves of a micro-batch's rows pass the blocks in turns: the rows of one are sent to experts next to what the other
-computes.
+Two-batch overlap: the two halves of a micro-batch alternate through the blocks, so that the rows of one are sent to experts
+while the other computes.
 
 Experts that are spread over ranks make a block wait for rows, twice in each direction. Rows of a micro-batch do not know of each
 other, so one half can continue while the other waits: each half runs until it would wait and then lets the other run.
 
-    half 1   mixers, router, send | wait, experts, send home |  wait, next mixers, router, send   |
-    half 2                        | mixers, router, send     | wait, experts, send home           | wait, next mixers ...
+    half 1   mixers, router, send | wait, experts, send back |  wait, next mixers, router, send   |
+    half 2                        | mixers, router, send     | wait, experts, send back           | wait, next mixers ...
 
-So a half's rows are sent out next to the other's mixers or experts, and home next to its experts or next mixers. Autograd
-runs the nodes in reverse creation order, which is the same turns backwards: gradients are sent in parallel with computing
+So a half's rows are sent out next to the other's mixers or experts, and back next to its experts or next mixers. Autograd
+runs the nodes in reverse creation order, so it alternates in the same way: gradients are sent in parallel with computing
 as well.
 
 Every number is that of two micro-batches of half the rows: capacities and balance losses are a half's, and losses are averaged.
@@ -58,7 +58,7 @@ def pass_rows(
     *,
     training: bool,
 ) -> Stream:
-    """Pass the residual stream through blocks as `pass_through` does, in training in turns where `meta` has halves.
+    """Pass the residual stream through blocks as `pass_through` does, in training half by half if `meta` has halves.
 
     `blocks`: gives them from the first one, at each call.
     """
@@ -126,7 +126,7 @@ class MtpDepth(nn.Module):
     """One depth, or with `model.mtp.shared` all of them: two norms, in_proj [D, 2 D], blocks, and the norm before the head.
 
     Tensor ranks cut in_proj along its input: each multiplies its part of both norms' outputs. The blocks' indices
-    continue behind the main model's, so that expert counts and draws are their own. Every rank of the blocks' groups
+    continue after the main model's, so that expert counts and draws are their own. Every rank of the blocks' groups
     must call.
     """
 

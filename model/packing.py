@@ -24,7 +24,7 @@ Mean = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Padding:
-    """Places behind the last document of a row, which no router chooses experts for.
+    """Places after the last document of a row, which no router chooses experts for.
 
     is_padding_BT bool. lengths_B: tokens of each whole row before them; num_tokens: their sum.
     """
@@ -76,7 +76,7 @@ class PackMeta:
     take the path without masks. first_continues: each row's first token continues with the document that a decode state
     holds.
     segments: where ids and positions are those of this rank's part of the rows, T its tokens, and starts_BT counts places in each
-    of its segments; the other fields stay those of whole rows. halves: the layouts of the first and second half of the rows, where these pass blocks in turns (`with_halves`). padding: where rows may be padded; None: nowhere.
+    of its segments; the other fields stay those of whole rows. halves: the layouts of the first and second half of the rows, if these alternate through the blocks (`with_halves`). padding: where rows may be padded; None: nowhere.
     choices: of experts that were made elsewhere, [B, T, K] int64 by the index of a block, which its router then replays; a block
     without any chooses itself. own_choices_BTK: those of the block that reads the layout (`of_block`).
     """
@@ -171,9 +171,9 @@ class PackMeta:
         return replace(self, starts_BT=starts_BT, document_ends=ends, halves=halves)
 
     def with_halves(self) -> PackMeta:
-        """The same layout with those of both halves of an even number of rows, which then pass blocks in turns (model/mtp.py)."""
+        """The same layout with those of both halves of an even number of rows, which then alternate through the blocks (model/mtp.py)."""
         half = len(self.document_ids_BT) // 2
-        assert 2 * half == len(self.document_ids_BT), "checked: micro-batches in turns have an even number of rows"
+        assert 2 * half == len(self.document_ids_BT), "checked: two-batch overlap has an even number of rows"
         halves = tuple(
             replace(
                 self,

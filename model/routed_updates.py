@@ -4,7 +4,7 @@ and SSMs.
     y = W x + (alpha / r) sum over the top k of E of p_e B_e A_e x
 
 A block has one router, which reads what its mixer reads, so that all projections of a token choose alike. The factors of the
-E updates are behind each other, as one of rank E r (model/parallel/layers.py), between whose factors each token has the
+E updates are one after the other, as one of rank E r (model/parallel/layers.py), between whose factors each token has the
 weights p of the chosen, and zeros: E r is small next to the width, and products of whole matrices are quicker than the
 sorting that would spare the zeros. So names, first values, cuts over tensor ranks and freezing are those of one update, and
 no collective is added to those that the router of experts has. For the first `hard_from_step` steps of training all E count,

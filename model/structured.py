@@ -1,6 +1,6 @@
 """Layers of a feed-forward whose matrices are products of two factors (model/config/structure.py names the kinds).
 
-How tensor ranks share them: the factor between the stream and the factors' middle stays whole on every rank, next to the
+How tensor ranks share them: the factor between the residual stream and the factors' middle stays whole on every rank, next to the
 stream; the other one is cut as the dense matrix would be.
 
     up     h = first(x) on the residual stream's own tokens; h enters the tensor region; each rank has its rows of the second,
@@ -141,7 +141,7 @@ class StructuredUp(StructuredLinear):
         return {"first": stream_shard(self.groups), "second": Shard((ShardSpec(0, "tp", parts),))}
 
     def from_stream(self, x_BTD: Tensor) -> Tensor:
-        """Multiply the stream; under sequence parallelism T of the result are all tokens. Every rank of `groups.tp` must call."""
+        """Multiply the residual stream; under sequence parallelism T of the result are all tokens. Every rank of `groups.tp` must call."""
         return self.guided(
             self._from_factors(x_BTD), lambda: project_stream(x_BTD, [self.guide_weight], self.groups)[0]
         )

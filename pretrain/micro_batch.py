@@ -36,12 +36,12 @@ class MicroBatch:
 
     @classmethod
     def from_batch(
-        cls, batch: Batch, rank: int, num_ranks: int, num_depths: int = 0, *, takes_turns: bool = False
+        cls, batch: Batch, rank: int, num_ranks: int, num_depths: int = 0, *, two_batch: bool = False
     ) -> MicroBatch:
         """Cut out what one of `num_ranks` context ranks has of a batch of the loader, on the CPU like the batch.
 
         The loader has counted the documents, so that nothing is searched for here. Raises ValueError if rows cannot
-        be cut evenly. takes_turns: both halves of the rows pass blocks in turns.
+        be cut evenly. two_batch: both halves of the rows alternate through the blocks.
         """
         ahead, lengths_B = shift_batch(batch, num_depths), batch.lengths_B
         meta = PackMeta(
@@ -50,7 +50,7 @@ class MicroBatch:
             single_document=batch.num_documents == len(batch.tokens_BT),
             padding=None if lengths_B is None else Padding.of_lengths(lengths_B, batch.tokens_BT.shape[1]),
         ).cut(rank, num_ranks)
-        if takes_turns:
+        if two_batch:
             meta = meta.with_halves()
         if meta.segments is None:
             return cls(batch.tokens_BT, batch.labels_BT, meta, ahead)
@@ -84,10 +84,10 @@ def shift_batch(batch: Batch, num_depths: int) -> tuple[Ahead, ...]:
     return tuple(Ahead.of_rows(*rows, depth) for depth in range(1, num_depths + 1))
 
 
-def move_batch(batch: Batch, parallel: Parallel, model: ModelConfig, *, takes_turns: bool = False) -> MicroBatch:
+def move_batch(batch: Batch, parallel: Parallel, model: ModelConfig, *, two_batch: bool = False) -> MicroBatch:
     """Prepare a batch of the loader for this rank: cut for its place in the context group, and copied to its device."""
     group = parallel.groups.cp
-    own = MicroBatch.from_batch(batch, group.rank(), group.size(), model.num_depths, takes_turns=takes_turns)
+    own = MicroBatch.from_batch(batch, group.rank(), group.size(), model.num_depths, two_batch=two_batch)
     return own.to(parallel.device)
 
 
@@ -101,7 +101,7 @@ class MicroBatches(Sequence[MicroBatch]):
 
     def __init__(self, batches: Sequence[Batch], parallel: Parallel, model: ModelConfig) -> None:
         self.batches = batches
-        self._move = partial(move_batch, parallel=parallel, model=model, takes_turns=parallel.groups.takes_turns)
+        self._move = partial(move_batch, parallel=parallel, model=model, two_batch=parallel.groups.two_batch)
         self._ready: list[MicroBatch] = []
 
     def __len__(self) -> int:

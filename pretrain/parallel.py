@@ -113,7 +113,7 @@ class Parallel:
     def all_reduce_unique(self, values: Tensor, *, of_each: Tensor | None = None) -> Tensor:
         """Sum what tensor ranks hold alike over all data, context and pipeline ranks, in place; the same on every rank.
 
-        `of_each`: a vector that differs between all ranks; its sum over them stands behind the values, in a new tensor.
+        `of_each`: a vector that differs between all ranks; its sum over them stands after the values, in a new tensor.
         Every rank must call this.
         """
         if self.groups.tp.rank() > 0:
@@ -227,7 +227,7 @@ def choose_gpu(local_rank: int, num_visible: int) -> int:
     if local_rank >= num_visible:
         raise RuntimeError(
             f"local rank {local_rank} has no GPU: this process sees {num_visible}; start at most {num_visible} ranks per "
-            "node, or show each task one GPU of its own (Slurm: --gpus-per-task=1)"
+            "node, or show each task its own GPU (Slurm: --gpus-per-task=1)"
         )
     return local_rank
 
@@ -264,7 +264,7 @@ def initialize_parallel(
     torch.set_num_threads(num_threads or choose_threads(local_world_size))
     groups = ProcessGroupCollection.use_mpu_process_groups(AXES)
     groups.sequence_parallel, groups.overlap_experts = section.sequence_parallel, section.overlap_experts is True
-    groups.takes_turns = section.overlap_experts == "rows"
+    groups.two_batch = section.overlap_experts == "two_batch"
     groups.row_capacity = (
         None if section.expert_buffer_factor is None else RowCapacity(section.expert_buffer_factor, device)
     )

@@ -49,7 +49,7 @@ class Pass:
 class PieceModule(nn.Module):
     """One piece of the model as a schedule calls it.
 
-    The stream of a micro-batch in, the next stream or the loss out.
+    The residual stream of a micro-batch in, the next stream or the loss out.
     """
 
     def __init__(self, model: HybridModel, piece: Piece, current: Pass) -> None:

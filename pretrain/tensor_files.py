@@ -167,7 +167,7 @@ def encode_header(
 
     Length, then JSON with dtype, shape and byte range of each tensor in order.
 
-    Returns it with the byte behind it at which each tensor begins.
+    Returns it with the byte after it at which each tensor begins.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     places: dict[str, int] = {}

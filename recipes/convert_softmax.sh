@@ -27,4 +27,4 @@ amfm prepare "$configs/teacher.yaml" "$@"
 amfm train "$configs/teacher.yaml" "$@" "${teacher[@]}"
 amfm convert "$configs/convert.yaml" "$@" "${conversion[@]}"
 amfm generate runs/softmax_converted/result --prompt "The" --max-new-tokens 20
-echo "convert_softmax: model $work/runs/softmax_converted/result, its picture conversion.svg beside it"
+echo "convert_softmax: model $work/runs/softmax_converted/result, its picture conversion.svg next to it"

@@ -4,9 +4,10 @@ The rules are the word list in CONTRIBUTING.md: in each row, the code spans of t
 used, and the second column is what to write instead. A pattern is a regular expression for whole words, in any case; the
 names of `WORDS` stand for alternatives. In pages, code, link targets and the files of `EXEMPT` are not checked, and
 paragraphs and list items have at most `LONGEST` characters. In Python, comments, docstrings and strings of several words
-are checked (help, messages, descriptions of settings), without code spans and the expressions of f-strings; rows whose
-third column begins with `PAGES_ALONE` do not apply there. In YAML, scripts and the Makefile comments are checked. Names of files, functions, classes and arguments of the product are
-split at `_`, and the words of `MOST_NAMES` are counted: falling only.
+are checked (help, messages, descriptions of settings), without code spans and the expressions of f-strings. Rows whose
+third column begins with `SHOWN` apply to what users see: pages, and strings of the product and of benchmarks that are no
+docstrings. In YAML, scripts and the Makefile comments and echoed words are checked. Names of files, functions, classes and arguments of the
+product are split at `_`, and the words of `MOST_NAMES` are counted: falling only.
 
 A file of our own because the kept linters do not fit: vale's packages download a binary from GitHub at their first call, and
 proselint checks its own rules only.
@@ -26,7 +27,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("*.md", "docs/**/*.md", "examples/**/*.md", "recipes/**/*.md")
+PAGES = ("**/*.md",)
 COMMENTED = ("**/*.yaml", "**/*.yml", "**/*.sh", "Makefile", "Dockerfile", "pyproject.toml")
 # Texts that models continue in tests and checks.
 PROMPTS = ("pretrain/export/clients/check.py", "tests/pretrain/export/habits/trainer.py")
@@ -40,7 +41,7 @@ EXEMPT = (
 )
 LONGEST = 700  # about six lines of a browser
 HEADING = "## Words"
-PAGES_ALONE = "*pages*"
+SHOWN = "*pages*"
 # From Python 3.12 on an f-string is several tokens.
 STRINGS = {tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
 WORDS = {
@@ -77,11 +78,11 @@ MOST_NAMES = {
 
 
 class Rule(NamedTuple):
-    """A pattern that is not used, what to write instead, and whether the rule is only for pages."""
+    """A pattern that is not used, what to write instead, and whether the rule is only for what users see."""
 
     pattern: re.Pattern[str]
     instead: str
-    pages_alone: bool
+    for_shown: bool
 
 
 def read_rules(contributing: str) -> list[Rule]:
@@ -95,7 +96,7 @@ def read_rules(contributing: str) -> list[Rule]:
             for name, words in WORDS.items():
                 pattern = pattern.replace(name, f"(?:{words})")
             whole_words = re.compile(rf"\b(?:{pattern})\b", re.IGNORECASE)
-            rules.append(Rule(whole_words, instead.strip(), example.strip().startswith(PAGES_ALONE)))
+            rules.append(Rule(whole_words, instead.strip(), example.strip().startswith(SHOWN)))
     return rules
 
 
@@ -122,22 +123,26 @@ def strip_code(block: str) -> str:
     return re.sub(r"\]\([^)]*\)", "]", re.sub(r"(`+).+?\1", "``", block))
 
 
-def find_words(source: str) -> Iterator[tuple[int, str]]:
-    """The comments, docstrings and strings of several words of a Python file, with their line numbers.
+def find_words(source: str) -> Iterator[tuple[int, str, bool]]:
+    """The comments, docstrings and strings of several words of a Python file, their line numbers, and whether users see them.
 
     Without code spans, paths, flags, tags of HTML, and of f-strings without their expressions.
     """
+    bare = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Expr)]
+    docstrings = {node.lineno for node in bare if isinstance(node, ast.Constant)}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT or (token.type in STRINGS and " " in token.string):
             text = re.sub(r"(`+)[^`]*\1|\{[^{}]*\}|<[^>]*>|--\w+|\S*[/_]\S*|\w+\.\w[\w.]*", "``", token.string)
-            yield token.start[0], " ".join(text.replace("# ", "").split())
+            is_message = token.type in STRINGS and token.start[0] not in docstrings
+            yield token.start[0], " ".join(text.replace("# ", "").split()), is_message
 
 
-def find_comments(text: str) -> Iterator[tuple[int, str]]:
-    """The comments of a file whose comments begin with `#`, with their line numbers and without code, paths and flags."""
+def find_comments(text: str) -> Iterator[tuple[int, str, bool]]:
+    """The comments of a file whose comments begin with `#`, and what its commands echo, without code, paths and flags."""
     for number, line in enumerate(text.splitlines(), start=1):
-        if comment := re.search(r"(?:^|\s)#(?!!)\s*(.*)", line):
-            yield number, re.sub(r"(`+)[^`]*\1|--\w[\w-]*|\S*[/_=]\S*|\w+\.\w[\w.]*", "``", comment[1])
+        for comment, echoed in re.findall(r"(?:^|\s)#(?!!)\s*(.*)|\becho (?:-e )?[\"']([^\"']*)", line):
+            words = re.sub(r"(`+)[^`]*\1|--\w[\w-]*|\S*[/_=$]\S*|\w+\.\w[\w.]*", "``", comment or echoed)
+            yield number, words, bool(echoed)
 
 
 def find_habits(file: str, line: int, block: str, rules: list[Rule]) -> Iterator[str]:
@@ -150,9 +155,14 @@ def find_habits(file: str, line: int, block: str, rules: list[Rule]) -> Iterator
 
 def check_source(file: str, source: str, rules: list[Rule]) -> list[str]:
     """What breaks a rule in the words of a file of code, one line per finding."""
-    some = [rule for rule in rules if not rule.pages_alone]
+    some = [rule for rule in rules if not rule.for_shown]
     blocks = find_words(source) if file.endswith(".py") else find_comments(source)
-    return [finding for line, block in blocks for finding in find_habits(file, line, block, some)]
+    has_users = file.startswith((*PRODUCT, "benchmarks/", "recipes/", "Makefile"))
+    return [
+        finding
+        for line, block, is_message in blocks
+        for finding in find_habits(file, line, block, rules if is_message and has_users else some)
+    ]
 
 
 def check(page: str, text: str, rules: list[Rule]) -> list[str]:

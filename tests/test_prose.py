@@ -65,9 +65,18 @@ def test_python_outside_of_words_passes(source: str) -> None:
     assert check_source("file.py", source, RULES) == []
 
 
-def test_comments_of_yaml_and_scripts_are_read_and_their_values_are_not() -> None:
+def test_comments_and_echoed_words_of_yaml_and_scripts_are_read_and_their_values_are_not() -> None:
     text = "#!/bin/sh beside\nsteps: 3   # 12 bytes a parameter, `beside`\ncolour: '#beside'  # --beside, a/beside, x=beside\n"
     assert len(check_source("a.yaml", text, RULES)) == 1
+
+
+def test_rules_for_what_users_see_hold_for_messages_and_echoed_words_but_not_for_docstrings() -> None:
+    shown = 'raise ValueError(f"{path} says of its own")'
+    assert len(check_source("model/file.py", shown, RULES)) == 2
+    assert (
+        check_source("tests/file.py", shown, RULES) == check_source("model/file.py", '"""It says so."""', RULES) == []
+    )
+    assert len(check_source("Makefile", "all:\n\t@echo 'make room beside x'\n", RULES)) == 2
 
 
 def test_words_of_names_are_counted_and_may_not_become_more() -> None:

@@ -56,7 +56,7 @@ def clients(
     else:
         typer.echo(text)
     if not bench.is_as_expected():
-        raise RuntimeError("a program differs from transformers or rejects for no known reason; the table says which")
+        raise RuntimeError("a program differs from transformers or rejects for no known reason; the table states which")
 
 
 if __name__ == "__main__":

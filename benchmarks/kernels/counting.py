@@ -58,7 +58,7 @@ class Launch:
 
 
 class _Region:
-    """The memory behind arguments that share it, and at which of its bytes the element that is read or written began."""
+    """The memory after arguments that share it, and at which of its bytes the element that is read or written began."""
 
     def __init__(self, name: str, storage: torch.UntypedStorage) -> None:
         self.name = name
@@ -170,7 +170,7 @@ def count_launches() -> Iterator[list[Launch]]:
 
 
 def memories_of(arguments: dict[str, Any]) -> list[tuple[str, torch.UntypedStorage]]:
-    """The memory behind a launch's tensors and descriptors of tensors, each with the names of the arguments that share it."""
+    """The memory after a launch's tensors and descriptors of tensors, each with the names of the arguments that share it."""
     memories: dict[int, tuple[list[str], torch.UntypedStorage]] = {}
     for name, value in arguments.items():
         value = value.base if isinstance(value, TensorDescriptor) else value

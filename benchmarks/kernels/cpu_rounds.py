@@ -79,7 +79,7 @@ def compare_variants(case: TimedCase) -> dict[str, float]:
         if not difference <= TOLERANCE[case.dtype]:
             raise RuntimeError(
                 f"{case.op} in {_name(case.dtype)}: {name} differs from ours by {difference:.2g} (relative), above "
-                f"{TOLERANCE[case.dtype]:g}; they are not the same work, so their speeds say nothing"
+                f"{TOLERANCE[case.dtype]:g}; they are not the same work, so their speeds cannot be compared"
             )
     return differences
 

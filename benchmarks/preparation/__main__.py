@@ -30,7 +30,7 @@ def preparation(
     megabytes: Annotated[int, typer.Option(min=20, help="Text in jsonl and parquet.")] = 1000,
     shards: Annotated[int, typer.Option(min=1, help="Files of it.")] = 16,
     sources: Annotated[int, typer.Option(min=1, help="Sources that share the shards.")] = 2,
-    files: Annotated[int, typer.Option(min=0, help="Text files of half a kilobyte, a source of their own.")] = 0,
+    files: Annotated[int, typer.Option(min=0, help="Text files of half a kilobyte, as a separate source.")] = 0,
     actors: Annotated[int, typer.Option(min=1, help="Ray actors, and bare tokenizers in their pauses.")] = 2,
     slices: Annotated[int, typer.Option(min=1, help="Turns of preparation and bare tokenizer.")] = 8,
     kills: Annotated[int, typer.Option(min=0, help="How often the second preparation is killed.")] = 3,

@@ -27,11 +27,11 @@ class PublishedRun:
     """One published run. `recompute`: `none`, `full`, or the letters of the blocks that are computed again.
 
     `tokens_per_second`, `flops_per_second`: of one GPU, as published. `layout`: keys of the `parallel` section.
-    `depths`: of multi-token prediction, behind the preset's main blocks; several share one module, as all of these do.
+    `depths`: of multi-token prediction, after the preset's main blocks; several share one module, as all of these do.
     `is_stand_in`: the preset is another model than the one that was trained, so that only rates of FLOPs compare.
     `low_precision`: overrides of that section, for runs in FP8.
     `meanwhile`: what the code computes while experts' rows are sent. `repeats`: exchanges of a forward pass that its recomputation
-    makes again: 1, the dispatch, where it stops at the last saved tensor; 2 where something is saved behind the combine.
+    makes again: 1, the dispatch, where it stops at the last saved tensor; 2 where something is saved after the combine.
     `drains`: times that its pipeline drains in a step. `padding`: rows of an expert over the mean to which all are padded, 1.0
     where they are not.
     `cause`: what the publication says, or does not say, that the plan does not count; for rows that are planned more than a

@@ -166,5 +166,5 @@ def _check_losses(first_losses: dict[str, float]) -> None:
     if exact and max(exact.values()) - min(exact.values()) > LOSS_TOLERANCE:
         raise RuntimeError(
             f"the float32 variants differ in their first loss by more than {LOSS_TOLERANCE}: {exact}; "
-            "they are not the same model, so their speeds say nothing"
+            "they are not the same model, so their speeds cannot be compared"
         )

@@ -189,7 +189,7 @@ class PretrainLoader:
             before, after = state["sources"].get(source), mine["sources"].get(source)
             if before != after and self.config.synthetic is not None:
                 raise ValueError(
-                    f"the data state has dataset {before}, data.synthetic gives {after}; set data.synthetic back, or start a new "
+                    f"the data state has dataset {before}, data.synthetic has {after}; set data.synthetic back, or start a new "
                     "run"
                 )
             if before != after:
@@ -372,7 +372,7 @@ def in_words(phases: Sequence[Any]) -> str:
     """Weights of phases as text: those of the first, and from which sample others count."""
     texts = [
         f"{'' if start == 0 else f'from sample {start} '}{', '.join(f'{name} {weight:g}' for name, weight in weights.items())}"
-        f" in rows of {length}{''.join(f', without {number} samples' for number in skipped)}"
+        f" in sequences of {length}{''.join(f', without {number} samples' for number in skipped)}"
         for start, weights, length, *skipped in phases
     ]
     return f"the weights {'; '.join(texts)}"

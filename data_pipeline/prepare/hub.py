@@ -67,7 +67,7 @@ def parse_hub(given: str) -> HubPath:
     found = FORM.fullmatch(given)
     if found is None:
         raise ValueError(
-            f"{given!r} must be hub:OWNER/NAME, with @REVISION and /CONFIG or /FOLDER behind it where you want them, such as "
+            f"{given!r} must be hub:OWNER/NAME, with @REVISION and /CONFIG or /FOLDER after it if you want them, such as "
             "hub:HuggingFaceFW/fineweb-edu/sample-10BT"
         )
     return HubPath(given, found["repository"], found["revision"] or "main", found["inside"] or "")

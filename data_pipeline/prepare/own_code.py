@@ -95,7 +95,7 @@ def installed_code() -> dict[str, CodeSpec]:
         if not isinstance(spec, CodeSpec) or spec.name in found:
             raise RuntimeError(
                 f"the entry point {entry.name} = {entry.value} (group {ENTRY_POINTS}) is {spec!r}; it must be a DocumentFilter, "
-                "DocumentTransform or FileReader with a name of its own: fix or uninstall its package"
+                "DocumentTransform or FileReader with its own name: fix or uninstall its package"
             )
         found[spec.name] = spec
     return found

@@ -344,7 +344,7 @@ def _refuse_damage(source: SourceConfig, reports: Sequence[UnitReport], store: P
     damage = describe_first_damage(store, [unit for unit, report in zip(units, reports) if report.rejects])
     if damage is not None:
         raise ValueError(
-            f"source {source.name!r}: {damage}; restore the file, or take what can be read of it with "
+            f"source {source.name!r}: {damage}; restore the file, or keep the readable part with "
             "data.prepare.on_damage=keep"
         )
 

@@ -265,7 +265,7 @@ class Dispatcher:
         done, _ = self.ray.wait(pending, num_returns=1, timeout=None if self.running else NO_CORE_SECONDS)
         if not done:
             raise RuntimeError(
-                f"Ray gave no core within {NO_CORE_SECONDS} seconds: {len(self.waiting)} parts wait, what is done is kept; "
+                f"Ray gave no core within {NO_CORE_SECONDS} seconds: {len(self.waiting)} parts wait, finished parts are kept; "
                 "look at `ray status`, and run the same command to continue"
             )
         return list(done)
@@ -307,6 +307,6 @@ class Dispatcher:
             raise RuntimeError(
                 f"the process that writes part {unit.name} was killed {ATTEMPTS} times ({str(error).splitlines()[0]}); its inputs are "
                 f"{', '.join(sorted({item.file.shown for item in unit.segments}))}. Out of memory? Then lower "
-                "data.prepare.part_bytes or num_actors; what is done is kept"
+                "data.prepare.part_bytes or num_actors; finished parts are kept"
             ) from error
         self.waiting.append(unit)

@@ -123,7 +123,7 @@ def reading_of(source: SourceConfig, files: Iterable[InputFile]) -> Reading:
     readers = {}
     for suffix in sorted({file.suffix for file in files if file.kind == "own"}):
         spec = find_reader(suffix)
-        assert spec is not None, "a file is of this kind where a reader has its suffix"
+        assert spec is not None, "a file is of this kind if a reader has its suffix"
         readers[suffix] = Step(spec.name, False, spec.load(), spec.digest())
     return Reading(
         None if source.template is None else Template.parse(source.template),

@@ -350,7 +350,7 @@ def _describe(found: _Found, name: str) -> InputFile:
         )
     if kind == "nanogpt" and not is_url(found.path) and Path(found.path).with_suffix(".idx").is_file():
         raise ValueError(
-            f"{found.path} belongs to {Path(found.path).stem}.idx, which says where documents end; name that"
+            f"{found.path} belongs to {Path(found.path).stem}.idx, which states where documents end; name that"
         )
     if kind == "megatron":
         num_bytes, modified_ns = _stat_tokens(found.path)

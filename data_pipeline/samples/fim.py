@@ -41,7 +41,7 @@ class FimSettings:
 
 def fill_in_middle(row: Row, settings: FimSettings, ids: tuple[int, int, int], end_id: int, key: bytes) -> Row:
     """Cut some pieces of a row, whose labels are the tokens that follow. ids: of `settings.tokens`. key: of the sample."""
-    assert row.labels is None, "rows with labels of their own are not cut"
+    assert row.labels is None, "sequences that have their own labels are not cut"
     tokens = row.tokens.copy()
     bounds = [start for start in row.starts.tolist() if start < row.num_valid]
     for number, (start, stop) in enumerate(pairwise([*bounds, row.num_valid])):

@@ -118,7 +118,7 @@ def phases_of(config: DataConfig, sequence_length: int) -> tuple[PhaseSettings, 
         unknown = sorted(set(given.weights or {}) - set(known))
         if unknown:
             raise ValueError(
-                f"data.phases: the phase at sample {given.start_sample} weighs {unknown[0]!r}, which must be one of "
+                f"data.phases: the phase at sample {given.start_sample} gives a weight to {unknown[0]!r}, which must be one of "
                 f"data.sources: {', '.join(sorted(known))}"
             )
         before = phases[-1]
@@ -351,7 +351,7 @@ class SampleReader:
         more = "" if split == "train" else "raise data.validation_fraction and run `amfm prepare CONFIG` again, "
         return (
             f"train.sequence_length={length} must be below the {longest} tokens of the largest {split} part of source "
-            f"{source!r}; {more}give more text, or shorten the rows"
+            f"{source!r}; {more}give more text, or shorten the sequences"
         )
 
     def _count_source(self, source: str, length: int) -> None:

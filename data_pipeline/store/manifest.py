@@ -52,7 +52,7 @@ class Layout:
     def for_vocabulary(vocab_size: int, chunk_tokens: int, preset: str) -> Layout:
         """Choose the dtype: uint16 where every id fits, else uint32; a larger vocabulary is a ValueError."""
         if vocab_size > 2**32:
-            raise ValueError(f"tokenizer vocabulary {vocab_size} must be at most {2**32}, what uint32 tokens can hold")
+            raise ValueError(f"tokenizer vocabulary {vocab_size} must be at most {2**32}, the limit of uint32 tokens")
         return Layout("uint16" if vocab_size <= 2**16 else "uint32", chunk_tokens, preset)
 
     @property

@@ -106,7 +106,7 @@ class MegatronIndex:
             end = int(ends[-1])
         if end != self.num_bytes:
             raise ValueError(
-                f"{bin_of(self.path)} has {self.num_bytes} bytes, its index says {end}; restore both from a copy"
+                f"{bin_of(self.path)} has {self.num_bytes} bytes, its index states {end}; restore both from a copy"
             )
         if [*self._bounds(0, 1), *self._bounds(self.num_documents, self.num_documents + 1)] != [0, self.num_sequences]:
             raise self._disordered()
@@ -185,7 +185,7 @@ def export_megatron(store: TokenStore, source: str, split: Split, prefix: str | 
     """
     if any(part.num_spans for part in store.parts(source, split)):
         raise ValueError(
-            f"source {source!r} says which of its tokens are learned, and a .bin cannot; leave it out, or train on the store"
+            f"source {source!r} states which of its tokens are learned, and a .bin cannot; leave it out, or train on the store"
         )
     bin_path, index_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     dtype = "uint16" if store.layout.dtype == "uint16" else "int32"

@@ -130,7 +130,7 @@ class BlockCache:
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise RuntimeError(
-                f"data.cache.folder={self.settings.folder} cannot take a block ({error.strerror}); free space, lower "
+                f"data.cache.folder={self.settings.folder} cannot store a block ({error.strerror}); free space, lower "
                 "data.cache.max_bytes, or name another folder"
             ) from error
         self._bytes += len(block)
@@ -192,7 +192,7 @@ def own_folder(folder: Path, setting: str = "data.cache.folder") -> None:
     if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
         raise RuntimeError(
             f"{setting}: {folder} must be a folder of this user that no one else can write to (chmod 700); what others put "
-            f"there would be trained on: name a {setting} of your own"
+            f"there would be trained on: set {setting} to your own folder"
         )
 
 
@@ -213,7 +213,7 @@ def _fetch(remote: RemoteFolder, name: str, size: int, number: int, block_bytes:
             raise
         block = b""
     if found != size or len(block) != stop - start:
-        raise DamagedError(f"{remote.url}/{name} has {found} bytes, the manifest says {size}; {_REMEDY}")
+        raise DamagedError(f"{remote.url}/{name} has {found} bytes, the manifest states {size}; {_REMEDY}")
     return block
 
 

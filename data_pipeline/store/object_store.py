@@ -1,4 +1,4 @@
-"""Folders behind a URL (s3://, gs://, az://): listing, reading and writing of objects, with errors that say what to do.
+"""Folders at a URL (s3://, gs://, az://): listing, reading and writing of objects, with errors that say what to do.
 
 Credentials, region and endpoint come from where the provider's own tools take them (AWS_ENDPOINT_URL and the like).
 """

@@ -1,4 +1,4 @@
-"""Read a token store: verified Zarr v3 parts and one manifest, in a folder or behind a URL.
+"""Read a token store: verified Zarr v3 parts and one manifest, in a folder or at a URL.
 
 A part is a Zarr array of tokens in shards of small chunks, each with its crc32c, and the ends of its documents. The
 manifest names parts, sizes, digests and the tokenizer. A row needs one or two chunks: they are found in a shard's index,
@@ -81,7 +81,7 @@ class TokenStore:
 
     @classmethod
     def open(cls, path: str | Path, cache: CacheSettings = DEFAULT_CACHE) -> TokenStore:
-        """Read the manifest of a store in a folder or behind a URL; parts are opened when they are read.
+        """Read the manifest of a store in a folder or at a URL; parts are opened when they are read.
 
         ValueError when it is not a prepared store or has a newer format; DamagedError when the manifest does not match
         its own identity; RuntimeError when an object store cannot be reached.
@@ -126,7 +126,9 @@ class TokenStore:
                 manifest["identity"],
             )
         if identity != stated:
-            raise damaged(f"{file} says identity {stated}, but its contents give {identity}: it was edited or damaged")
+            raise damaged(
+                f"{file} states identity {stated}, but its contents have {identity}: it was edited or damaged"
+            )
         if remote is None:
             return cls(Path(path), identity, tokenizer, layout, sources, revisions=revisions)
         mirror = keep_small_files(remote, identity, {MANIFEST: content, tokenizer.file: None}, cache)
@@ -228,7 +230,7 @@ class TokenStore:
 
     @property
     def remote_cache(self) -> CacheSettings | None:
-        """Settings of the node cache of a store behind a URL; None for a store in a folder."""
+        """Settings of the node cache of a store at a URL; None for a store in a folder."""
         return None if self._cached is None else self._cached.cache.settings
 
     def check_files(self) -> Iterator[Part]:
@@ -243,7 +245,7 @@ class TokenStore:
             yield part
 
     def list_files(self) -> dict[str, int] | None:
-        """List bytes by path of all that is behind the URL of a store; None for a folder, which answers for each file."""
+        """List bytes by path of all that is at the URL of a store; None for a folder, which answers for each file."""
         if self._cached is None:
             return None
         return {item.name: item.num_bytes for item in self._cached.remote.list()}
@@ -364,6 +366,6 @@ def check_part_files(store: Path | str, part: Part, listed: Mapping[str, int] | 
             ) from error
         if found != size:
             raise DamagedError(
-                f"{file} has {found} bytes, the manifest says {size}; delete {store}/{part.path} and run "
+                f"{file} has {found} bytes, the manifest states {size}; delete {store}/{part.path} and run "
                 "`amfm prepare CONFIG` to write the part again, or restore it from a copy"
             )

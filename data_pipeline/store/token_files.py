@@ -90,7 +90,7 @@ def read_flat_tokens(kind: str, path: str, num_bytes: int, open_file: Open) -> F
             ends = _dolma_ends(file, index) if kind == "dolma" else _datatrove_ends(file, index)
     except FileNotFoundError as error:
         raise ValueError(
-            f"{path} needs {index.rpartition('/')[2]} next to it, which says where documents end"
+            f"{path} needs {index.rpartition('/')[2]} next to it, which states where documents end"
         ) from error
     total = int(ends[-1]) if len(ends) else 0
     if not total or (np.diff(ends, prepend=0) < 0).any() or num_bytes % total or num_bytes // total not in (2, 4):
@@ -134,8 +134,8 @@ def _nanogpt(path: str, num_bytes: int, open_file: Open) -> FlatTokens:
     start, tokens = 4 * HEADER_INTS, int(header[2])
     if header[1] != VERSION or start + 2 * tokens != num_bytes:
         raise ValueError(
-            f"{path} says version {header[1]} and {tokens} tokens in {num_bytes} bytes; version {VERSION} of as many tokens of 2 "
-            "bytes as it says is read"
+            f"{path} states version {header[1]} and {tokens} tokens in {num_bytes} bytes; version {VERSION} of as many tokens of 2 "
+            "bytes as it states is read"
         )
     return FlatTokens(path, "<u2", start, tokens, None)
 
@@ -146,17 +146,17 @@ def _litdata(path: str, num_bytes: int, open_file: Open) -> FlatTokens:
         with open_file(index) as file:
             config = json.loads(file.read(MAX_JSON_BYTES))["config"]
     except FileNotFoundError as error:
-        raise ValueError(f"{path} needs index.json next to it, which says what its tokens are") from error
+        raise ValueError(f"{path} needs index.json next to it, which states what its tokens are") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{index} is damaged: {error}; restore it from a copy") from error
     said = config.get("data_format") if isinstance(config, dict) else None
     kind, _, code = str(said[0]).partition(":") if isinstance(said, list) and len(said) == 1 else ("", "", "")
     dtype = LITDATA_TYPES.get(kind, {}).get(int(code) if code.isdecimal() else -1)
     if isinstance(config, dict) and config.get("encryption") is not None:
-        raise ValueError(f"{index} says that its chunks are encrypted; write them without, by litdata")
+        raise ValueError(f"{index} states that its chunks are encrypted; write them without, by litdata")
     if dtype is None or config.get("compression") is not None:
         raise ValueError(
-            f"{index} says data_format {said} and compression {config.get('compression') if isinstance(config, dict) else None}; one "
+            f"{index} states data_format {said} and compression {config.get('compression') if isinstance(config, dict) else None}; one "
             "array of integers an item (TokensLoader), without compression, is read"
         )
     with open_file(path) as file:

@@ -123,7 +123,7 @@ class SyntheticReader:
                 return row
         raise ValueError(
             f"no {settings.split} sequence of {length} tokens was found for the synthetic task {settings.name}: there are too few "
-            "different rows; use longer rows"
+            "different rows; use longer sequences"
         )
 
     def _make_row(self, sample: int) -> Row:

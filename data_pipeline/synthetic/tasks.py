@@ -144,7 +144,7 @@ class AssociativeRecall:
     def __post_init__(self) -> None:
         if self.num_pairs > self.num_keys:
             raise ValueError(
-                f"num_pairs={self.num_pairs} must be at most num_keys={self.num_keys}: the keys of a row differ; "
+                f"num_pairs={self.num_pairs} must be at most num_keys={self.num_keys}: the keys of a sequence differ; "
                 "lower it, or raise num_keys"
             )
 

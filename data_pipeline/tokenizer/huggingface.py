@@ -20,7 +20,7 @@ class HuggingFaceTokenizer:
     """A tokenizer.json with the id of its end-of-text token, which the file itself does not name.
 
     Special tokens written out in a text are encoded as plain text: a document cannot end itself. Nothing is added in
-    front or behind, and truncation or padding that the file asks for is off.
+    front or after, and truncation or padding that the file asks for is off.
     """
 
     kind = "huggingface"
@@ -103,7 +103,7 @@ class HuggingFaceTokenizer:
         finally:
             self._tokenizer.encode_special_tokens = True
         begins, before = [], 0
-        for start, stop in encoded.offsets:  # of a token that is all space an empty range behind it
+        for start, stop in encoded.offsets:  # of a token that is all space an empty range after it
             begins.append(start if start < stop else before)
             before = stop
         edges = np.array(spans, np.int64).reshape(-1)

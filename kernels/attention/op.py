@@ -64,7 +64,7 @@ def attention(
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     if backend == "varlen":
         if sinks_H is not None or highest_H is not None:
-            raise ValueError('attention backend "varlen" has no sinks, and does not give its sums')
+            raise ValueError('attention backend "varlen" has no sinks, and does not return its sums')
         if document_ends is None or (document_ends.key_offsets is None and q_BTHK.shape[1] != k_BSJK.shape[1]):
             raise ValueError(
                 'attention backend "varlen" needs document_ends, with those of keys if there are more than queries'
@@ -144,7 +144,7 @@ def fastest_backend(
     if has_ends and (has_documents or tokens != keys):
         reason = refuse_varlen(q_BTHK.dtype, q_BTHK.shape[3])
         if reason is None:
-            _note_choice("varlen", "PyTorch's FlashAttention takes documents laid end to end")
+            _note_choice("varlen", "PyTorch's FlashAttention requires documents laid end to end")
             return "varlen"
         _note_choice("triton", f"PyTorch's variable-length attention cannot serve: {reason}")
         return backend

@@ -166,7 +166,7 @@ def attention_key_gradient_kernel(
     v_tile = _load_heads(v, batch, key, kv_head, keys, kv_heads, size, BLOCK_K).to(DOT)
     sum_k = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     sum_v = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    # The first query that stands at or behind the tile's first key.
+    # The first query that stands at or after the tile's first key.
     begin = tl.maximum(key_begin - offset, 0)
     end = tl.cast(tokens, tl.int64)
     if DOCUMENTS:

@@ -115,9 +115,9 @@ def refuse_varlen(dtype: torch.dtype, head_dim: int) -> str | None:
     if torch.are_deterministic_algorithms_enabled():
         return "FlashAttention's gradients are added in any order, and train.deterministic asks for one"
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"it takes bfloat16 or float16, not {dtype}"
+        return f"it supports bfloat16 or float16, not {dtype}"
     if head_dim % 8 or head_dim > largest_head():
-        return f"it takes heads of up to {largest_head()} channels in multiples of 8, not {head_dim}"
+        return f"it supports heads of up to {largest_head()} channels in multiples of 8, not {head_dim}"
     return None
 
 
@@ -145,7 +145,7 @@ def _refuse_release(version: str) -> str | None:
         return f"torch {version} does not have it; torch 2.10 and later do"
     _load()
     missing = [name for name in PARAMETERS if name not in inspect.signature(_varlen_attention).parameters]
-    return f"that of torch {version} does not take {', '.join(missing)}" if missing else None
+    return f"that of torch {version} does not accept {', '.join(missing)}" if missing else None
 
 
 def attention_varlen(

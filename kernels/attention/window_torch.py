@@ -74,7 +74,7 @@ def window_sums_torch(
     q, k, v, mask = _cut_blocks(q_BTHK, k_BSJK, v_BSJK, document_ids_BS, window)
     num_blocks, heads, block, _ = q.shape
     kv_heads = k.shape[1]
-    # Queries of the heads that share a key head stand one behind the other, so that one product reads the keys once.
+    # Queries of the heads that share a key head stand one after the other, so that one product reads the keys once.
     scores = q.reshape(num_blocks, kv_heads, -1, q.shape[3]) @ k.transpose(2, 3)
     wide = torch.promote_types(scores.dtype, torch.float32)
     scores = (scores.to(wide) * scale).view(num_blocks, heads, block, -1).masked_fill(~mask, -torch.inf)
@@ -99,7 +99,7 @@ def _cut_blocks(q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, ids_BS: Tensor |
         ids_BS = torch.zeros(k_BSJK.shape[:2], dtype=torch.int32, device=k_BSJK.device)
     seen = before - missing + tokens
     k_BSJK, v_BSJK = (_pad(x[:, -seen:].to(dtype), missing, padding) for x in (k_BSJK, v_BSJK))
-    # Ids that no document has: -1 before the row and -2 behind it, so that padding is seen only by padding.
+    # Ids that no document has: -1 before the row and -2 after it, so that padding is seen only by padding.
     ids_BS = F.pad(F.pad(ids_BS[:, -seen:], (missing, 0), value=-1), (0, padding), value=-2)
     q_BTHK = _pad(q_BTHK.to(dtype), 0, padding)
     blocks = q_BTHK.shape[1] // block
@@ -116,7 +116,7 @@ def _join_blocks(y: Tensor, q_BTHK: Tensor) -> Tensor:
 
 
 def _pad(x_BSJK: Tensor, before: int, after: int) -> Tensor:
-    """Zeros before and behind the tokens of [B, S, J, K]."""
+    """Zeros before and after the tokens of [B, S, J, K]."""
     return F.pad(x_BSJK, (0, 0, 0, 0, before, after))
 
 

@@ -65,7 +65,7 @@ def _repair_edges(
 ) -> None:
     """Make again, only from their own documents, the sums of tokens whose window reaches into another document.
 
-    step: -1 where a token's window is before it, 1 where it is behind it; the weight's last column meets the token.
+    step: -1 where a token's window is before it, 1 where it is after it; the weight's last column meets the token.
     """
     T, W = document_ids_BT.shape[1], weight_CW.shape[1]
     crossing_BT = torch.zeros_like(document_ids_BT, dtype=torch.bool)
@@ -116,7 +116,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Output, and the sums before SiLU (float32): one more activation, so that backward does not convolve again.
 
-    The sums have W - 1 places more than a row; those behind its end belong to no token. Without SiLU they are empty.
+    The sums have W - 1 places more than a row; those after its end belong to no token. Without SiLU they are empty.
     """
     T, W, wide = x_BTC.shape[1], weight_CW.shape[1], _wide(x_BTC)
     weight, bias = weight_CW.to(wide), None if bias_C is None else bias_C.to(wide)
@@ -156,7 +156,7 @@ def _backward(
         d_totals = torch.ops.aten.silu_backward.grad_input(d_y.to(wide), longer[:, :T], grad_input=padded[:, :T])
     else:
         d_totals = padded[:, :T].copy_(d_y)
-    # The gradient of a convolution is one with the taps in reverse order, over the tokens behind instead of
+    # The gradient of a convolution is one with the taps in reverse order, over the tokens after instead of
     # before.
     dx_BTC = _slide(padded, weight.flip(1), None)
     if document_ids_BT is not None:

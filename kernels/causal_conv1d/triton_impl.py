@@ -42,7 +42,7 @@ def convolve_triton(
     window_BWC: Tensor | None,
     silu: bool = True,
 ) -> Tensor:
-    """As `torch_impl.convolve`, for float32, bfloat16 and float16, of rows behind a window. Saves its inputs only."""
+    """As `torch_impl.convolve`, for float32, bfloat16 and float16, of rows after a window. Saves its inputs only."""
     dot_dtype(x_BTC.dtype)  # rejects float64
     return _forward(x_BTC, weight_CW, bias_C, document_ids_BT, window_BWC, silu)
 

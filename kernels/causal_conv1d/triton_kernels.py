@@ -3,7 +3,7 @@
 Widths below 4 run as width 4 with zero weights for the taps they lack.
 
 Tiles are [tokens, channels] with channels along neighbouring threads, so that loads are packed. The three
-tokens before a tile (and in backward behind it) are loaded as shifted tiles, which the cache serves; sums are
+tokens before a tile (and in backward after it) are loaded as shifted tiles, which the cache serves; sums are
 float32.
 """
 
@@ -163,7 +163,7 @@ def convolution_backward_kernel(
         d_w2 += tl.sum(e * back2 * reach(ids_row, t, t - 2, T, DOCUMENTS), axis=0)
         d_w3 += tl.sum(e * back3 * reach(ids_row, t, t - 3, T, DOCUMENTS), axis=0)
 
-        # x_t also entered the sums of the three tokens behind it, each with its own tap and only inside the
+        # x_t also entered the sums of the three tokens after it, each with its own tap and only inside the
         # document.
         total = add_taps(next1, here, back1, back2, w0, w1, w2, w3, start, ids_row, t + 1, T, DOCUMENTS)
         e = _through_silu(load_values(dy_row, t + 1, T, C, column, C), total, SILU)

@@ -192,7 +192,7 @@ class Terms(ChunkedRows):
     def gate_gradient(self, b_cBHQ: Tensor) -> Tensor:
         """Gradient of g [B, T, H] from that of its sums b.
 
-        A token's gate is in the sums of all tokens behind it in its document.
+        A token's gate is in the sums of all tokens after it in its document.
         """
         return tokens_first(self.documents.sum_inside_reversed(b_cBHQ.flatten(0, 1)), self.sizes)
 

@@ -71,7 +71,7 @@ def quantize_columns(x_RI: Tensor, recipe: Recipe, *, noise: Tensor | None = Non
 def multiply(left: Quantized, right: Quantized) -> Tensor:
     """left [M, K] times the transpose of right [N, K]: [M, N] float32, sums in float32.
 
-    On a CPU an expert's rows are what they are, however many rows of zeros a layout puts behind them.
+    On a CPU an expert's rows are what they are, however many rows of zeros a layout puts after them.
     """
     a, b = (_to_product(operand.decode()) for operand in (left, right))
     is_wide = a.dtype == torch.float32

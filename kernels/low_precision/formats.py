@@ -169,7 +169,7 @@ def draw_noise(x_RO: Tensor, seed: int, product: int = 0, rows: int | None = Non
     """Numbers in [0, 1) [R, O], one for each of a matrix, in steps of 2^-20: sums with the steps of e2m1 stay exact.
 
     A function of the seed, of the place and of all bits of the matrix: another step or micro-batch brings another matrix and so
-    draws again, and the same one, computed again, draws alike, also with rows of zeros behind it. No one has to know where in a
+    draws again, and the same one, computed again, draws alike, also with rows of zeros after it. No one has to know where in a
     run it is. `product`: one gradient is rounded apart for each that takes it. `rows`: for so many rows, of which a turned
     matrix has more.
     """

@@ -19,7 +19,7 @@ from amfm.kernels.low_precision.triton_kernels import (
 
 @triton.jit
 def _load_scales(scales, row_block, piece, pieces, G: tl.constexpr, FP4: tl.constexpr):
-    """Scales [128, G] of a block of rows and of runs from 4 `piece` on; zeros behind the last piece."""
+    """Scales [128, G] of a block of rows and of runs from 4 `piece` on; zeros after the last piece."""
     lane, run = tl.arange(0, TILE), tl.arange(0, G)
     inner = (lane % 32) * 16 + lane // 32 * 4
     outer = run // 4 * PIECE + run % 4

@@ -146,7 +146,7 @@ def quantize_tiles_kernel(
     """Codes along rows [S, width] with scales [blocks, S], and along columns [tiles, width, 128] with scales [tiles, width].
 
     ACTIVATED: the numbers are activations of x, with SWIGLU a gated unit of [., 2 width], else squared ReLUs. WEIGHTED: they are
-    times the weight of their row's pair. GATHER: rows of x come from `sources`. Lanes behind an expert's last row are zeros.
+    times the weight of their row's pair. GATHER: rows of x come from `sources`. Lanes after an expert's last row are zeros.
     Grid: tiles times blocks of 128 columns, these innermost.
     """
     blocks = tl.cdiv(width, RUN)
@@ -273,7 +273,7 @@ def fp8_product_kernel(
 
 @triton.jit
 def expert_tiles(offsets, expert, experts, rows, EXPERTS: tl.constexpr, TILED: tl.constexpr):
-    """The first of an expert's tiles and the one behind its last: those of the experts before it precede them."""
+    """The first of an expert's tiles and the one after its last: those of the experts before it precede them."""
     if TILED:
         each = tl.arange(0, EXPERTS)
         ends = tl.load(offsets + each, mask=each < experts, other=0)

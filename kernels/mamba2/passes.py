@@ -59,7 +59,7 @@ class Rows:
         window: Tensor | None = None,
         initial: Tensor | None = None,
     ) -> Rows:
-        """Rows of a projection, x, B and C behind convolution and SiLU; they begin behind a window of inputs or zeros."""
+        """Rows of a projection, x, B and C after convolution and SiLU; they begin after a window of inputs or zeros."""
         _, inputs, _ = projected.split(sizes.parts(), dim=-1)
         convolved = convolve_rows(inputs, conv_weight, conv_bias, starts, window)
         return cls(projected, convolved, A_log, dt_bias, starts, sizes, chunk_size, initial)

@@ -81,7 +81,7 @@ def _entered(
     chunk_size: int,
     keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As the operation of whole rows behind its convolution, from the states that enter."""
+    """As the operation of whole rows after its convolution, from the states that enter."""
     sizes = MixerSizes.of(numbers, epsilon)
     rows = Rows(projected, convolved, A_log, dt_bias, starts, sizes, chunk_size, initial)
     return rows.mix(D, norm_weight, out_weight, keep_states)
@@ -115,7 +115,7 @@ def _entered_backward(
     out_weight_sum: Tensor | None,
     out_weight_adds: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As far as the states that enter, from zero behind the segments.
+    """As far as the states that enter, from zero after the segments.
 
     The gradient of the projection, of which only z's part is written, of y, and of the states that enter; the convolved channels
     and the states that enter chunks, which the rest needs (empty if forward kept these); gradients of both weights.

@@ -1,7 +1,7 @@
 """Which library multiplies the rows of experts where all else runs in Triton: our grouped products, or PyTorch's.
 
 Which is faster depends on the GPU and on the rows of an expert, so it is found as tiles are: `amfm bench kernels
---tune` times both behind the tiles that it has chosen, the answer is an entry of the GPU's table, and all ranks of a
+--tune` times both after the tiles that it has chosen, the answer is an entry of the GPU's table, and all ranks of a
 run take rank 0's. A
 run may also say it: `use_experts_backend`.
 """

@@ -2,7 +2,7 @@
 
 Formulas as in README.md, each operand quantised from the wide numbers along what its product sums over. An expert's
 rows are its own matrix: no run along the tokens has rows of two experts, and its nvfp4 has its own factors. Rows of
-zeros, which fill slots, change no scale of another row but are in the runs along the tokens behind the last. What
+zeros, which fill slots, change no scale of another row but are in the runs along the tokens after the last. What
 kernels store between two products (h, v, dh, and w a for d_down) is rounded to the dtype of x, as they do
 (triton_codes.py).
 

@@ -31,7 +31,7 @@ def takes_grouped(x_RD: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> bool:
 def begins_aligned(operand: Tensor) -> bool:
     """Whether an operand begins at a multiple of ALIGNMENT_BYTES.
 
-    Weights are end to end in DeepSpeed's flat tensors: a matrix behind an odd number of others' numbers begins anywhere. Its
+    Weights are end to end in DeepSpeed's flat tensors: a matrix after an odd number of others' numbers begins anywhere. Its
     place in its storage is asked, which allocators align, and not its address: fake tensors have none.
     """
     return int(operand.storage_offset()) * operand.element_size() % ALIGNMENT_BYTES == 0

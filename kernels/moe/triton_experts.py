@@ -55,7 +55,7 @@ def _forward(
     """Output [R, D], hidden rows [S, F] before the activation, and the layer's tiles.
 
     With weights, sources are tokens of sorted pairs; without, rows to be gathered, None if rows are sorted already. `rows`:
-    those that have an expert, S; pairs behind them are lost.
+    those that have an expert, S; pairs after them are lost.
     """
     x_RD, up_EFD, down_EDF = x_RD.contiguous(), up_EFD.contiguous(), down_EDF.contiguous()
     weights_RK = None if weights_RK is None else weights_RK.contiguous()
@@ -285,7 +285,7 @@ def expert_feed_forward_triton(
     """Weighted sum of each token's experts: [R, D], for float32, bfloat16 and float16.
 
     x [R, D], weights [R, K]; a choice's weight is that of its pair, token * K + choice. `rows`: pairs that have an expert; the
-    others were sorted behind them, as of one expert more.
+    others were sorted after them, as of one expert more.
     """
     dot_dtype(x_RD.dtype)
     sorting = pairs.pairs, pairs.tokens, pairs.places, pairs.offsets_E[: len(up_EFD)]

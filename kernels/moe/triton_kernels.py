@@ -31,7 +31,7 @@ def load_tile(tiles, tile):
 
 @triton.jit
 def source_rows(sources, row, inside, GATHER: tl.constexpr):
-    """Row of the input behind each sorted row: what `sources` says, or the row itself. [BLOCK_M]."""
+    """Row of the input after each sorted row: what `sources` says, or the row itself. [BLOCK_M]."""
     if GATHER:
         return tl.load(sources + row, mask=inside, other=0).to(tl.int64)
     return row

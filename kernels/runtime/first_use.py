@@ -149,7 +149,7 @@ def check_now(operation: str, device: str, cases: str = DEFAULT_CASES) -> list[s
     lines = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
     if child.returncode and not lines:
         if any(words in child.stderr for words in _OCCUPIED):
-            _LOG.info("this GPU takes only one process (compute mode): %s is checked in this process", operation)
+            _LOG.info("this GPU allows only one process (compute mode): %s is checked in this process", operation)
             return _faults_in(_check_here(settings))
         raise CannotCheck(f"the kernels of {operation} could not be checked on this GPU: {_cause(child.stderr)}")
     faults = _faults_in(lines)

@@ -27,7 +27,7 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     reject it.
     """
     if dtype not in _DOT_DTYPES:
-        raise ValueError(f'backend "triton" takes float32, bfloat16 or float16; got {dtype}; use "torch"')
+        raise ValueError(f'backend "triton" supports float32, bfloat16 or float16; got {dtype}; use "torch"')
     return tl.float32 if INTERPRETED and not EMULATIONS else _DOT_DTYPES[dtype]
 
 

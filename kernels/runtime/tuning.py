@@ -30,7 +30,7 @@ from amfm.kernels.runtime.user_cache import user_folder, write_whole
 Config = Mapping[str, int]
 # Tables that come with the package, and where this user's own are kept; an own entry goes first.
 PACKAGE_FOLDER = Path(__file__).parents[1] / "tuned"
-# Part of the names of what chooses between kernels; such an entry is timed after all tiles, behind those that were chosen.
+# Part of the names of what chooses between kernels; such an entry is timed after all tiles, after those that were chosen.
 CHOICE = "backend"
 # How much worse than the first candidate's a candidate's error may be: another order of additions, not other numbers.
 _WORSE = 1.5
@@ -260,7 +260,7 @@ def _try(run: Callable[[], Sequence[Tensor]], expected: Sequence[Tensor], limit:
     if not error <= limit:
         return error, f"is wrong by {error:.2g} (relative), more than {limit:.2g}"
     if not all(torch.equal(one, other) for one, other in zip(once, again, strict=True)):
-        return error, "gives other bits the second time"
+        return error, "returns other values the second time"
     return error, ""
 
 

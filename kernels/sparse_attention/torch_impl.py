@@ -246,7 +246,7 @@ def _keep_gradients(
     *,
     others: int,
 ) -> Tensor:
-    """Save gradients in the rows' dtypes; `others`: arguments behind the rows."""
+    """Save gradients in the rows' dtypes; `others`: arguments after the rows."""
     ctx.others = others
     if with_grad:
         ctx.save_for_backward(*(d.to(x.dtype).view_as(x) for d, x in zip(gradients, rows)))

@@ -219,7 +219,7 @@ def _add_block(block: _Block, k: Tensor, v: Tensor | None, sizes: Sizes, scale: 
     chosen_key_gradient_kernel[(len(q) * kv_heads * choices * channels,)](
         q, d_o, ends, shares, slopes, pairs, *sizes, value_first, one, scale, DOT=dot, **config
     )  # fmt: skip
-    # Pairs without a key come behind all keys.
+    # Pairs without a key come after all keys.
     found, order = rows.masked_fill(rows < 0, num_keys).flatten().sort(stable=True)
     offsets = torch.searchsorted(found, torch.arange(num_keys + 1, device=device))
     grid = triton.cdiv(num_keys, SUM["KEYS"]), triton.cdiv(width, SUM["BLOCK_X"])

@@ -77,7 +77,7 @@ def _chosen_rows(rows, query, kv_head, start, slots, kv_heads, BLOCK_N: tl.const
 
 @triton.jit
 def _head_rows(query, kv_head, begin, heads, kv_heads, BLOCK_H: tl.constexpr):
-    """Of a key head's query heads from `begin` on: row of the first in q as [Q * H, K], places behind it, and which are."""
+    """Of a key head's query heads from `begin` on: row of the first in q as [Q * H, K], places after it, and which are."""
     group = heads // kv_heads
     member = begin + tl.arange(0, BLOCK_H)
     return query * heads + kv_head * group, member, member < group

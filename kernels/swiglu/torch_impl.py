@@ -1,7 +1,7 @@
 """Activations in PyTorch, with backward written out so that only the input is kept.
 
 Autograd on its own would keep gate, up and silu(gate); the Functions here keep only their input and write both
-gradients into one tensor, where the product behind them reads it. Computation is float32 (float64 for float64),
+gradients into one tensor, where the product after them reads it. Computation is float32 (float64 for float64),
 and each result is rounded once.
 """
 

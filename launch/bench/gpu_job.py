@@ -224,7 +224,7 @@ def time_first_start(job: Job) -> dict[str, Any]:
 
 
 def measure_speed(job: Job) -> dict[str, Any]:
-    """Tokens per second of each configuration as it trains, the median of steps behind the first three."""
+    """Tokens per second of each configuration as it trains, the median of steps after the first three."""
     result: dict[str, Any] = {"speed": {}, "faults": []}
     for name in job.configs:
         steps = max(6, job.steps)

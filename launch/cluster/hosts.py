@@ -6,7 +6,7 @@ the ranks, and `launch.spare_nodes` more wait, loaded, to take the place of one 
 followed for answers and for the cause of a failure, and `supervise.py` restarts all hosts together. A run only on this machine
 is such a list of one host, behind a shell of this machine.
 
-Who fails a check, or was lost twice, is left out by name, in a file of the run directory: the next launch leaves it out too.
+A host that fails a check, or was lost twice, is excluded and listed in the run directory: the next launch excludes it too.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from amfm.launch.cluster.excluded_nodes import ExcludedNodes
 from amfm.launch.cluster.interrupt import forward_to_ranks
-from amfm.launch.cluster.left_out import LeftOut
 from amfm.launch.cluster.lines import check_host, remote_command, shell_line, with_variables
 from amfm.launch.cluster.links import find_port
 from amfm.launch.cluster.node_check import MARK, blame, make_request
@@ -169,7 +169,7 @@ class RemoteHosts:
         self.environment, self.warm_restarts, self.inputs = environment, warm_restarts, inputs
         self.is_here = tuple(remote_shell) == HERE
         self.nodes, self.spares, self.has_begun = nodes, spares, False
-        self.left_out = LeftOut(self.run_dir)
+        self.excluded = ExcludedNodes(self.run_dir)
         self.servers: dict[str, HostServer] = {}
         self.checked: list[HostServer] = []  # for the attempt to come, in the order of the list
         self.running: list[HostServer] = []
@@ -200,7 +200,7 @@ class RemoteHosts:
         tried |= set(warm)
         need = self.nodes if self.has_begun else self.nodes + self.spares
         while len(self.checked) < need:
-            left = [host for host in self.hosts if host not in tried and host not in self.left_out.reasons]
+            left = [host for host in self.hosts if host not in tried and host not in self.excluded.reasons]
             if not left:
                 break
             chosen = left[: need - len(self.checked)]
@@ -212,7 +212,7 @@ class RemoteHosts:
     def _is_warm(self, host: str) -> bool:
         """Whether a host has a server that has loaded everything."""
         server = self.servers.get(host)
-        if server is None or server.process.poll() is not None or host in self.left_out.reasons:
+        if server is None or server.process.poll() is not None or host in self.excluded.reasons:
             return False
         server.is_ready = server.is_ready or server.wait_for("ready", time.monotonic() + POLL_SECONDS) is not None
         return server.is_ready
@@ -220,7 +220,7 @@ class RemoteHosts:
     def _refill(self) -> None:
         """Start servers instead of those that are gone, without waiting: spares for the attempt after this one."""
         alive = [host for host, server in self.servers.items() if server.process.poll() is None]
-        left = [host for host in self.hosts if host not in alive and host not in self.left_out.reasons]
+        left = [host for host in self.hosts if host not in alive and host not in self.excluded.reasons]
         for host in left[: max(0, self.nodes + self.spares - len(alive))]:
             self.servers[host] = self._start_server(host)
 
@@ -258,7 +258,7 @@ class RemoteHosts:
         return server
 
     def _check(self, servers: Sequence[HostServer]) -> list[HostServer]:
-        """Check hosts, all at once and with their links to the first one; returns those that pass. The others are left out.
+        """Check hosts, all at once and with their links to the first one; returns those that pass. The others are excluded.
 
         The first is one that has passed before, if there is one. A list of only this machine is not checked: no one could stand
         in.
@@ -282,7 +282,7 @@ class RemoteHosts:
         faults = blame(faults, first.host, self.run_dir)
         failed = [server for server in [first, *others] if faults[server.host]]
         for server in failed:
-            self.left_out.leave_out(server.host, "; ".join(faults[server.host]))
+            self.excluded.exclude(server.host, "; ".join(faults[server.host]))
         self._drop(*failed)
         return [server for server in servers if not faults[server.host]]
 
@@ -360,7 +360,7 @@ class RemoteHosts:
         self._drop(*servers)
         for server in servers:
             if not self.is_here:
-                self.left_out.lose(server.host)
+                self.excluded.lose(server.host)
 
     def close(self) -> None:
         """End all servers."""

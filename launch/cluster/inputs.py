@@ -1,6 +1,6 @@
 """What every node must see as the launcher does, besides the run directory: the token store, and folders of `plugins`.
 
-A node without such a mount would end the whole run as a wrong setting. It is left out instead, unless all nodes lack it.
+A node without such a mount would end the whole run as a wrong setting. It is excluded instead, unless all nodes lack it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ABSENT = "does not see the launcher's"
 
 
 def list_inputs(config: RunConfig) -> dict[str, str]:
-    """Paths of the files that nodes must see, with their digests; nothing for a store behind a URL."""
+    """Paths of the files that nodes must see, with their digests; nothing for a store at a URL."""
     from amfm.data_pipeline.store.manifest import MANIFEST  # which nodes need not import for the check
     from amfm.data_pipeline.store.object_store import is_url
 

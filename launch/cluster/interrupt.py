@@ -25,7 +25,7 @@ class Interrupt:
         if self.came:
             raise KeyboardInterrupt
         self.came = True
-        say("amfm launch: interrupted; the ranks save and end (Ctrl-C again ends them at once)")
+        say("amfm launch: interrupted; the ranks save and end (Ctrl-C again ends them immediately)")
         return signal.SIGTERM
 
     def outcome(self, ended: Outcome) -> Outcome:

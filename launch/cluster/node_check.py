@@ -109,7 +109,7 @@ def check_storage(run_dir: Path, token: str) -> Iterator[str]:
                 return
             time.sleep(0.2)
         if not probe(run_dir / "launch"):
-            yield f"{run_dir} gives back other bytes than were written"
+            yield f"{run_dir} returns other bytes than were written"
     except OSError as error:
         yield describe_refusal(run_dir, error)
 
@@ -170,7 +170,7 @@ def check_devices(ranks: int) -> Iterator[str]:
             yield f"GPU {index}: {str(error).splitlines()[0]}"
             continue
         if not torch.equal(found, expected):
-            yield f"GPU {index} multiplies wrongly: {int((found != expected).sum())} of {expected.numel()} numbers differ"
+            yield f"GPU {index} multiplies wrongly: {int((found != expected).sum())} of {expected.numel()} values differ"
 
 
 def blame(faults: Mapping[str, Sequence[str]], first: str, run_dir: Path) -> dict[str, list[str]]:

@@ -2,8 +2,8 @@
 
 Ray's actors write them to `run.dir/logs/attempt-A/node-N.log`, and Slurm's srun to the same in a folder `job-J`, as two jobs of
 a run may overlap; N counts the nodes of the attempt from 0. A file per rank would be thousands in one folder. Rank 0's lines are
-shown while the ranks run, and the last words of a failed one name the cause. Files are appended to, so what stood there
-before an attempt is left out.
+shown while the ranks run, and the last words of a failed one name the cause. Files are appended to, so what was there
+before an attempt is not read.
 
 What srun says while it runs an attempt: of its ranks, and of itself.
 """

@@ -1,7 +1,7 @@
 """Launch on Ray: one actor per rank in a placement group of whole nodes; the actor starts the rank and waits for it.
 
 How it works: a STRICT_SPREAD placement group reserves one bundle per node. The first actor of each node checks it
-(node_check.py); who fails is left out by name, and the group is placed again on others. Each actor starts its rank as a
+(node_check.py); who fails is excluded, and the group is placed again on others. Each actor starts its rank as a
 separate process, so that a rank that crashes leaves an actor to report its exit code. Ray reports lost nodes;
 `supervise.py` decides about another attempt. The ranks of a node write to a log file in the run directory, which all nodes
 share; rank 0's lines are shown here.
@@ -30,8 +30,8 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from amfm.data_pipeline.prepare.ray_actors import start_ray
+from amfm.launch.cluster.excluded_nodes import ExcludedNodes
 from amfm.launch.cluster.interrupt import forward_to_ranks
-from amfm.launch.cluster.left_out import LeftOut
 from amfm.launch.cluster.links import find_port
 from amfm.launch.cluster.node_check import blame, make_request, read_answers
 from amfm.launch.cluster.node_logs import Follower, copy_labelled, last_words, node_log
@@ -181,19 +181,19 @@ class RayCluster:
         self.environment, self.inputs = dict(environment), inputs
         self.actors: list[Any] = []
         self.running: set[str] = set()  # Ray's numbers of the nodes that had ranks last
-        self.left_out = LeftOut(Path(run_dir))
+        self.excluded = ExcludedNodes(Path(run_dir))
         if not ray.is_initialized():
             start_ray(address)
         self.head = RayHead()
 
     def usable_nodes(self) -> int:
-        """Number of live nodes whose total resources hold a node's ranks, and which are not left out."""
+        """Number of live nodes whose total resources hold a node's ranks, and which are not excluded."""
         nodes = ray.nodes()
         for node in nodes:
             if not node["Alive"] and node["NodeID"] in self.running:
                 self.running.remove(node["NodeID"])
-                self.left_out.lose(node["NodeName"])
-        alive = [node for node in nodes if node["Alive"] and node["NodeName"] not in self.left_out.reasons]
+                self.excluded.lose(node["NodeName"])
+        alive = [node for node in nodes if node["Alive"] and node["NodeName"] not in self.excluded.reasons]
         return sum(all(node["Resources"].get(name, 0) >= count for name, count in self.need.items()) for node in alive)
 
     def start(self, attempt: Attempt) -> Outcome:
@@ -201,7 +201,7 @@ class RayCluster:
 
         Actors and the placement group are released whatever happens.
         """
-        avoided = [node["NodeID"] for node in ray.nodes() if node["NodeName"] in self.left_out.reasons]
+        avoided = [node["NodeID"] for node in ray.nodes() if node["NodeName"] in self.excluded.reasons]
         selectors = [{"ray.io/node-id": f"!in({','.join(avoided)})"}] * attempt.nodes if avoided else None
         group = placement_group([self.need] * attempt.nodes, strategy="STRICT_SPREAD", bundle_label_selector=selectors)
         try:
@@ -267,7 +267,7 @@ class RayCluster:
         return interrupt.outcome(ended)
 
     def _check(self, places: Sequence[Place]) -> list[str]:
-        """Check all nodes at once, and their links to the first; returns the names of those that fail, which are left out."""
+        """Check all nodes at once, and their links to the first; returns the names of those that fail, which are excluded."""
         request = make_request(Path(self.run_dir), self.ranks_per_node, inputs=self.inputs, reloads=True)
         names = {node["NodeID"]: node["NodeName"] for node in ray.nodes()}
         waiting = {}
@@ -285,7 +285,7 @@ class RayCluster:
             name: texts for name, texts in blame(faults, names[places[0].node], Path(self.run_dir)).items() if texts
         }
         for name, texts in failed.items():
-            self.left_out.leave_out(name, "; ".join(texts))
+            self.excluded.exclude(name, "; ".join(texts))
         return list(failed)
 
     def _variables(self, attempt: Attempt, rank: int, places: Sequence[Place]) -> dict[str, str]:

@@ -25,9 +25,9 @@ from pathlib import Path
 
 from amfm.launch.cluster.batch_host import BatchHostWatch
 from amfm.launch.cluster.controller import AWAY, address_of, ask
+from amfm.launch.cluster.excluded_nodes import ExcludedNodes
 from amfm.launch.cluster.inputs import list_inputs
 from amfm.launch.cluster.interrupt import forward_to_ranks
-from amfm.launch.cluster.left_out import LeftOut
 from amfm.launch.cluster.lines import (
     check_variables,
     plain,
@@ -196,7 +196,7 @@ class Allocation:
         self.config, self.arguments, self.ranks_per_node = config, list(arguments), ranks_per_node
         self.job = os.environ["SLURM_JOB_ID"]
         self.variables = check_variables(config.launch.environment, "launch.environment")
-        self.left_out = LeftOut(Path(config.run.dir))
+        self.excluded = ExcludedNodes(Path(config.run.dir))
         self.checked: list[str] = []  # for the attempt to come
         self.ports: dict[str, int] = {}  # free ones, by node
         self.running: list[str] = []
@@ -233,18 +233,18 @@ class Allocation:
 
     def usable_nodes(self) -> int:
         """Number of allocated nodes that are up and pass the check for the attempt to come, spares among them."""
-        up = [name for name in self.hosts() if name not in self.left_out.reasons]
+        up = [name for name in self.hosts() if name not in self.excluded.reasons]
         self.watch.keep(up)
         for name in self.running:
-            if name not in up and name not in self.left_out.reasons:
-                self.left_out.lose(name)
+            if name not in up and name not in self.excluded.reasons:
+                self.excluded.lose(name)
         self.running = []
         if not up or set(up) == set(self.checked):
             return len(up)
         faults, self.ports = check_nodes(self.config, up, self.ranks_per_node, os.environ | self.variables, self.job)
         for name, texts in faults.items():
             if texts:
-                self.left_out.leave_out(name, "; ".join(texts))
+                self.excluded.exclude(name, "; ".join(texts))
         # If no node answered, srun itself was stopped, by a signal for instance: that says nothing of any node.
         self.checked = [name for name in up if faults.get(name) == []] if faults else up
         return len(self.checked)

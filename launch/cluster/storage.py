@@ -1,6 +1,6 @@
 """Shared storage that is full, read-only, stale or away for a while: the launcher waits for it, and blames no node.
 
-What more than one node sees, or the launcher itself, is the storage's fault. A node that is the only one that cannot write is left out.
+What more than one node sees, or the launcher itself, is the storage's fault. A node that is the only one that cannot write is excluded.
 """
 
 from __future__ import annotations

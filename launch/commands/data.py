@@ -305,7 +305,7 @@ def show_sample(path: str, sample: int, config_path: Path | None, *, as_json: bo
     if data.synthetic is not None:
         if config_path is not None:
             raise ValueError(
-                f"{config_path} is of a synthetic task, whose rows no store holds; give only its run directory"
+                f"{config_path} is of a synthetic task, whose sequences no store holds; give only its run directory"
             )
         show_synthetic_row(
             data, sample, sequence_length=stages[0].train.sequence_length, seed=run.train.seed, as_json=as_json

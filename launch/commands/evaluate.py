@@ -138,7 +138,7 @@ def start_ranks(context: typer.Context, checkpoint: Path, nproc: int, nodes: int
     files = [folder / "config.yaml" for folder in (checkpoint, checkpoint.absolute().parent.parent)]
     found = next((file for file in files if file.is_file()), None)
     if found is None:
-        raise ValueError(f"--on slurm takes the section launch of a run, and {checkpoint} is none; use only --nproc")
+        raise ValueError(f"--on slurm reads the section launch of a run, and {checkpoint} is none; use only --nproc")
     in_script = [*words, "--nproc", str(nproc), "--nodes", str(nodes), "--on", "slurm"]
     done = launch_slurm(load_config(found), Work(words, None), in_script, nodes, nproc, name="evaluate", dry_run=False)
     if isinstance(done, Shown):

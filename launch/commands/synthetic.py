@@ -62,8 +62,8 @@ def evaluate_on_synthetic(
             "accuracy",
             f"{accuracy.token_accuracy:.4f} of {accuracy.num_labels:,} tokens; guessing gives {found.chance:.4f}",
         ),
-        ("rows without an error", f"{accuracy.row_accuracy:.4f} of {accuracy.num_rows:,}"),
-        ("loss", f"{found.loss:.4f} nats a labelled token"),
+        ("sequences without an error", f"{accuracy.row_accuracy:.4f} of {accuracy.num_rows:,}"),
+        ("loss", f"{found.loss:.4f} nats a labeled token"),
     ]
     print_pairs(f"Evaluation of {checkpoint}", pairs)
 

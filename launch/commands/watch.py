@@ -118,7 +118,7 @@ def post_metrics(verdicts: Verdicts, address: str) -> None:
                 urllib.request.urlopen(request, timeout=POST_SECONDS).close()
             except (OSError, HTTPException) as error:
                 if not is_said:
-                    say(f"amfm: warning: {address} does not take metrics ({error}); trying on")
+                    say(f"amfm: warning: {address} does not accept metrics ({error}); trying on")
                 is_said = True
             if run.state not in ("running", "waiting"):
                 return

@@ -127,8 +127,8 @@ SIZES = {
 }
 
 STYLES = {
-    "nemotron": "Mamba2, few attention blocks without positions, experts of squared ReLU behind a sigmoid router",
-    "granite": "Mamba2, few attention blocks without positions, SwiGLU experts behind a softmax router",
+    "nemotron": "Mamba2, few attention blocks without positions, experts of squared ReLU with a sigmoid router",
+    "granite": "Mamba2, few attention blocks without positions, SwiGLU experts with a softmax router",
     "qwen3next": "three Gated DeltaNet blocks to one of attention with rotary positions, SwiGLU experts",
     "turbos": "Mamba2 and attention with rotary positions and normed queries and keys, SwiGLU experts",
 }

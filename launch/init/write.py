@@ -126,7 +126,7 @@ def write_config(answers: Answers) -> Written:
         if choice is None:
             raise ValueError(
                 f"{answers.option} does not fit --hardware {answers.machine.name} "
-                f"({answers.machine.hardware.memory_gib:.1f} GiB per rank); take a smaller {answers.option.split()[0]}"
+                f"({answers.machine.hardware.memory_gib:.1f} GiB per rank); choose a smaller {answers.option.split()[0]}"
                 + name_enough(answers, text, draft)
             )
         tree["train"] |= {"micro_batch_size": choice.config.train.micro_batch_size}
@@ -273,7 +273,7 @@ REMARKS = {
     "data.tokenizer": "trained on the text; or name yours: {model: tokenizer.json}",
     "train.steps": "optimizer steps",
     "train.global_batch_size": "sequences per step, over all ranks",
-    "train.micro_batch_size": "rows per pass: the largest that fits, by the plan",
+    "train.micro_batch_size": "sequences per pass: the largest that fits, by the plan",
     "train.checkpoint_every_steps": "what a crash may cost",
     "train.recompute": "without it nothing fits",
     "optimizer.learning_rate": "lower it if the loss jumps",

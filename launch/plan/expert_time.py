@@ -1,12 +1,12 @@
 """Seconds that blocks with spread experts wait for their rows, and how much of that runs in parallel with what they
 compute.
 
-How it works: a block with spread experts sends rows out, computes its experts, and lets sums are sent home; backward does the
+How it works: a block with spread experts sends rows out, computes its experts, and sends the sums back; backward does the
 same with gradients. The shared expert is cut around that: its up projection is computed while rows are sent out, its
-activation and down projection while they are sent home, and backward the other way round. With `overlap_experts` rows are sent
+activation and down projection while they are sent back, and backward the other way round. With `overlap_experts` rows are sent
 in two halves, so that one half is sent in parallel with the experts of the other. `waiting_seconds` lays such a pass
 out: one link sends in order, computing waits where it needs what has not arrived. Where halves of the rows pass all
-blocks in turns (model/mtp.py), `seconds_in_turns` does that for the blocks of a piece.
+blocks in two-batch overlap (model/mtp.py), `seconds_of_two_batches` does that for the blocks of a piece.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def expert_exchange_seconds(
     it.
 
     `sent_rows`: the part of planned rows that is sent. `meanwhile`: what is computed during it. `repeats`: exchanges of a forward
-    pass that recomputation makes again: 1, the way out, or 2, the way home too. `block`: seconds of a block by symbol, and
+    pass that recomputation makes again: 1, the way out, or 2, the way back too. `block`: seconds of a block by symbol, and
     whether it has a recipe.
     """
-    if layout.turns > 1 and meanwhile != "nothing":
-        return turns_exchange_seconds(config, layout, hardware, storage, held, imbalance, sent_rows, block)
+    if layout.sub_batches > 1 and meanwhile != "nothing":
+        return two_batch_exchange_seconds(config, layout, hardware, storage, held, imbalance, sent_rows, block)
     blocks = held.routed_blocks
     traffic = expert_traffic(config, layout, blocks)
     if traffic is None:
@@ -96,7 +96,7 @@ class Stop(NamedTuple):
     """What one half of the rows computes at a block of experts, and before it, and how long its rows are on their way.
 
     `before`: blocks before it up to where rows set out, and what follows the experts of the last such block; `first` may be
-    computed while they are sent, `experts` once they have arrived, `last` while sums are sent home.
+    computed while they are sent, `experts` once they have arrived, `last` while sums are sent back.
     """
 
     before: float
@@ -107,7 +107,7 @@ class Stop(NamedTuple):
     home: float
 
 
-def turns_exchange_seconds(
+def two_batch_exchange_seconds(
     config: RunConfig,
     layout: Layout,
     hardware: Hardware,
@@ -118,7 +118,7 @@ def turns_exchange_seconds(
     block: Mapping[tuple[str, bool], float],
 ) -> tuple[float, float]:
     """`expert_exchange_seconds` of a micro-batch whose rows pass the blocks of each piece in halves."""
-    turn, blocks = layout.one_turn(), held.routed_blocks
+    turn, blocks = layout.one_sub_batch(), held.routed_blocks
     traffic = expert_traffic(config, turn, blocks)
     if traffic is None:
         return 0.0, 0.0
@@ -137,14 +137,14 @@ def turns_exchange_seconds(
             back = 1.0 if is_forward or is_cut else 2.0
             for symbol in letters if is_forward else reversed(letters):
                 forwards = layout.forwards(symbol)
-                whole = block[symbol, symbol in narrow] / layout.turns / (2 + forwards)
+                whole = block[symbol, symbol in narrow] / layout.sub_batches / (2 + forwards)
                 own = whole * (1.0 if is_forward else back + forwards - 1)
                 if not config.model.block_options(symbol).routed_experts():
                     gap += own
                     continue
                 around = max(0.0, own - back * (first + last + experts)) / 2
                 there, home = packed if symbol in narrow else travel, travel
-                whole_seconds += layout.turns * (there + home + extra)
+                whole_seconds += layout.sub_batches * (there + home + extra)
                 stop = Stop(gap + around, back * first, back * experts, back * last, there + extra, home)
                 stops.append(
                     stop
@@ -152,21 +152,21 @@ def turns_exchange_seconds(
                     else stop._replace(first=stop.last, last=stop.first, out=there, home=home + extra)
                 )
                 gap = around
-            waited += seconds_in_turns(stops, gap)
-    counts = layout.turns * exchange_seconds(traffic.counts, turn, hardware)
+            waited += seconds_of_two_batches(stops, gap)
+    counts = layout.sub_batches * exchange_seconds(traffic.counts, turn, hardware)
     return counts + waited, whole_seconds - waited
 
 
 def passed_together(model: ModelConfig, held: StageShare) -> list[tuple[str, ...]]:
-    """Letters of the blocks that halves pass in turns without joining between: of a piece, and of an MTP layer."""
+    """Letters of the blocks that two halves pass without joining in between: of a piece, and of an MTP layer."""
     depth = model.parsed_pattern.depth_letters if held.depths else ()
     *others, last = held.pieces
     own = last[: len(last) - held.depths * len(depth)]
     return [*others, own, *[tuple(depth)] * held.depths]
 
 
-def seconds_in_turns(stops: Sequence[Stop], after: float) -> float:
-    """Seconds that computing waits while two halves pass these blocks of experts in turns, `after` being what follows them.
+def seconds_of_two_batches(stops: Sequence[Stop], after: float) -> float:
+    """Seconds that computing waits while two halves alternate through these blocks of experts, `after` being what follows them.
 
     One link sends in the order in which rows set out.
     """
@@ -202,7 +202,7 @@ def computed_around(
     imbalance: float,
     narrow_letter: str | None = None,
 ) -> tuple[float, float, float]:
-    """Forward seconds of what a block computes while rows are sent out, while they are sent home, and of its experts between.
+    """Forward seconds of what a block computes while rows are sent out, while they are sent back, and of its experts between.
 
     Both parts of a shared expert of two factors a matrix are taken to be equal. `narrow_letter`: of a block with a recipe.
     """
@@ -237,7 +237,7 @@ def waiting_seconds(out: float, home: float, before: float, experts: float, afte
     """Seconds that a pass of a block waits for its rows, which are sent in this many equal parts.
 
     Out takes `out` seconds in all and home `home`; `before` is computed while the first part is on its way, `experts` part by
-    part as they arrive, and `after` while the last is on its way home.
+    part as they arrive, and `after` while the last is on its way back.
     """
     now, link, waited = before, out, 0.0
     for part in range(parts):

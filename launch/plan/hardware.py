@@ -89,7 +89,7 @@ class Hardware(BaseModel):
         if peak is None:
             raise ValueError(
                 f"{self.name} has no products of low_precision.recipe={recipe}; plan for another accelerator (fp8_block: "
-                "--gpu h100, mxfp8 and nvfp4: --gpu b200), or with low_precision.emulate=true, which multiplies wide"
+                "--gpu h100, mxfp8 and nvfp4: --gpu b200), or with low_precision.emulate=true, which multiplies in high precision"
             )
         return peak
 

@@ -119,7 +119,7 @@ class Layout:
     virtual_stages: int = 1
     schedule: str = "1f1b"
     recompute: frozenset[str] = frozenset()  # letters of the blocks that are computed again
-    overlap_experts: bool | Literal["rows"] = False
+    overlap_experts: bool | Literal["two_batch"] = False
     expert_buffer_factor: float | None = None
 
     @classmethod
@@ -183,15 +183,15 @@ class Layout:
         return 2 if self.overlap_experts is True else 1
 
     @property
-    def turns(self) -> int:
-        """Parts in which a micro-batch's rows pass each block: halves in turns, or all at once."""
-        return 2 if self.overlap_experts == "rows" else 1
+    def sub_batches(self) -> int:
+        """Parts of a micro-batch that pass each block on their own: two with two-batch overlap, else the micro-batch."""
+        return 2 if self.overlap_experts == "two_batch" else 1
 
-    def one_turn(self) -> Layout:
-        """The layout in which a micro-batch is what passes a block at once; of anything else than blocks it says nothing."""
-        if self.turns == 1:
+    def one_sub_batch(self) -> Layout:
+        """The layout whose micro-batch is one sub-batch of this one; valid for the costs of blocks only."""
+        if self.sub_batches == 1:
             return self
-        return replace(self, micro_batch_size=self.micro_batch_size // self.turns, overlap_experts=False)
+        return replace(self, micro_batch_size=self.micro_batch_size // self.sub_batches, overlap_experts=False)
 
     def micro_batches(self, config: RunConfig) -> int:
         """Micro-batches that a data rank accumulates in one step, at least 1."""

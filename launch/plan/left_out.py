@@ -73,10 +73,10 @@ def untried(config: RunConfig, ranks: int, hardware: Hardware, *, largest_contex
             "0 and 3 are rejected with expert ranks, 3 with a pipeline; 2 reduces in every pass",
         )
     if ranks > largest_context:
-        reason = "rows of a million tokens are cut into parts of 64K by then"
+        reason = "sequences of a million tokens are cut into parts of 64K by then"
         yield LeftOut(f"parallel.context above {largest_context}", None, reason)
     yield LeftOut("sizes of axes that are not powers of two", None, "nodes and models are cut in halves")
-    yield LeftOut("micro-batches of more than 8 rows, or of 3, 5, 6, 7", None, "products are large by then")
+    yield LeftOut("micro-batches of more than 8 sequences, or of 3, 5, 6, 7", None, "products are large by then")
     if ranks > 1:
         yield LeftOut("other virtual_stages than 2 and 4", None, "more pieces send more often")
         yield LeftOut(

@@ -62,7 +62,7 @@ def storage_of(config: RunConfig, *, on_gpu: bool = True) -> Storage:
         2 if config.train.precision == "bf16" else 4,
         "triton" if backend == "triton" else "torch",
         2 if config.optimizer.state_dtype == "bf16" else FLOAT32_BYTES,
-        # On a CPU a product is added behind itself, at the cost of a hook.
+        # On a CPU a product is added after itself, at the cost of a hook.
         backend == "triton" and config.train.sums_in_products(),
         config.optimizer.num_moments(),
         config.ema is not None,
@@ -194,7 +194,7 @@ def persistent_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict
     has_masters = stage > 0 or e < FLOAT32_BYTES
     return {
         "weights": e * (share if stage == 3 else held.parameters),
-        "masters": storage.state_bytes * share if has_masters else 0.0,
+        "master weights": storage.state_bytes * share if has_masters else 0.0,
         "moments": storage.state_bytes
         * (
             storage.num_moments * (share - matrices.dense - matrices.routed)
@@ -322,7 +322,7 @@ def activations_of(
 ) -> Iterator[tuple[Moment, float]]:
     """Bytes of activations at each kind of pass of a rank.
 
-    In a pipeline the stream that a piece sends on is there until its backward pass, and one that will be received next is
+    In a pipeline the residual stream that a piece sends on is there until its backward pass, and one that will be received next is
     there already. Passes that are cut in two leave what the gradients of weights are made of.
     """
     tokens, stage = layout.tokens(config), held.stage

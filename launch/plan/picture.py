@@ -123,7 +123,7 @@ MEMORY_COLOURS = {
     "weights": "#08306b",
     "gathered weights": "#2a5ba8",
     "joined weights": "#4a86c5",
-    "masters": "#6baed6",
+    "master weights": "#6baed6",
     "moments": "#a6cee8",
     "gradients": "#3f007d",
     "gradient share": "#6a51a3",
@@ -277,7 +277,7 @@ def draw_pipeline(axes: Any, plan: Plan, name: str, item: Estimate) -> None:
                 linewidth=0.8,
                 height=0.9,
                 rasterized=True,  # hundreds of bars, which would be most of an SVG
-                label="gradients of what came in" if kind == "backward" and is_cut else names[kind],
+                label="gradients of the inputs" if kind == "backward" and is_cut else names[kind],
             )
     is_numbered = len(slots) <= 160
     if is_numbered:

@@ -134,7 +134,7 @@ def make_plan(
     stages = resolve_stages(config)
     if any(stage.config.parallel.offload_optimizer for stage in stages):
         raise ValueError(
-            "parallel.offload_optimizer=true is not modelled: the plan counts master weights, moments and the optimizer's step on "
+            "parallel.offload_optimizer=true is not modeled: the plan counts master weights, moments and the optimizer's step on "
             "the device; plan with false"
         )
     runs = [stage.config for stage in stages]
@@ -282,7 +282,7 @@ def explain_no_layout(plan: Plan) -> str:
     causes = []
     if fixed > room:
         causes.append(
-            f"{fixed / GIB:,.1f} GiB of states and gradients stay whatever the rows are (but under ZeRO 2 each rank holds the "
+            f"{fixed / GIB:,.1f} GiB of states and gradients stay whatever the micro-batch is (but under ZeRO 2 each rank holds the "
             "gradients of all its weights): cut the model by parallel.tensor, expert or pipeline; --search finds how"
         )
     elif nearest.memory.phase.startswith("building"):
@@ -292,12 +292,12 @@ def explain_no_layout(plan: Plan) -> str:
         )
     if by_rows / layout.micro_batch_size > room:
         causes.append(
-            f"activations of one row are {by_rows / layout.micro_batch_size / GIB:,.1f} GiB: use train.recompute=full, "
+            f"activations of one sequence are {by_rows / layout.micro_batch_size / GIB:,.1f} GiB: use train.recompute=full, "
             "parallel.context, or a shorter train.sequence_length"
         )
     if not causes:
         causes.append(
-            "states, gradients and rows together are too much: use larger devices, train.recompute, or "
+            "states, gradients and sequences together are too much: use larger devices, train.recompute, or "
             "parallel.zero_stage=2, under which a rank keeps its share of the gradients"
         )
     return (

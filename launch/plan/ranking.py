@@ -23,7 +23,7 @@ from amfm.pretrain.recompute import recomputed_letters
 from amfm.pretrain.stages import RunStage
 
 NEAR_MISSES = 3
-KEPT_PARTS = ("weights", "masters", "moments", "gradients")  # that no recomputation spares
+KEPT_PARTS = ("weights", "master weights", "moments", "gradients")  # that no recomputation spares
 LEAST_WAITING = 0.01  # of a step for experts' rows, below which halves are not tried; for the host, room for rows
 ROOM = 1.5  # even shares of places for rows, where the host must not count them
 RESTART_SECONDS = 600.0  # of saving, starting all ranks and loading, where the layout changes
@@ -109,14 +109,14 @@ def least_recomputed(
 def faster_choices(found: Estimate, config: RunConfig) -> Iterator[dict[str, Any]]:
     """What may make a layout with spread experts faster, and no other axis depends on.
 
-    Halves, of experts' rows or in turns of all rows, spare at most what is waited for, and room for rows the waits of the host
-    that count them.
+    Halves, of experts' rows or two-batch overlap, save at most the waiting time, and a buffer for rows the waits of the host
+    that counts them.
     """
     total = found.step.total()
     if found.step.communication.get("expert", 0.0) > LEAST_WAITING * total:
         yield {"overlap_experts": True}
-        if is_allowed(with_layout(config, replace(found.layout, overlap_experts="rows")), found.layout.ranks):
-            yield {"overlap_experts": "rows"}
+        if is_allowed(with_layout(config, replace(found.layout, overlap_experts="two_batch")), found.layout.ranks):
+            yield {"overlap_experts": "two_batch"}
     moe = config.model.moe
     is_counted = found.layout.expert > 1 and moe is not None and moe.capacity_factor is None
     if is_counted and found.step.host > LEAST_WAITING * total:

@@ -20,7 +20,7 @@ LIVE_ELEMENTS = 1_000_000_000  # weights that ZeRO-3 keeps gathered
 def gathered_bytes(layout: Layout, storage: Storage, held: StageShare) -> tuple[float, float]:
     """Bytes of whole weights that ZeRO-3 keeps gathered next to its shards, and of those that arrive meanwhile.
 
-    Several ranks' parts arrive in one buffer and are copied out of it, tensor by tensor; behind the last block nothing is left
+    Several ranks' parts arrive in one buffer and are copied out of it, tensor by tensor; after the last block nothing is left
     to arrive.
     """
     if layout.zero_stage != 3 or layout.dense_sharers == 1:

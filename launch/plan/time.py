@@ -103,10 +103,10 @@ def block_seconds(
     is_narrow: bool = False,
 ) -> float:
     """Forward and backward seconds of a rank's part of one block for one micro-batch; `is_narrow`: by its recipe."""
-    if layout.turns > 1:
-        turn = layout.one_turn()
-        once = block_seconds(config, symbol, turn, hardware, storage, imbalance, is_narrow=is_narrow)
-        return layout.turns * once
+    if layout.sub_batches > 1:
+        own = layout.one_sub_batch()
+        once = block_seconds(config, symbol, own, hardware, storage, imbalance, is_narrow=is_narrow)
+        return layout.sub_batches * once
     line = Roofline(
         hardware,
         config.train.precision,
@@ -287,13 +287,13 @@ def host_seconds(
     for (symbol, is_main), times in blocks.items():
         cut = cut_of(config, layout, symbol, 1.0, is_narrow=symbol in narrow)
         forward, backward = pass_launches(config, block_bytes(model, symbol, storage, cut), is_main=is_main)
-        launches += layout.turns * times * (layout.forwards(symbol) * forward + backward)
-        waits += layout.turns * times * layout.forwards(symbol) * (cut.sent > 0)
+        launches += layout.sub_batches * times * (layout.forwards(symbol) * forward + backward)
+        waits += layout.sub_batches * times * layout.forwards(symbol) * (cut.sent > 0)
     return max(0.0, launches * hardware.launch_seconds - compute) + waits * hardware.wait_seconds
 
 
 def summed_behind(config: RunConfig, layout: Layout, storage: Storage, held: StageShare) -> float:
-    """Parameters of a rank whose gradients join the float32 sums behind the products that make them.
+    """Parameters of a rank whose gradients join the float32 sums after the products that make them.
 
     All of them, or where products add what they make: those of a head that no tensor ranks share, which is scaled on its way.
     Vectors are too few to count, and of the embedding only the sequences of a micro-batch's tokens are touched.

@@ -80,7 +80,7 @@ def edited(
 
 
 def keys_of(section: Any, settings: Mapping[str, Any], *, after: int = 0) -> list[Edit]:
-    """Edits that set keys of a section: values replaced where present, missing keys inserted behind its first `after`."""
+    """Edits that set keys of a section: values replaced where present, missing keys inserted after its first `after`."""
     present = {key.value: value for key, value in section.value}
     edits = [
         (present[name].start_mark.index, end_of(present[name]), flow(setting))

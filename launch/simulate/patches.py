@@ -75,7 +75,7 @@ def install_fake_tensors() -> None:
     Changes torch for the whole process, so only a separate process may call it.
     """
     replace(fake_tensor, "init_gpu_context", always(None), "allocates a real tensor on the GPU")
-    replace(FakeTensorMode, "avoid_device_init", property(lambda _: True), "asks torch.cuda, which says yes here")
+    replace(FakeTensorMode, "avoid_device_init", property(lambda _: True), "asks torch.cuda, which states yes here")
     replace(FakeTensor, "record_stream", always(None), "no allocator waits for a stream here")
     replace(
         torch.nn.Module,
@@ -96,7 +96,7 @@ def install_fake_tensors() -> None:
         torch.Tensor,
         "_make_subclass",
         staticmethod(make_without_cuda),
-        "autograd asks the driver for the GPU of tensors that say they are on CUDA, and a build without CUDA rejects them",
+        "autograd asks the driver for the GPU of tensors whose device is CUDA, and a build without CUDA rejects them",
     )
     replace(FakeTensor, "to", move_fake, "C++ would think that it moves from the meta device")
 

@@ -83,7 +83,7 @@ class _Cluster:
         while is_moving:
             is_moving = any([self._advance(number, rank) for number, rank in self.ranks.items()])
         for number, rank in self.ranks.items():
-            assert rank.place == len(rank.events), f"rank {number} waits for what no rank sends"
+            assert rank.place == len(rank.events), f"rank {number} waits for a message that no rank sends"
         return [rank.line for rank in self.ranks.values()]
 
     def _place_gathers(self, rank: _Rank) -> None:

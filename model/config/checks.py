@@ -45,7 +45,7 @@ def check_model(config: ModelConfig) -> None:
             if config.options_of(kind) is None:
                 raise ValueError(
                     f"model.pattern has {symbol!r} ({describe_symbol(symbol)}) but model.{kind.section} is missing; "
-                    f"add model.{kind.section} or take {symbol!r} out of the pattern"
+                    f"add model.{kind.section} or remove {symbol!r} out of the pattern"
                 )
             _check_wrapped(config, kind)
     if config.mup is not None:

@@ -40,7 +40,7 @@ class FeedForwardConfig(MixerOptions):
         description="Form of the matrices: products of two factors, `lowrank` (linear_rank), `blockshuffle` (linear_blocks) or `blockdense` (both); docs/structure.md.",
     )
     linear_rank: int | None = Field(
-        None, gt=0, description="Numbers per token between the factors; lowrank, blockdense."
+        None, gt=0, description="Values per token between the factors; lowrank, blockdense."
     )
     linear_blocks: int | None = Field(
         None,
@@ -77,7 +77,7 @@ class Mamba2Config(MixerOptions):
 
     num_heads: int = Field(gt=0, description="Heads of the recurrence; independent of hidden_size.")
     head_dim: int = Field(64, gt=0, description="Channels per head; inner width = num_heads * head_dim.")
-    state_size: int = Field(128, gt=0, description="State numbers per channel (N).")
+    state_size: int = Field(128, gt=0, description="State values per channel (N).")
     num_groups: int = Field(
         8,
         gt=0,
@@ -92,10 +92,10 @@ class Mamba2Config(MixerOptions):
         False,
         description="Keep the scan's results (as wide as x) and the states that enter chunks (state_size / chunk_size times x) "
         "for backward, 2 to 3 times the width of x; else it makes them again: a tenth more traffic of the scan, a launch more. "
-        "Better true where train.recompute makes the block again anyway. Triton only: torch always keeps them.",
+        "Better true if train.recompute makes the block again anyway. Triton only: torch always keeps them.",
     )
     a_init_min: float = Field(
-        1.0, gt=0, description="-A starts uniform in [a_init_min, a_init_max], one number per head."
+        1.0, gt=0, description="-A starts uniform in [a_init_min, a_init_max], one value per head."
     )
     a_init_max: float = Field(16.0, gt=0, description="Upper end of the range for -A.")
     time_step_min: float = Field(1e-3, gt=0, description="dt starts log-uniform in [time_step_min, time_step_max].")

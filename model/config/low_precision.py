@@ -28,7 +28,7 @@ class LowPrecisionConfig(Section):
     )
     block_types: str = Field(
         DEFAULT_LETTERS,
-        description="Kinds of block whose products take the recipe, as recompute_blocks; of the default those that model.pattern has.",
+        description="Kinds of block whose products use the recipe, as recompute_blocks; of the default those that model.pattern has.",
     )
     bf16_first_layers: int = Field(0, ge=0, description="Blocks at the start of the pattern that keep train.precision.")
     bf16_last_layers: float = Field(
@@ -47,7 +47,7 @@ class LowPrecisionConfig(Section):
     )
     dispatch: Literal["bf16", "fp8"] = Field(
         "bf16",
-        description="Rows on their way to experts on other ranks, and gradients on theirs: fp8 as codes of e4m3 in blocks of 128; what returns is bf16.",
+        description="Tokens on their way to experts on other ranks, and gradients on theirs: fp8 as codes of e4m3 in blocks of 128; what returns is bf16.",
     )
     quantize_weights: Literal["each_product", "each_step"] = Field(
         "each_product",
@@ -72,7 +72,7 @@ class LowPrecisionConfig(Section):
         )
 
     def narrow_blocks(self, letters: tuple[str, ...]) -> tuple[int, ...]:
-        """Indices of the blocks of a pattern's main part whose products take the recipe; MTP layers never do."""
+        """Indices of the blocks of a pattern's main part whose products use the recipe; MTP layers never do."""
         chosen, end = self.chosen(letters), len(letters) - self.wide_at_end(len(letters))
         return tuple(
             index for index, symbol in enumerate(letters) if symbol in chosen and self.bf16_first_layers <= index < end

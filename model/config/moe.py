@@ -202,7 +202,7 @@ class MoeConfig(MixerOptions):
             rule = f"leaves {group_size} expert(s) per group, and group_score_top_k={self.group_score_top_k} of them rank it"
             yield "num_router_groups", f"{rule}; use fewer groups, or group_score_top_k: {group_size}"
         if self.group_score_top_k != 2 and self.router_group_top_k == self.num_router_groups:
-            rule = "has no effect where every group may be used (router_group_top_k = num_router_groups)"
+            rule = "has no effect if every group may be used (router_group_top_k = num_router_groups)"
             yield "group_score_top_k", f"{rule}; limit the groups, or remove it"
         reachable = self.router_group_top_k * group_size
         if self.top_k > reachable:

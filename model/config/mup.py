@@ -72,7 +72,7 @@ def check_mup(config: ModelConfig) -> None:
     assert config.mup is not None, "the caller has seen model.mup"
     if config.num_depths:
         raise ValueError(
-            "model.mup was not shown to hold for the MTP layers behind '/' of model.pattern (docs/mup.md); remove one "
+            "model.mup was not shown to hold for the MTP layers after '/' of model.pattern (docs/mup.md); remove one "
             "of the two"
         )
     unchecked = [symbol for symbol in config.parsed_pattern.counts() if not kind_of(symbol).has_mup]

@@ -1,4 +1,4 @@
-"""Settings that had other names: the old one is read under the new one, with one warning, wherever settings are written.
+"""Settings that had other names, or values: the old one is read as the new one, with one warning, wherever settings are written.
 
 In YAML files and overrides (pretrain/config/file.py), in the checkpoints and run directories of before (config/saved.py) and
 in exports (model/config/schema.py). What is written has the new names.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from amfm.model.config.plugins import MORE_MIXERS
@@ -26,12 +27,13 @@ OLD_NAMES = {
     "model.moe.router_group_merit": "model.moe.group_score_top_k",
     "parallel.expert_room": "parallel.expert_buffer_factor",
 }
+OLD_VALUES = {"parallel.overlap_experts": {"rows": "two_batch"}}  # by the setting's present name
 STAGE = re.compile(r"stages\.\d+\.")  # a stage changes settings by the names of the run
 Mapped = Callable[[Any], "dict[str, Any] | None"]
 
 
 class OldNameWarning(FutureWarning):
-    """A setting is written under a name that it had before."""
+    """A setting is written under a name, or with a value, of before."""
 
 
 def current_key(key: str) -> str:
@@ -47,7 +49,7 @@ def current_key(key: str) -> str:
 
 
 def warn_of(old: str, new: str) -> None:
-    """Say once per process that a setting is written under its old name."""
+    """Say once per process that a setting is written under its old name, or with its old value."""
     warnings.warn(f"{old} is called {new} now; the old name is read, write the new one", OldNameWarning, stacklevel=2)
 
 
@@ -60,10 +62,7 @@ def use_current_names(settings: dict[str, Any], prefix: str = "", mapped: Mapped
     mapped = mapped or (lambda value: value if isinstance(value, dict) else None)
     for place, section in (("", settings), *stages_of(settings, mapped)):
         for old, new in OLD_NAMES.items():
-            parents, _, name = old.removeprefix(prefix).rpartition(".")
-            parent: dict[str, Any] | None = section if old.startswith(prefix) else None
-            for part in filter(None, parents.split(".")):
-                parent = mapped(parent.get(part)) if parent is not None else None
+            parent, name = parent_of(section, old, prefix, mapped)
             if parent is None or name not in parent:
                 continue
             now = new.rpartition(".")[2]
@@ -75,14 +74,29 @@ def use_current_names(settings: dict[str, Any], prefix: str = "", mapped: Mapped
             renamed = {now if key == name else key: value for key, value in parent.items()}
             parent.clear()
             parent.update(renamed)
+        for key, values in OLD_VALUES.items():
+            parent, name = parent_of(section, key, prefix, mapped)
+            written: Any = parent.get(name) if parent is not None else None
+            value = getattr(written, "value", written)  # entries of a YAML tree hold theirs
+            if parent is None or not isinstance(value, str) or value not in values:
+                continue
+            warn_of(f"{place}{key}={value}", f"{place}{key}={values[value]}")
+            parent[name] = values[value] if written is value else replace(written, value=values[value])
         leave_out_packaged(section, prefix, mapped)
+
+
+def parent_of(section: dict[str, Any], key: str, prefix: str, mapped: Mapped) -> tuple[dict[str, Any] | None, str]:
+    """The settings in which those below `prefix` would have a dotted key, None if they do not, and the key's last name."""
+    parents, _, name = key.removeprefix(prefix).rpartition(".")
+    parent: dict[str, Any] | None = section if key.startswith(prefix) else None
+    for part in filter(None, parents.split(".")):
+        parent = mapped(parent.get(part)) if parent is not None else None
+    return parent, name
 
 
 def leave_out_packaged(section: dict[str, Any], prefix: str, mapped: Mapped) -> None:
     """Remove empty sections of mixers that became a package: files of before, as in each run directory, list them all."""
-    parent: dict[str, Any] | None = section
-    for part in filter(None, "model.mixers".removeprefix(prefix).split(".")):
-        parent = mapped(parent.get(part)) if parent is not None else None
+    parent, _ = parent_of(section, "model.mixers.", prefix, mapped)
     if parent is None:
         return
     for name in MORE_MIXERS:

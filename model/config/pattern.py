@@ -94,7 +94,7 @@ def parse_pattern(text: str) -> Pattern:
         else:
             cuts.append(len(letters))
     if not letters and slashes:
-        raise parser.error(items[0][1], "a '/' begins an MTP layer behind the main blocks, and there are none")
+        raise parser.error(items[0][1], "a '/' begins an MTP layer after the main blocks, and there are none")
     if not letters:
         raise parser.error(0, f"a pattern needs at least one block: use some of {list_kinds()}")
     if cuts and cuts[-1] == len(letters):
@@ -116,7 +116,7 @@ def explain_d(text: str) -> str | None:
     if "D" not in written or set("AF") & set(written):
         return None
     return (
-        f"pattern {text}: D is read as Hunyuan's dense feed-forward (-); in Megatron's letters it is sparse attention (DSA), which "
+        f"pattern {text}: D is read as Hunyuan's dense feed-forward (-); among Megatron's symbols it is sparse attention (DSA), which "
         "there is none of here; write - for the feed-forward to have this unsaid"
     )
 
@@ -243,7 +243,7 @@ class _Parser:
         return [(f"({'&'.join(symbols)})", opened_at)], closed_at
 
     def branch(self, position: int, text: str, before: list[str]) -> str:
-        """Read one mixer of parallel ones, behind those before it."""
+        """Read one mixer of parallel ones, after those before it."""
         example = "an '&' stands between two mixers, as in (M&*)"
         if not text:
             raise self.error(position, example)
@@ -253,7 +253,7 @@ class _Parser:
         if symbol in LETTERS and LETTERS[symbol].mixes == "channels":
             raise self.error(position, f"parallel mixers are those of tokens, and {symbol!r} reads each on its own")
         if symbol in before:
-            raise self.error(position, f"parallel mixers are of different kinds; take this {symbol!r} out")
+            raise self.error(position, f"parallel mixers are of different kinds; remove this {symbol!r} out")
         return symbol
 
     def name(self, opened_at: int) -> tuple[str, int]:

@@ -56,7 +56,7 @@ def register(*specs: Registered) -> None:
         made = [] if section is None else [each for each in _below(section) if each.__base__ is section]
         before = {known.name for _, known in IN_PROCESS.get(spec.group, ())}
         if made and spec.name in made[0].model_fields and spec.name not in before:
-            raise ValueError(f"{spec.name!r} is registered by amfm or an installed package; take another name")
+            raise ValueError(f"{spec.name!r} is registered by amfm or an installed package; use another name")
         kept = [(entry, known) for entry, known in IN_PROCESS.get(spec.group, ()) if known.name != spec.name]
         IN_PROCESS[spec.group] = [*kept, (EntryPoint(spec.name, PRESENT.source, spec.group), spec)]
         for clear in CACHES:

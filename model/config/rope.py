@@ -50,9 +50,7 @@ class RopeConfig(Section):
         """Yield each field and the rule that it breaks: whole pairs of channels of a head rotate, and what is set is read."""
         rotated = head_dim * self.fraction
         if rotated != int(rotated) or int(rotated) % 2 or rotated < 2:
-            rule = (
-                f"of head_dim={head_dim} rotates {rotated:g} channels; they must be an even whole number of at least 2"
-            )
+            rule = f"of head_dim={head_dim} rotates {rotated:g} channels; they must be an even integer of at least 2"
             yield "fraction", f"{rule}: change fraction or head_dim"
         if self.scaling == "ntk" and rotated < 4:
             yield "scaling", f"needs at least 4 rotated channels, not {rotated:g}; raise head_dim or fraction"

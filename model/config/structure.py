@@ -128,7 +128,7 @@ DENSE = Structure()
 class FeedForwardPart(NamedTuple):
     """A dense feed-forward inside of a mixer, `inner` channels wide; 0: it is left out.
 
-    place: what the names of its parameters begin with, behind the mixer's. prefix: what those of its settings begin with.
+    place: what the names of its parameters begin with, after the mixer's. prefix: what those of its settings begin with.
     """
 
     place: str

@@ -51,7 +51,7 @@ class WindowLinearOptions(SharedKeyOptions):
     )
     gate: DecayGate | None = Field(
         None,
-        description="Decay of older tokens: nothing, `key` logsigmoid(k) / 16 per channel, `learned` one number per head from the input, `channel` one per feature from the input. null: the preset's.",
+        description="Decay of older tokens: nothing, `key` logsigmoid(k) / 16 per channel, `learned` one value per head from the input, `channel` one per feature from the input. null: the preset's.",
     )
     combine: Combination | None = Field(
         None,

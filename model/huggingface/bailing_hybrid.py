@@ -1,7 +1,7 @@
 """The transformers class `bailing_hybrid` (Ling 3: Kimi Delta Attention with bounded decays, gated latent attention, experts).
 
 Read from transformers 5.24 (`configuration_bailing_hybrid.py`, `modeling_bailing_hybrid.py`). Names of tensors are those of the
-release, which transformers renames while loading. Layers of multi-token prediction behind the last one are not read.
+release, which transformers renames while loading. Layers of multi-token prediction after the last one are not read.
 """
 
 from __future__ import annotations

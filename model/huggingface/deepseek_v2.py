@@ -42,7 +42,7 @@ def unfit_for_deepseek_v2(config: ModelConfig) -> list[str]:
     mla = mla_options(config) if "+" in config.letters else None
     for name in ("nope_head_dim", "latent_size") if mla is not None else ():
         if getattr(mla, name) % 2:
-            rule = "deepseek_v2 rotates pairs in rows that begin with so many numbers, which must be even"
+            rule = "deepseek_v2 rotates pairs in rows that begin with so many channels, which must be even"
             reasons.append(
                 f"model.mixers.mla.{name}={getattr(mla, name)}: {rule}; add one, or target deepseek_v3 or own"
             )

@@ -1,7 +1,7 @@
-"""The transformers class `deepseek_v3` (latent attention with rotary positions, experts behind dense layers).
+"""The transformers class `deepseek_v3` (latent attention with rotary positions, experts after dense layers).
 
 Read from transformers 5.24 (`configuration_deepseek_v3.py`, `modeling_deepseek_v3.py`). The layers of multi-token prediction
-that a checkpoint may have behind its last one are not among what is written or read here.
+that a checkpoint may have after its last one are not among what is written or read here.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def read_positions(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_prediction_layer(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor is of the layer behind a deepseek_v3's last one, which predicts further ahead and is not read here."""
+    """Whether a tensor is of the layer after a deepseek_v3's last one, which predicts further ahead and is not read here."""
     return name.startswith(f"model.layers.{len(config.letters) // 2}.")
 
 

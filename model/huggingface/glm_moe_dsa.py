@@ -27,7 +27,7 @@ def model_config_from_glm_moe_dsa(fields: Mapping[str, Any]) -> ModelConfig:
     """Build our configuration from config.json; ValueError for what our model has not."""
     kinds = set(fields["indexer_types"]) - {"full"}
     if kinds:
-        rule = "each of our layers chooses its own keys; take a release whose layers are all full"
+        rule = "each of our layers chooses its own keys; use a release whose layers are all full"
         raise ValueError(f"config.json: indexer_types={fields['indexer_types']} cannot be imported; {rule}")
     return deepseek_v32.model_config_from_indexed(KIND, fields)
 

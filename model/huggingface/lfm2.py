@@ -201,7 +201,7 @@ _BLOCKS = {"C": _conv_entries, "*": _attention_entries, "-": _dense_entries, "E"
 
 def limits(config: ModelConfig) -> list[str]:
     """What the class does not do."""
-    packed = "Documents packed into one row run into each other in its convolutions: leave packing off."
+    packed = "Documents packed into one sequence run into each other in its convolutions: leave packing off."
     return [*([packed] if "C" in config.letters else []), IGNORED_ARGUMENTS, NO_CLASSIFIER]
 
 

@@ -153,7 +153,7 @@ def _depth_fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def _depth_pattern(fields: Mapping[str, Any]) -> str:
-    """The part of a pattern behind the main blocks that config.json names, with its `/`; "" for no depths."""
+    """The part of a pattern after the main blocks that config.json names, with its `/`; "" for no depths."""
     number = count_depths(fields)
     if not number:
         return ""

@@ -1,6 +1,6 @@
 """The transformers class `olmo_hybrid` (Gated DeltaNet, attention, feed-forwards): which models fit it, and its config.json.
 
-Read from transformers 5.24 (`configuration_olmo_hybrid.py`, `modeling_olmo_hybrid.py`). Layers with attention have their norms behind
+Read from transformers 5.24 (`configuration_olmo_hybrid.py`, `modeling_olmo_hybrid.py`). Layers with attention have their norms after
 both blocks, layers with Gated DeltaNet before them. Heads of Gated DeltaNet are normed with an epsilon of their own, and
 attention has no positions unless config.json has `rope_parameters`.
 """
@@ -72,7 +72,7 @@ def unfit_for_olmo_hybrid(config: ModelConfig) -> list[str]:
         return [f"model.pattern={''.join(letters)}: {rule}; use such a pattern, or target own"]
     reasons = unfit_multipliers(config, NAME) + list(_unfit_delta(config))
     if config.norm_placement != "after_attention":
-        rule = f"{NAME} has norms only behind attention"
+        rule = f"{NAME} has norms only after attention"
         reasons.append(f"model.norm_placement={config.norm_placement}: {rule}; use after_attention, or target own")
     attention = config.attention
     assert attention is not None, "the pattern has *, the configuration no attention section"

@@ -32,8 +32,8 @@ def unfit_for_own(config: ModelConfig) -> list[str]:
     """List mixers of packages that bring no modelling file."""
     ours = {spec.name for spec in BUILT_IN}
     return [
-        f"model.pattern has {symbol}: the mixer {name} of another package is not in our modelling file; "
-        "use a mixer of ours where the model must leave amfm"
+        f"model.pattern has {symbol}: the mixer {name} of another package is not in our modeling file; "
+        "use a mixer of ours if the model must leave amfm"
         for symbol, name in registered_mixers(config).items()
         if find_kind(name).base not in ours and not find_kind(name).modeling
     ] + list(_unfit_router(config))
@@ -45,8 +45,8 @@ def _unfit_router(config: ModelConfig) -> Iterator[str]:
         if spec is None or spec.modeling:
             continue
         yield (
-            f"{key}.router={spec.name}: the router of another package brings no form for our modelling file "
-            "(RouterSpec.modeling); use a router of ours where the model must leave amfm"
+            f"{key}.router={spec.name}: the router of another package brings no form for our modeling file "
+            "(RouterSpec.modeling); use a router of ours if the model must leave amfm"
         )
 
 
@@ -121,7 +121,7 @@ def _their_name(name: str) -> str:
 
 def own_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
     """Name the programs that read no modelling file of another's; vLLM has a plug-in (`pretrain/export/plugin_files.py`)."""
-    rule = "it reads classes that it has itself; use a pattern that a native class holds where it must read the model"
+    rule = "it reads classes that it has itself; use a pattern that a native class holds if it must read the model"
     programs: tuple[ClientName, ...] = ("llama.cpp", "mlx-lm")
     return [Refusal(program, rule) for program in programs]
 

@@ -3,7 +3,7 @@
 Exact both ways but for one thing: their norms are 1 + w, so that a norm of ours below 0.5 is rounded at 2^-24.
 
 The class has gates that a model of ours may lack. They are written as zeros, and sigmoid(0) = 1/2 is made up for by doubling
-the matrix behind the gate, which is exact in floating point. On import such a gate must be zero.
+the matrix after the gate, which is exact in floating point. On import such a gate must be zero.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class NormEntry(WeightEntry):
 
 @dataclass(frozen=True)
 class DoubledEntry(WeightEntry):
-    """A matrix behind a gate that is one half everywhere: theirs is twice ours."""
+    """A matrix after a gate that is one half everywhere: theirs is twice ours."""
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
         """As in the base class."""

@@ -88,7 +88,7 @@ NO_ADAPTER_ON_OUTPUT = (
 def packed_rows(blocks: str) -> str:
     """Report what blocks with a state make of packed sequences."""
     return (
-        f"Documents packed into one row run into each other in {blocks} where only `position_ids` name them. Give `seq_idx` too "
-        "(`DataCollatorWithFlattening(return_seq_idx=True)`): with the kernels of the class it is honoured, without them rejected. "
+        f"Documents packed into one sequence run into each other in {blocks} where only `position_ids` name them. Give `seq_idx` too "
+        "(`DataCollatorWithFlattening(return_seq_idx=True)`): with the kernels of the class it is honored, without them rejected. "
         "Or leave packing off."
     )

@@ -1,6 +1,6 @@
 """What every mixer takes and gives: build context, states for decoding, outputs, and the class that all mixers derive from.
 
-A mixer is a function of the stream and the document layout that returns an addend of the stream; blocks own norm and
+A mixer is a function of the residual stream and the document layout that returns an addend of the residual stream; blocks own norm and
 residual. States are values and not buffers of the module: the same model can decode several texts, and a state can be kept,
 copied or dropped by who called. Whatever a model, an engine or pruning does to blocks besides is a method of `Mixer` with a
 default that does nothing, so that they ask every block alike. A package's mixer gives the abstract methods of `SequenceMixer`

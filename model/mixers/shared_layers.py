@@ -7,7 +7,7 @@ softplus(dt_bias). They are spread over heads, so that from the start some remem
 
 A gate on the output of attention heads (Qiu et al. 2025, arXiv 2505.06708, section 2.2).
 
-sigmoid of a projection of the stream, one number per head or one per element. Softmax weights sum to 1, so a head without
+sigmoid of a projection of the residual stream, one number per head or one per element. Softmax weights sum to 1, so a head without
 a gate cannot add nothing; with it, it can. Shared by attention, window and latent attention.
 """
 

@@ -1,7 +1,7 @@
 """Softmax attention over a window and linear attention over older tokens: what a conversion puts in softmax attention's place.
 
 It keeps the weights of softmax attention (q, k, v, o, under the same names), and with a window as long as the row it
-computes the same. What is behind the window costs a state of fixed size. With s the scaled scores of the window, m the
+computes the same. What is before the window costs a state of fixed size. With s the scaled scores of the window, m the
 largest of them, and l = phi(q_i) phi(k_j) e^(g_(j+1) + ... + g_i) for older tokens of the same document:
 
     joint      o = (a sum e^(s - m) v + sum l v) / (a sum e^(s - m) + sum l), a = sigmoid of one number per head

@@ -152,7 +152,7 @@ class MoeMixer(Mixer):
         return not self.travels and self.package_router is None
 
     def steps(self, x_BTD: Tensor, meta: PackMeta) -> Generator[None, None, MixerOutput]:
-        """Mix as `forward` does, pausing when rows have set out to their experts, and when sums have set out home."""
+        """Mix as `forward` does, pausing when rows have set out to their experts, and when sums have set out back."""
         logits_RE, routing, chosen = self._choose(x_BTD, meta)
         way = self._way(x_BTD, chosen)
         sums_RD, shared_BTD = yield from dispatch_steps(**way)
@@ -290,7 +290,7 @@ class MoeMixer(Mixer):
         return y_BTD if self.latent_up is None else self.latent_up(y_BTD)
 
     def _with_one(self, x_BTD: Tensor) -> Tensor:
-        """Rows as experts read them: with biases, a channel that is 1 and zeros behind."""
+        """Rows as experts read them: with biases, a channel that is 1 and zeros after."""
         if self.down_bias is None:
             return x_BTD
         one_C = torch.eye(1, BIAS_CHANNELS, dtype=x_BTD.dtype, device=x_BTD.device)

@@ -2,7 +2,7 @@
 
 A token of 22 choices among 512 experts on 8 ranks goes to 7.6 of them on average, so a third of the rows are sent that one a
 choice would be. With a row go the weights and the numbers of its token's choices, and the rank that gets them sums its
-experts' results by weight; at home a token's sums of all ranks are added up, in the order of the ranks whatever arrives
+experts' results by weight; on its own rank a token's sums of all ranks are added up, in the order of the ranks whatever arrives
 first. How many rows go where follows from the router: ranks tell each other, which waits for the device once per layer. With room
 (model/parallel/groups.py) rows are in places whose number follows from sizes, some of them empty, and nothing waits.
 """
@@ -182,7 +182,7 @@ class _Part:
         ]
 
     def compute(self) -> None:
-        """Wait for the rows, compute their experts, and send the sums home."""
+        """Wait for the rows, compute their experts, and send the sums back."""
         rows_SD, details_SC = (
             transfer.finish(rows) for transfer, rows in zip(self.transfers, self.under_way, strict=True)
         )

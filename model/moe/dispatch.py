@@ -2,14 +2,14 @@
 
 Every rank comes with its own tokens and their choices. Rows are sent to the ranks of `groups.ep` that hold the experts,
 where each rank of `groups.expt_tp` with the same experts gets the rows of all, computes its part of the inner width,
-and gives back sums; then home. Without a capacity a row goes to each rank that a token has chosen an expert of
+and returns sums, which are sent back. Without a capacity a row goes to each rank that a token has chosen an expert of
 (`by_rank.py`), and nothing is dropped or computed in vain; under a capacity factor rows are in slots whose number is
 known, and nothing waits. An expert, or a rank, that gets nothing is not an exception. Results do not
 depend on the order of arrival.
 
 What runs meanwhile: the caller's work `while_out` is done while rows are on their way out, `while_home` while results
-come home. With `groups.overlap_experts` tokens, or slots, are cut in two halves: experts compute the first while the
-second is sent out, and the second while the first comes home. And a caller may do other work wherever rows have set out
+return. With `groups.overlap_experts` tokens, or slots, are cut in two halves: experts compute the first while the
+second is sent out, and the second while the first returns. And a caller may do other work wherever rows have set out
 (`dispatch_steps`; model/mtp.py lets the other half of a micro-batch's rows pass blocks there). Backward mirrors it,
 because a transfer's gradient starts where the transfer ended.
 
@@ -20,7 +20,7 @@ Rows by slot: under a capacity factor every sender has as many slots for each ex
 
 No expert takes more than this many rows of a sender: splits of the all-to-alls are equal and known beforehand, counts stay on
 the device, and nothing waits. A slot that no choice fills carries a row that no one adds up. A row goes for each
-choice; with one expert a rank that is one per rank too. Results go home as they are and are summed by weight there.
+choice; with one expert a rank that is one per rank too. Results return as they are and are summed by weight there.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class _Part:
         self.under_way = self.transfer.start(rows_SD)
 
     def compute(self) -> None:
-        """Wait for the rows, compute their experts, and send the results home."""
+        """Wait for the rows, compute their experts, and send the results back."""
         rows_SD = self.transfer.finish(self.under_way)
         group = self.experts.groups.expt_tp
         y_SD = sum_over_width_ranks(self._feed_forward, [rows_SD], [len(rows_SD)] * group.size(), group)
@@ -167,7 +167,7 @@ def dispatch_steps(
     while_home: Callable[[Any], Any],
     slots: int | None = None,
 ) -> Generator[None, None, tuple[Tensor, Any]]:
-    """The same, pausing when rows have set out, and when sums have set out home: whoever calls may do more there."""
+    """The same, pausing when rows have set out, and when sums have set out back: whoever calls may do more there."""
     num_parts = 2 if experts.groups.overlap_experts else 1
     given = x_RD, expert_ids_RK, weights_RK, experts, num_parts
     rows: RowsByRank | RowsBySlot = RowsByRank(*given) if slots is None else RowsBySlot(*given, slots)

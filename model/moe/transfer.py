@@ -181,7 +181,7 @@ class _AllToAllWait(torch.autograd.Function):
         transfer: RowTransfer = ctx.transfer
         packs = transfer.packing.backward
         transfer.gradient = transfer.launch(gradients[0], transfer.received, transfer.sent, packs=packs)
-        # Only of the right shape for autograd: `start` takes the gradient that travelled.
+        # Only of the right shape for autograd: `start` takes the gradient that was sent.
         return gradients[0], None
 
 

@@ -88,7 +88,7 @@ def _tails(inputs_RLC: Tensor, width: int, segments: Segments) -> Tensor:
     if segments.length < width:
         raise ValueError(
             f"segments of {segments.length} tokens are shorter than the {width} before each that a convolution or window "
-            "reads; use longer rows or fewer context ranks"
+            "reads; use longer sequences or fewer context ranks"
         )
     return inputs_RLC[:, segments.length - width :].unflatten(0, (-1, 2))
 

@@ -99,15 +99,15 @@ class ProcessGroupCollection(process_groups_config.ProcessGroupCollection):
     `tp` tensor, `ep` expert, `expt_tp` tensor inside experts, `expt_dp` data of experts, `cp` context, `pp` pipeline,
     `dp` data, `dp_cp` data x context (all ranks whose dense gradients are summed), `mp` tensor x pipeline, `tp_cp`
     tensor x context, `tp_ep` tensor inside experts x expert, `embd` the first and the last stage (None between them).
-    With `sequence_parallel` the stream between blocks is [B, T of this tensor rank, D]. With `overlap_experts` half of the
-    rows between experts are sent while experts compute the other half. With `takes_turns` both halves of a micro-batch's rows pass
-    the blocks in turns (model/mtp.py). With a `row_capacity` these rows have places, and no one counts
+    With `sequence_parallel` the residual stream between blocks is [B, T of this tensor rank, D]. With `overlap_experts` half of the
+    rows between experts are sent while experts compute the other half. With `two_batch` the two halves of a micro-batch
+    alternate through the blocks (model/mtp.py). With a `row_capacity` these rows have places, and no one counts
     them on the host.
     """
 
     sequence_parallel: bool = False
     overlap_experts: bool = False
-    takes_turns: bool = False
+    two_batch: bool = False
     row_capacity: RowCapacity | None = None
 
 

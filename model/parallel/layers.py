@@ -206,7 +206,7 @@ class RowLinear(megatron_layers.RowParallelLinear):
 
 
 class VocabEmbedding(megatron_layers.VocabParallelEmbedding):
-    """Embedding table [V, D], the vocabulary sharded over the tensor-parallel ranks: ids [B, T] -> the stream [B, T, D].
+    """Embedding table [V, D], the vocabulary sharded over the tensor-parallel ranks: ids [B, T] -> the residual stream [B, T, D].
 
     Under sequence parallel the residual stream has this rank's share of the tokens. Every rank of `groups.tp` must call.
     """
@@ -239,7 +239,7 @@ class VocabEmbedding(megatron_layers.VocabParallelEmbedding):
 
 
 def stream_shard(groups: ProcessGroupCollection) -> Shard:
-    """Shard of a replicated weight that reads the stream: under sequence parallelism each rank sees only its tokens."""
+    """Shard of a replicated weight that reads the residual stream: under sequence parallelism each rank sees only its tokens."""
     return Shard(partial=("tp",)) if groups.sequence_parallel else REPLICATED
 
 

@@ -78,7 +78,7 @@ class DeviceWaits(Waits):
         self._used = 0
 
     def begin(self) -> torch.cuda.Event:
-        """Queue an event before the wait; returns the one for behind it."""
+        """Queue an event before the wait; returns the one for after it."""
         if self._used == len(self._pairs):
             self._pairs.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
         before, behind = self._pairs[self._used]
@@ -87,7 +87,7 @@ class DeviceWaits(Waits):
         return behind
 
     def end(self, begun: torch.cuda.Event) -> None:
-        """Queue the event behind the wait."""
+        """Queue the event after the wait."""
         begun.record()
 
     def seconds(self) -> float:

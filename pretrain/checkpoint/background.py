@@ -151,7 +151,7 @@ def copy_snapshot(snapshot: Snapshot, memory: dict[str, Tensor]) -> Snapshot:
     """Copy a snapshot to CPU memory that no later step touches.
 
     `memory`: tensors of an earlier copy, overwritten where they fit; new pages cost several times the copy itself. What comes
-    from a GPU goes to pinned memory, one copy behind the other, and is waited for once.
+    from a GPU goes to pinned memory, one after the other, and is waited for once.
     """
     tensors = {}
     on_gpu = False

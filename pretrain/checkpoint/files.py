@@ -153,7 +153,7 @@ def find_fault(
     """
     num_bytes = path.stat().st_size
     if num_bytes != entry["bytes"]:
-        return f"{path}: {num_bytes} bytes, the manifest says {entry['bytes']}"
+        return f"{path}: {num_bytes} bytes, the manifest states {entry['bytes']}"
     fault, parts = None, []
     try:
         tensors = TensorFile(path, RuntimeError).tensors
@@ -197,7 +197,7 @@ def find_fault(
         for _ in blocks(num_bytes):
             pass
     if digest.hexdigest() != entry["sha256"]:
-        return f"{path}: SHA-256 {digest.hexdigest()}, the manifest says {entry['sha256']}"
+        return f"{path}: SHA-256 {digest.hexdigest()}, the manifest states {entry['sha256']}"
     return fault
 
 

@@ -146,7 +146,7 @@ def restore_group_settings(engine: Any, settings: dict[str, dict[str, Any]]) -> 
 def create_state(engine: Any, part: Part, optimizer_step: int) -> dict[str, Tensor]:
     """Create the optimizer state of a part at a given step with zero moments, and return flat views to fill, by kind.
 
-    Padding between and behind the spans stays zero in all of them, as in an engine that never stopped.
+    Padding between and after the spans stays zero in all of them, as in an engine that never stopped.
     """
     optimizer = base_optimizer(engine)
     group = optimizer.param_groups[part.group]

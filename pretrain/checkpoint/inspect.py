@@ -73,7 +73,7 @@ def read_full_state(checkpoint_dir: Path, report: Report = silent, *, averaged: 
         for name in manifest["parameters"]
     }
     if averaged and AVERAGE not in kinds.values():
-        raise ValueError(f"{checkpoint_dir} has no averaged weights; a run keeps them where it has a section `ema`")
+        raise ValueError(f"{checkpoint_dir} has no averaged weights; a run keeps them if it has a section `ema`")
     sources = {name: reader.source(kind, name) for name, kind in kinds.items()}
     for name in model_buffers(manifest):
         buffer = reader.buffer(name)

@@ -25,7 +25,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
-    """List the folders that are checkpoints by name, newest step first, a replaced one behind its successor."""
+    """List the folders that are checkpoints by name, newest step first, a replaced one after its successor."""
     if not checkpoints_dir.is_dir():
         return []
     found = []

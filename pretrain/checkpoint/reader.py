@@ -165,7 +165,7 @@ class RangeReader:
                     values = self.file(file_name).numbers(key, first - saved_start, last - saved_start)
                     yield first - start, values
                 found += high - low
-        assert found == numel, f"{kind} of {name}: {found} of {numel} numbers are in the checkpoint"
+        assert found == numel, f"{kind} of {name}: {found} of {numel} values are in the checkpoint"
 
 
 def check_tiling(name: str, shard: SavedShard) -> None:
@@ -174,4 +174,4 @@ def check_tiling(name: str, shard: SavedShard) -> None:
     for start, numel, _ in shard.ranges:
         assert start == end, f"parameter {name}: a range starts at {start}, the one before it ends at {end}"
         end += numel
-    assert end == shard.placement.numel, f"parameter {name}: ranges cover {end} of {shard.placement.numel} numbers"
+    assert end == shard.placement.numel, f"parameter {name}: ranges cover {end} of {shard.placement.numel} values"

@@ -71,7 +71,7 @@ def copy_verified(source: Source, path: Path, name: str, entry: Mapping[str, Any
     if (size, digest.hexdigest()) == (entry["bytes"], entry["sha256"]):
         return None
     path.unlink()
-    return f"{name}: {size} bytes with SHA-256 {digest.hexdigest()}, the manifest says {entry['bytes']} and {entry['sha256']}"
+    return f"{name}: {size} bytes with SHA-256 {digest.hexdigest()}, the manifest states {entry['bytes']} and {entry['sha256']}"
 
 
 def commit_fetched(
@@ -126,7 +126,7 @@ class Pulled(NamedTuple):
 
 
 class RemoteCheckpoints:
-    """The checkpoints of one run behind a URL. Every rank makes one; the methods say who calls them."""
+    """The checkpoints of one run at a URL. Every rank makes one; the methods say who calls them."""
 
     def __init__(self, url: str) -> None:
         """ValueError for a URL of an unknown kind; nothing is asked of the network yet."""

@@ -144,7 +144,7 @@ class Restore:
         if not all(file in self.own_files for file, *_ in parts):
             return False
         found = sum(high - low for *_, low, high in parts)
-        assert found == place.numel(), f"{kind} of {name}: {found} of {place.numel()} numbers are in the checkpoint"
+        assert found == place.numel(), f"{kind} of {name}: {found} of {place.numel()} values are in the checkpoint"
         for file, saved, low, high in parts:
             key = f"{kind}/{name}/{saved}"
             self.passing[file, key].append(Passing(low - saved, high - saved, place[low - start : high - start]))

@@ -144,7 +144,7 @@ def depth_problems(config: RunConfig) -> Iterator[Problem]:
     """Check that rows are long enough for the last MTP layer to have a label."""
     depths, length = config.model.num_depths, config.train.sequence_length
     if depths and depths >= length:
-        rule = f"has {depths} MTP layers, which need rows of at least {depths + 1} tokens, not {length}"
+        rule = f"has {depths} MTP layers, which need sequences of at least {depths + 1} tokens, not {length}"
         yield Problem("model.pattern", rule, "use fewer depths, or raise train.sequence_length", config.model.pattern)
 
 
@@ -239,7 +239,7 @@ def phase_problems(config: RunConfig, stages: tuple[RunStage, ...]) -> Iterator[
         if config.train.batch_ramp is not None:
             where = f"the first sample of a step, and step {step} of the batch ramp has {inside} before it"
         remedy = f"use {phase.start_sample - inside + stages[-1].batch_size(step)}"
-        rule = f"must be {where}, because rows change their length there"
+        rule = f"must be {where}, because sequences change their length there"
         yield Problem(f"data.phases.{index}.start_sample", rule, remedy, str(phase.start_sample))
 
 

@@ -26,7 +26,7 @@ def graph_problems(config: RunConfig) -> Iterator[Problem]:
     sections: dict[str, tuple[object, str]] = {
         "train.freeze": (config.train.freeze or None, "has blocks without gradients of weights"),
         "convert": (config.convert, "trains blocks next to those that they replace"),
-        "health.check_state_every_steps": (config.health.check_state_every_steps, "computes gradients of its own"),
+        "health.check_state_every_steps": (config.health.check_state_every_steps, "computes its own gradients"),
         "model.self_guided_training": (
             config.model.self_guided_training,
             "changes with the step, which a replay does not know",
@@ -34,7 +34,7 @@ def graph_problems(config: RunConfig) -> Iterator[Problem]:
         "model.lora_mixer": (config.model.lora_mixer, "changes with the step, which a replay does not know"),
     }
     if config.data.packing == "best_fit":
-        rule = "counts the tokens of each micro-batch on the host, where data.packing=best_fit pads rows"
+        rule = "counts the tokens of each micro-batch on the host, where data.packing=best_fit pads sequences"
         sections |= {
             f"{name}.capacity_factor": (moe.capacity_factor, rule) for name, moe in config.model.expert_sections()
         }
@@ -56,7 +56,7 @@ def excluded_settings(config: RunConfig) -> Iterator[tuple[str, object, tuple[ob
         "parallel.pipeline",
         parallel.pipeline,
         (1,),
-        "has several micro-batches in flight, each with memory of its own",
+        "has several micro-batches in flight, each with its own memory",
     )
     yield (
         "parallel.expert",
@@ -65,7 +65,7 @@ def excluded_settings(config: RunConfig) -> Iterator[tuple[str, object, tuple[ob
         "counts rows for other ranks on the host, or sends them inside a block",
     )
     yield "parallel.tensor", parallel.tensor, (1,), "sends inside of blocks, and collectives are not captured"
-    yield "parallel.context", parallel.context, (1,), "cuts rows into segments, whose sizes a replay does not know"
+    yield "parallel.context", parallel.context, (1,), "cuts sequences into segments, whose sizes a replay does not know"
     recipe = "keeps codes of weights, whose memory changes with each step"
     yield "low_precision.recipe", config.low_precision.recipe, ("none",), recipe
     wide = train.precision == "float32"

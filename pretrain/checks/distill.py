@@ -33,7 +33,7 @@ def distill_problems(config: RunConfig) -> Iterator[Problem]:
         rule = "has no place in a conversion, whose teacher is convert.teacher"
         yield Problem("distill", rule, "remove it, and distil the result")
     if config.model.head is not None:
-        rule = f"compares logits, and the head {config.model.head} of a package gives probabilities of its own"
+        rule = f"compares logits, and the head {config.model.head} of a package computes its own probabilities"
         yield Problem("distill", rule, "remove it, or model.head")
     if section.top_k is not None and section.top_k >= config.model.vocab_size:
         rule = f"must be below model.vocab_size={config.model.vocab_size}"

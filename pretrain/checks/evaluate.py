@@ -35,7 +35,9 @@ def generation_rule(parallel: ParallelConfig) -> str | None:
         reason = "sequence_parallel=true" if parallel.sequence_parallel else f"expert={parallel.expert}"
         reasons.append(f"tensor={parallel.tensor} with parallel.{reason}")
     shared = " and parallel.".join(reasons)
-    return f"generates text, a token at a time, and parallel.{shared} shares rows between ranks" if reasons else None
+    return (
+        f"generates text, a token at a time, and parallel.{shared} shares sequences between ranks" if reasons else None
+    )
 
 
 def sample_problems(config: RunConfig) -> Iterator[Problem]:

@@ -82,7 +82,7 @@ def place_problems(config: RunConfig) -> Iterator[Problem]:
         if symbol not in present:
             rule = f"names {symbol}, and model.pattern has no such block"
         elif not kind_of(symbol).products.inner:
-            rule = f"names {symbol}, and {describe_symbol(symbol)} has no products that take a recipe"
+            rule = f"names {symbol}, and {describe_symbol(symbol)} has no products that use a recipe"
         if rule:
             yield Problem(key, rule, f"use some of {usable}" if usable else "use recipe none", section.block_types)
     if section.bf16_last_layers >= 1 and not section.bf16_last_layers.is_integer():
@@ -110,10 +110,10 @@ def place_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem(f"{SECTION}.activation_storage", rule, "remove it, or name E or -", section.activation_storage)
     if section.dispatch != "bf16":
         if not any(HIDDEN in section.recipes_of(symbol) for symbol in chosen & present):
-            rule = "is about rows on their way to experts, which low_precision.block_types does not name"
+            rule = "is about tokens on their way to experts, which low_precision.block_types does not name"
             yield Problem(f"{SECTION}.dispatch", rule, "remove it, or name E", section.dispatch)
         elif config.parallel.expert == 1:
-            rule = "is about rows on their way to other ranks, and parallel.expert is 1"
+            rule = "is about tokens on their way to other ranks, and parallel.expert is 1"
             yield Problem(f"{SECTION}.dispatch", rule, "remove it, or spread experts", section.dispatch)
     if section.out_proj_recipe == "mxfp8" and section.recipe == "mxfp8":
         rule = "is what low_precision.recipe=mxfp8 does to all products"
@@ -128,7 +128,7 @@ def excluded_problems(config: RunConfig) -> Iterator[Problem]:
         rule = "narrows products of bf16, and train.precision is float32"
         yield Problem(key, rule, "use train.precision=bf16, or low_precision.emulate=true", recipe)
     if config.parallel.zero_stage == 3:
-        rule = f"gathers weights for each pass, and low_precision.recipe={recipe} would quantise them at each gather"
+        rule = f"gathers weights for each pass, and low_precision.recipe={recipe} would quantize them at each gather"
         yield Problem("parallel.zero_stage", rule, "use 0, 1 or 2, or low_precision.recipe=none", "3")
     if config.train.compile:
         rule = f"is not for low_precision.recipe={recipe}, whose products torch.compile does not see"
@@ -152,7 +152,7 @@ def factor_problems(config: RunConfig) -> Iterator[Problem]:
     section, model = config.low_precision, config.model
     for symbol in sorted(section.chosen(model.letters)):
         if any(part.structure != DENSE for part in model.block_options(symbol).feed_forwards() if part.inner):
-            rule = f"has products of two factors a matrix in blocks {symbol}, which no recipe takes"
+            rule = f"has products of two factors a matrix in blocks {symbol}, which no recipe supports"
             yield Problem(
                 f"{SECTION}.block_types", rule, f"leave {symbol} out, or use dense matrices", section.block_types
             )
@@ -169,7 +169,7 @@ def width_problems(config: RunConfig) -> Iterator[Problem]:
             multiple, rows, columns = WIDTH_MULTIPLE[recipe], *own_widths(matrix, config)
             if rows % multiple or columns % multiple:
                 rule = (
-                    f"takes matrices whose widths on a rank are multiples of {multiple}, and {matrix.name} of blocks "
+                    f"needs matrices whose widths on a rank are multiples of {multiple}, and {matrix.name} of blocks "
                     f"{symbol} is {rows:,} x {columns:,} there"
                 )
                 remedy = (

@@ -67,7 +67,7 @@ def kernel_problems(config: RunConfig, backend: str) -> Iterator[Problem]:
     experts, has_experts = config.kernels.experts, bool(config.model.expert_sections())
     if experts != "auto" and not (has_experts and backend in ("auto", "triton", experts)):
         where = f"all operations run in kernels.backend={backend}" if has_experts else "the model has no experts"
-        yield Problem("kernels.experts", f"has no effect where {where}", "leave it out", experts)
+        yield Problem("kernels.experts", f"has no effect if {where}", "leave it out", experts)
     if backend != "triton":
         return
     for kind, options in kinds_in_use(config.model):

@@ -25,7 +25,7 @@ def layout_problems(config: RunConfig) -> Iterator[Problem]:
     """Check the rules that hold for any number of ranks; the pattern need not parse for it."""
     yield from ineffective_problems(config)
     yield from excluded_problems(config)
-    yield from turn_problems(config)
+    yield from two_batch_problems(config)
     yield from refusal_problems(config.model, config.parallel)
     yield from share_problems(config)
 
@@ -44,10 +44,10 @@ def ineffective_problems(config: RunConfig) -> Iterator[Problem]:
         rule = "spreads routed experts, and model.pattern has no E block"
         yield Problem("parallel.expert", rule, "use 1", str(section.expert))
     if section.overlap_experts and section.expert == 1:
-        rule = "sends rows between expert ranks while experts compute, and parallel.expert is 1"
+        rule = "sends tokens between expert ranks while experts compute, and parallel.expert is 1"
         yield Problem("parallel.overlap_experts", rule, "raise parallel.expert, or use false", "true")
     if section.expert_buffer_factor is not None and section.expert == 1:
-        rule = "is room for rows between expert ranks, and parallel.expert is 1"
+        rule = "is a buffer for tokens between expert ranks, and parallel.expert is 1"
         yield Problem(
             "parallel.expert_buffer_factor",
             rule,
@@ -57,7 +57,7 @@ def ineffective_problems(config: RunConfig) -> Iterator[Problem]:
     limits = [(f"{key}.capacity_factor", moe.capacity_factor) for key, moe in config.model.expert_sections()]
     for key, limit in limits if section.expert_buffer_factor is not None and section.expert > 1 else ():
         if limit is not None:
-            rule = f"is room for rows that are not limited, and {key}={limit:g} limits them"
+            rule = f"is a buffer for tokens that are not limited, and {key}={limit:g} limits them"
             yield Problem("parallel.expert_buffer_factor", rule, "use none", str(section.expert_buffer_factor))
     if section.offload_optimizer and section.zero_stage == 0:
         rule = "moves what ZeRO spreads, and parallel.zero_stage is 0"
@@ -72,11 +72,11 @@ def ineffective_problems(config: RunConfig) -> Iterator[Problem]:
         rule = "orders pipeline stages, and parallel.pipeline is 1"
         yield Problem("parallel.schedule", rule, "remove it, or raise parallel.pipeline", section.schedule)
     if section.virtual_stages > 1 and section.schedule == "1f1b":
-        rule = "needs a schedule that interleaves pieces of the pipeline, and parallel.schedule is 1f1b"
+        rule = "needs a schedule that interleaves virtual stages, and parallel.schedule is 1f1b"
         remedy = "use parallel.schedule=interleaved with parallel.pipeline above 1, or virtual_stages=1"
         yield Problem("parallel.virtual_stages", rule, remedy, str(section.virtual_stages))
     if section.virtual_stages == 1 and section.schedule == "interleaved":
-        rule = "interleaves several pieces per rank, and parallel.virtual_stages is 1"
+        rule = "interleaves several model chunks per rank, and parallel.virtual_stages is 1"
         yield Problem("parallel.schedule", rule, "use parallel.virtual_stages=2, or schedule=1f1b", "interleaved")
 
 
@@ -87,7 +87,7 @@ def excluded_problems(config: RunConfig) -> Iterator[Problem]:
         reason = (
             "gathers weights over ranks that hold other experts"
             if stage == 3
-            else "takes the gradient norm without the experts of other ranks"
+            else "computes the gradient norm without the experts of other ranks"
         )
         rule = f"does not go with parallel.expert={section.expert}: ZeRO {stage} {reason}"
         yield Problem("parallel.zero_stage", rule, "use 1 or 2, or parallel.expert=1", str(stage))
@@ -99,13 +99,13 @@ def excluded_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem("parallel.zero_stage", rule, "use 0, 1 or 2, or parallel.pipeline=1", str(stage))
 
 
-def turn_problems(config: RunConfig) -> Iterator[Problem]:
-    """Reject halves of rows that pass blocks in turns if there is no half, or a block that cannot stop on its way."""
+def two_batch_problems(config: RunConfig) -> Iterator[Problem]:
+    """Reject two-batch overlap if a micro-batch has no half, or a block cannot stop on its way."""
     section, train, key = config.parallel, config.train, "parallel.overlap_experts"
-    if section.overlap_experts != "rows":
+    if section.overlap_experts != "two_batch":
         return
     if train.micro_batch_size % 2:
-        rule = "takes an even number of rows, which pass blocks in two halves, and parallel.overlap_experts is rows"
+        rule = "must be even, because parallel.overlap_experts=two_batch cuts each micro-batch into two halves"
         remedy = f"use {train.micro_batch_size + 1}, or parallel.overlap_experts=true"
         yield Problem("train.micro_batch_size", rule, remedy, str(train.micro_batch_size))
     again = "".join(
@@ -114,14 +114,14 @@ def turn_problems(config: RunConfig) -> Iterator[Problem]:
     if again:
         rule = f"stops blocks of routed experts on their way, and train.recompute computes {again} again as a whole"
         yield Problem(
-            key, rule, f"recompute other blocks only, or use true in place of rows, which leaves {again} whole", "rows"
+            key, rule, f"recompute other blocks only, or use true instead, which leaves {again} whole", "two_batch"
         )
     if train.compile:
         rule = "stops blocks of routed experts on their way, and train.compile=true compiles them as a whole"
-        yield Problem(key, rule, "use true, or train.compile=false", "rows")
+        yield Problem(key, rule, "use true, or train.compile=false", "two_batch")
     if config.model.lora_mixer is not None:
-        rule = "stops blocks on their way, and the routed updates of model.lora_mixer hang on whole ones"
-        yield Problem(key, rule, "use true", "rows")
+        rule = "stops blocks on their way, and the routed updates of model.lora_mixer need whole ones"
+        yield Problem(key, rule, "use true", "two_batch")
 
 
 def share_problems(config: RunConfig) -> Iterator[Problem]:
@@ -178,7 +178,7 @@ def length_problems(config: RunConfig) -> Iterator[Problem]:
         elif section.context > 1:
             least = 2 * section.context * window
             if length < least:
-                rule = f"gives segments shorter than what {window_key} looks back on"
+                rule = f"gives segments shorter than the tokens that {window_key} looks back on"
                 yield Problem(key, rule, f"use at least {least}, or lower parallel.context", str(length))
 
 

@@ -23,7 +23,7 @@ def editing_problems(config: RunConfig, steps: int) -> Iterator[Problem]:
         if prune.end_step > steps:
             yield Problem("prune.end_step", f"is beyond the {steps} steps of the run", "lower it", str(prune.end_step))
         if config.model.num_depths:
-            rule = "takes groups out of only main blocks, and model.pattern has MTP layers of the same sizes"
+            rule = "removes groups only from main blocks, and model.pattern has MTP layers of the same sizes"
             yield Problem("prune", rule, "prune first, and train depths after")
         yield from group_problems(config, prune)
     if forget is not None:

@@ -96,9 +96,7 @@ def optimizer_problems(config: RunConfig) -> Iterator[Problem]:
         rule = f"would have the host's processors multiply the matrices of optimizer.kind={section.kind}"
         yield Problem("parallel.offload_optimizer", rule, "use false, or optimizer.kind=adamw", "true")
     if matrices is not None and matrices.keeps_state_at_owners and config.prune is not None:
-        rule = (
-            "sets moments of what it prunes to zero, which an optimizer that keeps whole matrices has with their owners"
-        )
+        rule = "sets the moments of pruned weights to zero, which an optimizer that keeps whole matrices has with their owners"
         yield Problem("prune", rule, "use optimizer.kind=adamw, or muon with optimizer.muon.rule=muon")
     if matrices is not None and matrices.keeps_norms and config.model.mup is not None:
         rule = "is for steps whose size it sets, and Hyperball's are a share of the weights' norm at every width"
@@ -126,7 +124,7 @@ def unmatched(factors: RateFactors | DecayFactors, config: RunConfig) -> Iterato
         yield "router", "matches nothing: no block of model.pattern has a router"
     matrices = config.optimizer.matrix_settings()
     if "adamw" in given and matrices is None:
-        yield "adamw", f"is for what Muon does not step, and optimizer.kind is {config.optimizer.kind}"
+        yield "adamw", f"is for weights that Muon does not step, and optimizer.kind is {config.optimizer.kind}"
     if isinstance(factors, DecayFactors) and "matrices" in given and matrices is not None and matrices.keeps_norms:
         yield "matrices", "has no effect: Hyperball keeps the norm of these and has no weight decay"
 

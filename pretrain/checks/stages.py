@@ -35,7 +35,7 @@ def declaration_problems(config: RunConfig) -> Iterator[Problem]:
     sources = [source.name for source in config.data.sources]
     if config.data.phases:
         remedy = "give the stages their weights and sequence_length, and remove data.phases"
-        yield Problem("data.phases", "has no effect together with stages, which say when data change", remedy)
+        yield Problem("data.phases", "has no effect together with stages, which set when data change", remedy)
     for index, section in enumerate(config.stages):
         key = f"stages.{index}"
         if section.name in names[:index]:

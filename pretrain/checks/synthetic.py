@@ -41,7 +41,7 @@ def synthetic_problems(config: RunConfig, settings: SyntheticConfig) -> Iterator
             yield Problem(f"data.{name}", "has no effect on data.synthetic, which is not text", "remove one of the two")
     if "/" in config.model.pattern:
         rule = "has MTP layers, and labels of data.synthetic are not the next tokens"
-        yield Problem("model.pattern", rule, "remove what is behind '/'", config.model.pattern)
+        yield Problem("model.pattern", rule, "remove the MTP layers after '/'", config.model.pattern)
     for index, stage in enumerate(config.stages):
         if stage.weights is not None:
             yield Problem(f"stages.{index}.weights", "has no effect on data.synthetic, the only source", "remove it")
@@ -72,5 +72,5 @@ def synthetic_length_problems(
             # Blame the key that was written: the stage's own length, or the one it inherits.
             own = config.stages and config.stages[stage.index].sequence_length is not None
             key = f"stages.{stage.index}.sequence_length" if own else "train.sequence_length"
-            rule = f"must be at least {shortest}, the shortest row of data.synthetic.task={settings.task} with its settings"
+            rule = f"must be at least {shortest}, the shortest sequence of data.synthetic.task={settings.task} with its settings"
             yield Problem(key, rule, "raise it", str(stage.train.sequence_length))

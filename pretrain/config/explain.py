@@ -60,7 +60,7 @@ def explain(detail: Any, schema: Schema) -> Problem:
     """Translate one finding of pydantic into a problem with rule and fix; unknown kinds keep its message."""
     parts: tuple[str | int, ...] = detail["loc"]
     value = shown(detail["input"])
-    if union := union_at(parts[:-1], schema):  # pydantic has a finding per member, with the member behind the key
+    if union := union_at(parts[:-1], schema):  # pydantic has a finding per member, with the member after the key
         key = ".".join(str(part) for part in parts[:-1])
         return Problem(key, f"must be {name_type(union)}", meaning_of(parts[:-1], schema) or "correct it", value)
     key = ".".join(str(part) for part in parts)

@@ -89,7 +89,7 @@ class LaunchConfig(Section):
     spare_nodes: int = Field(
         0,
         ge=0,
-        description="Nodes beyond those of the run that wait, with everything loaded, to take the place of one that is lost.",
+        description="Nodes beyond those of the run that wait, with everything loaded, to replace one that is lost.",
     )
     warm_restarts: bool = Field(
         True,

@@ -151,15 +151,15 @@ class ParallelConfig(Section):
     expert_tensor: int | None = Field(
         None, gt=0, description="Ranks that share each routed expert; null: `tensor`, or 1 with `expert` above 1."
     )
-    overlap_experts: Literal[False, True, "rows"] = Field(
+    overlap_experts: Literal[False, True, "two_batch"] = Field(
         False,
-        description="Other work that overlaps sending rows of spread experts, in addition to the shared expert. true: rows are cut in halves, and experts compute one while the other is sent (reads experts' weights twice). rows: a micro-batch's rows pass all blocks in two halves in turns, as two micro-batches of half as many would.",
+        description="Other work that overlaps sending tokens to experts on other ranks, in addition to the shared expert. true: tokens are cut in halves, and experts compute one while the other is sent (reads experts' weights twice). two_batch: two-batch overlap; the two halves of a micro-batch alternate through all blocks, as two micro-batches of half the sequences would.",
     )
     expert_buffer_factor: float | None = Field(
         None,
         ge=1,
         le=1e3,
-        description="Places for rows of spread experts, in even shares, so that the host need not count rows, such as 1.5; a step in which they do not suffice is computed again. null: the host counts rows.",
+        description="Size of fixed buffers for tokens to experts on other ranks, relative to balanced routing, such as 1.5, so that the host need not count tokens; a step in which they overflow is computed again. null: the host counts tokens.",
     )
     context: int = Field(1, gt=0, description="Ranks that share the tokens of each sequence.")
     pipeline: int = Field(1, gt=0, description="Stages of consecutive blocks; `|` in model.pattern cuts them.")
@@ -258,7 +258,7 @@ class HealthConfig(Section):
     check_state_every_steps: int | None = Field(
         None,
         gt=0,
-        description="Look for silent corruption every N steps and before each save: state that changed at rest, copies that differ, a micro-batch that gives other bits when run again. The run ends (code 3) and prints the rank; null: never.",
+        description="Look for silent corruption every N steps and before each save: state that changed at rest, copies that differ, a micro-batch with other results when run again. The run ends (code 3) and prints the rank; null: never.",
     )
 
 
@@ -335,7 +335,7 @@ class RunConfig(Section):
         (), description="Held-out text that is measured on its own and reported by name."
     )
     prune: PruneConfig | None = Field(None, description="Set groups of weights to zero on the way; null: no pruning.")
-    forget: ForgetConfig | None = Field(None, description="Re-initialise the embedding on the way; null: never.")
+    forget: ForgetConfig | None = Field(None, description="Re-initialize the embedding on the way; null: never.")
     qk_clip: QkClipConfig | None = Field(None, description="Bound the scores of attention; null: they may grow.")
     ema: EmaConfig | None = Field(None, description="Keep a moving average of the weights; null: none.")
     distill: DistillConfig | None = Field(

@@ -44,7 +44,9 @@ class TrainConfig(Section):
     sequence_length: int = Field(gt=0, description="Tokens per sequence.")
     micro_batch_size: int = Field(gt=0, description="Sequences per forward pass and rank.")
     global_batch_size: int = Field(gt=0, description="Sequences per optimizer step, over all ranks.")
-    batch_ramp: BatchRampConfig | None = Field(None, description="Start with smaller batches; null: full at once.")
+    batch_ramp: BatchRampConfig | None = Field(
+        None, description="Start with smaller batches; null: full from the start."
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="Of weights, data order and every other random draw.")
     precision: Literal["float32", "bf16"] = Field(
         "bf16", description="Of weights and activations; master weights and moments are float32 always."

@@ -140,7 +140,7 @@ class TreeReader:
                 remedy = "give the keys of one section the same number of spaces, here and on the line before"
             elif "mapping values are not allowed" in reason:
                 reason = "a colon if no key can be"
-                remedy = "indent the line as its neighbours are, or put the text before the colon in quotes"
+                remedy = "indent the line as its neighbors are, or put the text before the colon in quotes"
             elif reason.startswith(_TAG):
                 remedy = "remove it; quotes make a text of anything"
             elif "character '\\t'" in reason:

@@ -1,6 +1,6 @@
 """What a conversion gave: every model of it measured on the same held-out tokens, and what its linear branch is worth.
 
-A converted model that is as good without its linear branch has learned to do without what is behind the window (arXiv
+A converted model that is as good without its linear branch has learned to do without what is before the window (arXiv
 2510.05901 found it in published conversions). Perplexity on its own does not show that, so the controls are always measured:
 only window attention after the same tuning, the tuned model without either branch, the teacher after the same tuning.
 """

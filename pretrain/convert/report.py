@@ -50,7 +50,7 @@ def draw_conversion(found: ConversionReport, stages: Sequence[ConversionStage], 
             axes[1].bar(blocks, list(found.linear_share.values()), color=LIGHT.series[4], width=0.6)
             axes[1].set_ylim(0, 1)
             axes[1].set_xlabel("block")
-            axes[1].set_title("Share of the mass behind the window", fontsize=9.5)
+            axes[1].set_title("Share of the mass outside the window", fontsize=9.5)
         with replacing(path) as file:
             canvas.savefig(file, format="svg", metadata={"Date": None})
 

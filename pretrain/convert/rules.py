@@ -133,7 +133,7 @@ def block_problems(config: RunConfig, wanted: str) -> Iterator[Problem]:
     convert, letters = conversion_of(config), config.model.letters
     if convert.blocks is not None and convert.keep_blocks:
         yield Problem(
-            "convert.keep_blocks", "is given together with convert.blocks, which says the same", "remove one of them"
+            "convert.keep_blocks", "is given together with convert.blocks, which states the same", "remove one of them"
         )
     for key, blocks in (("blocks", convert.blocks or ()), ("keep_blocks", convert.keep_blocks)):
         for index in blocks:
@@ -169,7 +169,7 @@ def mixer_problems(config: RunConfig) -> Iterator[Problem]:
         return
     options = getattr(config.model.mixers, convert.to)
     if convert.to != WINDOW_LINEAR and config.model.norm_placement == "after_attention":
-        rule = f"places norms by what is attention, and convert.to={convert.to} is none"
+        rule = f"places norms by which blocks are attention, and convert.to={convert.to} is none"
         yield Problem("model.norm_placement", rule, "convert to window_linear", "after_attention")
     if options is None:
         rule = f"is missing, and convert.to={convert.to} needs its options"
@@ -184,7 +184,7 @@ def mixer_problems(config: RunConfig) -> Iterator[Problem]:
     if config.model.attention is not None:
         yield from weight_problems(options, config.model.attention)
     if convert.transfer is not None and not has_new_weights(options):
-        rule = f"has nothing to train: preset={options.preset} without meta tokens has no weights of its own"
+        rule = f"has nothing to train: preset={options.preset} without meta tokens has no weights to train"
         yield Problem("convert.transfer", rule, "remove it, or use another form")
 
 
@@ -206,7 +206,7 @@ def weight_problems(options: WindowLinearOptions, attention: AttentionConfig) ->
         rule = "norms all heads together, which window_linear does not, and the teacher's weights were trained with it"
         yield Problem("model.attention.qk_norm", rule, "give a teacher with norms of heads, or none", "wide")
     if attention.indexer is not None:
-        rule = "chooses keys, and window_linear takes over attention to all of them"
+        rule = "chooses keys, and window_linear imitates attention to all of them"
         yield Problem("model.attention.indexer", rule, "give a teacher without one")
     wanted: dict[str, object] = {
         "num_heads": attention.num_heads,

@@ -56,7 +56,7 @@ def check_updates(tune: TuneConfig, model: ModelConfig) -> None:
 
 
 def stack_updates(tune: TuneConfig, names: set[str]) -> dict[str, Tensor]:
-    """Read the factors `names` of all updates and lay them behind each other: whole tensors by name.
+    """Read the factors `names` of all updates and lay them after each other: whole tensors by name.
 
     Raises ValueError for an update of another rank, and one that has not all of these factors.
     """

@@ -94,7 +94,7 @@ def make_start(config: RunConfig, teacher: Weights) -> tuple[Weights, StartRepor
     left = tuple(name for name in teacher.state if name not in used and name.startswith(places))
     if convert.to == WINDOW_LINEAR and left:
         raise ValueError(
-            f"convert.teacher={convert.teacher} has weights that window_linear does not take: {', '.join(left[:4])}; give "
+            f"convert.teacher={convert.teacher} has weights that window_linear does not support: {', '.join(left[:4])}; give "
             "model.mixers.window_linear the sizes of model.attention"
         )
     report = StartReport(

@@ -93,7 +93,7 @@ class SumInGraph:
 class GraphedBlock:
     """Stands for a block's forward method: in training it replays, else the block computes as before.
 
-    shape: of the stream, [B, T, D]. dtypes: of the residual and of the delta, which the first block of a model does not
+    shape: of the residual stream, [B, T, D]. dtypes: of the residual and of the delta, which the first block of a model does not
     get. `before`: the graph of the block before this one, if it has one. Capture forward passes in the order of the blocks, then
     backward passes in reverse.
     """
@@ -144,7 +144,7 @@ class GraphedBlock:
         self.outputs = [tensor.detach() for tensor in self.made]
 
     def capture_backward(self, capture: Capture, after: GraphedBlock | None) -> None:
-        """Capture the backward pass; `after`: the graph of the block behind this one, if it has one."""
+        """Capture the backward pass; `after`: the graph of the block after this one, if it has one."""
         behind = [] if after is None else after.input_gradients
         self.output_gradients = [*behind, *(torch.zeros_like(tensor) for tensor in self.outputs[len(behind) :])]
         pairs = [pair for pair in zip(self.made, self.output_gradients, strict=True) if pair[0].requires_grad]

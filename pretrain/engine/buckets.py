@@ -80,7 +80,7 @@ class Bucket:
         if self.sums is None:
             self.filled.clear()
             self.sums = torch.empty(self.flat_size, dtype=torch.float32, device=parameter.device)
-            self.sums[self.offsets[-1] + self.parameters[-1].numel() :].zero_()  # behind the last parameter
+            self.sums[self.offsets[-1] + self.parameters[-1].numel() :].zero_()  # after the last parameter
         start = self.offsets[number]
         return self.sums[start : start + parameter.numel()].view(parameter.shape)
 
@@ -210,7 +210,7 @@ class GradientBuckets:
             bucket.begin_kept()
 
     def prepare(self, bucket: Bucket) -> None:
-        """Make ready for a gradient: a sum of the pass before has travelled in parallel with a forward pass, and two
+        """Make ready for a gradient: a sum of the pass before has been sent in parallel with a forward pass, and two
         need not be there.
         """
         assert self.is_open, "a backward pass outside of ZeroEngine.accumulate"
@@ -373,7 +373,7 @@ def build_bucket(optimizer: Any, index: int, named: dict[int, tuple[int, str]], 
     offsets = [0, *accumulate(parameter.numel() for parameter in members)]
     for parameter, start in zip(members, offsets):
         here = parameter.data.storage_offset() - flat.storage_offset()
-        assert here == start, "DeepSpeed keeps the weights of a group in one tensor, one behind the other"
+        assert here == start, "DeepSpeed keeps the weights of a group in one tensor, one after the other"
     return Bucket(
         index,
         [named[id(parameter)][1] for parameter in members],

@@ -101,11 +101,11 @@ def group_parameters(
 
     `parameter_names` of a group names its parameters, in their order. Experts that are spread over ranks, marked with
     the `group_name` of those that hold the same ones, are separate groups, of the same label: DeepSpeed reads their
-    `name` and `moe`. `bucket_elements`: close a group of decaying parameters behind the part of the module with which it
+    `name` and `moe`. `bucket_elements`: close a group of decaying parameters after the part of the module with which it
     comes to so many, which makes it a bucket; `apart`: parameters that make groups of their own. `scales`: of a parameter's
     rate and epsilon by its name; each pair makes groups of its own, `decay_wide` and `decay_out`, whose `rate_scale` the
     step multiplies the schedule's rate by. `matrices`: names of those that Muon steps. `rates`, `decay_factors`: by kind of
-    parameter; each kind with factors of its own makes groups of its own, named behind an @.
+    parameter; each kind with factors of its own makes groups of its own, named after an @.
     """
     groups: dict[tuple[str, str | None, bool, int], dict[str, Any]] = {}
     # The present bucket of each kind of group: its number, its elements so far, and the part it came to.

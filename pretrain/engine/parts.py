@@ -156,7 +156,7 @@ def _list_partitions(
 
 
 def cut_evenly(lengths: Sequence[tuple[str, int]], share: int, rank: int) -> tuple[Span, ...]:
-    """Cut parameters that are one behind the other, (name, length), into shares; the ranges of one rank's share."""
+    """Cut parameters that are one after the other, (name, length), into shares; the ranges of one rank's share."""
     spans = []
     ends = accumulate(length for _, length in lengths)
     for (name, length), end in zip(lengths, ends):

@@ -52,7 +52,7 @@ def fit_tensors(
     keys |= {key_of(BUFFER, name): (BUFFER, name, shape) for name, shape in buffers.items()}
     faults = [f"{key} is missing" for key in keys if key not in found]
     faults += [
-        f"{key} is {list(found.shape(key))}, the model says {list(shape)}"
+        f"{key} is {list(found.shape(key))}, the model states {list(shape)}"
         for key, (_, _, shape) in keys.items()
         if key in found and found.shape(key) != shape
     ]

@@ -181,7 +181,7 @@ class DcpFolder:
         corner: Sequence[int],
         shape: tuple[int, ...],
     ) -> Tensor:
-        """Read numbers of a chunk that are behind each other, from a corner of its first dimensions on."""
+        """Read numbers of a chunk that are one after the other, from a corner of its first dimensions on."""
         index, dtype = MetadataIndex(name, chunk.offsets), found.properties.dtype
         if index not in self.begins:
             where = f"{self.path}: {name}"

@@ -5,13 +5,13 @@ of models/, ssm/ and transformer/):
 
 - A layer of MambaModel is one block of ours, a layer of GPTModel two, attention and what follows.
 - Layers are numbered (`decoder.layers.3.mlp...`), or stacked in a first dimension (`decoder.layers.mlp...`); experts are
-  stacked behind that, or numbered.
+  stacked after that, or numbered.
 - A norm before a matrix has the name that Transformer Engine's fused layer gives it (`linear_qkv.layer_norm_weight`).
 - `linear_qkv` has, for each key-value head, its query heads, its key and its value; `linear_fc1` of gated layers is gate
   and up, `in_proj` and `conv1d` of Mamba are cut into `z x B C dt` and `x B C`.
-- Moments have the model's keys behind `optimizer.state.exp_avg.`; float32 master weights of bf16 weights behind
+- Moments have the model's keys behind `optimizer.state.exp_avg.`; float32 master weights of bf16 weights after
   `optimizer.state.fp32_param.`, or `.param.` where a distributed optimizer saved them. The counter is in `common.pt`.
-- `in_proj` and `conv1d` of Gated DeltaNet are cut into `query key value z beta alpha`; a gate of attention stands behind
+- `in_proj` and `conv1d` of Gated DeltaNet are cut into `query key value z beta alpha`; a gate of attention stands after
   the queries of each group in `linear_qkv`. Depths of prediction are `mtp.layers.D`.
 
 Every tensor must be taken, or it is rejected with an error: biases, other positions.

@@ -13,7 +13,7 @@ from amfm.model.config.schema import ModelConfig
 
 ATTENTION_NORMS = ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight")
 FEED_FORWARD_NORMS = ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
-# Names of a block's norm: of its own, and of Transformer Engine's layer that fuses it with the matrix behind it.
+# Names of a block's norm: of its own, and of Transformer Engine's layer that fuses it with the matrix after it.
 NORMS = {
     "M": ("norm.weight", "mixer.in_proj.layer_norm_weight"),
     "*": ATTENTION_NORMS,
@@ -83,7 +83,7 @@ def part_rows(model: ModelConfig, symbol: str) -> dict[str, int]:
 
 
 def fused_rows(model: ModelConfig) -> dict[str, int]:
-    """Rows of what `linear_qkv` is made of, by our names and in its order; a gate stands behind the queries."""
+    """Rows of what `linear_qkv` is made of, by our names and in its order; a gate stands after the queries."""
     attention = model.attention
     assert attention is not None, "the pattern has *, the configuration no attention section"
     queries, keys = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim

@@ -97,7 +97,7 @@ def check_expressible(model: ModelConfig, where: object) -> None:
         reasons += unfit_settings("model.attention.rope", attention.rope, PEER, ROPE, OTHER)
         reasons += unfit_softmax_scale(attention, PEER, OTHER)
         if attention.rope.theta != int(attention.rope.theta):
-            reasons.append(f"model.attention.rope.theta={attention.rope.theta}: {PEER} takes integers")
+            reasons.append(f"model.attention.rope.theta={attention.rope.theta}: {PEER} needs integers")
     if dense is not None and dense.activation not in ("swiglu", "squared_relu"):
         reasons.append(f"model.feed_forward.activation={dense.activation}: {PEER} has swiglu and squared_relu")
     if reasons:

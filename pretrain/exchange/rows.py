@@ -58,7 +58,7 @@ def stacked(sources: Sequence[Source]) -> Source:
 
 
 def pad(source: Source, num_rows: int) -> Source:
-    """A tensor with rows of zeros behind its own, up to so many."""
+    """A tensor with rows of zeros after its own, up to so many."""
     missing = num_rows - source.num_rows
     zeros = Source(
         (missing, *source.shape[1:]), source.dtype, lambda start, stop: torch.zeros(stop - start, *source.shape[1:])

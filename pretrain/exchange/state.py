@@ -159,7 +159,7 @@ class WrittenRun:
 def write_run(out: Path, state: TrainingState, report: Report = silent) -> WrittenRun:
     """Write a run directory OUT with a checkpoint of the state, which `amfm train OUT/config.yaml` continues from.
 
-    OUT is absent or whole. Its checkpoint is of one rank, and any layout loads it; ranks behind the first keep the random
+    OUT is absent or whole. Its checkpoint is of one rank, and any layout loads it; ranks after the first keep the random
     state of their seed. Raises ValueError for a number that is not finite.
     """
     config = read_saved_config(state.record)

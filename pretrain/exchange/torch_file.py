@@ -101,7 +101,7 @@ def read_integer(path: Path) -> int:
 
 
 def read_numbers(path: Path, begin: int, shape: Shape, dtype: torch.dtype) -> Tensor:
-    """Read numbers that are behind each other from a byte of a file on."""
+    """Read numbers that are one after the other from a byte of a file on."""
     raw = bytearray(math.prod(shape) * dtype.itemsize)
     with named(path), path.open("rb") as file:
         file.seek(begin)
@@ -123,7 +123,7 @@ def find_numbers(saved: Path | BinaryIO, where: object) -> tuple[Tensor, int]:
         ) from error
     tensor = found.get(PARAM) if isinstance(found, dict) else found
     if not isinstance(tensor, Tensor) or not tensor.is_contiguous():
-        raise ValueError(f"{where} holds no tensor whose numbers are in order, on its own or as {PARAM!r}; save it so")
+        raise ValueError(f"{where} holds no tensor whose values are in order, on its own or as {PARAM!r}; save it so")
     offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
     if offset is None:
         raise ValueError(f"{where} was not written as an archive; save it with torch 1.6 or later")

@@ -290,9 +290,9 @@ def find_problems(plan: ExportPlan, proof: dict[str, Any]) -> list[str]:
     if not proof["same_argmax"]:
         problems.append("the most likely token differs")
     if proof["wrong_ids"] > MAX_WRONG_IDS * proof["num_ids"]:
-        problems.append(f"AutoTokenizer gives other ids for {proof['differing_texts'][:3]}")
+        problems.append(f"AutoTokenizer returns other ids for {proof['differing_texts'][:3]}")
     if proof["undecoded_texts"]:
-        problems.append(f"AutoTokenizer does not give back {proof['undecoded_texts'][:3]}")
+        problems.append(f"AutoTokenizer does not restore {proof['undecoded_texts'][:3]}")
     return problems
 
 

@@ -316,7 +316,7 @@ def model_card(plan: ExportPlan) -> str:
         "Weights are float32. Router, decay and time step are sensitive to rounding: in bf16 some tokens choose other "
         "experts than in float32.",
         "",
-        "Special tokens such as the end of a text are single tokens where they are written out. In pretraining they were plain "
+        "Special tokens such as the end of a text are single tokens if they are written out. In pretraining they were plain "
         "text there; `tokenizer(text, split_special_tokens=True)` gives that.",
     ]
     for remark in plan.hf_class.remarks(config):

@@ -139,7 +139,7 @@ def only_sound(tensors: OnDemand, source: Path) -> OnDemand:
         if found.dtype not in READ_DTYPES:
             raise ValueError(
                 f"{source}: {name} is {str(found.dtype).removeprefix('torch.')}; weights are read in float32, bfloat16, float16 or "
-                "float64: take the release in bf16"
+                "float64: use the release in bf16"
             )
 
     def checked(name: str, found: OnDemandSource) -> OnDemandSource:
@@ -179,7 +179,7 @@ def read_config_json(source: Path) -> dict[str, Any]:
         with understood(path):
             complete: dict[str, Any] = AutoConfig.from_pretrained(source, local_files_only=True).to_dict()
     except StrictDataclassError as error:
-        raise ValueError(f"{path} has a field that its class does not take: {error}") from error
+        raise ValueError(f"{path} has a field that its class does not accept: {error}") from error
     return complete
 
 

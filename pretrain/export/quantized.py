@@ -19,7 +19,7 @@ from torch import Tensor
 
 from amfm.model.on_demand import OnDemand, Source
 
-# e2m1 by the three bits behind its sign.
+# e2m1 by the three bits after its sign.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 BLOCKS, SCALES, INVERSE = "_blocks", "_scales", "_scale_inv"
 
@@ -35,7 +35,7 @@ def read_quantized(tensors: OnDemand, quantization: Any, source: Path) -> OnDema
     how = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, Mapping) else quantization
     if how not in ("mxfp4", "fp8"):
         raise ValueError(
-            f"{source}/config.json: weights quantized by {how} are not read, only by mxfp4 and fp8; take the release in bf16"
+            f"{source}/config.json: weights quantized by {how} are not read, only by mxfp4 and fp8; use the release in bf16"
         )
     if how == "mxfp4":
         return _with(tensors, BLOCKS, SCALES, _read_mxfp4, source)
@@ -43,7 +43,7 @@ def read_quantized(tensors: OnDemand, quantization: Any, source: Path) -> OnDema
     if not (isinstance(block, list | tuple) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
         raise ValueError(
             f"{source}/config.json: quantization_config.weight_block_size={block}, and must be two integers, as [128, 128]; "
-            "take the release in bf16"
+            "use the release in bf16"
         )
 
     def read_fp8(name: str, codes: Source, scales: Source) -> Source:

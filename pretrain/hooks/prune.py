@@ -38,7 +38,7 @@ class Forget(Hook):
         values = initial_values(EMBEDDING, (model.vocab_size, model.hidden_size), model, seed)
         run.open_masters().write({EMBEDDING: values})
         run.note_edit()
-        run.tell("forgot", f"step {step}: the embedding is re-initialised", parameter=EMBEDDING)
+        run.tell("forgot", f"step {step}: the embedding is re-initialized", parameter=EMBEDDING)
 
 
 class Prune(Hook):

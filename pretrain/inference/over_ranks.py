@@ -109,7 +109,7 @@ def choose_layout(model: ModelConfig, num_ranks: int, memory: float, work: Work,
     words = f"tensor {section.tensor}, expert {section.expert}"
     had = f"{memory / 1e9:.1f} GB that a rank has"
     if smallest > USED * memory:
-        only = ", and tasks that generate need whole rows on each rank" if work.whole_rows else ""
+        only = ", and tasks that generate need whole sequences on each rank" if work.whole_rows else ""
         raise ValueError(
             f"--nproc {num_ranks}: in {precision} the smallest layout, {words}, needs {smallest / 1e9:.1f} of the {had}{only}; "
             f"start more ranks{'' if precision == 'bf16' else ', or use --precision bf16'}"

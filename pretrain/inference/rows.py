@@ -92,7 +92,7 @@ def take_row(state: BlockState, row: int) -> BlockState:
 def pass_one_by_one(
     block: Block, stream: Stream, metas: Sequence[PackMeta], parts: Sequence[BlockState], num_rows: int
 ) -> tuple[Stream, list[BlockState]]:
-    """Pass the first rows one after the other; those behind them are copies of the last one, and get what it gives."""
+    """Pass the first rows one after the other; those after them are copies of the last one, and get what it gives."""
     given = []
     for row in range(num_rows):
         delta_BTD = None if stream.delta_BTD is None else stream.delta_BTD[row : row + 1]

@@ -91,7 +91,7 @@ def find_worst(
     by_row: list[tuple[int, str, float]] = []
     documents: list[DocumentLoss] = []
     for start in range(0, len(rows), ROWS_AT_ONCE):
-        report(f"measuring the rows of step {step}", start, len(rows))
+        report(f"measuring the sequences of step {step}", start, len(rows))
         group = rows[start : start + ROWS_AT_ONCE]
         nll_BT, counts_BT = token_losses(model, group, isolated=data.mask_document_boundaries)
         for row, place, nll_T, counts_T in zip(group, places[start:], nll_BT, counts_BT):

@@ -292,7 +292,7 @@ def check_shapes(model: ModelConfig, state: Mapping[str, Tensor], where: str) ->
     faults += [f"{name} does not belong" for name in state.keys() - expected.keys()]
     for name in expected.keys() & state.keys():
         if shapes.shape(name) != expected[name]:
-            faults.append(f"{name} is {shapes.shape(name)}, the configuration says {expected[name]}")
+            faults.append(f"{name} is {shapes.shape(name)}, the configuration states {expected[name]}")
     if faults:
         raise ValueError(f"weights in {where} do not fit their configuration: " + "; ".join(sorted(faults)[:8]))
 

@@ -37,7 +37,7 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 CHUNK_ELEMENTS = 1 << 22
 WORKING = "model weights"
 MAX_NAMED = 3
-REMEDY = "nothing of it was saved; take that machine out, and start again from the newest checkpoint"
+REMEDY = "nothing of it was saved; remove that machine, and start again from the newest checkpoint"
 
 # (kind, name of the parameter, first element, number of elements)
 Range = tuple[str, str, int, int]

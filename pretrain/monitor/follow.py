@@ -139,7 +139,7 @@ class FollowedRun:
                 return f"{plural(len(beats), 'rank')}, but {describe_lost(silent)}"
             return f"running: {plural(len(beats), 'rank')} on {plural(hosts, 'host')}, at step {place.step:,}, {place.phase}"
         if self.state == "lost":
-            where = describe_lost(beats) if beats else "no rank gives a sign of life, and none said why"
+            where = describe_lost(beats) if beats else "no rank sends a heartbeat, and none reported why"
             return f"gone: {where}; the same command resumes from {self.panel.describe_checkpoint()}"
         if self.state == "waiting":
             return self.cause or "not begun: no rank has written anything yet"

@@ -87,7 +87,7 @@ class RunLog:
             self._require_place()
             assert self.services is not None, "it rejected"
             self.services.tensorboard = None  # its thread ended with the error; there is nothing to close
-            text = f"TensorBoard's files in {self.directory / 'tensorboard'} take no more: {error.strerror or error}"
+            text = f"TensorBoard's files in {self.directory / 'tensorboard'} cannot be written any more: {error.strerror or error}"
             sys.stderr.write(f"amfm: warning: {text}; training continues without them\n")
             self.write_event("tensorboard_failed", step, error=text)
 

@@ -86,19 +86,19 @@ class DeviceClock(Stopwatch):
         self._waits = DeviceWaits()
 
     def start(self) -> None:
-        """Queue the first event, behind all that the stream has to do before the passes."""
+        """Queue the first event, after all that the stream has to do before the passes."""
         self._waits.listen()
         self._began.record()
 
     def stop(self) -> None:
-        """Queue the second one, behind the last backward pass."""
+        """Queue the second one, after the last backward pass."""
         self._ended.record()
         self._waits.stop()
 
     def seconds(self) -> float:
         """Seconds between the events without those of waits for other ranks.
 
-        Waits for the second one, so ask after the host has waited for what is behind it.
+        Waits for the second one, so ask after the host has waited for what is after it.
         """
         self._ended.synchronize()
         return self._began.elapsed_time(self._ended) / 1e3 - self._waits.seconds()

@@ -22,7 +22,7 @@ from amfm.pretrain.stages import RunStage
 def example_batch(rows: int, tokens: int, documents: int, *, is_padded: bool = False) -> Batch:
     """Rows of `documents` documents of nearly equal length; positions and `cu_seqlens` restart at each, tokens are zeros.
 
-    is_padded: rows say where their padding begins, which is behind all of them.
+    is_padded: rows say where their padding begins, which is after all of them.
     """
     place_T = torch.arange(tokens)
     ids_T = place_T * documents // tokens

@@ -42,7 +42,7 @@ from amfm.pretrain.parallel import Parallel
 from amfm.pretrain.recompute import recomputed_letters
 
 _LOG = logging.getLogger(__name__)
-SEVERAL = ", rows of several documents"
+SEVERAL = ", sequences of several documents"
 
 
 def compiles_anything(config: RunConfig, parallel: Parallel) -> bool:
@@ -112,7 +112,7 @@ def pass_once(
             parallel.groups.cp.rank(),
             parallel.groups.cp.size(),
             config.model.num_depths,
-            takes_turns=parallel.groups.takes_turns,
+            two_batch=parallel.groups.two_batch,
         ).to(parallel.device)
         for words, documents in (("", 1), (SEVERAL, 3))
     }
@@ -224,7 +224,7 @@ class Part:
     def find_offsets(self, real: HybridModel) -> list[dict[str, int]]:
         """By how many numbers weights are off the 16 bytes by which Triton tells addresses, in each way that there is.
 
-        DeepSpeed keeps weights end to end, so that one behind an odd number of others starts anywhere, and kernels are compiled
+        DeepSpeed keeps weights end to end, so that one after an odd number of others starts anywhere, and kernels are compiled
         again for it.
         """
         named = dict(real.named_parameters())
@@ -270,7 +270,7 @@ def pass_embedding(model: HybridModel, batch: MicroBatch) -> Tensor:
 
 
 def pass_block(model: HybridModel, index: int, batch: MicroBatch) -> Tensor:
-    """Pass a block twice, as the first of a piece and behind another one, whose norms add what came before or do not."""
+    """Pass a block twice, as the first of a piece and after another one, whose norms add what came before or do not."""
     stream = model.pass_blocks(Stream(enter(model, batch)), [index, index], batch.meta)
     assert stream.delta_BTD is not None, "a block was passed"
     total = stream.residual_BTD.float().mean() + stream.delta_BTD.float().mean()

@@ -65,8 +65,8 @@ def read_fullest(record: RunRecord) -> Series:
 MEASURES = (
     Measure("loss", "Training loss", "Smoothed.", "nats per token", read_key("loss")),
     Measure("validation", "Validation loss", "", "nats per token", read_key("validation_loss"), is_rare=True),
-    Measure("bits", "Validation, bits per byte", "Comparable where tokenizers differ.", "bits per byte", read_key("validation_bits_per_byte"), is_rare=True),
-    Measure("accuracy", "Validation accuracy", "Of labelled tokens.", "share right", read_key("validation_accuracy"), lowest=0, is_rare=True),
+    Measure("bits", "Validation, bits per byte", "Comparable even if tokenizers differ.", "bits per byte", read_key("validation_bits_per_byte"), is_rare=True),
+    Measure("accuracy", "Validation accuracy", "Of labeled tokens.", "share right", read_key("validation_accuracy"), lowest=0, is_rare=True),
     Measure("rate", "Learning rate", "As it was applied.", "", read_key("lr"), lowest=0, is_exact=True),
     Measure("gradient", "Gradient norm", "Before clipping, smoothed.", "", read_key("grad_norm"), is_log=True),
     Measure("throughput", "Throughput", "All ranks together, smoothed.", "tokens per second", read_key("tokens_per_second"), lowest=0),

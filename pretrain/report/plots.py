@@ -124,7 +124,7 @@ def accuracy_plot(record: RunRecord) -> Plot | None:
         return None
     row_steps, rows = record.series("validation_row_accuracy")
     curves = (Curve("tokens", steps, tokens, dots=True), Curve("rows", row_steps, rows, series=1, dash=1, dots=True))
-    caption = "Validation: share of labelled tokens that are right, and of rows without a wrong one."
+    caption = "Validation: share of labeled tokens that are right, and of sequences without a wrong one."
     return Plot("accuracy", "Accuracy", caption, "share right", curves, lowest=0, highest=1.02)
 
 
@@ -234,14 +234,14 @@ def quantization_plot(record: RunRecord) -> Plot | None:
     caption = f"Numbers of operands that {recipe} makes zero: larger ones of their block leave no code for them."
     highest = max(value for row in rows for value in row if value is not None) or 1.0
     heat = HeatMap(tuple(names), tuple(edges), rows, 0.0, highest)
-    return Plot("quantization", "Zeroed by quantising", caption, "%", heat=heat)
+    return Plot("quantization", "Zeroed by quantizing", caption, "%", heat=heat)
 
 
 # Measures of `inspect` that are maps: key, title, unit, caption, and whether colours follow ratios.
 INSPECTED = (
     ("weight", "Weights by block", "norm", "L2 norm of the weights of each block.", True),
     ("gradient", "Gradients by block", "norm", "L2 norm of the gradients of each block, before clipping.", True),
-    ("update", "Updates by block", "norm", "L2 norm of what the optimizer changed in each block.", True),
+    ("update", "Updates by block", "norm", "L2 norm of the update of each block.", True),
     ("activation", "Activations by block", "root mean square", "What each block adds to the residual stream.", True),
     ("max_logit", "Largest attention logit", "nats", "Largest log-sum-exp of scores, by block with attention.", False),
     ("router_entropy", "Router entropy", "nats", "Mean entropy of a token's scores; 0 is one expert.", False),

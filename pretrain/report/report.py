@@ -78,10 +78,12 @@ def choose_place(folders: Sequence[Path]) -> Path:
     if twice:
         raise ValueError(f"{twice[0]} is given twice; name each run once")
     if len(folders) > MAX_RUNS:
-        raise ValueError(f"{len(folders)} runs are more than the {MAX_RUNS} that a page can tell apart; leave some out")
+        raise ValueError(
+            f"{len(folders)} runs are more than the {MAX_RUNS} that a page can show in different colors; leave some out"
+        )
     parents = {path.parent for path in resolved}
     if len(parents) > 1:
-        raise ValueError("the runs are in different folders, so their page has no place of its own; name one by --out")
+        raise ValueError("the runs are in different folders, so their page has no default path; name one by --out")
     return folders[0].parent / "report.html"
 
 
@@ -176,7 +178,11 @@ def make_cards(record: RunRecord) -> list[Card]:
     tokens, rows = record.last("validation_accuracy"), record.last("validation_row_accuracy")
     if tokens is not None and rows is not None:
         cards.append(
-            Card("Validation accuracy", f"{tokens:.1%}", f"of labelled tokens; {rows:.1%} of rows without a wrong one")
+            Card(
+                "Validation accuracy",
+                f"{tokens:.1%}",
+                f"of labeled tokens; {rows:.1%} of sequences without a wrong one",
+            )
         )
     cards.append(Card("Throughput", f"{count(speed)} tokens/s" if speed is not None else "-", speed_source))
     if mfu is not None:
@@ -242,7 +248,12 @@ def describe_model(record: RunRecord) -> Table:
         for kind in kinds
     ]
     total = ("all", f"{counts.total:,}", f"{counts.active:,}", *(count(sum(column.values())) for column in flops))
-    header = ("part", "parameters", "active", *(f"training FLOPs per token, rows of {length:,}" for length in lengths))
+    header = (
+        "part",
+        "parameters",
+        "active",
+        *(f"training FLOPs per token, sequences of {length:,}" for length in lengths),
+    )
     return Table(f"Pattern {config.model.parsed_pattern.canonical()}", header, (*rows, total))
 
 

@@ -72,12 +72,12 @@ def describe_state(record: RunRecord, seen: Seen) -> tuple[str, str]:
 
 
 def judge_state(followed: FollowedRun, seen: Seen) -> Iterator[Finding]:
-    """A run that failed, or of which no rank gives a sign of life."""
+    """A run that failed, or of which no rank sends a heartbeat."""
     if seen.state == "failed":
         remedy = "the same command continues from the newest checkpoint, once the cause is gone"
         yield Finding("state", f"failed: {seen.cause or 'no cause was written'}", remedy)
     elif seen.state == "lost":
-        yield Finding("state", f"lost: {describe_lost(seen.beats) or 'no rank gives a sign of life'}",
+        yield Finding("state", f"lost: {describe_lost(seen.beats) or 'no rank sends a heartbeat'}",
                       f"the same command resumes from {followed.panel.describe_checkpoint()}", LAUNCHING)  # fmt: skip
 
 
@@ -113,5 +113,5 @@ def judge_disk(directory: Path, checkpoint_step: int | None) -> Iterator[Finding
     size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file()) if newest.is_dir() else 0
     free = shutil.disk_usage(directory).free
     if free < ROOM * size:
-        text = f"{free / 1e9:.1f} GB are free, and a checkpoint takes {size / 1e9:.1f} GB"
+        text = f"{free / 1e9:.1f} GB are free, and a checkpoint needs {size / 1e9:.1f} GB"
         yield Finding("disk", text, "free the disk, or lower train.keep_last", "docs/checkpoints.md")

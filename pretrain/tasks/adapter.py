@@ -59,11 +59,11 @@ class ModelAdapter(TemplateLM):
         """Score continuations (ids) after contexts (ids); what is too long loses tokens on the left."""
         for texts, _context, continuation in requests:
             if not continuation:
-                raise ValueError(f"the continuation {texts and texts[1]!r} has no token of its own after its context")
+                raise ValueError(f"the continuation {texts and texts[1]!r} adds no token to its context")
             if len(continuation) > self.max_length:
                 raise ValueError(
-                    f"a continuation of {len(continuation)} tokens is longer than the model's rows of {self.max_length}; "
-                    "take a model of longer rows, or a task with shorter answers"
+                    f"a continuation of {len(continuation)} tokens is longer than the model's sequences of {self.max_length}; "
+                    "use a model of longer sequences, or a task with shorter answers"
                 )
         # Blanks at the end of a context go to its continuation, so one of only blanks is empty here.
         start = [self.prefix_token_id]
@@ -96,7 +96,7 @@ class ModelAdapter(TemplateLM):
             limit, until = read_generation(settings)
             if limit >= self.max_length:
                 raise ValueError(
-                    f"the task generates up to {limit} tokens, and the model was trained on rows of {self.max_length}; "
+                    f"the task generates up to {limit} tokens, and the model was trained on sequences of {self.max_length}; "
                     "set generation_kwargs.max_gen_toks of the task lower"
                 )
             ids = self.tok_encode(context) or [self.prefix_token_id]

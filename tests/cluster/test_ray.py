@@ -173,7 +173,7 @@ def test_a_cluster_that_refuses_our_token_is_said_with_the_remedy(folder: Path) 
     assert "set RAY_AUTH_MODE=token" in text and "Traceback" not in text
 
 
-def test_a_node_with_other_code_is_left_out_by_name_and_the_others_go_on(
+def test_a_node_with_other_code_is_excluded_with_its_name_and_the_others_continue(
     folder: Path, undisturbed: list[float], watch: WatchRun
 ) -> None:
     write_run(folder, folder / "run", launch__node_wait_seconds=1.0)
@@ -184,7 +184,7 @@ def test_a_node_with_other_code_is_left_out_by_name_and_the_others_go_on(
         launcher = launch(nodes, folder, 3)
         with watch("Ray", "other commit on a node"):
             end_well(launcher, log)
-    said, left = log.read_text(), json.loads((folder / "run/launch/left_out.json").read_text())["left_out"]
+    said, left = log.read_text(), json.loads((folder / "run/launch/excluded_nodes.json").read_text())["excluded"]
     assert left.keys() == {"10.77.0.12"} and "amfm's source files is" in left["10.77.0.12"]
     # Once: the next group was placed on the two others, though Ray has three.
     assert said.count("10.77.0.12 did not pass the check; looking again, which counts as no attempt") == 1

@@ -120,7 +120,7 @@ def test_a_slow_and_lossy_link_and_a_clock_that_is_slightly_off_cost_nothing(
         wait_until(lambda: metrics(folder / "run"), START_SECONDS, log)
         with watch("ssh", "20 Mbit/s, 1% lost, clock 50 s behind"):
             end_well(launcher, log)
-    assert not events(folder / "run", "restarted") and "is left out" not in log.read_text()
+    assert not events(folder / "run", "restarted") and "is excluded" not in log.read_text()
     check_losses(folder / "run", undisturbed)
 
 
@@ -156,7 +156,7 @@ def test_hosts_whose_names_resolve_to_ipv6_alone_take_part(folder: Path, undistu
             names.write("fd00::11 node1six\nfd00::12 node2six\n")
         end_well(launch(nodes, folder, hosts="node1six\nnode2six\n"), log)
     assert [event["world_size"] for event in events(folder / "run", "start")] == [2]
-    assert "is left out" not in log.read_text()
+    assert "is excluded" not in log.read_text()
     check_losses(folder / "run", undisturbed)
 
 
@@ -188,7 +188,7 @@ def test_a_spare_takes_the_place_of_a_node_that_loses_its_power(
 
 
 @needs_fake_clock
-def test_nodes_that_are_not_like_the_launcher_are_left_out_by_name_before_ranks_start(
+def test_nodes_that_are_not_like_the_launcher_are_excluded_with_their_names_before_ranks_start(
     folder: Path, undisturbed: list[float], watch: WatchRun
 ) -> None:
     settings = {"launch__node_wait_seconds": 1.0, "launch__setup": wrong_clock(5, 300), "launch__warm_restarts": False}
@@ -218,7 +218,7 @@ def test_nodes_that_are_not_like_the_launcher_are_left_out_by_name_before_ranks_
         launcher = launch(nodes, folder, hosts="".join(f"node{number}\n" for number in range(1, 8)), count=6)
         with watch("ssh", "other commit, stale mount, other Python, clock 300 s ahead, no names, no store"):
             end_well(launcher, log)
-    left = json.loads((folder / "run/launch/left_out.json").read_text())["left_out"]
+    left = json.loads((folder / "run/launch/excluded_nodes.json").read_text())["excluded"]
     assert left.keys() == expected.keys(), left
     assert all(text in left[name] for name, text in expected.items()), left
     assert "node4" in left or "node4 does not answer: " in log.read_text()
@@ -243,7 +243,7 @@ def test_storage_that_goes_stale_under_a_run_costs_no_checkpoint_that_was_whole(
         with watch("ssh", "mount goes stale under a rank"):
             nodes.run(2, "mount", "--bind", str(stale), str(folder / "run"))
             end_well(launcher, log)
-    left = json.loads((folder / "run/launch/left_out.json").read_text())["left_out"]
+    left = json.loads((folder / "run/launch/excluded_nodes.json").read_text())["excluded"]
     assert "does not see the launcher's file" in left["node2"]
     assert "continuing with 1 of 2 nodes" in log.read_text()
     check_losses(folder / "run", undisturbed)
@@ -295,5 +295,5 @@ def test_a_shared_disk_that_is_full_for_a_while_ends_nothing_and_leaves_out_no_h
             assert not list((run_dir / "launch").glob("check-node*"))
             (small_disk / "filler").unlink()
             end_well(launcher, log)
-        assert "is left out" not in log.read_text()
+        assert "is excluded" not in log.read_text()
         check_losses(run_dir, undisturbed)

@@ -22,7 +22,7 @@ from tests.cluster.cluster import PATH, events, metrics
 POLL_SECONDS = 0.25
 # What launcher, ranks or Slurm say of a fault; a run that nothing disturbs says none of it.
 TELLING = re.compile(
-    r"no progress for|lost|not seen any more|failed at checkpoint|is left out|does not answer|queued again|remaining job time is too short|"
+    r"no progress for|lost|not seen any more|failed at checkpoint|is excluded|does not answer|queued again|remaining job time is too short|"
     r"restarted|srun: error|Node failure|Connection closed|ended by|Traceback|cannot be read|other rank"
 )
 HEAD = (
@@ -86,7 +86,7 @@ class Watch:
         self._thread.join()
         self._look()
         starts, causes = events(self.run_dir, "start"), events(self.run_dir, "restarted")
-        left = read_json(self.run_dir / "launch/left_out.json").get("left_out", {})
+        left = read_json(self.run_dir / "launch/excluded_nodes.json").get("excluded", {})
         self.row.ranks = tuple(event["world_size"] for event in starts)
         named = causes[-1].get("cause") if causes else "; ".join(f"{name}: {reason}" for name, reason in left.items())
         self.row.named = self.row.named or shorten(str(named or ""))

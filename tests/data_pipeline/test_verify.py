@@ -37,7 +37,7 @@ def test_full_finds_what_quick_cannot_and_both_find_missing_and_short_files(conf
     (missing / "document_ends" / "c" / "0").unlink()
     (renamed / "zarr.json").write_text((renamed / "zarr.json").read_text() + " ")
     quick, full = verify_store(store.path, full=False), verify_store(store.path, full=True)
-    assert len(quick) == 2 and "the manifest says" in quick[0] and "is missing" in quick[1]
+    assert len(quick) == 2 and "the manifest states" in quick[0] and "is missing" in quick[1]
     assert len(full) == 4 and "fails its crc32c" in full[0] and "are not those of the manifest" in full[3]
 
 

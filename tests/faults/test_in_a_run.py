@@ -168,7 +168,7 @@ def meet_other_stores(place: str) -> dict[str, Any]:
 @pytest.mark.slow
 def test_a_store_that_is_replaced_or_removed_under_a_run_ends_it_and_another_one_is_refused(tmp_path: Path) -> None:
     (found,) = run_ranks(meet_other_stores, str(tmp_path), num_ranks=1)
-    for name, words in (("replace_store", "the manifest says"), ("remove_store", "is missing")):
+    for name, words in (("replace_store", "the manifest states"), ("remove_store", "is missing")):
         straight, (codes, said), (refused, why), again, is_same = found[name]
         assert straight == ([DONE], "")
         assert codes == [RUN_FAILED] and words in said, (name, said)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from amfm.kernels.decay_scan.op import decay_scan, mamba2_scan
 
-# Gradients that are one number per head.
+# Gradients that are one value per head.
 SUMS = ("d_A_log", "d_dt_bias")
 
 

@@ -280,7 +280,7 @@ def test_documents_on_cuda_go_to_variable_length_attention_where_it_serves(caplo
             "triton", fake_query("cuda", 64), has_documents=has_documents, keys=128, document_ends=parts
         )
         assert found == "varlen"
-    assert "takes bfloat16 or float16, not torch.float32" in caplog.text
+    assert "supports bfloat16 or float16, not torch.float32" in caplog.text
     assert "multiples of 8, not 20" in caplog.text
     assert "torch 2.9.1 does not have it; torch 2.10 and later do" in varlen._refuse_release("2.9.1")
 

@@ -37,7 +37,7 @@ def test_a_checkpoint_is_described_and_damage_is_named(
     shard = path / "rank-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
     code, found, error = inspect(capsys, path)
-    assert code == 2 and found["ok"] is False and "bytes, the manifest says" in error
+    assert code == 2 and found["ok"] is False and "bytes, the manifest states" in error
     assert run(["inspect", str(path), "--protect"]) == 2
     assert "--protect marks a checkpoint that verifies" in capsys.readouterr().err
 

@@ -124,7 +124,7 @@ def test_a_url_that_refuses_or_is_not_there_is_said_once_without_its_path(
     gone.post(Message("done", 1, ""))
     lines = capsys.readouterr().err.splitlines()
     assert len(bodies) == 3 and len(lines) == 2
-    assert lines[0].startswith("amfm: warning: launch.notify: 127.0.0.1 does not take messages (status 500)")
+    assert lines[0].startswith("amfm: warning: launch.notify: 127.0.0.1 does not accept messages (status 500)")
     assert "hook" not in "".join(lines)
 
 

@@ -26,9 +26,9 @@ def test_a_verb_takes_a_preset_and_overrides(capsys: pytest.CaptureFixture[str])
     [
         (
             ["config", "--preset", "tiny_gpu"],
-            "--preset tiny_gpu: amfm brings no such preset along; do you mean tiny_cpu?",
+            "--preset tiny_gpu: amfm has no preset of this name; do you mean tiny_cpu?",
         ),
-        (["train", "--preset", "../secret"], "brings no such preset along"),
+        (["train", "--preset", "../secret"], "has no preset of this name"),
         (["train", "own.yaml", "--preset", "tiny_cpu"], "own.yaml and --preset tiny_cpu both name a configuration"),
         (["train", "elsewhere/tiny_cpuu.yaml"], "tiny_cpuu.yaml does not exist; did you mean --preset tiny_cpu?"),
         (["prepare"], "no CONFIG.yaml given; name a file, or a preset: --preset tiny_cpu"),

@@ -31,7 +31,9 @@ def directory(tmp_path: Path) -> Path:
     events = [{"event": "start", "step": 0}, {"event": "checkpoint", "step": 5}, {"event": "start", "step": 5}]
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     (tmp_path / "launch").mkdir()
-    (tmp_path / "launch/left_out.json").write_text('{"left_out": {"node1": "lost", "node2": "lost"}, "losses": {}}')
+    (tmp_path / "launch/excluded_nodes.json").write_text(
+        '{"excluded": {"node1": "lost", "node2": "lost"}, "losses": {}}'
+    )
     (tmp_path / "launch/held.jsonl").write_text('{"began_at": 1800000000.5, "before_until": null}\n')
     (tmp_path / "metrics.jsonl").write_text(json.dumps(METRICS) + "\n")
     return tmp_path
@@ -53,7 +55,7 @@ def test_a_collector_gets_the_same_numbers_until_the_run_has_ended(
     assert metrics["amfm_state"]["attributes"] == [{"key": "state", "value": {"stringValue": "finished"}}]
     assert metrics["amfm_step"]["timeUnixNano"].isdecimal()
     assert amfm(["watch", str(directory), "--otlp", url]) == 0  # nothing listens there any more
-    assert capfd.readouterr().err.count("does not take metrics") == 1
+    assert capfd.readouterr().err.count("does not accept metrics") == 1
     assert amfm(["watch", str(directory), "--otlp", "localhost:4318"]) == 2
 
 
@@ -79,7 +81,7 @@ def test_a_scrape_gets_the_newest_numbers_and_the_state_and_a_foreign_page_nothi
     states = {key: value for key, value in found.items() if key.startswith("amfm_state")}
     assert [key for key, value in states.items() if value == "1"] == [f'amfm_state{{{name},state="running"}}']
     assert f"amfm_step{{{name}}} 8.0" in later
-    assert found[f"amfm_restarts{{{name}}}"] == "1.0" and found[f"amfm_left_out_nodes{{{name}}}"] == "2.0"
+    assert found[f"amfm_restarts{{{name}}}"] == "1.0" and found[f"amfm_excluded_nodes{{{name}}}"] == "2.0"
     assert float(found[f"amfm_step_age_seconds{{{name}}}"]) > 100 and f"amfm_launcher_age_seconds{{{name}}}" in found
     names = {key.partition("{")[0] for key in found}
     types = {line.split()[2]: line.split()[3] for line in lines if line.startswith("# TYPE ")}

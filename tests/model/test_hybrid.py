@@ -205,7 +205,7 @@ def test_state_dict_loads_strictly_and_brings_the_outputs_along():
 def test_a_pipeline_stage_that_does_not_know_its_blocks_is_refused():
     groups = single_rank_groups()
     groups.pp = StandInGroup(2)
-    with pytest.raises(ValueError, match=r"pp group has 2 ranks; give the pieces of the model that this one holds"):
+    with pytest.raises(ValueError, match=r"pp group has 2 ranks; give the model chunks that this one holds"):
         HybridModel(small_config(), groups)
 
 

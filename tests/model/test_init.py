@@ -118,7 +118,7 @@ def filled_part(name, shape, shard, rank, ranks):
 def test_matrices_of_many_pieces_are_the_same_on_any_ranks_that_share_them(monkeypatch, ranks):
     monkeypatch.setattr(
         "amfm.model.init.PIECE_VALUES", 700
-    )  # ten rows of the stream or so, and no divisor of any shard
+    )  # ten rows of the residual stream or so, and no divisor of any shard
     whole = HybridModel(WIDE, single_rank_groups(), seed=3)
     for name, parameter, shard in parameter_shards(whole):
         if shard.per_expert or name.endswith(("A_log", "dt_bias")):

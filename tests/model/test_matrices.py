@@ -60,7 +60,7 @@ def assert_complete(model: HybridModel, stacks: list[MatrixStack]) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_no_matrix_of_a_preset_falls_between_the_two_optimizers(preset: str) -> None:
     model = load_config(CONFIGS / f"{preset}.yaml").model
-    # One block of each kind has all names, behind them the depths that predict more tokens.
+    # One block of each kind has all names, after them the depths that predict more tokens.
     letters = "".join(dict.fromkeys(model.letters))
     depths = "".join(f"/{depth}" for depth in model.pattern.split("/")[1:])
     module, groups = build(model.model_copy(update={"pattern": letters + depths}))
@@ -123,7 +123,7 @@ def test_tensor_ranks_have_whole_heads_or_slices_of_a_matrix() -> None:
     assert split((8, 32), keys) == [MatrixStack("blocks.0", 0, 1, 8, 32)]
     (together,) = split((8, 32), keys, per_head=False)
     assert together == MatrixStack("blocks.0", 0, 1, 8, 32, MatrixCut("tp", 0, 2)) and together.shape == (16, 32)
-    # Numbers are those of the whole: heads 2 and 3 are here, and the matrix behind all eight.
+    # Numbers are those of the whole: heads 2 and 3 are here, and the matrix after all eight.
     assert split((10, 32), beta) == [
         MatrixStack("blocks.0", 0, 2, 4, 32, first=2),
         MatrixStack("blocks.0", 256, 1, 2, 32, MatrixCut("tp", 0, 4), first=8),

@@ -101,7 +101,7 @@ def test_a_depth_sees_the_token_ahead_and_none_after_it():
         return model(other_BT, meta_of(ids_BT), labels_BT, ahead=[given]).mtp[0].token_nll_R
 
     before = losses([])
-    # The stream at t has x_t, the embedding x_(t+1).
+    # The residual stream at t has x_t, the embedding x_(t+1).
     assert torch.equal(losses(12)[:11], before[:11])
     assert losses(12)[11] != before[11]
 

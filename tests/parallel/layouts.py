@@ -324,10 +324,10 @@ LAYOUTS = [
     ),
     Layout(4, {"pipeline": 2, "expert": 2, "overlap_experts": True, "schedule": "zero_bubble"}),
     # In turns: halves of four rows are the micro-batches of one rank.
-    Layout(2, {"expert": 2, "overlap_experts": "rows", "zero_stage": 2}, "mtp", {"train__micro_batch_size": 4}),
+    Layout(2, {"expert": 2, "overlap_experts": "two_batch", "zero_stage": 2}, "mtp", {"train__micro_batch_size": 4}),
     Layout(
         4,
-        {"pipeline": 2, "context": 2, "expert": 2, "overlap_experts": "rows", "schedule": "zero_bubble"},
+        {"pipeline": 2, "context": 2, "expert": 2, "overlap_experts": "two_batch", "schedule": "zero_bubble"},
         "latent",
         {"train__micro_batch_size": 4},
     ),
@@ -341,7 +341,7 @@ LAYOUTS = [
     Layout(4, {"context": 2, "expert": 2}, "padded"),
     Layout(2, {"tensor": 2, "sequence_parallel": True}, "padded"),
     Layout(4, {"pipeline": 2, "expert": 2, "schedule": "zero_bubble"}, "padded"),
-    Layout(2, {"expert": 2, "overlap_experts": "rows"}, "padded", {"train__micro_batch_size": 4}),
+    Layout(2, {"expert": 2, "overlap_experts": "two_batch"}, "padded", {"train__micro_batch_size": 4}),
     Layout(4, {"expert": 4, "expert_buffer_factor": 2.0}, "padded"),
     Layout(2, {"expert": 2, "zero_stage": 2}, "padded_recycle"),
     Layout(4, {"context": 2, "expert": 2}, "padded_recycle", {"train__recompute": "full"}, quick=True),

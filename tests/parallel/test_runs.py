@@ -38,7 +38,7 @@ def test_bf16_losses_and_norms_are_those_of_one_rank(parallels: list[dict[str, A
     (expected,) = outcomes_of([Layout(1, settings=BF16, quick=True)])
     for outcome in outcomes:
         # Where one rank continues with float32, parts of sums, an expert's output before its weight and scans without
-        # their carried state are rounded to bf16 (2^-9); two such in a step of the stream.
+        # their carried state are rounded to bf16 (2^-9); two such in a step of the residual stream.
         assert outcome.losses == pytest.approx(expected.losses, rel=2e-3)
         assert outcome.grad_norms == pytest.approx(expected.grad_norms, rel=2e-2)
 

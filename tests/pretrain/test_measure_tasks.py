@@ -140,7 +140,7 @@ def test_runs_whose_ranks_share_rows_measure_likelihoods_and_refuse_generation(
     for axis in ("pipeline", "context"):
         section = ParallelConfig.model_validate({axis: 2})
         message = generation_problem(NAMES, suite.kinds(), section)
-        assert message is not None and f"and parallel.{axis}=2 shares rows between ranks" in message
+        assert message is not None and f"and parallel.{axis}=2 shares sequences between ranks" in message
         settings: dict[str, Any] = {f"parallel__{axis}": 2, **ONE_ROW}
         check_run(tiny_config(data, tmp_path, **with_tasks(folder), **settings), 2)
     suite = open_suite(TaskChoice(("choice", "weigh"), str(folder)), "evaluate.tasks")

@@ -114,7 +114,7 @@ def test_context_ranks_cut_what_was_shifted_on_whole_rows() -> None:
 @pytest.mark.parametrize(
     ("model", "settings", "message"),
     [
-        ({"pattern": "M*/*E/*E"}, {"train__sequence_length": 2}, "need rows of at least 3 tokens, not 2"),
+        ({"pattern": "M*/*E/*E"}, {"train__sequence_length": 2}, "need sequences of at least 3 tokens, not 2"),
         (
             {"pattern": "M|*/*E"},
             {"parallel__pipeline": 2, "parallel__schedule": "zero_bubble"},

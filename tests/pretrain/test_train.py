@@ -125,7 +125,7 @@ def test_a_source_joins_a_run_that_has_begun(tmp_path: Path) -> None:
         assert [line[key] for line in lines] == [line[key] for line in whole], key
     assert set(lines[-1]["data"]["tokens"]) == {"source0", "source1"}
     reweighed = joined.model_copy(update={"sources": (both.sources[0], both.sources[1]), "phases": ()})
-    words = r"with the weights source0 1 in rows of 48; from sample 8 source0 1, source1 1 in rows of 48 up to sample \d+, this run"
+    words = r"with the weights source0 1 in sequences of 48; from sample 8 source0 1, source1 1 in sequences of 48 up to sample \d+, this run"
     with pytest.raises(
         ValueError, match=words + r" has the weights .*; past weights and samples left out cannot change"
     ):

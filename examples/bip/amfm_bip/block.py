@@ -47,7 +47,7 @@ class BipMixer(FeedForward, Mixer):
         return torch.zeros_like(self.scores).index_fill_(0, best, 1.0)
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:  # type: ignore[override]
-        """Map the stream x [B, T, D] -> [B, T, D], each token on its own. Raises ValueError for one row in training."""
+        """Map the residual stream x [B, T, D] -> [B, T, D], each token on its own. Raises ValueError for one row in training."""
         up, down, mask = self.up_proj.weight, self.down_proj.weight, self.mask()
         if not self.training:
             return MixerOutput(self.multiply(x_BTD, *masked(up, down, mask)))

@@ -21,7 +21,7 @@ FLOOR = 1e-6  # added to the density, so that no label is impossible
 
 
 class FourierHead(Head):
-    """log p over V bins in [-1, 1] from the stream, with a density of `num_frequencies` frequencies."""
+    """log p over V bins in [-1, 1] from the residual stream, with a density of `num_frequencies` frequencies."""
 
     def __init__(self, options: FourierHeadOptions, config: ModelConfig) -> None:
         super().__init__()

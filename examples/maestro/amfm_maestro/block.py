@@ -59,7 +59,7 @@ class MaestroMixer(Mixer):
             left -= rank
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
-        """Map the stream x [B, T, D] -> [B, T, D], each token on its own."""
+        """Map the residual stream x [B, T, D] -> [B, T, D], each token on its own."""
         inner = self.multiply(x_BTD, "up")
         backend = self.build.backend
         inner = squared_relu(inner, backend=backend) if self.unit is None else swiglu(inner, self.unit, backend=backend)

@@ -1,4 +1,4 @@
-"""The hook that ends components: behind the last that counts, a matrix gets zeros, which have no gradient and stay."""
+"""The hook that ends components: after the last that counts, a matrix gets zeros, which have no gradient and stay."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class MaestroHook(Hook):
                 self.num_groups += rank
 
     def after_step(self, result: StepResult) -> None:
-        """Look, and end what is behind the last component that counts."""
+        """Look, and end what is after the last component that counts."""
         options, step = self.options, self.run.progress.step
         if step < options.start_step or (step - options.start_step) % options.every_steps:
             return
@@ -47,7 +47,7 @@ class MaestroHook(Hook):
         self.run.tell("hook", f"step {step}: maestro: ranks {ranks}", name="maestro", ranks=ranks)
 
     def judge(self, view: MasterView) -> tuple[list[int], Tensor]:
-        """The rank that each matrix needs, and the groups behind it that are not zero yet."""
+        """The rank that each matrix needs, and the groups after it that are not zero yet."""
         squares = view.sum_groups(self.groupings, self.num_groups)
         chosen, ranks, start = torch.zeros(self.num_groups, dtype=torch.bool), [], 0
         for _, rank in self.places:

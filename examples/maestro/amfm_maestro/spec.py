@@ -57,7 +57,7 @@ class MaestroOptions(MixerOptions):
 
 
 class CutOptions(HookOptions):
-    """Ends the components of each matrix behind the last that counts, while the run trains."""
+    """Ends the components of each matrix after the last that counts, while the run trains."""
 
     threshold: float = Field(
         0.01, gt=0, lt=1, description="A component counts from this share of its matrix's largest on."

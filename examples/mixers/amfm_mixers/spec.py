@@ -197,7 +197,7 @@ class Mamba1Options(LinearOptions):
 
     conv_kernel: Literal[0, 2, 3, 4] = Field(4, description="Width of the causal convolution over x; 0: none.")
     inner_size: int = Field(gt=0, description="Channels of the scan; usually twice hidden_size.")
-    state_size: int = Field(16, gt=0, description="State numbers per channel.")
+    state_size: int = Field(16, gt=0, description="State values per channel.")
     dt_rank: int | None = Field(
         None, gt=0, description="Inner width of the time step's projection; null: hidden_size / 16."
     )
@@ -227,7 +227,7 @@ class Mamba3Options(LinearOptions):
         gt=0, description="Heads of the recurrence; num_heads x head_dim is usually twice hidden_size."
     )
     head_dim: int = Field(64, gt=0, description="Channels of x per head.")
-    state_size: int = Field(128, gt=0, description="State numbers per channel; a multiple of 4.")
+    state_size: int = Field(128, gt=0, description="State values per channel; a multiple of 4.")
     num_groups: int = Field(1, gt=0, description="Groups of heads that share B and C, apart from their biases.")
     rotated: Literal["half", "all"] = Field(
         "half", description="Channels of B and C that are rotated: the first half, or all."

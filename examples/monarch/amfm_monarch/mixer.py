@@ -111,7 +111,7 @@ class MonarchMixer(SequenceMixer):
         if tokens > self.options.max_tokens:
             raise ValueError(
                 f"model.mixers.monarch.max_tokens={self.options.max_tokens} must be at least the {tokens} tokens of a "
-                "document; raise it before training, or shorten the rows"
+                "document; raise it before training, or shorten the sequences"
             )
 
     def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:

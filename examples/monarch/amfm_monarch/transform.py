@@ -40,7 +40,7 @@ def factors(m: int, dtype: torch.dtype, device: torch.device) -> Factors:
 
 
 def to_spectrum(x: Tensor, m: int) -> Tensor:
-    """Transform x [..., up to m^2] real, zeros behind it -> [..., m, m] complex, frequency k1 + m k2 at [k1, k2]."""
+    """Transform x [..., up to m^2] real, zeros after it -> [..., m, m] complex, frequency k1 + m k2 at [k1, k2]."""
     wide = torch.complex128 if x.dtype == torch.float64 else torch.complex64
     block, turn = factors(m, wide, x.device)
     x_MM = functional.pad(x, (0, m * m - x.shape[-1])).unflatten(-1, (m, m)).to(wide)

@@ -1,7 +1,7 @@
 """SeqBoat (Ren et al. 2023, arXiv 2306.11197): a gated attention unit for the tokens that ask for it; formulas in the README.
 
 Active tokens of a row are moved to its front, in time, so that attention computes a short row and not a mask. How many
-there are is data; the length of the short row is not: `capacity` sets it. What is behind the active tokens there is its
+there are is data; the length of the short row is not: `capacity` sets it. What is after the active tokens there is its
 own document, and does not come back.
 
 Tensor ranks: values and gates are cut by channel. All else is computed by every rank, of which each adds 1 / ranks to the

@@ -60,7 +60,7 @@ def sort_choices(expert_ids_RK: Tensor, num_experts: int, *, backend: str = "tor
 def put_in_slots(choices: SortedChoices, expert_ids_RK: Tensor, slots: int, parts: int = 1) -> SortedChoices:
     """The same choices with `slots` places for each expert, of which the last may be without a choice.
 
-    Slots are at least as many as an expert has choices. The last expert has none: its choices, which are lost, stand behind
+    Slots are at least as many as an expert has choices. The last expert has none: its choices, which are lost, stand after
     all slots. With several `parts`, which divide the slots, each expert's first slots stand in the first part, and so on.
     """
     counts_E = choices.counts_E

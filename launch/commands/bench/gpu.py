@@ -40,7 +40,7 @@ def gpu(
         raise ValueError("--device cuda: this machine has no GPU that answers; rehearse with --device cpu")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(
-            f"--folder {folder} is not empty: runs would continue from what is there; name another, or remove it"
+            f"--folder {folder} is not empty: runs would continue from its files; name another, or remove it"
         )
     folder.mkdir(parents=True, exist_ok=True)
     result = run_stages(Job(device, folder, steps), names, folder / "report.json", report=say)

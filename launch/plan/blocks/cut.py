@@ -17,7 +17,7 @@ def cut_of(config: RunConfig, layout: Layout, symbol: str, imbalance: float, *, 
 
     Sequence mixers know nothing of experts, and channel mixers of context ranks, but for a capacity over whole rows.
     """
-    layout = layout.one_turn()
+    layout = layout.one_sub_batch()
     is_split, is_sequence_parallel = layout.schedule == "zero_bubble", layout.sequence_parallel and layout.tensor > 1
     narrow = config.low_precision if is_narrow else None
     if kind_of(symbol).mixes == "sequence":

@@ -30,8 +30,8 @@ class ExpertTraffic(NamedTuple):
 def expert_traffic(config: RunConfig, layout: Layout, blocks: int, narrow: int = 0) -> ExpertTraffic | None:
     """What this many E blocks send over the expert axis; None if experts are not spread. `narrow`: those with a recipe.
 
-    A token's row is sent once to each rank that holds experts of its choice, and home again, forward and backward. Next
-    to it go, out in forward and home in backward, the weights of its choices and their ids in float32. How many rows
+    A token's row is sent once to each rank that holds experts of its choice, and back, forward and backward. Next
+    to it go, out in forward and back in backward, the weights of its choices and their ids in float32. How many rows
     those are depends on the router; counted is what is expected of an even one. Under a capacity factor that makes
     slots, those are sent, a row each, filled or not, and under `expert_buffer_factor` the places that rows have between two ranks.
     Where halves of a micro-batch overlap, each is sent on its own.

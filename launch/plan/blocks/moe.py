@@ -49,7 +49,7 @@ class PlannedMoe(PlannedBlock):
         moe, tokens, e = self.options, layout.tokens(self.config), line.element_bytes
         is_spread = layout.expert > 1
         if is_spread and static_slots(self.config, layout) is None:
-            # To rows for other ranks and home from them, twice each; there sums over choices of products in expert order.
+            # To rows for other ranks and back from them, twice each; there sums over choices of products in expert order.
             sent, reached = sent_rows(self.config, layout), expected_ranks(moe, layout.expert)
             # Places are as many on every rank, and empty ones are cleared.
             uneven, empty = (imbalance, 0.0) if layout.expert_buffer_factor is None else (1.0, sent - reached)

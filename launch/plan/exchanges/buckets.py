@@ -12,7 +12,7 @@ from amfm.launch.plan.layout import Layout, StageShare
 def bucketed_bytes(held: StageShare, layout: Layout) -> float:
     """Bytes of gradients under ZeRO-1 and 2 while passes run: all sums, or a rank's share and the buckets under way.
 
-    Those are one that is sent and the one behind it that is filled, of dense weights and of spread experts apart.
+    Those are one that is sent and the one after it that is filled, of dense weights and of spread experts apart.
     """
     whole = FLOAT32_BYTES * held.parameters
     if layout.zero_stage == 1 or held.share(layout) == held.parameters:

@@ -48,7 +48,7 @@ def tensor_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Ite
         return
     hidden = config.model.hidden_size
     for symbol, times in Counter(held.letters).items():
-        yield from planned_block(config, symbol).tensor_exchanges(layout.one_turn(), layout.turns * times)
+        yield from planned_block(config, symbol).tensor_exchanges(layout.one_sub_batch(), layout.sub_batches * times)
     # The embedding's sum goes one way, the gradient of the head's input the other.
     if held.embeddings:
         yield from crossing(config, layout, hidden, times=held.embeddings)
@@ -68,14 +68,16 @@ def tensor_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Ite
 def expert_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Iterator[Exchange]:
     """What spread experts exchange; with x expert-tensor ranks each row goes to all of them, and x parts of it come back."""
     narrow = count_routed(config.model, held.narrow_letters(config.low_precision.narrow_blocks(config.model.letters)))
-    traffic = expert_traffic(config, layout.one_turn(), layout.turns * held.routed_blocks, layout.turns * narrow)
+    traffic = expert_traffic(
+        config, layout.one_sub_batch(), layout.sub_batches * held.routed_blocks, layout.sub_batches * narrow
+    )
     if traffic is None:
         return
     yield from filter(None, traffic)
     beside = layout.expert_tensor
     if beside > 1:
         # Between ranks that share experts' width rows are wide.
-        wide = expert_traffic(config, layout.one_turn(), layout.turns * held.routed_blocks)
+        wide = expert_traffic(config, layout.one_sub_batch(), layout.sub_batches * held.routed_blocks)
         assert wide is not None, "experts are spread"
         for exchange in filter(None, (wide.rows, wide.details)):
             yield replace(exchange, axis="expt_tp", stage_bytes=beside * exchange.stage_bytes)
@@ -86,7 +88,9 @@ def context_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> It
     """Context parallelism: what blocks of which a token reads others hand on, and routers' expert counts."""
     if layout.context > 1:
         for symbol, times in Counter(held.letters).items():
-            yield from planned_block(config, symbol).context_exchanges(layout.one_turn(), layout.turns * times)
+            yield from planned_block(config, symbol).context_exchanges(
+                layout.one_sub_batch(), layout.sub_batches * times
+            )
 
 
 def pipeline_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Iterator[Exchange]:

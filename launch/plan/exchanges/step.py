@@ -102,7 +102,7 @@ def check_countable(config: RunConfig, layout: Layout) -> None:
     if estimated and config.parallel.context > 1:
         raise ValueError(
             f"model.pattern has {estimated[0]}, whose exchange has no formula with parallel.context="
-            f"{config.parallel.context}: each mixer hands on what it needs; use parallel.context=1 or core blocks"
+            f"{config.parallel.context}: each mixer sends other values; use parallel.context=1 or core blocks"
         )
 
 

@@ -273,7 +273,7 @@ _BLOCKS = {"W": _window_entries, "*": _attention_entries, "E": _expert_entries}
 def limits(config: ModelConfig) -> list[str]:
     """What the class does not do."""
     return [
-        "PyTorch's `sdpa` does not serve its sinks: the class takes `eager`, or FlashAttention 3 and 4 where they are installed.",
+        "PyTorch's `sdpa` does not serve its sinks: the class takes `eager`, or FlashAttention 3 and 4 if they are installed.",
         IGNORED_ARGUMENTS,
     ]
 
@@ -287,9 +287,7 @@ def gpt_oss_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
     found = [*misses_sentencepiece("gpt_oss", tokenizer_kind), Refusal("mlx-lm", rule)]
     rope = gpt_oss_fields(config)["rope_parameters"]
     if rope["rope_type"] != "yarn":
-        rule = (
-            "it takes positions stretched only by yarn and ends with \"KeyError: 'factor'\"; train with yarn for vLLM"
-        )
+        rule = "it supports only positions stretched by yarn and ends with \"KeyError: 'factor'\"; train with yarn for vLLM"
         found.append(Refusal("vllm", rule))
     elif not rope.get("truncate", True):
         rule = (

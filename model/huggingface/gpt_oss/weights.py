@@ -53,7 +53,7 @@ class TransposedEntry(WeightEntry):
 
 @dataclass(frozen=True)
 class TurnedEntry(WeightEntry):
-    """Gate rows above up rows [E, 2 F, D], stored as columns that are gate's and up's by turns, [E, D, 2 F]."""
+    """Gate rows above up rows [E, 2 F, D], stored as columns that are gate's and up's, alternating, [E, D, 2 F]."""
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
         """As in the base class."""
@@ -68,7 +68,7 @@ class TurnedEntry(WeightEntry):
 
 @dataclass(frozen=True)
 class BiasedEntry(TurnedEntry):
-    """The same with a bias as a column behind those of the rows, [E, 2 F, D + BIAS_CHANNELS], which is a tensor of its own there."""
+    """The same with a bias as a column after those of the rows, [E, 2 F, D + BIAS_CHANNELS], which is a tensor of its own there."""
 
     def pieces(self, shapes: Mapping[str, Shape]) -> Iterator[Piece]:
         """Expert by expert, both tensors."""
@@ -91,7 +91,7 @@ class BiasedEntry(TurnedEntry):
 
 @dataclass(frozen=True)
 class WidenedEntry(TransposedEntry):
-    """The stack of matrices behind those, [E, D + BIAS_CHANNELS, F]: its last rows are zeros, and not there."""
+    """The stack of matrices after those, [E, D + BIAS_CHANNELS, F]: its last rows are zeros, and not there."""
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
         """As in the base class."""

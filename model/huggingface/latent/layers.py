@@ -105,7 +105,7 @@ def _unfit_latents(options: MlaOptions, kind: LatentClass) -> list[str]:
         )
         reasons.append(f"{key}.gate={options.gate}: {rule}, or target own")
     if options.latent_norm_epsilon != LATENT_EPSILON:
-        rule = f"norms of latents in {target} have {LATENT_EPSILON} whatever rms_norm_eps says; use that"
+        rule = f"norms of latents in {target} have {LATENT_EPSILON} whatever rms_norm_eps states; use that"
         reasons.append(f"{key}.latent_norm_epsilon={options.latent_norm_epsilon}: {rule}, or target own")
     return reasons
 

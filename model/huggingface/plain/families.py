@@ -57,9 +57,9 @@ class Family:
     has_head_dim: config.json has the size of a head. partial: a part of a head may be rotated, by `partial_rotary_factor`; a number:
     this part always. mamba: further layers have Mamba2; its field names those that have attention.
     window_switch: a field that is true if there are windows. experts: None: layers are dense. rejected: fields that must have
-    this value. extra: further fields that config.json gets. depth_layers: layers behind the last one predict further ahead, and
+    this value. extra: further fields that config.json gets. depth_layers: layers after the last one predict further ahead, and
     are not read. byte_level_alone: AutoTokenizer reads every folder of it as byte-level BPE. norms: those of both blocks of a layer, `norm_placement` where they are.
-    out_norms: those behind both blocks, where `norm_placement` is `both`. has_offset_norms: norms are 1 + w. activation: its field, its name there, and ours.
+    out_norms: those after both blocks, where `norm_placement` is `both`. has_offset_norms: norms are 1 + w. activation: its field, its name there, and ours.
     scale: a field whose power of -1/2 is the factor on scores. scales_embedding: embeddings are multiplied by the root of the width.
     rope_by_type: windows and attention have their own rotation. dense_place: the module of a dense feed-forward.
     """

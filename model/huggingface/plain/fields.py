@@ -333,7 +333,7 @@ def _shown(value: object) -> str:
 
 
 def is_behind_the_last(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor is of a layer behind the last one, which predicts further ahead and is not read here."""
+    """Whether a tensor is of a layer after the last one, which predicts further ahead and is not read here."""
     return name.startswith(f"model.layers.{len(config.letters) // 2}.")
 
 

@@ -41,7 +41,7 @@ def plain_map(family: Family, config: ModelConfig) -> WeightMap:
 def _out_norm_entries(
     names: tuple[str, str], norm_entry: type[WeightEntry], config: ModelConfig
 ) -> Iterator[WeightEntry]:
-    """Norms behind both blocks of each layer."""
+    """Norms after both blocks of each layer."""
     for index in range(len(config.letters)):
         theirs = f"model.layers.{index // 2}.{names[index % 2]}.weight"
         yield norm_entry(f"blocks.{index}.out_norm.weight", (theirs,))

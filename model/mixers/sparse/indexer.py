@@ -41,7 +41,7 @@ NORM_BIAS = "indexer.key_norm.bias"  # below the mixer; 0 at first
 class Indexer(Float32Buffers):
     """score(t, s) = sum_i weight_ti relu(q_ti . k_s) / sqrt(heads x channels); q, k and weights from a detached stream.
 
-    q comes from `query_width` numbers per token (the latent of queries, or the stream), k passes a LayerNorm; both are rotated
+    q comes from `query_width` numbers per token (the latent of queries, or the residual stream), k passes a LayerNorm; both are rotated
     on their first channels, where attention is.
     """
 
@@ -61,7 +61,7 @@ class Indexer(Float32Buffers):
         self.register_buffer("inverse_frequencies", None, persistent=False)
 
     def rows(self, x_BTD: Tensor, query_BTX: Tensor, meta: PackMeta) -> IndexRows:
-        """Project the stream x [B, T, D], and what queries are made of: queries of this context rank, keys of whole rows.
+        """Project the residual stream x [B, T, D], and what queries are made of: queries of this context rank, keys of whole rows.
 
         Every rank of `groups.tp` and `groups.cp` must call: under sequence parallelism tokens are gathered.
         """

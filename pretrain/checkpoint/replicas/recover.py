@@ -34,7 +34,7 @@ def recover(memory: NodeMemory, checkpoints_dir: Path, read_token: Callable[[], 
         with problem.caught():
             token = read_token()
             newest = max(map(step_of, list_checkpoints(checkpoints_dir)), default=-1)
-    ranks.raise_together(problem.text, f"{checkpoints_dir.parent} does not say who wrote the replicas")
+    ranks.raise_together(problem.text, f"{checkpoints_dir.parent} does not state who wrote the replicas")
     token, newest = ranks.broadcast((token, newest))
     if not isinstance(token, str) or not re.fullmatch("[0-9a-f]{32}", token):
         return

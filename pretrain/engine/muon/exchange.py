@@ -47,7 +47,7 @@ def deal_owners(stacks: Sequence[MatrixStack], num_ranks: int) -> list[int]:
 class MatrixExchange:
     """Brings the updates of parts that are stepped together to the owners of their matrices, and results back.
 
-    Updates of a rank are one flat tensor, its parts one behind the other. Every data rank must call the methods.
+    Updates of a rank are one flat tensor, its parts one after the other. Every data rank must call the methods.
     """
 
     def __init__(self, parts: Sequence[Part], stacks: Iterable[MatrixStack]) -> None:
@@ -68,7 +68,7 @@ class MatrixExchange:
         self.owned_numel = [sum(stack.numel for stack in stacks) for stacks in owned]
         arriving = self.sent[self.rank] if self.is_local else [each for overlaps in self.received for each in overlaps]
         found, wanted = sum(each.numel for each in arriving), self.owned_numel[self.rank]
-        assert found == wanted, f"the data ranks hold {found} of {wanted} numbers of the matrices of rank {self.rank}"
+        assert found == wanted, f"the data ranks hold {found} of {wanted} values of the matrices of rank {self.rank}"
         # Where each of this rank's stacks begins in what `to_owners` returns.
         ends = accumulate(stack.numel for stack in self.stacks)
         self.places = [end - stack.numel for end, stack in zip(ends, self.stacks)]

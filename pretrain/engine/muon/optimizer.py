@@ -55,7 +55,7 @@ class Muon(AdamW):
         self.steps: list[MatrixStep | WholeStep] = []
         for group in self.param_groups:
             if group["label"] == MUON:
-                assert isinstance(settings, MuonConfig), "groups of packages are labelled otherwise"
+                assert isinstance(settings, MuonConfig), "groups of packages are labeled otherwise"
                 group["momentum"] = settings.momentum
                 del group["betas"], group["eps"]
 

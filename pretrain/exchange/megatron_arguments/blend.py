@@ -70,7 +70,7 @@ def _free(name: str, taken: set[str]) -> str:
 def _weigh(path: Path, words: list[str]) -> list[dict[str, Any]]:
     """The datasets of a list, each with its weight; ValueError for one that is not there or has a weight below 0."""
     if words and len(words) % 2 and all(NUMBER.fullmatch(word) for word in words[0::2]):
-        raise ValueError(f"{path} ends with the weight {words[-1]} and no prefix behind it; complete or remove it")
+        raise ValueError(f"{path} ends with the weight {words[-1]} and no prefix after it; complete or remove it")
     has_weights = len(words) > 1 and len(words) % 2 == 0 and all(NUMBER.fullmatch(word) for word in words[0::2])
     sources = read_sources(list(words))
     found = []

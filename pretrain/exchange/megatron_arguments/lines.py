@@ -71,7 +71,7 @@ class Arguments:
         """An integer that must be there. Raises ValueError if it is not."""
         value = self[name]
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{self.where}: {name}={value!r} is not a whole number of at least 1; give it")
+            raise ValueError(f"{self.where}: {name}={value!r} is not an integer of at least 1; give it")
         return value
 
 
@@ -90,6 +90,6 @@ def resolve(where: str, found: Mapping[str, Any], *, is_flags: bool = True, is_r
         is_text = value is not None and not isinstance(value, bool | int | float)
         if is_text and row is not None and row.kind in ("=", "~") and name not in TEXTS:
             raise ValueError(
-                f"{where}: {name}={value!r:.80} is not a number; where a shell knows it, write the number in"
+                f"{where}: {name}={value!r:.80} is not a number; if a shell variable holds it, write the number in"
             )
     return Arguments(where, given, is_flags, is_record)

@@ -197,12 +197,12 @@ def layout_lines(given: Arguments, pattern: str) -> Iterator[Line]:
 
 
 def overlap_lines(given: Arguments) -> Iterator[Line]:
-    """What runs while rows are sent to experts; halves of rows need two rows, and experts that are not computed again."""
+    """What runs while tokens are sent to experts; two-batch overlap needs two sequences, and experts that are not recomputed."""
     setting, name = "parallel.overlap_experts", "overlap_moe_expert_parallel_comm"
     if given[name] and (given["micro_batch_size"] or 1) % 2 == 0 and not given["recompute_granularity"]:
-        yield line(setting, "rows", name)
+        yield line(setting, "two_batch", name)
     elif given[name] or given["moe_shared_expert_overlap"]:
-        note = "rows needs two rows and no recomputation" if given[name] else ""
+        note = "two_batch needs two sequences and no recomputation" if given[name] else ""
         yield Line(setting, value=True, names=(name, "moe_shared_expert_overlap"), note=note, is_approximate=bool(note))
 
 

@@ -85,7 +85,7 @@ def summarize(translated: Translation) -> dict[str, int]:
 
 
 def write_yaml(translated: Translation) -> str:
-    """The configuration as YAML, behind a summary and the list of what is missing."""
+    """The configuration as YAML, after a summary and the list of what is missing."""
     lines = settings_of(translated)
     comments = {found.setting: comment_of(found, translated) for found in lines}
     return "\n".join([*head_lines(translated), "", *body_lines(as_tree(lines), comments), ""])
@@ -128,7 +128,7 @@ def comment_of(found: Line, translated: Translation) -> str:
 
 
 def body_lines(tree: dict[str, Any], comments: dict[str, str], prefix: str = "") -> Iterator[str]:
-    """Mappings in blocks, other values on their line with a comment behind."""
+    """Mappings in blocks, other values on their line with a comment after."""
     indent = "  " * prefix.count(".")
     for key, value in tree.items():
         setting = f"{prefix}{key}"

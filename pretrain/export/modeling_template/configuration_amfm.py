@@ -76,7 +76,7 @@ class AmfmConfig(PretrainedConfig):
         version = config_dict.get("modeling_version", 1)
         if config_dict.get("model_type") == cls.model_type and version != MODELING_VERSION:
             raise ValueError(
-                f"config.json is of version {version} of amfm's modelling files, and these files are version {MODELING_VERSION}: "
+                f"config.json is of version {version} of amfm's modeling files, and these files are version {MODELING_VERSION}: "
                 "names of weights differ. Keep the files that were exported together, or `amfm import` the folder and export it "
                 "again"
             )

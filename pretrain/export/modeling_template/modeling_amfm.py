@@ -226,7 +226,7 @@ class AmfmModel(AmfmPreTrainedModel):
             use_cache = self.config.use_cache and not self.training and len(stretches) == 1
         elif use_cache and len(stretches) > 1:
             raise ValueError(
-                "use_cache=True with several documents in a row: a state would be of the last one; leave it out"
+                "use_cache=True with several documents in a sequence: a state would be of the last one; leave it out"
             )
         if self.gradient_checkpointing and self.training:
             use_cache = False
@@ -269,7 +269,7 @@ class AmfmModel(AmfmPreTrainedModel):
         if places is not None and is_deepspeed_zero3_enabled():
             raise ValueError(
                 "packed sequences under DeepSpeed's ZeRO 3: ranks with other numbers of documents would wait for each other's "
-                "weights; use ZeRO 2, or one document per row"
+                "weights; use ZeRO 2, or one document per sequence"
             )
         stretches = []
         for place in places or [(slice(None), slice(None))]:

@@ -63,7 +63,7 @@ class Site:
 
     def submit(self) -> None:
         """Give the run to Slurm, as someone who has looked after the nodes."""
-        (self.run_dir / "launch/left_out.json").unlink(missing_ok=True)
+        (self.run_dir / "launch/excluded_nodes.json").unlink(missing_ok=True)
         self.job = self.nodes.run(0, *launch_command(self.root, 2)).split()[-1]
 
     def show(self) -> dict[str, str] | None:

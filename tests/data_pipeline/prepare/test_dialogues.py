@@ -372,7 +372,7 @@ def test_damage_and_an_older_program_are_told(mixed: DataConfig, tmp_path: Path)
             TokenStore.open(store.path).read_tokens(part, 0, 1)
     finally:
         file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"says which of its tokens are learned, and a .bin cannot"):
+    with pytest.raises(ValueError, match=r"states which of its tokens are learned, and a .bin cannot"):
         export_megatron(store, "chat", "train", tmp_path / "out")
 
 

@@ -142,7 +142,7 @@ def test_bad_megatron_input_is_refused(tiny, tmp_path):
         prepare(config.model_copy(update={"tokenizer": TokenizerConfig()}), runner=run_in_process)
     content = tokens.read_bytes()
     tokens.write_bytes(content[:-2])
-    with pytest.raises(ValueError, match=r"a.bin has \d+ bytes, its index says \d+; restore both"):
+    with pytest.raises(ValueError, match=r"a.bin has \d+ bytes, its index states \d+; restore both"):
         read_megatron_index(index).check()
     wrong = bytearray(content)
     wrong[:2] = (4000).to_bytes(2, "little")

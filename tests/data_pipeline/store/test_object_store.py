@@ -174,7 +174,7 @@ def test_a_truncated_object_names_both_sizes(copied):
     config, client, shard = copied
     content = bytes(obstore.get(client, shard).bytes())
     obstore.put(client, shard, content[:-100])
-    message = rf"{shard} has {len(content) - 100} bytes, the manifest says {len(content)}"
+    message = rf"{shard} has {len(content) - 100} bytes, the manifest states {len(content)}"
     with pytest.raises(DamagedError, match=message):
         rows(config)
     store = TokenStore.open(config.store, CacheSettings(**config.cache.model_dump()))

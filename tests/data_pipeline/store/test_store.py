@@ -167,9 +167,9 @@ def test_a_truncated_shard_is_an_error_that_names_file_and_sizes(copied):
     part = first_part(copied)
     file = copied.path / part.path / "tokens" / "c" / "0"
     os.truncate(file, file.stat().st_size - 5)
-    with pytest.raises(DamagedError, match=r"tokens/c/0 has \d+ bytes, the manifest says \d+; delete"):
+    with pytest.raises(DamagedError, match=r"tokens/c/0 has \d+ bytes, the manifest states \d+; delete"):
         list(copied.check_files())
-    with pytest.raises(DamagedError, match="the manifest says"):
+    with pytest.raises(DamagedError, match="the manifest states"):
         copied.read_tokens(part, 0, 1)
 
 

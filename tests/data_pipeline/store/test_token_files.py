@@ -114,7 +114,7 @@ def test_a_folder_gives_no_bin_file_and_an_index_comes_first(tmp_path: Path) -> 
     found = list_files(SourceConfig(name="web", paths=(str(tmp_path),)))
     assert {file.kind for file in found} == {"dolma", "datatrove", "parquet", "arrow", "jsonl"}
     files["nanogpt"].with_suffix(".idx").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"nano.bin belongs to nano.idx, which says where documents end; name that"):
+    with pytest.raises(ValueError, match=r"nano.bin belongs to nano.idx, which states where documents end; name that"):
         list_files(SourceConfig(name="web", paths=(str(files["nanogpt"]),)))
 
 
@@ -138,7 +138,7 @@ def test_bad_files_are_refused(tiny: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has 22 bytes and its index 12 tokens"):
         cut("datatrove")
     files["llm.c"].write_bytes(files["llm.c"].read_bytes()[:-2])
-    with pytest.raises(ValueError, match=r"llm.bin says version 1 and 12 tokens in 1046 bytes"):
+    with pytest.raises(ValueError, match=r"llm.bin states version 1 and 12 tokens in 1046 bytes"):
         cut("llm.c")
     files["nanogpt"].write_bytes(b"odd")
     with pytest.raises(ValueError, match=r"an odd number; token ids of nanoGPT have 2 bytes each"):

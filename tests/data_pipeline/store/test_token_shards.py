@@ -124,7 +124,7 @@ def test_damage_of_litdata_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"chunk-0-0.bin needs index.json next to it"):
         read(chunk, "text")
     for config, message in (
-        ({"data_format": ["pickle"]}, r"says data_format \['pickle'\] and compression None; one array of integers"),
+        ({"data_format": ["pickle"]}, r"states data_format \['pickle'\] and compression None; one array of integers"),
         ({"compression": "zstd"}, "and compression zstd"),
         ({"encryption": "x"}, "encrypted"),
         ({"data_format": ["no_header_numpy:7"]}, "its items are not of 8 bytes per token"),

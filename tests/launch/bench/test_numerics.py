@@ -51,7 +51,7 @@ def test_gradients_by_coarser_numbers_have_larger_errors(result):
     fp8, nvfp4 = (result["recipes"][name]["gradient_error"] for name in ("fp8_block", "nvfp4"))
     assert fp8.keys() == nvfp4.keys() == {"M", "E", "*", "-"}, "also of blocks that read other gradients"
     assert all(0 < fp8[kind] < nvfp4[kind] for kind in fp8)
-    # 4% of a product of e4m3, 17% of e2m1, and what blocks behind add.
+    # 4% of a product of e4m3, 17% of e2m1, and what blocks after add.
     assert fp8["-"] < 0.15 and nvfp4["-"] < 0.6
     assert result["recipes"]["nvfp4"]["zeroed"]["M in_proj gradient"] > 0
 

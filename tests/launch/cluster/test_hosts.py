@@ -166,7 +166,7 @@ def test_a_spare_takes_the_place_of_a_lost_host_and_one_that_does_not_answer_is_
     assert "nowhere does not answer: " in errors and "continuing with" not in errors
     (event,) = [event for event in events(tmp_path) if event["event"] == "restarted"]
     assert str(event["cause"]).startswith("127.0.0.1: ")
-    assert json.loads((tmp_path / "run/launch/left_out.json").read_text()) == {
-        "left_out": {},
+    assert json.loads((tmp_path / "run/launch/excluded_nodes.json").read_text()) == {
+        "excluded": {},
         "losses": {"127.0.0.1": 1},
     }

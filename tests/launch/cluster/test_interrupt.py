@@ -23,5 +23,5 @@ def test_the_first_interrupt_lets_ranks_save_and_the_second_ends_the_launcher(
         assert sent == [signal.SIGUSR1, signal.SIGTERM]
         assert interrupt.outcome(Outcome(3, "lost")) == interrupt.outcome(Outcome(0)) == Outcome(130)
         os.kill(os.getpid(), signal.SIGINT)
-    assert "Ctrl-C again ends them at once" in capsys.readouterr().err
+    assert "Ctrl-C again ends them immediately" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is before

@@ -1,4 +1,4 @@
-"""A node shows before an attempt what it is fit for; who is not fit is left out, and remembered."""
+"""A node shows before an attempt what it is fit for; who is not fit is excluded, also from later launches."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from amfm.launch.cluster import node_check
+from amfm.launch.cluster.excluded_nodes import ExcludedNodes
 from amfm.launch.cluster.inputs import list_inputs
-from amfm.launch.cluster.left_out import LeftOut
 from amfm.launch.cluster.links import LINK_SECONDS, blame_links, candidates, listen
 from amfm.launch.cluster.node_check import (
     blame,
@@ -152,16 +152,20 @@ def test_one_that_no_other_reaches_is_at_fault_itself() -> None:
 
 
 def test_a_node_that_failed_or_was_lost_twice_is_remembered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    left = LeftOut(tmp_path)
+    left = ExcludedNodes(tmp_path)
     left.lose("node3")
-    assert LeftOut(tmp_path).reasons == {}
+    assert ExcludedNodes(tmp_path).reasons == {}
     left.lose("node3")
-    left.leave_out("node5", "its clock is 300 s behind; set it (NTP)")
-    assert LeftOut(tmp_path).reasons == {
+    left.exclude("node5", "its clock is 300 s behind; set it (NTP)")
+    assert ExcludedNodes(tmp_path).reasons == {
         "node3": "it was lost 2 times",
         "node5": "its clock is 300 s behind; set it (NTP)",
     }
-    assert "node5 is left out, as before: its clock" in capsys.readouterr().err
+    assert "node5 is excluded, as before: its clock" in capsys.readouterr().err
+    (tmp_path / "launch/left_out.json").write_text('{"left_out": {"node1": "old"}, "losses": {}}')
+    assert "node1" not in ExcludedNodes(tmp_path).reasons
+    left.path.unlink()
+    assert ExcludedNodes(tmp_path).reasons == {"node1": "old"}, "a file of before is read"
     left.path.write_text("[]")
     with pytest.raises(ValueError, match="is not what amfm wrote"):
-        LeftOut(tmp_path)
+        ExcludedNodes(tmp_path)

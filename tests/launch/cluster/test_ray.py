@@ -66,7 +66,7 @@ def write_config(folder: Path, name: str) -> RunConfig:
     config = tiny_config(
         tiny_data(folder / "data"),
         folder / name,
-        # Without experts: what ranks round otherwise may give a token another one, from which all losses behind it follow.
+        # Without experts: what ranks round otherwise may give a token another one, from which all losses after it follow.
         model__pattern="M*-M",
         model__moe=None,
         train__steps=STEPS,

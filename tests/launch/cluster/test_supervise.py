@@ -21,7 +21,7 @@ def config(tmp_path: Path) -> RunConfig:
 
 
 class Script:
-    """Attempts with given outcomes; each may leave a checkpoint of a step behind."""
+    """Attempts with given outcomes; each may leave a checkpoint of a step after."""
 
     def __init__(self, config: RunConfig, *outcomes: tuple[int, str, int | None]) -> None:
         self.directory = Path(config.run.dir) / "checkpoints"

@@ -83,7 +83,7 @@ def test_slurm_gets_a_job_of_the_run_that_evaluates(
         (["--nodes", "2"], "--nodes 2 has no effect without --on; add --on slurm, or leave it out"),
         (["--nproc", "2", "--synthetic", "mqar"], "--nproc has no effect with --synthetic; leave it out"),
         (["--precision", "bf16", "--synthetic", "mqar"], "--precision has no effect with --synthetic; leave it out"),
-        (["--on", "slurm"], "--on slurm takes the section launch of a run, and"),
+        (["--on", "slurm"], "--on slurm reads the section launch of a run, and"),
     ],
 )
 def test_options_of_ranks_that_nothing_would_read_are_refused(

@@ -75,4 +75,4 @@ def test_there_is_nothing_to_prepare_and_a_row_can_be_seen(
     assert run(["inspect", str(trained), "--sample", "7"]) == 0
     assert f"{row['labels'][-1]} at 9" in capsys.readouterr().out
     assert run(["inspect", "data/store", "--sample", "7", "--config", str(config)]) == 2
-    assert "whose rows no store holds; give only its run directory" in capsys.readouterr().err
+    assert "whose sequences no store holds; give only its run directory" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from amfm.launch.plan.expert_time import (
     Stop,
     computed_around,
     expert_exchange_seconds,
-    seconds_in_turns,
+    seconds_of_two_batches,
     waiting_seconds,
 )
 from amfm.launch.plan.layout import Layout, held_by_stages
@@ -92,22 +92,22 @@ def test_halves_hide_more_and_cost_what_reads_the_weights_again():
 def test_halves_in_turns_wait_at_the_ends_of_a_piece_alone_where_they_compute_longer_than_rows_travel():
     one = Stop(before=1.0, first=0.0, experts=10.0, last=0.0, out=4.0, home=4.0)
     # Rows of the first half are there at 5 and of the second at 9; sums leave at 15 and 25, and are home at 19 and 29.
-    assert seconds_in_turns([one], after=0.0) == 3.0 + 4.0
+    assert seconds_of_two_batches([one], after=0.0) == 3.0 + 4.0
     # With 5 seconds before it nothing of the first half is waited for: the second computes them meanwhile.
     longer = one._replace(before=5.0)
-    assert seconds_in_turns([longer], after=0.0) == 4.0
-    assert seconds_in_turns([longer] * 3, after=0.0) == 4.0
-    assert seconds_in_turns([longer] * 3, after=4.0) == 0.0
+    assert seconds_of_two_batches([longer], after=0.0) == 4.0
+    assert seconds_of_two_batches([longer] * 3, after=0.0) == 4.0
+    assert seconds_of_two_batches([longer] * 3, after=4.0) == 0.0
     # Where rows are sent longer than anything is computed, the link is never idle, and computing waits for it.
     slow = Stop(before=1.0, first=0.0, experts=1.0, last=0.0, out=4.0, home=4.0)
-    assert seconds_in_turns([slow] * 3, after=0.0) == 1.0 + 3 * 16.0 - 3 * 4.0
+    assert seconds_of_two_batches([slow] * 3, after=0.0) == 1.0 + 3 * 16.0 - 3 * 4.0
 
 
 def test_rows_in_turns_hand_in_what_two_micro_batches_of_half_of_them_do_and_wait_for_less():
     config = preset("qwen3_next_80b", ranks=128)
     single = replace(Layout.of(config, 128), micro_batch_size=1, overlap_experts=False)
-    turns = replace(single, micro_batch_size=2, overlap_experts="rows")
-    assert turns.one_turn() == single
+    turns = replace(single, micro_batch_size=2, overlap_experts="two_batch")
+    assert turns.one_sub_batch() == single
     for held in held_by_stages(config.model, single, config.train.sequence_length):
         once, both = ([each for each in pass_exchanges(config, layout, held)] for layout in (single, turns))
         pairs = [(one, two) for one, two in zip(once, both, strict=True) if one.axis != "pp"]

@@ -289,7 +289,7 @@ def test_bf16_states_take_half_and_their_steps_more_time():
     (held,) = held_by_stages(wide.model, layout, length)
     own = held.share(layout)
     assert persistent_bytes(held, layout, storage_of(half)) | {
-        "masters": 4 * own,
+        "master weights": 4 * own,
         "moments": 8 * own,
     } == persistent_bytes(held, layout, storage_of(wide))
     assert persistent_bytes(held, layout, storage_of(half))["moments"] == 4 * own

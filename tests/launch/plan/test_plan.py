@@ -90,7 +90,7 @@ def test_the_tables_and_the_picture(capsys, tmp_path):
     [
         (["--gpus", "8", "--gpu", "h10"], "--gpu h10 is not in the table (a100, h100, h200, b200); use h100"),
         (["--gpus", "7"], "must be a multiple of train.micro_batch_size=4 x 7 data ranks = 28; use 252 or 280"),
-        (["parallel.offload_optimizer=true", "--gpus", "8"], "parallel.offload_optimizer=true is not modelled"),
+        (["parallel.offload_optimizer=true", "--gpus", "8"], "parallel.offload_optimizer=true is not modeled"),
         (["--gpus", "8", "--tokens", "-1"], "--tokens -1 must be greater than 0"),
         (["--gpus", "8", "--picture", "memory.txt"], "must end in one of .png, .svg, .pdf; use memory.png"),
         (["--gpus", "8", "--picture", "nowhere/memory.png"], "nowhere is not a folder"),

@@ -44,7 +44,7 @@ TWO_RANKS_MORE = [
     f"expert=2 model.moe.capacity_factor=1.5 {NARROW}",
     f"expert=2 overlap_experts=true {ONE_CHOICE}",
     "expert=2 overlap_experts=true expert_buffer_factor=2",
-    f"expert=2 overlap_experts=rows train.micro_batch_size=2 {ONE_CHOICE}",
+    f"expert=2 overlap_experts=two_batch train.micro_batch_size=2 {ONE_CHOICE}",
     "expert=2 overlap_experts=true model.moe.capacity_factor=1.5",
     f"tensor=2 sequence_parallel=true {FACTORED} model.self_guided_training.share=0.5",
     "tensor=2 model.pattern=M/*E model.moe.bias=true",

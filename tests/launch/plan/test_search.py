@@ -47,11 +47,11 @@ def test_a_search_recomputes_no_more_than_it_must_and_tries_every_schedule(capsy
     schedules = {item["parallel"].get("schedule", "1f1b") for item in found["layouts"]}
     assert schedules == {"1f1b", "interleaved", "zero_bubble"}
     assert {item["train"]["recompute"] for item in found["layouts"]} == {"none", "selective", "full"}
-    # Experts in halves, and rows in turns, only where experts are spread, and where that is faster.
+    # Experts in halves, and two-batch overlap, only where experts are spread, and where that is faster.
     ways = {item["parallel"].get("overlap_experts", False): item for item in found["layouts"]}
-    assert {False} < ways.keys() <= {False, True, "rows"}
+    assert {False} < ways.keys() <= {False, True, "two_batch"}
     assert all(item["parallel"]["expert"] > 1 for way, item in ways.items() if way)
-    turns = [item for item in found["layouts"] if item["parallel"].get("overlap_experts") == "rows"]
+    turns = [item for item in found["layouts"] if item["parallel"].get("overlap_experts") == "two_batch"]
     assert all(item["train"]["micro_batch_size"] % 2 == 0 for item in turns)
     assert_once_and_as_alone(found, preset("nemotron3_nano_30b", small), 16, ways.values())
     # Why not the others: counted, with an example, or not tried, with a reason.

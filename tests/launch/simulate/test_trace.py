@@ -150,7 +150,7 @@ def test_the_schedule_gets_the_micro_batches_that_it_asks_for(small):
         (("--timeline", "out.json"), "--timeline has no effect without --trace"),
         (("--trace", "--timeline", "out.txt"), "use a name that ends in .json"),
         (("--trace", "--timeline", "nowhere/out.json"), "there is no folder nowhere"),
-        (("--trace", "parallel.offload_optimizer=true"), "offload_optimizer=true is not modelled"),
+        (("--trace", "parallel.offload_optimizer=true"), "offload_optimizer=true is not modeled"),
         (("--trace", "--search"), "give one of them"),
         (("--trace", "parallel.tensor=3"), "must divide"),
     ],

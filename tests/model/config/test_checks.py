@@ -75,7 +75,7 @@ def rope(**fields):
         ({"moe": {"num_router_groups": 3}}, r"num_router_groups=3 must divide model\.moe\.num_experts=8"),
         ({"moe": {"num_router_groups": 2, "router_group_top_k": 3}}, "router_group_top_k=3 must be at most"),
         ({"moe": {"num_router_groups": 8}}, r"leaves 1 expert\(s\) per group"),
-        ({"moe": {"group_score_top_k": 1}}, "group_score_top_k=1 has no effect where every group may be used"),
+        ({"moe": {"group_score_top_k": 1}}, "group_score_top_k=1 has no effect if every group may be used"),
         ({"moe": {"num_router_groups": 4, "top_k": 3}}, "top_k=3 must be at most the 2 experts"),
         (
             {"moe": {"router": "softmax", "expert_bias": True}},

@@ -75,7 +75,7 @@ def test_readers_of_weights_see_a_plain_model() -> None:
             {"pattern": "*L", "mixers": {"lightning": {"num_heads": 4, "head_dim": 16}}},
             "not shown to hold for blocks '{lightning}' of model.pattern.*remove model.mup",
         ),
-        ({"pattern": "*-/*-", "mtp": {}}, "MTP layers behind '/' of model.pattern"),
+        ({"pattern": "*-/*-", "mtp": {}}, "MTP layers after '/' of model.pattern"),
         (
             {"feed_forward": {"hidden_size": 128, "linear_kind": "lowrank", "linear_rank": 4}},
             "model.feed_forward.linear_kind=lowrank has no muP rule; use dense",

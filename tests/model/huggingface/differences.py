@@ -113,7 +113,7 @@ HEAD = """# Classes of transformers
 
 `amfm import` reads, and `amfm export` writes, these classes of transformers 5.24. `export.target: auto` takes the class that a released model came in as, or the first that computes exactly this model; a setting that a class has and our blocks have not is rejected with its name and value.
 
-Each class was compared in several small models, in which every setting that changes numbers differs from the class's default: the largest difference of a logit and of a weight's gradient, relative to the largest one, in float32. Both sides add in another order. Tensors that are read and written again are equal bitwise, but for norms of `qwen3_next` and `qwen3_5_moe` below 0.5, which these classes store as an offset from 1.
+Each class was compared in several small models, in which every setting that changes values differs from the class's default: the largest difference of a logit and of a weight's gradient, relative to the largest one, in float32. Both sides add in another order. Tensors that are read and written again are equal bitwise, but for norms of `qwen3_next` and `qwen3_5_moe` below 0.5, which these classes store as an offset from 1.
 
 `python -m tests.model.huggingface.differences` measures the table, on a CPU; `tests/model/huggingface` and `tests/pretrain/export/test_families.py` compare the same models, and train, export and generate.
 """

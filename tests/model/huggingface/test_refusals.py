@@ -54,7 +54,7 @@ SCALED = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, positions="rop
         ("kimi_linear", kimi_linear_config(pattern="+-"), []),
         ("lfm2", lfm2_config(), ["rotary kernel (lfm2.py:176", "model.tie_embeddings: true"]),
         ("lfm2_moe", lfm2_moe_config(tie_embeddings=True), ["rotary kernel (lfm2.py:176"]),
-        ("gpt_oss", gpt_oss_config(), ["experts in MXFP4", "stretched only by yarn"]),
+        ("gpt_oss", gpt_oss_config(), ["experts in MXFP4", "only positions stretched by yarn"]),
         ("gpt_oss", gpt_oss_config(pattern="*E", mixers={}, attention=STRETCHED), ["experts in MXFP4"]),
         (
             "gpt_oss",

@@ -36,7 +36,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "window": {"window": 6, "num_kv_heads": 2, "qk_norm": True, "gate": "element"},
     "gated_deltanet": {"num_key_heads": 2},
-    # Of examples/, where they are installed.
+    # Of examples/, if they are installed.
     "seqboat": {"inner_size": 10, "window": 3},
     "longvq": {"window": 3, "num_codes": 6},
     "lssl": {"conv_kernel": 0},

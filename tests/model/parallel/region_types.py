@@ -152,7 +152,7 @@ def annotate(module: nn.Module, groups: ProcessGroupCollection) -> None:
 
 
 def check_block(block: Block, config: ModelConfig, groups: ProcessGroupCollection) -> Any:
-    """Types of what a block gives the stream, checked on the way; raises SpmdTypeError if two do not go together."""
+    """Types of what a block gives the residual stream, checked on the way; raises SpmdTypeError if two do not go together."""
     stream = spmd.V if groups.sequence_parallel else spmd.I
     length = TOKENS // groups.tp.size() if groups.sequence_parallel else TOKENS
     x_BTD = torch.randn(1, length, config.hidden_size, requires_grad=True)

@@ -215,7 +215,7 @@ def test_rows_that_cannot_be_cut_are_refused():
     groups = single_rank_groups()
     groups.cp = StandInGroup(11)
     with pytest.raises(
-        ValueError, match=r"segments of 1 tokens are shorter than the 3 before each .*; use longer rows"
+        ValueError, match=r"segments of 1 tokens are shorter than the 3 before each .*; use longer sequences"
     ):
         HybridModel(small_config("M"), groups)(torch.zeros(1, 2, dtype=torch.int64), meta.cut(0, 11))
 

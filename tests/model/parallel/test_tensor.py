@@ -230,7 +230,7 @@ def test_leaving_out_any_one_sum_of_gradients_is_noticed(case, two_ranks, one_ra
 
 
 def keep_shares() -> list[bool]:
-    """For each kind of block: whether backward keeps the stream of all tokens [B, T, D]."""
+    """For each kind of block: whether backward keeps the residual stream of all tokens [B, T, D]."""
     groups = tensor_groups(sequence_parallel=True)
     _, _, ids_BT = packed_batch(((7, 1, 13, 3), (24,)))
     kept: list[bool] = []

@@ -122,12 +122,12 @@ def flip(folder: Path) -> str:
 def cut_one_byte(folder: Path) -> str:
     path = step_dir(folder, 3) / SHARD
     path.write_bytes(path.read_bytes()[:-1])
-    return "bytes, the manifest says"
+    return "bytes, the manifest states"
 
 
 def empty_shard(folder: Path) -> str:
     (step_dir(folder, 3) / SHARD).write_bytes(b"")
-    return "0 bytes, the manifest says"
+    return "0 bytes, the manifest states"
 
 
 def delete_shard(folder: Path) -> str:
@@ -153,7 +153,7 @@ def nest_manifest(folder: Path) -> str:
 
 def swap_shards(folder: Path) -> str:
     shutil.copy(step_dir(folder, 1) / SHARD, step_dir(folder, 3) / SHARD)
-    return "the manifest says"
+    return "the manifest states"
 
 
 def swap_folders(folder: Path) -> str:

@@ -59,7 +59,7 @@ def test_a_sound_run_passes(base):
                 "data.phases=[{start_sample: 16, sequence_length: 64}]",
             ],
             "data.phases.0.start_sample = 16: must be the first sample of a step, and step 4 of the batch ramp has 4 before "
-            "it, because rows change their length there; use 20",
+            "it, because sequences change their length there; use 20",
         ),
         (
             ["data.phases=[{start_sample: 9, weights: {plays: 1}}, {start_sample: 9, weights: {plays: 2}}]"],

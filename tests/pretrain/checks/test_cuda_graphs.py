@@ -35,7 +35,7 @@ def test_data_ranks_may_have_graphs(base: Path) -> None:
         ("parallel.zero_stage=3", "parallel.zero_stage = 3: .* it gathers weights to other memory"),
         ("parallel.pipeline=2", "parallel.pipeline = 2: .* it has several micro-batches in flight"),
         ("parallel.tensor=2", "parallel.tensor = 2: .* it sends inside of blocks"),
-        ("parallel.context=2", "parallel.context = 2: .* it cuts rows into segments"),
+        ("parallel.context=2", "parallel.context = 2: .* it cuts sequences into segments"),
         ("parallel.expert=2", "parallel.expert = 2: .* it counts rows for other ranks on the host"),
         ("low_precision.recipe=fp8_block", "low_precision.recipe = fp8_block: .* it keeps codes of weights"),
         ("kernels.backend=torch", "kernels.backend = torch: .* it reads numbers on the host.* use auto"),
@@ -43,7 +43,7 @@ def test_data_ranks_may_have_graphs(base: Path) -> None:
             "train.precision=float32",
             "kernels.backend = auto: .* it computes in PyTorch's operations in float32.* use triton",
         ),
-        ("health.check_state_every_steps=5", "health.check_state_every_steps: .* it computes gradients of its own"),
+        ("health.check_state_every_steps=5", "health.check_state_every_steps: .* it computes its own gradients"),
     ],
 )
 def test_what_excludes_graphs_is_refused(base: Path, change: str, message: str) -> None:

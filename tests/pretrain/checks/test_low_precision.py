@@ -54,7 +54,7 @@ def test_a_recipe_that_suits_its_run_is_taken(base):
             ["low_precision.block_types=M", "low_precision.activation_storage=fp8"],
             "low_precision.activation_storage = fp8: is about hidden rows of experts and feed-forwards",
         ),
-        (["low_precision.dispatch=fp8"], "low_precision.dispatch = fp8: is about rows on their way to other ranks"),
+        (["low_precision.dispatch=fp8"], "low_precision.dispatch = fp8: is about tokens on their way to other ranks"),
         (
             ["low_precision.recipe=mxfp8", "low_precision.out_proj_recipe=mxfp8"],
             "is what low_precision.recipe=mxfp8 does to all products",
@@ -64,7 +64,7 @@ def test_a_recipe_that_suits_its_run_is_taken(base):
         (["kernels.backend=reference"], "kernels.backend = reference: computes step by step in float32"),
         (
             ["model.moe.shared_expert_linear_kind=lowrank", "model.moe.shared_expert_linear_rank=8"],
-            "has products of two factors a matrix in blocks E, which no recipe takes; leave E out",
+            "has products of two factors a matrix in blocks E, which no recipe supports; leave E out",
         ),
         (
             ["model.lora_mixer={num_experts: 2}"],

@@ -104,8 +104,8 @@ def test_weights_go_to_no_model_that_multiplies_or_norms_otherwise(changes):
 @pytest.mark.parametrize(
     ("pattern", "backend", "message"),
     [
-        ("M*E-", "torch", "kernels.experts = triton: has no effect where all operations run in kernels.backend=torch"),
-        ("M*-", "triton", "kernels.experts = triton: has no effect where the model has no experts"),
+        ("M*E-", "torch", "kernels.experts = triton: has no effect if all operations run in kernels.backend=torch"),
+        ("M*-", "triton", "kernels.experts = triton: has no effect if the model has no experts"),
         ("M*E-", "triton", None),
         ("M*E-", "auto", None),
     ],

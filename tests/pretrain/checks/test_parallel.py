@@ -19,7 +19,7 @@ MOE = "model.moe={num_experts: 6, top_k: 2, expert_hidden_size: 12, shared_exper
         ),
         (
             ["parallel.overlap_experts=true"],
-            "parallel.overlap_experts = true: sends rows between expert ranks while experts compute, and parallel.expert is 1; "
+            "parallel.overlap_experts = true: sends tokens between expert ranks while experts compute, and parallel.expert is 1; "
             "raise parallel.expert, or use false",
         ),
         (
@@ -27,27 +27,33 @@ MOE = "model.moe={num_experts: 6, top_k: 2, expert_hidden_size: 12, shared_exper
                 "model.pattern=M*E",
                 MOE,
                 "parallel.expert=2",
-                "parallel.overlap_experts=rows",
+                "parallel.overlap_experts=two_batch",
                 "train.micro_batch_size=1",
             ],
-            "train.micro_batch_size = 1: takes an even number of rows, which pass blocks in two halves, and "
-            "parallel.overlap_experts is rows; use 2, or parallel.overlap_experts=true",
+            "train.micro_batch_size = 1: must be even, because parallel.overlap_experts=two_batch "
+            "cuts each micro-batch into two halves; use 2, or parallel.overlap_experts=true",
         ),
         (
-            ["model.pattern=M*E", MOE, "parallel.expert=2", "parallel.overlap_experts=rows", "train.recompute=full"],
-            "parallel.overlap_experts = rows: stops blocks of routed experts on their way, and train.recompute computes E again",
+            [
+                "model.pattern=M*E",
+                MOE,
+                "parallel.expert=2",
+                "parallel.overlap_experts=two_batch",
+                "train.recompute=full",
+            ],
+            "parallel.overlap_experts = two_batch: stops blocks of routed experts on their way, and train.recompute computes E again",
         ),
         (
-            ["model.pattern=M*E", MOE, "parallel.expert=2", "parallel.overlap_experts=rows", "train.compile=true"],
-            "parallel.overlap_experts = rows: stops blocks of routed experts on their way, and train.compile=true compiles",
+            ["model.pattern=M*E", MOE, "parallel.expert=2", "parallel.overlap_experts=two_batch", "train.compile=true"],
+            "parallel.overlap_experts = two_batch: stops blocks of routed experts on their way, and train.compile=true compiles",
         ),
         (
             ["model.pattern=M*E", MOE, "parallel.expert=2", "parallel.overlap_experts=half"],
-            "parallel.overlap_experts=half: must be one of: false, true, rows; use for example false",
+            "parallel.overlap_experts=half: must be one of: false, true, two_batch; use for example false",
         ),
         (
             ["parallel.expert_buffer_factor=1.5"],
-            "parallel.expert_buffer_factor = 1.5: is room for rows between expert ranks, and parallel.expert is 1; raise",
+            "parallel.expert_buffer_factor = 1.5: is a buffer for tokens between expert ranks, and parallel.expert is 1; raise",
         ),
         (
             [
@@ -57,7 +63,7 @@ MOE = "model.moe={num_experts: 6, top_k: 2, expert_hidden_size: 12, shared_exper
                 "parallel.expert=2",
                 "parallel.expert_buffer_factor=1.5",
             ],
-            "parallel.expert_buffer_factor = 1.5: is room for rows that are not limited, and model.moe.capacity_factor=2 limits",
+            "parallel.expert_buffer_factor = 1.5: is a buffer for tokens that are not limited, and model.moe.capacity_factor=2 limits",
         ),
         (
             ["parallel.tensor=2", "parallel.expert_tensor=1"],
@@ -70,11 +76,11 @@ MOE = "model.moe={num_experts: 6, top_k: 2, expert_hidden_size: 12, shared_exper
         ),
         (
             ["parallel.pipeline=2", "parallel.virtual_stages=2"],
-            "parallel.virtual_stages = 2: needs a schedule that interleaves pieces of the pipeline, and",
+            "parallel.virtual_stages = 2: needs a schedule that interleaves virtual stages, and",
         ),
         (
             ["parallel.pipeline=2", "parallel.schedule=interleaved"],
-            "parallel.schedule = interleaved: interleaves several pieces per rank, and parallel.virtual_stages is 1; use",
+            "parallel.schedule = interleaved: interleaves several model chunks per rank, and parallel.virtual_stages is 1; use",
         ),
         (
             ["model.pattern=M*E", MOE, "parallel.expert=2", "parallel.zero_stage=3"],
@@ -82,7 +88,7 @@ MOE = "model.moe={num_experts: 6, top_k: 2, expert_hidden_size: 12, shared_exper
         ),
         (
             ["model.pattern=M*E", MOE, "parallel.expert=2", "parallel.zero_stage=0"],
-            "parallel.zero_stage = 0: does not go with parallel.expert=2: ZeRO 0 takes the gradient norm without the experts of",
+            "parallel.zero_stage = 0: does not go with parallel.expert=2: ZeRO 0 computes the gradient norm without the experts of",
         ),
         (
             ["parallel.pipeline=2", "parallel.zero_stage=3"],
@@ -123,7 +129,7 @@ MOE = "model.moe={num_experts: 6, top_k: 2, expert_hidden_size: 12, shared_exper
                 "optimizer.muon={rule: normuon}",
                 "prune={groups: heads, keep: 0.5, start_step: 1, every_steps: 1, end_step: 2}",
             ],
-            "prune: sets moments of what it prunes to zero, which an optimizer that keeps whole matrices has with their owners",
+            "prune: sets the moments of pruned weights to zero, which an optimizer that keeps whole matrices has with their owners",
         ),
         (
             ["train.precision=float32", "optimizer.state_dtype=bf16"],
@@ -185,7 +191,7 @@ MOE = "model.moe={num_experts: 6, top_k: 2, expert_hidden_size: 12, shared_exper
         ),
         (
             ["parallel.context=4", "train.sequence_length=16"],
-            "train.sequence_length = 16: gives segments shorter than what model.mamba.conv_kernel=4 looks back on; "
+            "train.sequence_length = 16: gives segments shorter than the tokens that model.mamba.conv_kernel=4 looks back on; "
             "use at least 24",
         ),
         (

@@ -48,7 +48,7 @@ def test_a_run_on_a_synthetic_task_needs_no_store_and_reads_back(task_file: Path
         (["data.synthetic.num_writes=2"], "data.synthetic.num_writes=2 has no effect on the synthetic task mqar"),
         (["data.synthetic.num_pairs=33"], "data.synthetic.num_pairs=33 must be at most num_keys=32"),
         (["data.synthetic.task=s7"], "must be one of: mqar, overwriting, selective_copying, parity, s3, s4, a5, s5"),
-        (["train.sequence_length=23"], "train.sequence_length = 23: must be at least 24, the shortest row of"),
+        (["train.sequence_length=23"], "train.sequence_length = 23: must be at least 24, the shortest sequence of"),
         (
             ["train.steps=null", "stages=[{name: a, steps: 40}, {name: b, steps: 40, sequence_length: 16}]"],
             "stages.1.sequence_length = 16: must be at least 24",

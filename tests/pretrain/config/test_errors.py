@@ -142,7 +142,7 @@ def test_broken_yaml_names_the_line(tmp_path):
     ("text", "line", "said"),
     [
         ("run:\n  dir: a # there\n   name: b\n", 3, "indented otherwise than the lines that it belongs to"),
-        ("train:\n  steps: 3\n    seed: 1\n", 3, "a colon if no key can be); indent the line as its neighbours are"),
+        ("train:\n  steps: 3\n    seed: 1\n", 3, "a colon if no key can be); indent the line as its neighbors are"),
         ("run:\n  dir: a\n name: b\n", 3, "indented otherwise than the lines that it belongs to"),
         ("run:\n  dir: a\ntrain:\n  steps 400\n  seed: 1\n", 4, "no `: ` between key and value); write `key: value`"),
         ("train:\n  seed: 1\n  steps:400\n\n  # a warning\n  keep_last: 2\n", 3, "no `: ` between key and value"),

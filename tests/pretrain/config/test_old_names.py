@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from amfm.launch.cli import OLD_NAME, format_warning
-from amfm.model.config.old_names import OLD_NAMES, OldNameWarning, current_key
+from amfm.model.config.old_names import OLD_NAMES, OLD_VALUES, OldNameWarning, current_key
 from amfm.model.config.schema import read_saved_model
 from amfm.pretrain.checkpoint.compatibility import check_resumable
 from amfm.pretrain.config.errors import ConfigError
@@ -65,6 +66,30 @@ def test_an_override_by_an_old_name_wins_over_the_file(old: Path) -> None:
     assert config.parallel.expert_buffer_factor == 3
     assert config.stages[0].parallel is not None and config.stages[0].parallel.expert_buffer_factor == 4
     assert config.model.self_guided_training is not None and current_key("data.probe.task") == "data.synthetic.task"
+
+
+@pytest.mark.parametrize(("key", "old_value"), [(key, each) for key in OLD_VALUES for each in OLD_VALUES[key]])
+def test_an_old_value_is_read_from_files_overrides_stages_and_checkpoints(old: Path, key: str, old_value: str) -> None:
+    section, _, name = key.partition(".")
+    now = OLD_VALUES[key][old_value]
+    both = {section: {"expert": 2, name: old_value}}
+    old.write_text(
+        f"extends: base.yaml\n{json.dumps(both)[1:-1]}\nstages: [{{steps: 3, name: a, {json.dumps(both)[1:-1]}}}]\n"
+    )
+    with pytest.warns(OldNameWarning, match=f"{key}={old_value} is called {key}={now} now") as said:
+        config = load_config(old)
+    assert len(said) == 2 and config.stages[0].parallel is not None
+    assert getattr(config.parallel, name) == getattr(config.stages[0].parallel, name) == now
+    with pytest.warns(OldNameWarning):
+        assert load_config(old.with_name("base.yaml"), [f"{section}.expert=2", f"{key}={old_value}"]) == load_config(
+            old.with_name("base.yaml"), [f"{section}.expert=2", f"{key}={now}"]
+        )
+    saved = config.model_dump(mode="json")
+    saved[section][name] = old_value
+    manifest = {"step": 1, "config": saved, "identities": {}}
+    with pytest.warns(OldNameWarning):
+        assert check_resumable(manifest, config, {}) == ()
+    assert saved[section][name] == old_value, "and what was read is as it was"
 
 
 def test_both_names_of_a_setting_are_refused(old: Path) -> None:

@@ -72,7 +72,7 @@ def test_the_same_factor_everywhere_is_another_rate_and_none_stands_still(data: 
 @pytest.mark.parametrize(
     ("optimizer", "model", "message"),
     [
-        ({"rates": {"adamw": 2.0}}, {}, "is for what Muon does not step, and optimizer.kind is adamw"),
+        ({"rates": {"adamw": 2.0}}, {}, "is for weights that Muon does not step, and optimizer.kind is adamw"),
         ({"rates": {"head": 2.0}}, {"tie_embeddings": True}, "matches nothing: model.tie_embeddings"),
         ({"decays": {"router": 2.0}}, {"pattern": "M*-", "moe": None}, "no block of model.pattern has a router"),
     ],

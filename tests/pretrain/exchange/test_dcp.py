@@ -113,7 +113,7 @@ def test_what_is_missing_cut_or_another_model_s_is_named_and_nothing_is_written(
     with pytest.raises(ValueError, match="looked for 27 tensors, found 2") as caught:
         import_state(tmp_path / "other", tmp_path / "out", config)
     assert "; model.blocks.0.norm.weight is missing" in str(caught.value)
-    with pytest.raises(ValueError, match=r"embedding.weight is \[7, 32\], the model says \[448, 32\]"):
+    with pytest.raises(ValueError, match=r"embedding.weight is \[7, 32\], the model states \[448, 32\]"):
         other["model"] = {name: torch.zeros(shape) for name, shape in _shapes(exported).items()}
         other["model"]["embedding.weight"] = torch.zeros(7, 32)
         dcp.save(other, checkpoint_id=tmp_path / "shape", no_dist=True)

@@ -281,7 +281,7 @@ def test_missing_shards_other_shapes_and_unknown_names_are_named(
 
     assert "decoder.layers.3.mlp.linear_fc1.weight" in refused(hybrid, pattern="ME*")
     wider = {**MODEL["feed_forward"], "hidden_size": 56}
-    assert "up_proj.weight is [48, 32], the model says [56, 32]" in refused(hybrid, feed_forward=wider)
+    assert "up_proj.weight is [48, 32], the model states [56, 32]" in refused(hybrid, feed_forward=wider)
     copy = tmp_path / "copy"
     shutil.copytree(hybrid, copy)
     common = read_common(copy / "common.pt")

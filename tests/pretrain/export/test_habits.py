@@ -35,7 +35,7 @@ TARGETS: dict[str, dict[str, Any]] = {
 }
 # Habits that the class of transformers does not have, and the words of the export's README on them.
 _NATIVE = {
-    "documents of a packed sequence are named by positions alone": "Documents packed into one row run into each other",
+    "documents of a packed sequence are named by positions alone": "Documents packed into one sequence run into each other",
     "a misspelt argument is an error": "check their spelling",
 }
 _CONVOLVED = {"documents of a packed sequence are named by positions alone": "leave packing off"}

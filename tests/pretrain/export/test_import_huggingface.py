@@ -106,7 +106,7 @@ def test_foreign_classes_missing_files_and_wrong_tensors_are_refused(data: DataC
     tensors = load_file(out / "model.safetensors")
     cut = {**tensors, "backbone.norm_f.weight": torch.ones(5)}
     save_file(cut, out / "model.safetensors")
-    with pytest.raises(ValueError, match=r"final_norm\.weight is \(5,\), the configuration says \(32,\)"):
+    with pytest.raises(ValueError, match=r"final_norm\.weight is \(5,\), the configuration states \(32,\)"):
         import_huggingface(out, tmp_path / "back")
     del cut["backbone.norm_f.weight"]
     save_file(cut, out / "model.safetensors")
@@ -130,7 +130,7 @@ def test_foreign_classes_missing_files_and_wrong_tensors_are_refused(data: DataC
     [
         (torch.full((32,), math.nan), r"backbone\.norm_f\.weight holds NaN or infinity"),
         (torch.full((32,), 1e300, dtype=torch.float64), r"backbone\.norm_f\.weight holds NaN or infinity in float32"),
-        (torch.ones(32, dtype=torch.int32), r"backbone\.norm_f\.weight is int32; .*take the release in bf16"),
+        (torch.ones(32, dtype=torch.int32), r"backbone\.norm_f\.weight is int32; .*use the release in bf16"),
         (torch.ones(32).to(torch.float8_e4m3fn), r"backbone\.norm_f\.weight is float8_e4m3fn"),
     ],
 )

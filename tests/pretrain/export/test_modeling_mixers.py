@@ -193,6 +193,6 @@ def test_a_mixer_of_another_package_is_refused_by_name(monkeypatch: pytest.Monke
     fewer = tuple(spec for spec in registry.BUILT_IN if spec.name != "deltanet")
     monkeypatch.setattr("amfm.model.huggingface.own.BUILT_IN", fewer)
     (reason,) = explain_unfit(config, "own")
-    assert "{mom} over deltanet: the mixer deltanet of another package is not in our modelling file; use" in reason
+    assert "{mom} over deltanet: the mixer deltanet of another package is not in our modeling file; use" in reason
     with pytest.raises(ValueError, match="deltanet of another package"):
         choose_target(config)

@@ -117,7 +117,7 @@ def test_what_speaks_against_an_export_is_said(data: DataConfig) -> None:
         ({"keys": {"unexpected_keys": ["x"]}}, "did not match the class"),
         ({"class_name": "LlamaForCausalLM"}, "loads as LlamaForCausalLM"),
         ({"wrong_ids": 1, "differing_texts": ["abc"]}, "other ids for"),
-        ({"undecoded_texts": ["abc"]}, "does not give back"),
+        ({"undecoded_texts": ["abc"]}, "does not restore"),
     ]:
         (problem,) = find_problems(plan, good | change)
         assert expected in problem

@@ -66,7 +66,7 @@ def test_a_resume_continues_the_average_to_the_bit_and_the_run_is_as_without_one
     plain, own = (read_full_state(tmp_path / name / "checkpoints/step-00000006") for name in ("plain", "straight"))
     assert all(torch.equal(plain[name], own[name]) for name in plain)
     assert run_cli(["evaluate", str(tmp_path / "plain"), "--weights", "ema"]) == 2
-    assert "has no averaged weights; a run keeps them where it has a section `ema`" in capsys.readouterr().err
+    assert "has no averaged weights; a run keeps them if it has a section `ema`" in capsys.readouterr().err
     # One that begins later begins as the weights.
     begun = with_ema(data, tmp_path / "plain", {"decay": 0.5}, train__steps=7)
     assert train(begun) == 0

@@ -52,7 +52,7 @@ def test_experts_are_spread_before_blocks_are_cut_and_only_as_memory_asks() -> N
 def test_tasks_that_generate_keep_rows_whole() -> None:
     assert axes(choose_layout(NANO, 8, 10 * GB, Work(64), "bf16")) == (4, 8)
     assert axes(choose_layout(NANO, 8, 10 * GB, Work(64, whole_rows=True), "bf16")) == (8, 1)
-    with pytest.raises(ValueError, match="tasks that generate need whole rows on each rank"):
+    with pytest.raises(ValueError, match="tasks that generate need whole sequences on each rank"):
         choose_layout(NANO, 8, 8 * GB, Work(64, whole_rows=True), "bf16")
 
 

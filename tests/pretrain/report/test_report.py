@@ -283,7 +283,10 @@ def test_each_row_length_of_the_stages_has_its_own_arithmetic(tmp_path):
     run = make_run(tmp_path, [line(1)], "train.steps=null", f"stages={stages}")
     record = read_run(run)
     table = describe_model(record)
-    assert table.header[3:] == ("training FLOPs per token, rows of 128", "training FLOPs per token, rows of 256")
+    assert table.header[3:] == (
+        "training FLOPs per token, sequences of 128",
+        "training FLOPs per token, sequences of 256",
+    )
     for column, length in ((3, 128), (4, 256)):
         expected = flops_per_token(record.config.model, length)
         cells = {row[0]: row[column] for row in table.rows}

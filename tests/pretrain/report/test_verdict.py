@@ -69,7 +69,7 @@ def test_a_disk_without_room_for_another_checkpoint_is_named(run_dir: Path) -> N
     with (saved / "weights").open("wb") as file:
         file.truncate(10**13)  # a hole, of more than is free
     found = findings(run_dir)
-    assert found["disk"].endswith("are free, and a checkpoint takes 10000.0 GB") and len(found) == 1
+    assert found["disk"].endswith("are free, and a checkpoint needs 10000.0 GB") and len(found) == 1
 
 
 @pytest.mark.parametrize("state", ["failed", "lost"])
@@ -82,7 +82,7 @@ def test_a_run_that_ended_badly_is_red_and_its_cause_comes_first(run_dir: Path, 
         )
     age(run_dir)
     texts = list(findings(run_dir).values())
-    assert texts[0] == {"failed": "failed: NCCL timeout", "lost": "lost: no rank gives a sign of life"}[state]
+    assert texts[0] == {"failed": "failed: NCCL timeout", "lost": "lost: no rank sends a heartbeat"}[state]
     page = write_report([run_dir]).read_text()
     cause = ", NCCL timeout" if state == "failed" else ""
     assert f'<span class="state bad">{state}: step 40 of 100{cause}</span>' in page

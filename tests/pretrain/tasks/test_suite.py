@@ -75,7 +75,7 @@ def test_data_that_is_not_there_is_the_tasks_fault(folder: Path, data: DataConfi
         (
             WRITE,
             {"generation_kwargs": {"until": ["\n"]}},
-            "generates up to 256 tokens, and the model was trained on rows of 48",
+            "generates up to 256 tokens, and the model was trained on sequences of 48",
         ),
         (WRITE, {"generation_kwargs": {"max_gen_toks": -1}}, "the task generates -1 tokens at most; set max_gen_toks"),
         (CHOICE, {"doc_to_text": "{{nothing}}"}, "nothing"),

@@ -28,7 +28,7 @@ class AmfmConfig(PretrainedConfig):
         version = fields.get("modeling_version", 1)
         if version != VERSION:
             raise ValueError(
-                f"config.json is of version {version} of amfm's modelling files, and this plug-in of version {VERSION}: use the "
+                f"config.json is of version {version} of amfm's modeling files, and this plug-in of version {VERSION}: use the "
                 "plug-in of the same export, or `amfm import` the folder and export it again"
             )
         reasons = unserved(fields)

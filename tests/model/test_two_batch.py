@@ -1,4 +1,4 @@
-"""Halves of a micro-batch's rows in turns: the numbers of two micro-batches, and rows that are sent in parallel with the
+"""Two-batch overlap, halves of a micro-batch that alternate: the numbers of two micro-batches, and rows that are sent in parallel with the
 other half.
 """
 
