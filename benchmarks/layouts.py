@@ -1,9 +1,10 @@
 """The table of docs/layouts.md: for presets of each size the fastest layout that `amfm plan --search` finds.
 
 `python -m benchmarks.layouts --search NAME --gpus 64 --write docs/layouts.md` searches on H100 with the defaults of
-`amfm plan configs/NAME.yaml --gpus 64 --gpu h100 --search` and puts one row into the page. Rows that were searched stay in
-the page; a preset that was not searched for the GPUs of its header has the layout of its file and the numbers of its header
-(`python -m tests.launch.plan.presets` writes headers). Nothing is measured.
+`amfm plan configs/NAME.yaml --gpus 64 --gpu h100 --search`, of the first training stage only, and puts one row into the page.
+With `--nearby` each axis is at most halved or doubled from the preset's layout, which is a tenth of the combinations of a
+large model. Rows that were searched stay in the page; a preset that was not searched for the GPUs of its header has the
+layout of its file and the numbers of its header (`python -m tests.launch.plan.presets` writes headers). Nothing is measured.
 """
 
 from __future__ import annotations
@@ -17,16 +18,20 @@ import typer
 from amfm.launch.console import print_rows, say, show_progress
 from amfm.launch.plan.estimate import Assumptions, Estimate
 from amfm.launch.plan.hardware import GIB, HARDWARE
-from amfm.launch.plan.plan import make_plan
-from amfm.launch.plan.search import with_layout
+from amfm.launch.plan.layout import Layout
+from amfm.launch.plan.plan import counted
+from amfm.launch.plan.ranking import rank_layouts
+from amfm.launch.plan.search import all_layouts, with_layout
 from amfm.model.flops import count_parameters
 from amfm.pretrain.checks.load import load_checked
 from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.stages import resolve_stages
 from benchmarks.command import main
 
 Row = tuple[str, ...]
 COLUMNS = ("preset", "parameters", "active", "GPUs", "found by", "layout", "GiB per GPU", "MFU")
-SEARCHED, OWN = "search", "preset"
+SEARCHED, NEARBY, OWN = "search", "search nearby", "preset"
+AXES = ("tensor", "expert", "context", "pipeline")
 HEADER = re.compile(
     r"for ([\d,]+) H100, planned by `amfm plan`: ([\d.]+) GiB at most per GPU with 10% headroom, ([\d.]+%) MFU"
 )
@@ -48,21 +53,31 @@ def row_of(name: str, config: RunConfig, gpus: str, found_by: str, gib: str, mfu
     return (name, *sizes, gpus, found_by, f"`{describe_layout(config)}`", gib, mfu)
 
 
-def searched_row(name: str, config: RunConfig, best: Estimate) -> Row:
+def searched_row(name: str, config: RunConfig, best: Estimate, found_by: str = SEARCHED) -> Row:
     """The cells of a layout that a search found."""
     gib, mfu = f"{best.memory.total() / GIB:.1f}", f"{best.mfu:.1%}"
-    return row_of(name, with_layout(config, best.layout), f"{best.layout.ranks:,}", SEARCHED, gib, mfu)
+    return row_of(name, with_layout(config, best.layout), f"{best.layout.ranks:,}", found_by, gib, mfu)
 
 
-def search(folder: Path, name: str, gpus: int) -> Row:
+def is_near(layout: Layout, own: Layout) -> bool:
+    """Whether each axis of a layout is that of another one, its half or its double."""
+    return all(getattr(own, axis) <= 2 * getattr(layout, axis) <= 4 * getattr(own, axis) for axis in AXES)
+
+
+def search(folder: Path, name: str, gpus: int, *, nearby: bool = False) -> Row:
     """The row of the fastest layout of a preset's first training stage. Raises ValueError if none fits."""
-    config = load_checked(folder / f"{name}.yaml", [])
+    hardware = HARDWARE["h100"]
+    run = resolve_stages(load_checked(folder / f"{name}.yaml", []))[0].config
+    own = Layout.of(run, gpus)
+    layouts = [
+        layout for layout in all_layouts(run, gpus, hardware.gpus_per_node) if not nearby or is_near(layout, own)
+    ]
     with show_progress(f"layouts of {name}", every_seconds=10) as progress:
-        made = make_plan(config, HARDWARE["h100"], gpus, Assumptions(), search=True, progress=progress)
-    best = made.stages[0].chosen
-    if best is None:
+        tried = counted(layouts, progress)
+        best = rank_layouts(run, [run], tried, hardware, Assumptions(), recomputes=True).nearest
+    if best is None or not best.fits():
         raise ValueError(f"--search {name}: no layout fits on {gpus} H100; give more with --gpus")
-    return searched_row(name, config, best)
+    return searched_row(name, run, best, NEARBY if nearby else SEARCHED)
 
 
 def read_presets(folder: Path) -> list[Row]:
@@ -109,11 +124,14 @@ def layouts(
         list[str] | None, typer.Option("--search", metavar="NAME", help="Search this preset.")
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="With --search: number of H100.")] = 8,
+    nearby: Annotated[bool, typer.Option("--nearby", help="With --search: near the preset's layout only.")] = False,
     write: Annotated[Path | None, typer.Option(metavar="PAGE", help="Write the table into this page.")] = None,
 ) -> None:
     """Print the layouts of presets by size, with what the plan predicts for them."""
-    kept = [row for row in read_table(write) if row[4] == SEARCHED] if write is not None else []
-    rows = joined(read_presets(presets), [*kept, *(search(presets, name, gpus) for name in search_for or ())])
+    kept = [row for row in read_table(write) if row[4] != OWN] if write is not None else []
+    rows = joined(
+        read_presets(presets), [*kept, *(search(presets, name, gpus, nearby=nearby) for name in search_for or ())]
+    )
     if write is not None:
         write_table(write, rows)
         say(f"wrote {write}")

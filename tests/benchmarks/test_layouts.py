@@ -1,5 +1,6 @@
 """`python -m benchmarks.layouts`: rows of presets have the numbers of their headers, rows of a search those of the plan."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,18 @@ from amfm.launch.plan.layout import Layout
 from amfm.pretrain.checks.load import load_checked
 from amfm.pretrain.config.train_section import TrainConfig
 from benchmarks.command import run
-from benchmarks.layouts import HEADER, OWN, SEARCHED, joined, layouts, read_table, row_of, searched_row, write_table
+from benchmarks.layouts import (
+    HEADER,
+    OWN,
+    SEARCHED,
+    is_near,
+    joined,
+    layouts,
+    read_table,
+    row_of,
+    searched_row,
+    write_table,
+)
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/layouts.md"
@@ -19,7 +31,7 @@ PAGE = ROOT / "docs/layouts.md"
 def test_rows_of_presets_have_the_numbers_of_their_headers() -> None:
     rows = read_table(PAGE)
     own = {row[0]: row for row in rows if row[4] == OWN}
-    searched = {(row[0], row[3]) for row in rows if row[4] == SEARCHED}
+    searched = {(row[0], row[3]) for row in rows if row[4] != OWN}
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         words = " ".join(line.lstrip("# ") for line in path.read_text().splitlines() if line[:1] == "#")
         if (planned := HEADER.search(words)) and (path.stem, planned[1]) not in searched:
@@ -52,6 +64,18 @@ def test_a_search_writes_its_row_and_keeps_the_others(tmp_path: Path) -> None:
     rows = read_table(page)
     assert kept in rows and [row[3:5] for row in rows if row[0] == "tiny"] == [("1", SEARCHED)]
     assert joined([(*kept[:4], OWN, *kept[5:])], [kept]) == [kept]
+
+
+def test_near_a_layout_is_each_axis_halved_or_doubled_at_most() -> None:
+    own = Layout(64, 1, 1, expert=8, pipeline=4)
+    for changed in (
+        {"expert": 4},
+        {"expert": 16, "pipeline": 2, "context": 2},
+        {"tensor": 2, "micro_batch_size": 8},
+    ):
+        assert is_near(replace(own, **changed), own), changed
+    for changed in ({"expert": 2}, {"pipeline": 16}, {"tensor": 4}, {"context": 4, "expert": 8}):
+        assert not is_near(replace(own, **changed), own), changed
 
 
 def test_a_page_without_a_place_for_the_table_is_rejected(tmp_path: Path) -> None:
