@@ -99,7 +99,7 @@ def init(
 def check_depth(depth: int, size: str | None) -> str:
     """Name of a depth as a size. Raises ValueError for a depth that makes no model, and where both are given."""
     if size is not None:
-        raise ValueError(f"--depth {depth} and --size {size} both say how large the model is; give one of them")
+        raise ValueError(f"--depth {depth} and --size {size} both set how large the model is; give one of them")
     try:
         dial_size(depth)
     except ValueError as error:

@@ -93,7 +93,7 @@ def test_a_depth_makes_a_configuration_that_passes(
     [
         (["--depth", "1"], "--depth 1 must be from 2 to 64 layers"),
         (["--depth", "65"], "--depth 65 must be from 2 to 64 layers"),
-        (["--depth", "4", "--size", "3m"], "--depth 4 and --size 3m both say how large the model is"),
+        (["--depth", "4", "--size", "3m"], "--depth 4 and --size 3m both set how large the model is"),
     ],
 )
 def test_what_is_no_depth_is_refused(
