@@ -36,6 +36,7 @@ def digest_code(root: Path) -> str:
     Read once a process.
     """
     digest = hashlib.sha256()
-    for path in sorted(path for package in OWN_PACKAGES for path in (root / package).rglob("*.py")):
+    files = (path for package in OWN_PACKAGES for path in (root / package).rglob("*.*"))
+    for path in sorted(path for path in files if path.suffix in (".py", ".c")):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]

@@ -8,6 +8,9 @@ halfway and continues. Compared are the store's files, exit codes, each line of 
 and each file of each checkpoint that is left; not times, memory, rates and settings that OLD does not have. At last NEW
 continues the run directories that OLD left halfway, by the config.yaml in them. Prints what differs and exits with 1; 0 when nothing does.
 
+Both sides compute in PyTorch (`kernels.backend: torch`): native code may be compiled otherwise in each, and older commits have
+none, so its bits are compared with themselves by tests/kernels/native/test_mamba2.py and not here.
+
 A commit is unpacked into a temporary folder. Import names may differ (`pretrain.x` or `amfm.pretrain.x`): this file itself
 is the program that runs in each side, and finds them.
 """

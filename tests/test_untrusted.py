@@ -49,6 +49,7 @@ RENAMES = {
     "data_pipeline/durable/files.py": "replacing(), for all others",
     "data_pipeline/store/node_cache.py": "in a folder of mode 700",
     "data_pipeline/store/part_writer.py": "a folder that mkdir made",
+    "kernels/runtime/native.py": "in a folder of mode 700",
     "kernels/runtime/user_cache.py": "kernels import no other package; opened with x",
     "pretrain/checkpoint/commit.py": "folders that mkdir made",
     "pretrain/checkpoint/fork.py": "a folder that mkdir made",

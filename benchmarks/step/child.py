@@ -9,14 +9,11 @@ from __future__ import annotations
 import gc
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 
 from amfm.data_pipeline.memory import keep_freed_memory
@@ -24,13 +21,13 @@ from amfm.launch.bench.calibration import OPTIMIZER
 from amfm.launch.bench.hardware import multiplies_bf16
 from amfm.launch.cluster.child import open_answers
 from amfm.model.config.schema import ModelConfig
-from amfm.model.huggingface.classes import TokenIds, huggingface_config, weight_map
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
 from amfm.pretrain.config.schema import OptimizerConfig
 from amfm.pretrain.engine.engine import Precision, build_engine
 from amfm.pretrain.engine.optimizer import build_optimizer
 from amfm.pretrain.parallel import Parallel, initialize_parallel
+from benchmarks.in_transformers import build_in_transformers
 
 
 def serve(settings: dict[str, Any]) -> None:
@@ -144,22 +141,9 @@ def _transformers_step(
     config: ModelConfig, parallel: Parallel, num_tokens: int, *, tuned: bool
 ) -> Callable[[torch.Tensor, torch.Tensor], float]:
     """transformers' own model and loss. Tuned: chunks of 64, and autocast to bf16 where the processor multiplies it."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    fields = huggingface_config(config, "granitemoehybrid", TokenIds(0, 0, 0), max_position_embeddings=num_tokens)
-    fields["mamba_chunk_size"] = 64 if tuned else 256
-    # Through files, as a user would load it: the map to transformers' names carries our weights over exactly.
-    weights = weight_map(config, "granitemoehybrid").to_theirs(dict(_build_model(config, parallel).named_parameters()))
-    with tempfile.TemporaryDirectory() as folder:
-        safetensors.torch.save_file(
-            {name: weight.detach().cpu().contiguous().clone() for name, weight in weights.items()},
-            Path(folder) / "model.safetensors",
-            metadata={"format": "pt"},
-        )
-        (Path(folder) / "config.json").write_text(json.dumps(fields))
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(parallel.device).train()
+    chunk = {"mamba_chunk_size": 64 if tuned else 256}
+    own = _build_model(config, parallel)
+    model = build_in_transformers(own, config, "granitemoehybrid", num_tokens, **chunk).to(parallel.device).train()
     adamw = torch.optim.AdamW(model.parameters(), lr=OPTIMIZER.learning_rate, betas=(0.9, 0.95), fused=True)
     autocast = tuned and multiplies_bf16(parallel.device)
 

@@ -1,5 +1,5 @@
-"""Which sizes the Triton scans have kernels for, known without Triton: a configuration is compared with them before it
-runs.
+"""Which sizes the Triton scans and native code take, known without either: a configuration is compared with them before
+it runs.
 
 A model's configuration is checked on machines without a GPU or Triton, so the numbers are here and not next to
 the kernels; the kernels' launchers import them from here, so there is one source.
@@ -58,3 +58,14 @@ VECTOR_GATE_LIMITS = ScanLimits((16, 32, 64), 256)
 DELTA_LIMITS = ScanLimits((16, 32, 64), 256)
 VECTOR_DELTA_LIMITS = ScanLimits((16, 32, 64), 256)
 DIAG_LIMITS = ScanLimits((16,), 16)
+
+NATIVE_CHUNK, NATIVE_MULTIPLE = 64, 16  # the second: of heads and states, which all processors' vectors divide
+
+
+def refuse_native_sizes(chunk_size: int, state: int, head_dim: int) -> str | None:
+    """Why the C code of a Mamba2 mixer does not take these sizes; None if it does."""
+    if state % NATIVE_MULTIPLE == 0 == head_dim % NATIVE_MULTIPLE and chunk_size == NATIVE_CHUNK:
+        return None
+    return (
+        f"native code takes states x heads of multiples of 16 in chunks of 64; got {state} x {head_dim} in {chunk_size}"
+    )

@@ -51,7 +51,8 @@ def mamba2_mix(
     `document_starts_BT` [B, T] int32 is the place in the row of the first token of each token's document
     (`amfm.kernels.common.strides.first_tokens`), None if rows hold one document.
 
-    keep_states and chunk_size as in `mamba2_scan`, but that without states, as by default, y is made again too.
+    keep_states and chunk_size as in `mamba2_scan`, but that without states, as by default, y is made again too. "native"
+    keeps both; it takes float32 and the sizes of `amfm.kernels.common.limits.refuse_native_sizes`.
 
     With an exchange rows are segments of longer rows: it hands them windows and states of the segments before, and all ranks
     that it reaches must call, forward and backward. Only Triton takes one. Raises ValueError for shapes, dtypes or devices
@@ -85,6 +86,10 @@ def mamba2_mix(
             return mix_triton(projected_BTX, *weights, *settings)
         # A product of few bits is a separate operation: what it keeps are the codes of the normed rows.
         return linear(mix_triton(projected_BTX, *weights[:-1], None, *settings), out_weight_DI)
+    if backend == "native":
+        from amfm.kernels.mamba2.native_impl import mix_native
+
+        return linear(mix_native(projected_BTX, *weights[:-1], sizes, document_starts_BT, chunk_size), out_weight_DI)
     z_BTI, inputs_BTC, dt_BTH = projected_BTX.split(sizes.parts(), dim=-1)
     # Starts tell documents apart as ids do.
     convolved_BTC = causal_conv1d(inputs_BTC, conv_weight_CW, conv_bias_C, document_ids_BT=document_starts_BT)

@@ -94,10 +94,15 @@ def route(
         _check_choices(choices_RK, logits_RE, top_k)
         scores_RE, weights_RK = weigh_choices(logits_RE, choices_RK, score, normalize, scaling)
         return Routing(choices_RK, weights_RK, count_experts(choices_RK, logits_RE.shape[1]), scores_RE)
-    backend = resolve_backend(backend, logits_RE.device, "router")
     # All groups allowed is not a limit: spare the pass over groups.
     if group_top_k == num_groups:
         num_groups = group_top_k = 1
+    if num_groups == 1 and backend == "native":
+        from amfm.kernels.common.few_rows import route_rows, takes_few_rows
+
+        if takes_few_rows(logits_RE, *([] if expert_bias_E is None else [expert_bias_E])):
+            return Routing(*route_rows(logits_RE, expert_bias_E, score, top_k, normalize, scaling))
+    backend = resolve_backend(backend, logits_RE.device, "router")
     settings: dict[str, Any] = {
         "score": score,
         "top_k": top_k,
@@ -205,8 +210,13 @@ def expert_feed_forward(
     _check_experts(x_RD, up_EFD, down_EDF, activation)
     check_shape("expert_ids_RK", expert_ids_RK, (x_RD.shape[0], -1), x_RD)
     check_shape("weights_RK", weights_RK, tuple(expert_ids_RK.shape), x_RD)
-    backend = resolve_backend(backend, x_RD.device, "moe")
     recipes = recipes_of(up_EFD, down_EDF)
+    if recipes is None and count is None and backend == "native":
+        from amfm.kernels.common.few_rows import expert_feed_forward_rows, takes_few_rows
+
+        if takes_few_rows(x_RD, weights_RK, up_EFD, down_EDF):
+            return expert_feed_forward_rows(x_RD, expert_ids_RK, weights_RK, up_EFD, down_EDF, activation)
+    backend = resolve_backend(backend, x_RD.device, "moe")
     if backend == "reference" and recipes is None:
         return expert_feed_forward_reference(x_RD, expert_ids_RK, weights_RK, up_EFD, down_EDF, activation=activation)
     # Lost choices are one expert more, which sorts last.

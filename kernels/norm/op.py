@@ -43,6 +43,12 @@ def rms_norm(
     if residual is not None:
         check_shape("residual", residual, tuple(x.shape), x)
         check_float("residual", residual, x)
+    if backend == "native":
+        from amfm.kernels.common.few_rows import rms_norm_rows, takes_few_rows
+
+        if takes_few_rows(x, weight):
+            y, h = rms_norm_rows(x, weight, epsilon, residual)
+            return y if residual is None else (y, h)
     backend = resolve_backend(backend, x.device, "norm")
     if backend == "triton":
         from amfm.kernels.norm.triton_impl import rms_norm_triton

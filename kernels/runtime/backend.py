@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: the step-by-step reference, PyTorch, or our Triton kernels.
+"""Which implementation of an operation runs: the step-by-step reference, PyTorch, our Triton kernels, or C on a CPU.
 
 A choice that this machine cannot honour is an error that says why; nothing falls back silently.
 
@@ -21,7 +21,7 @@ from amfm.kernels.runtime.compiling import assume_constant
 from amfm.kernels.runtime.first_use import CannotCheck, can_be_checked, find_faults
 from amfm.kernels.runtime.user_cache import place_triton_cache
 
-BACKENDS = ("auto", "triton", "torch", "reference")
+BACKENDS = ("auto", "triton", "native", "torch", "reference")
 
 # One process is either interpreted or compiled: Triton reads the variable when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -61,12 +61,18 @@ REQUIREMENTS = (
 )
 
 
-def resolve_for_run(requested: str, device: torch.device, dtype: torch.dtype) -> str:
-    """`resolve_backend` for a run whose weights and activations are of `dtype`: "auto" with float32 on CUDA is "torch".
+def resolve_for_run(requested: str, device: torch.device, dtype: torch.dtype, *, unfit: str | None) -> str:
+    """`resolve_backend` for a run in `dtype`: "auto" is "torch" in float32 on CUDA, `native.choose_on_cpu` with `unfit` on a CPU.
 
     Products of float32 operands take all of a thread's registers and more (docs/gpu.md has the numbers), so PyTorch's own
     products are the faster ones there. "triton" is honoured. Raises ValueError as `resolve_backend` does.
     """
+    if requested == "auto" and device.type == "cpu":
+        from amfm.kernels.runtime.native import choose_on_cpu
+
+        backend, reason = choose_on_cpu(dtype, unfit)
+        _log_choice(backend, reason)
+        return backend
     if requested == "auto" and device.type == "cuda" and dtype == torch.float32:
         _log_choice("torch", "products of float32 spill the registers of Triton kernels; bf16 runs them")
         return "torch"
@@ -74,19 +80,24 @@ def resolve_for_run(requested: str, device: torch.device, dtype: torch.dtype) ->
 
 
 def resolve_backend(requested: str, device: torch.device, operation: str | None = None) -> str:
-    """Turn the backend that was asked for into the one that runs on `device`: "triton", "torch" or "reference".
+    """Turn the backend that was asked for into the one that runs on `device`: "triton", "native", "torch" or "reference".
 
     "auto" is "triton" on CUDA and "torch" elsewhere, logged once with its reason. operation: the name in `amfm.kernels.proof` of
-    the operation that asks; its kernels are checked at their first use on a GPU (`amfm.kernels.runtime.first_use`).
+    the operation that asks; its kernels are checked at their first use on a GPU (`first_use.py`); one without C runs in "torch".
 
     Raises ValueError for an unknown name, when Triton was asked for and cannot run here (no CUDA device and no
-    interpreter, Triton not installed, or a Triton version known to miscompile for this GPU), and for an operation whose
-    kernels were wrong at their first use.
+    interpreter, Triton not installed, or a Triton version known to miscompile for this GPU), for an operation whose
+    kernels were wrong at their first use, and when native code was asked for and cannot run here.
     """
     if requested in ("torch", "reference"):
         return requested
     if requested not in BACKENDS:
         raise ValueError(f"kernels backend must be one of {', '.join(BACKENDS)}; got {requested!r}")
+    if requested == "native":
+        from amfm.kernels.runtime.native import check_native
+
+        check_native(device)
+        return "native" if operation in (None, "mamba2") else "torch"
     if requested == "auto":
         if device.type != "cuda":
             _log_choice("torch", f"the tensors are on {device.type}, and Triton kernels need CUDA")

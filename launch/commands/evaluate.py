@@ -32,7 +32,8 @@ DeviceOption = Annotated[
     Literal["auto", "cpu", "cuda"], typer.Option(help="Device; auto: cuda if available, else cpu.")
 ]
 BackendOption = Annotated[
-    Literal["auto", "triton", "torch", "reference"], typer.Option(help="Kernel backend, as `kernels.backend`.")
+    Literal["auto", "triton", "native", "torch", "reference"],
+    typer.Option(help="Kernel backend, as `kernels.backend`."),
 ]
 
 

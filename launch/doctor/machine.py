@@ -146,12 +146,14 @@ def examine_devices() -> list[Finding]:
     import torch
 
     from amfm.kernels.runtime.backend import refuse_triton
+    from amfm.kernels.runtime.native import refuse_native
 
     if not torch.cuda.is_available():
         waits = "sleep" if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive" else "spin"
+        reason = refuse_native(torch.device("cpu"))
         threads = (
             f"CPU only, {torch.get_num_threads()} threads, which {waits} while they wait (torch {torch.__version__}); "
-            "kernels.backend auto is torch"
+            f"kernels.backend auto is {f'torch: {reason}' if reason else 'native in float32 (Mamba2 in C), else torch'}"
         )
         return [Finding("devices", "ok", threads)]
     findings = []

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from amfm.kernels.common.limits import DECAY_LIMITS, ScanLimits
+from amfm.kernels.common.limits import DECAY_LIMITS, ScanLimits, refuse_native_sizes
 from amfm.model.config.indexer import IndexerConfig, keys_and_scores
 from amfm.model.config.options import (
     QK_NORM_AND_CLIP,
@@ -136,6 +136,10 @@ class Mamba2Config(MixerOptions):
     def scan(self) -> tuple[ScanLimits, int, tuple[int, int]]:
         """As the limits of its kernels say."""
         return DECAY_LIMITS, self.chunk_size, (self.state_size, self.head_dim)
+
+    def refuse_native(self) -> str | None:
+        """As the limits of its C code say."""
+        return refuse_native_sizes(self.chunk_size, self.state_size, self.head_dim)
 
     def recurrence_flops(self) -> int:
         """Of the recurrence itself, whatever the chunk: a state number per token takes decay, times B, add, times C, add."""

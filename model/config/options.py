@@ -98,6 +98,10 @@ class MixerOptions(Section):
         """
         return None
 
+    def refuse_native(self) -> str | None:
+        """Why its block runs no C code on a CPU (`kernels.backend: native`): "" if there is none; None if it does."""
+        return ""
+
     def qk_clip(self) -> str | None:
         """What QK-clip can do about its scores: "" where it bounds them, else why it cannot; None: no softmax of queries and keys."""
         return None

@@ -10,6 +10,7 @@ scan, where tensors of their products need not be written to memory.
 On the Triton backend all that follows the first projection is one operation (kernels/mamba2), which keeps less for backward
 and launches fewer kernels; rows that are cut over context ranks hand it an exchange of states. Decode states and a norm whose
 group is on several tensor ranks enter between its parts: there, and on the torch backend, the parts run as separate operations.
+On the native backend it is C in float32, decode states too; not over context ranks (`can_be_one_operation`, `takes_state`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from amfm.kernels.causal_conv1d.op import causal_conv1d, causal_conv1d_step
+from amfm.kernels.common.limits import refuse_native_sizes
 from amfm.kernels.decay_scan.carry import add_carried_state
 from amfm.kernels.decay_scan.op import ScanOutput, mamba2_scan, mamba2_step
 from amfm.kernels.mamba2.op import MixerSizes, mamba2_mix
@@ -72,7 +74,8 @@ class Mamba2Mixer(Mixer):
         self.shards = {"A_log": by_head, "D": by_head, "dt_bias": by_head}
         self.norm = GatedNorm(inner, mamba.num_groups, build.norm_epsilon, groups, backend)
         self.out_proj = RowLinear(inner, build.hidden_size, groups, name="model.mamba.num_heads")
-        self.is_one_operation = backend == "triton" and not self.norm.spans_ranks
+        unfit = refuse_native_sizes(self.chunk_size, self.state_size, self.head_dim) if backend == "native" else None
+        self.is_one_operation = backend in ("triton", "native") and unfit is None and not self.norm.spans_ranks
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
         """Mix x [B, T, D] -> y [B, T, D]; with a state the tokens continue it, and the next state is returned.
@@ -80,12 +83,19 @@ class Mamba2Mixer(Mixer):
         Every rank of `groups.tp` and `groups.cp` must call.
         """
         (projected_BTX,) = project_layers(x_BTD, [self.in_proj], self.groups)
-        if self.is_one_operation and state is None and self.out_proj.lora is None:
+        if state is None and self.can_be_one_operation(projected_BTX.dtype, meta):
             mixed_BTD = self._mix(projected_BTX, meta)
             return MixerOutput(leave_tensor_region(mixed_BTD, self.groups), None)
         num_rows, num_tokens, _ = projected_BTX.shape
         z_BTI, inputs_BTC, dt_BTH = projected_BTX.split([self.inner_size, self.conv.channels, self.num_heads], dim=-1)
         next_state: MambaState | None
+        if self.backend == "native" and self.is_one_operation and isinstance(state, MambaState):
+            from amfm.kernels.mamba2.native_impl import continue_native, takes_state
+
+            if takes_state(projected_BTX) and meta.segments is None and meta.boundaries_BT() is None:
+                weights = self.conv.weight, self.conv.bias, self.A_log, self.D, self.dt_bias, self.norm.weight
+                normed_BTI, *after = continue_native(projected_BTX, *weights, *state, self._sizes())
+                return MixerOutput(leave_tensor_region(self.out_proj(normed_BTI), self.groups), MambaState(*after))
         if isinstance(state, MambaState) and num_tokens == 1:
             y_BTI, next_state = self._step(inputs_BTC[:, 0], dt_BTH[:, 0], state)
         elif meta.segments is not None:
@@ -96,6 +106,11 @@ class Mamba2Mixer(Mixer):
             y_BTI, next_state = self._scan(inputs_BTC, dt_BTH, meta, state)
         y_BTI = self.norm(y_BTI.reshape(num_rows, num_tokens, self.inner_size), z_BTI)
         return MixerOutput(leave_tensor_region(self.out_proj(y_BTI), self.groups), next_state)
+
+    def can_be_one_operation(self, dtype: torch.dtype, meta: PackMeta) -> bool:
+        """Whether rows without a state take the one operation of the backend, not its parts."""
+        is_taken = self.backend == "triton" or (dtype == torch.float32 and meta.segments is None)
+        return self.is_one_operation and is_taken and self.out_proj.lora is None
 
     def _mix(self, projected_BTX: Tensor, meta: PackMeta) -> Tensor:
         """From the projection to this rank's addend of the output, [B, T, D], as one operation."""
@@ -110,14 +125,6 @@ class Mamba2Mixer(Mixer):
         return self._mix_rows(projected_BTX, starts_BT, None)
 
     def _mix_rows(self, projected_BTX: Tensor, starts_BT: Tensor | None, exchange: SegmentExchange | None) -> Tensor:
-        sizes = MixerSizes(
-            self.num_heads,
-            self.head_dim,
-            self.num_groups,
-            self.state_size,
-            self.inner_size // self.norm.group_size,
-            self.norm.epsilon,
-        )
         return mamba2_mix(
             projected_BTX,
             self.conv.weight,
@@ -127,12 +134,18 @@ class Mamba2Mixer(Mixer):
             self.dt_bias,
             self.norm.weight,
             self.out_proj.weight,
-            sizes,
+            self._sizes(),
             document_starts_BT=starts_BT,
             chunk_size=self.chunk_size,
             keep_states=self.keep_states,
             exchange=exchange,
             backend=self.backend,
+        )
+
+    def _sizes(self) -> MixerSizes:
+        norm_groups = self.inner_size // self.norm.group_size
+        return MixerSizes(
+            self.num_heads, self.head_dim, self.num_groups, self.state_size, norm_groups, self.norm.epsilon
         )
 
     def _scan(

@@ -52,6 +52,12 @@ def longest_lookback(config: RunConfig) -> tuple[int, str]:
     return max(found, default=(0, ""))
 
 
+def refuse_native_model(model: ModelConfig) -> str | None:
+    """Why no block of a model runs C code on a CPU; None if one does, and the others then run in PyTorch."""
+    reasons = [options.refuse_native() for _, options in kinds_in_use(model)]
+    return None if None in reasons else next(filter(None, reasons), "no block has native code")
+
+
 def check_kernels(config: RunConfig, backend: str) -> None:
     """Raise ConfigError for sizes that the kernels of this backend do not take; `auto` must be resolved."""
     problems = list(kernel_problems(config, backend))
@@ -60,7 +66,7 @@ def check_kernels(config: RunConfig, backend: str) -> None:
 
 
 def kernel_problems(config: RunConfig, backend: str) -> Iterator[Problem]:
-    """Check that the Triton kernels take the chunks and states of all scans; nothing for other backends.
+    """Check that the Triton kernels take the chunks and states of all scans, and native code a block; nothing for others.
 
     A kernel keeps a head's state and a chunk's products on chip, so both have bounds (`kernels/common/limits.py`).
     """
@@ -68,6 +74,12 @@ def kernel_problems(config: RunConfig, backend: str) -> Iterator[Problem]:
     if experts != "auto" and not (has_experts and backend in ("auto", "triton", experts)):
         where = f"all operations run in kernels.backend={backend}" if has_experts else "the model has no experts"
         yield Problem("kernels.experts", f"has no effect if {where}", "leave it out", experts)
+    if backend == "native":
+        reason, rule = refuse_native_model(config.model), f"computes in float32, not in {config.train.precision}"
+        if config.train.precision != "float32":
+            yield Problem("kernels.backend", rule, "use auto", backend)
+        if reason is not None:
+            yield Problem("kernels.backend", f"has no block to run: {reason}", "use auto", backend)
     if backend != "triton":
         return
     for kind, options in kinds_in_use(config.model):

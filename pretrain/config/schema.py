@@ -265,9 +265,9 @@ class HealthConfig(Section):
 class KernelsConfig(Section):
     """Which implementation of each operation runs."""
 
-    backend: Literal["auto", "triton", "torch", "reference"] = Field(
+    backend: Literal["auto", "triton", "native", "torch", "reference"] = Field(
         "auto",
-        description="auto: triton on CUDA in bf16, torch in float32 and on a CPU. A backend that cannot run here is an error.",
+        description="auto: on CUDA triton in bf16 and torch in float32; on a CPU native (Mamba2 in C, float32) where a C compiler and a block for it are, else torch. A backend that cannot run here is an error.",
     )
     experts: Literal["auto", "triton", "torch"] = Field(
         "auto",

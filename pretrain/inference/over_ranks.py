@@ -21,7 +21,7 @@ from amfm.model.hybrid import HybridModel
 from amfm.model.loss import LOGITS_SLICE
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.parallel.shards import parameter_shards
-from amfm.pretrain.checks.mixers import refusal_problems
+from amfm.pretrain.checks.mixers import refusal_problems, refuse_native_model
 from amfm.pretrain.checks.parallel import size_problems
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.inference.passes import alone
@@ -83,7 +83,7 @@ def open_model(
             announce(layout.reason)
         parallel = initialize_parallel(layout.section, timeout_seconds=TIMEOUT_SECONDS)
     dtype = dtype_of(precision)
-    chosen = resolve_for_run(backend, parallel.device, dtype)
+    chosen = resolve_for_run(backend, parallel.device, dtype, unfit=refuse_native_model(weights.model))
     return weights.build(backend=chosen, device=parallel.device, groups=parallel.groups, dtype=dtype), parallel
 
 

@@ -32,7 +32,7 @@ from amfm.data_pipeline.tokenizer.tokenizer import (
     read_kept_tokenizer,
     read_tokenizer_file,
 )
-from amfm.kernels.runtime.backend import resolve_backend
+from amfm.kernels.runtime.backend import resolve_backend, resolve_for_run
 from amfm.model.config.checks import check_model
 from amfm.model.config.schema import ModelConfig, read_saved_model
 from amfm.model.hybrid import HybridModel
@@ -43,6 +43,7 @@ from amfm.model.shapes import weight_shapes
 from amfm.pretrain.checkpoint.inspect import find_checkpoint, read_full_state
 from amfm.pretrain.checkpoint.manifest_file import MANIFEST_NAME, read_manifest
 from amfm.pretrain.checkpoint.names import CHECKPOINT_NAME, list_checkpoints
+from amfm.pretrain.checks.mixers import refuse_native_model
 from amfm.pretrain.config.convert import ConvertConfig
 from amfm.pretrain.config.saved import read_saved_config
 from amfm.pretrain.config.schema import RunConfig
@@ -121,6 +122,8 @@ class Weights:
 
         No more of the weights is read. They are rounded to `dtype`; buffers, such as routers' balancing bias, stay float32.
         """
+        if torch.device(device).type == "cpu":
+            backend = resolve_for_run(backend, torch.device(device), dtype, unfit=refuse_native_model(self.model))
         chosen = resolve_backend(backend, torch.device(device))
         model = HybridModel(self.model, groups or single_rank_groups(), backend=chosen, device="meta")
         for parameter in model.parameters():

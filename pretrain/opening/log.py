@@ -20,11 +20,9 @@ import torch
 from amfm.data_pipeline.durable.files import make_folders, write_file_atomically
 from amfm.model.config.pattern import explain_d
 from amfm.model.flops import count_parameters, flops_per_token
-from amfm.model.low_precision import precision_table
 from amfm.pretrain.checkpoint.compatibility import digest_config
 from amfm.pretrain.checkpoint.load import LoadedCheckpoint
 from amfm.pretrain.config.file import resolved_yaml
-from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.event_log import FRESH_START_EVENTS, read_events
 from amfm.pretrain.launcher_protocol import RESTART_CAUSE, TORCHRUN_RESTARTS
 from amfm.pretrain.monitor.environment import record_environment
@@ -36,7 +34,6 @@ from amfm.pretrain.opening.data import check_tokenizer
 from amfm.pretrain.parallel import describe_environment
 from amfm.pretrain.ranks.group import RankGroup
 from amfm.pretrain.run import Run
-from amfm.pretrain.stages import resolve_stages
 from amfm.pretrain.versions import OWN_CODE, collect_versions
 
 FOLDER = "starts"  # of configurations, below the run directory
@@ -86,6 +83,8 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None, origin: dict[str, Any]) 
     Drops lines of metrics.jsonl beyond the step that the run resumes from. Everything that loading passed over, warned
     of or found changed goes to the events too. origin: what else the event of the start records.
     """
+    from amfm.pretrain.opening import kernels  # of the main rank only
+
     counts = count_parameters(run.model.config)
     length = run.stage.train.sequence_length
     facts = {
@@ -93,8 +92,10 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None, origin: dict[str, Any]) 
         "parameters": counts.total,
         "active_parameters": counts.active,
         "flops_per_token": sum(flops_per_token(run.model.config, length).values()),
-        "by_kind": describe_kinds(run.config),
-    } | describe_products(run.config)
+        "by_kind": kernels.describe_kinds(run.config),
+        "kernels": run.model.backend,
+    } | kernels.describe_products(run.config)
+    changed_kernels = kernels.kernel_changes(run.directory, run.model.backend)
     environment = record_environment(run.parallel, run.peak, facts, keeps_freed_memory=run.keeps_freed_memory)
     # Whole or as they were: a full disk or a kill must not take from a run what it is.
     text = resolved_yaml(run.config)
@@ -112,7 +113,8 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None, origin: dict[str, Any]) 
     run.say(
         f"{facts['pattern']}: {counts.total:,} parameters ({counts.active:,} active), {run.config.train.precision}, "
         f"ZeRO {run.engine.zero_stage}, {plural(run.parallel.world_size, 'rank')} on {device} with "
-        f"{plural(torch.get_num_threads(), 'thread')}, {run.stage.train.global_batch_size} x {length} tokens per step"
+        f"{plural(torch.get_num_threads(), 'thread')}, {kernels.describe_kernels(run.config, run.model.backend)}, "
+        f"{run.stage.train.global_batch_size} x {length} tokens per step"
     )
     for remark in run.loader.describe_repeats(run.stages[-1].first_sample + run.stages[-1].num_samples()):
         run.say(remark)
@@ -161,31 +163,11 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None, origin: dict[str, Any]) 
         remarks = {
             "passed over": loaded.skipped,
             "warning": loaded.warnings,
-            "changed since the checkpoint": loaded.changes,
+            "changed since the checkpoint": (*loaded.changes, *changed_kernels),
         }
         for kind, texts in remarks.items():
             for text in texts:
                 run.tell("resume", f"{kind}: {text}", kind=kind, text=text)
-
-
-def describe_kinds(config: RunConfig) -> dict[str, Any]:
-    """Parameters and FLOPs by kind of block, for environment.json, so that a report shows them without torch."""
-    lengths = {stage.train.sequence_length for stage in resolve_stages(config)}
-    lengths |= {phase.sequence_length for phase in config.data.phases if phase.sequence_length is not None}
-    counts = count_parameters(config.model)
-    return {
-        "parameters": counts.total_by_kind,
-        "active_parameters": counts.active_by_kind,
-        "flops_per_token": {str(length): flops_per_token(config.model, length) for length in sorted(lengths)},
-    }
-
-
-def describe_products(config: RunConfig) -> dict[str, Any]:
-    """What matrices multiply in, for environment.json; nothing of a run in which all keep its precision."""
-    if config.low_precision.recipe == "none":
-        return {}
-    rows = precision_table(config.model, config.low_precision, config.train.precision)
-    return {"products": [row._asdict() for row in rows]}
 
 
 def keep_released(run: Run) -> None:

@@ -19,7 +19,7 @@ from amfm.model.low_precision import attach_recipes
 from amfm.model.pipeline_split import Piece, cut_pieces, pieces_of_rank
 from amfm.pretrain.checkpoint.names import list_checkpoints
 from amfm.pretrain.checks.cuda_graphs import check_graph_device
-from amfm.pretrain.checks.mixers import check_kernels
+from amfm.pretrain.checks.mixers import check_kernels, refuse_native_model
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.engine import ZeroEngine
 from amfm.pretrain.parallel import Parallel
@@ -34,7 +34,7 @@ _LOG = logging.getLogger(__name__)
 def choose_backend(config: RunConfig, parallel: Parallel) -> str:
     """Name the implementation of the kernels on this rank. Raises ValueError for one that cannot run here."""
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    return resolve_for_run(config.kernels.backend, parallel.device, dtype)
+    return resolve_for_run(config.kernels.backend, parallel.device, dtype, unfit=refuse_native_model(config.model))
 
 
 def share_tiles(config: RunConfig, parallel: Parallel) -> None:
@@ -46,7 +46,7 @@ def share_tiles(config: RunConfig, parallel: Parallel) -> None:
     if parallel.device.type != "cuda" or choose_backend(config, parallel) != "triton":
         return
     from amfm.kernels.runtime.tuning import load_table
-    from amfm.pretrain.opening.tiles import agree_on_tiles
+    from amfm.pretrain.opening.kernels import agree_on_tiles
 
     agree_on_tiles(load_table(parallel.device))
 
@@ -77,8 +77,12 @@ def build_model(
     With a pipeline it is this rank's part, and under tensor and expert parallelism its shard. Initial weights are
     random functions of the seed, the same on all layouts of ranks, or `run.initial_weights` when no checkpoint of the
     run exists to replace them; `remark` is called with a message for each of those that fits only in part. Without
-    `draws` there are none: a checkpoint will be loaded, and of a large model they take minutes.
+    `draws` there are none: a checkpoint will be loaded, and of a large model they take minutes. Every rank must call this.
     """
+    if parallel.device.type == "cpu" and parallel.world_size > 1:
+        from amfm.pretrain.opening.kernels import share_native
+
+        share_native(config, parallel)
     backend = choose_backend(config, parallel)
     check_kernels(config, backend)
     if config.low_precision.recipe != "none":

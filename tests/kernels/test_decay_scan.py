@@ -259,7 +259,7 @@ def test_bfloat16_products_are_possible_where_the_processor_has_them() -> None:
         ({"document_ids_BT": torch.zeros(2, 5)}, "int32 or int64"),
         ({"initial_state_BHPN": torch.zeros(2, 4, 6, 3)}, r"initial state must have shape \[2, 4, 3, 6\]"),
         ({"chunk_size": 0}, "chunk_size must be at least 1; got 0"),
-        ({"backend": "cuda"}, "must be one of auto, triton, torch, reference; got 'cuda'"),
+        ({"backend": "cuda"}, "must be one of auto, triton, native, torch, reference; got 'cuda'"),
     ],
 )
 def test_wrong_inputs_are_named(change: dict[str, object], message: str) -> None:

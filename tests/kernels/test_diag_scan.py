@@ -213,7 +213,7 @@ def test_a_scan_saves_only_inputs_and_states_between_chunks() -> None:
         ({"document_ids_BT": torch.zeros(2, 5)}, "int32 or int64"),
         ({"initial_state_BCN": torch.zeros(2, 6, 4)}, r"initial state must have shape \[2, 4, 6\]"),
         ({"chunk_size": 0}, "chunk_size must be at least 1; got 0"),
-        ({"backend": "cuda"}, "must be one of auto, triton, torch, reference; got 'cuda'"),
+        ({"backend": "cuda"}, "must be one of auto, triton, native, torch, reference; got 'cuda'"),
     ],
 )
 def test_wrong_inputs_are_named(change: dict[str, object], message: str) -> None:

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from amfm.kernels.runtime import native
 from amfm.kernels.runtime.backend import (
     INTERPRETED,
     find_miscompile,
@@ -47,9 +48,39 @@ def test_unknown_names_are_refused() -> None:
 
 def test_a_run_in_float32_takes_pytorchs_products_on_a_card_unless_it_names_a_backend() -> None:
     gpu = torch.device("cuda")
-    assert resolve_for_run("auto", gpu, torch.float32) == "torch"
-    assert resolve_for_run("reference", gpu, torch.float32) == "reference"
-    assert resolve_for_run("auto", CPU, torch.bfloat16) == "torch"
+    assert resolve_for_run("auto", gpu, torch.float32, unfit=None) == "torch"
+    assert resolve_for_run("reference", gpu, torch.float32, unfit=None) == "reference"
+    assert resolve_for_run("auto", CPU, torch.bfloat16, unfit=None) == "torch"
+
+
+def test_auto_in_float32_on_a_cpu_is_native_code_where_a_block_has_it_and_it_runs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers: list[str | None] = [None, "there is no C compiler (cc, gcc, clang)"]
+    monkeypatch.setattr(native, "_try_native", lambda: answers[0])
+    assert resolve_for_run("auto", CPU, torch.float32, unfit=None) == "native"
+    assert resolve_for_run("auto", CPU, torch.float32, unfit="no block has native code") == "torch"
+    assert [resolve_backend("native", CPU, name) for name in ("mamba2", "attention", None)] == [
+        "native",
+        "torch",
+        "native",
+    ]
+    with pytest.raises(ValueError, match="native code runs on a CPU; the tensors are on cuda; use"):
+        resolve_backend("native", torch.device("cuda"))
+    answers.pop(0)
+    with caplog.at_level(logging.INFO, logger="amfm.kernels.runtime.backend"):
+        assert resolve_for_run("auto", CPU, torch.float32, unfit=None) == "torch"
+    assert "kernels backend auto -> torch: there is no C compiler (cc, gcc, clang)" in caplog.messages
+    with pytest.raises(ValueError, match="there is no C compiler"):
+        resolve_backend("native", CPU)
+
+
+def test_a_process_whose_other_ranks_cannot_runs_no_native_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_try_native", lambda: None)
+    monkeypatch.setattr(native, "_WITHDRAWN", [])
+    assert resolve_for_run("auto", CPU, torch.float32, unfit=None) == "native"
+    native.withdraw_native("rank 3 cannot run native code")
+    assert resolve_for_run("auto", CPU, torch.float32, unfit=None) == "torch"
 
 
 def test_versions_that_go_wrong_on_a_card_are_known() -> None:

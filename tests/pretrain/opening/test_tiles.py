@@ -22,7 +22,7 @@ def test_rank_0_decides_among_equal_cards_and_nobody_among_different_ones() -> N
 
 def agree(tables: list[Table]) -> list[dict[str, dict[str, int]]]:
     """On one of two ranks: agree on its own table, then ask as a launch asks; default tiles come first among candidates."""
-    from amfm.pretrain.opening.tiles import agree_on_tiles
+    from amfm.pretrain.opening.kernels import agree_on_tiles
     from amfm.pretrain.parallel import start_process_group
 
     start_process_group(PATIENCE_SECONDS)
