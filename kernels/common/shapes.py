@@ -47,6 +47,15 @@ def check_float(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
         raise ValueError(f"{name} must be floating point (float32, bfloat16, float16 or float64); got {tensor.dtype}")
 
 
+def check_matrix(name: str, weight: Tensor) -> None:
+    """Raise ValueError if a matrix of a weight [..., N, K] has 2^31 numbers or more: kernels compute places in one in 32 bits."""
+    rows, columns = weight.shape[-2:]
+    if rows * columns >= 2**31:
+        raise ValueError(
+            f"{name} has a matrix of {rows} x {columns} numbers, and kernels take up to 2^31 - 1; use more ranks"
+        )
+
+
 def check_documents(
     document_ids_BT: Tensor | None, batch: int, tokens: int, like: Tensor, *, name: str = "document_ids_BT"
 ) -> None:

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from amfm.kernels.common.custom_op import fake_of
 from amfm.kernels.common.gradient_sum import GradientSum
+from amfm.kernels.common.shapes import check_matrix
 from amfm.kernels.low_precision.formats import E2M1_MAX, E4M3_MAX, RUN, SMALLEST_SCALE
 from amfm.kernels.low_precision.kept_weights import keeps_weights, made_once
 from amfm.kernels.low_precision.recipe import Recipe
@@ -90,6 +91,7 @@ class BlockScaled:
         keeps = keeps_weights()
 
         def make() -> tuple[Codes, Codes]:
+            check_matrix("weight", weight)
             matrices = weight if weight.dim() == 3 else weight[None]
             flags = keeps or not transposed, keeps or transposed, self.is_fp4, True, False, 0
             return _operands(_quantize(matrices, None, None, None, None, None, "", *flags))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from amfm.kernels.common.custom_op import fake_of
 from amfm.kernels.common.gradient_sum import GradientSum
+from amfm.kernels.common.shapes import check_matrix
 from amfm.kernels.low_precision.formats import packed_width
 from amfm.kernels.low_precision.kept_weights import keeps_weights, made_once
 from amfm.kernels.low_precision.triton_kernels import (
@@ -152,6 +153,7 @@ def quantize_weight(weight: Tensor, *, transposed: bool = False) -> WeightCodes:
     keeps = keeps_weights()
 
     def make() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        check_matrix("weight", weight)
         matrices = weight if weight.dim() == 3 else weight[None]
         return _quantize_weight(matrices, keeps or not transposed, keeps or transposed)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amfm.kernels.common.shapes import check_float, check_shape
+from amfm.kernels.common.shapes import check_float, check_matrix, check_shape
 from amfm.kernels.low_precision.products import multiplies_codes
 from amfm.kernels.low_precision.recipe import recipes_of
 from amfm.kernels.moe.grouping import Grouping, count_experts, group_by_expert
@@ -310,6 +310,8 @@ def _check_experts(x_RD: Tensor, up_EFD: Tensor, down_EDF: Tensor, activation: s
     check_shape("down_EDF", down_EDF, (experts, model, width // 2 if is_gated else width), x_RD)
     check_float("up_EFD", up_EFD, x_RD)
     check_float("down_EDF", down_EDF, x_RD)
+    check_matrix("up_EFD", up_EFD)
+    check_matrix("down_EDF", down_EDF)
 
 
 def feed_forward_flops(pairs: int, model: int, hidden: int, activation: str) -> int:

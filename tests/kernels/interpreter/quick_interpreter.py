@@ -200,7 +200,9 @@ def _broadcast(slowly: Callable[..., Any]) -> Callable[..., Any]:
             return tensor(handle, block_type(scalar.dtype, block.shape))
         data = np.empty(block.shape.values, dtype=interpreter._get_np_dtype(found.dtype))
         data[...] = found.data
-        return tensor(interpreter.TensorHandle(data, found.dtype), block_type(scalar.dtype, block.shape))
+        return tensor(
+            interpreter.TensorHandle(data, found.dtype, dict(found.attr)), block_type(scalar.dtype, block.shape)
+        )
 
     def splat(self: Any, lhs: Any, rhs: Any) -> Any:
         if type(rhs.type) is block_type:

@@ -1,22 +1,40 @@
-"""Rows and tokens that are further apart than 2^31 numbers are read where they are: products of offsets are 64 bits wide."""
+"""Numbers that are further apart than 2^31 others are read where they are: products of offsets are 64 bits wide.
+
+Inputs of every operation are views whose rows, tokens or experts lie 2^31 numbers apart over memory that is hardly touched; results
+and gradients have the bits of packed ones. What kernels allocate themselves is packed and small here, so for offsets into
+it what counts is that they are computed in 64 bits (`offsets.py`). Both go over all cases of `kernels/`, and each kernel must be among them.
+"""
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from amfm.kernels.attention.op import attention
+from amfm.kernels.cases.problem import Problem
+from amfm.kernels.cases.trial import Sized, evaluate
 from amfm.kernels.causal_conv1d.op import causal_conv1d
+from amfm.kernels.common.scan_launch import pass_states
+from amfm.kernels.common.shapes import check_matrix
 from amfm.kernels.decay_scan.op import mamba2_scan
 from amfm.kernels.norm.op import gated_rms_norm, rms_norm
+from amfm.kernels.proof.operations import OPERATIONS
 from amfm.kernels.swiglu.op import swiglu
+from tests.helpers.numbers import assert_bitwise
+from tests.kernels.watch.offsets import FAR, OffsetWatch, watch_offsets
 
 # Places and strides of rows and of tokens; each on its own fits 32 bits. Tokens of a tile may be 2^24 numbers apart, and no more.
 PLACES, STRIDES = (3, 136), (2**30, 2**24)
 DTYPE = torch.float16  # the narrowest that all take
+CPU = torch.device("cpu")
+FOLDER = Path(__file__).parents[3] / "kernels"
 
 
 @pytest.fixture(autouse=True)
@@ -24,13 +42,12 @@ def no_races() -> None:
     """In place of what watches each number of memory, which is far too much here."""
 
 
-def far(values: Tensor, dim: int) -> Tensor:
+def far(values: Tensor, dim: int, stride: int) -> Tensor:
     """The same values with this dim's places so far apart; memory that nothing touches costs none."""
     strides = list(values.stride())
-    strides[dim] = STRIDES[dim]
-    memory = torch.empty(PLACES[dim] * STRIDES[dim], dtype=values.dtype, device=values.device)
-    spread = memory.as_strided(values.shape, strides)
-    return spread.copy_(values)
+    strides[dim] = stride
+    memory = torch.empty(values.shape[dim] * stride, dtype=values.dtype, device=values.device)
+    return memory.as_strided(values.shape, strides).copy_(values)
 
 
 def scan(x_BTHP: Tensor) -> Tensor:
@@ -65,4 +82,122 @@ def gate(x_BTHP: Tensor) -> Tensor:
 def test_what_lies_beyond_32_bits_is_read_where_it_lies(operation: Callable[[Tensor], Tensor], dim: int) -> None:
     shape = (PLACES[0], 2, 2, 4) if dim == 0 else (1, PLACES[1], 2, 4)
     x_BTHP = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DTYPE)
-    assert torch.equal(operation(far(x_BTHP, dim)), operation(x_BTHP))
+    assert torch.equal(operation(far(x_BTHP, dim, STRIDES[dim])), operation(x_BTHP))
+
+
+@triton.jit
+def _copy_rows_kernel(x, y, stride, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0), tl.arange(0, BLOCK)
+    if WIDE:
+        row = row.to(tl.int64)
+    tl.store(y + row * BLOCK + column, tl.load(x + row * stride + column))
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_a_product_of_32_bits_on_the_way_to_an_address_is_found(wide: bool) -> None:
+    x, y = torch.randn(200, 16), torch.empty(200, 16)
+    with watch_offsets() as watch:
+        _copy_rows_kernel[(200,)](x, y, 16, WIDE=wide, BLOCK=16)
+    assert torch.equal(x, y), "the interpreter on its own shows nothing"
+    assert {each.place.partition(":")[0] for each in watch.narrow} == (
+        set() if wide else {"interpreter/test_far_apart.py"}
+    )
+
+
+def test_a_matrix_whose_places_32_bits_do_not_hold_is_refused() -> None:
+    check_matrix("up_EFD", torch.empty(2, 2**16, 2**15 - 1, device="meta"))
+    with pytest.raises(ValueError, match=r"up_EFD has a matrix of 65536 x 32768 numbers"):
+        check_matrix("up_EFD", torch.empty(2, 2**16, 2**15, device="meta"))
+
+
+# Operations with tiles of many tokens, whose places inside a tile are 32 bits wide: 128 tokens of 2^24 numbers each, and no more.
+TILED = ("attention", "block_scaled", "decay_scan", "decay_scan_vector", "delta_scan", "low_precision", "mamba2", "moe")
+
+
+def spread(operation: str, trial: Problem) -> Problem:
+    """The trial with every input far apart that has several places in a dimension before its last, in the first such."""
+    leaves = {}
+    for name, leaf in trial.leaves.items():
+        dim = next((dim for dim, length in enumerate(leaf.shape[:-1]) if length > 1), None)
+        if dim is None:
+            leaves[name] = leaf
+            continue
+        # The last place is behind what 32 bits hold; even, as strides of projections are.
+        stride = -(-FAR // (leaf.shape[dim] - 1) // 16) * 16
+        is_matrix = dim == 0 and leaf.dim() > 2  # of an expert, or a row
+        if operation in TILED and not is_matrix:
+            stride = min(stride, STRIDES[1])
+        leaves[name] = far(leaf.detach(), dim, stride).requires_grad_()
+    return Problem(leaves, trial.run, sums=trial.sums, exact=trial.exact)
+
+
+WATCHED: dict[str, OffsetWatch] = {}
+QUICK = ("norm", "rope", "router", "swiglu")
+# Minutes in the interpreter: heads of 576 channels; and a mixer whose kernels are those of other operations.
+LEFT_OUT = ("sparse_attention", "mamba2")
+
+
+def watch_trials(operation: str) -> OffsetWatch:
+    """Run an operation's trials, forward and backward, packed and far apart; the bits are the same."""
+    if operation not in WATCHED:
+        with watch_offsets() as watch:
+            for sized in OPERATIONS[operation].trials_of({"first", "small"}):
+                compare_far(operation, sized)
+        WATCHED[operation] = watch
+    return WATCHED[operation]
+
+
+def compare_far(operation: str, sized: Sized) -> None:
+    trial = sized.make(CPU, torch.float32)
+    packed = evaluate(trial, "triton").values
+    for name, value in evaluate(spread(operation, trial), "triton").values.items():
+        assert_bitwise(value, packed[name], f"{sized.name}: {name}")
+
+
+# Places that 32 bits hold whatever the number of tokens. Inside one matrix of a weight, which `check_matrix` bounds:
+IN_A_MATRIX = {
+    "low_precision/scaled_products.py:scaled_product_kernel", "low_precision/triton_kernels.py:multiply_codes",
+    "low_precision/triton_kernels.py:quantize_weight_kernel", "moe/triton_kernels.py:_multiply",
+    "moe/triton_kernels.py:_multiply_twice", "moe/triton_kernels.py:up_kernel",
+}  # fmt: skip
+# Inside a tile of 128 rows or codes, the state of a head, or a program's own buffer.
+IN_A_TILE = {
+    "low_precision/triton_kernels.py:fp8_outer_kernel", "low_precision/triton_kernels.py:store_column_codes",
+    "low_precision/triton_kernels.py:store_row_codes", "moe/triton_epilogues.py:_load_hidden", "moe/triton_epilogues.py:_open",
+    "delta_scan/triton_backward.py:gradients_kernel", "delta_scan/triton_forward.py:load_steps",
+    "diag_scan/triton_kernels.py:diag_backward_kernel",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
+        for name in OPERATIONS
+        if name not in LEFT_OUT
+    ],
+)
+def test_inputs_far_apart_give_the_same_bits_and_no_offset_is_narrow(operation: str) -> None:
+    found = watch_trials(operation).narrow
+    assert [each for each in found if each.place not in IN_A_MATRIX | IN_A_TILE] == []
+
+
+# Reads by descriptors, whose coordinates are indices and whose addresses the GPU's own unit makes; chosen by tuning only.
+BY_DESCRIPTORS = {"persistent_product_kernel"}
+
+
+@pytest.mark.slow
+def test_every_kernel_is_among_them() -> None:
+    with watch_offsets() as segments:  # where rows and heads do not fill a GPU
+        pass_states(None, torch.randn(2, 3, 2, 16, 16), torch.rand(2, 3, 2), backward=False)
+    assert segments.narrow == []
+    files = [path for path in FOLDER.rglob("*.py") if "import triton.language as tl" in path.read_text()]
+    kernels = {
+        node.name
+        for path in files
+        if not set(LEFT_OUT) & set(path.parts)
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.decorator_list and node.name.endswith("_kernel")
+    }
+    watched = [segments, *(watch_trials(operation) for operation in OPERATIONS if operation not in LEFT_OUT)]
+    assert kernels - set().union(*(watch.seen for watch in watched)) == BY_DESCRIPTORS
