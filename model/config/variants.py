@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import ConfigDict, Field, PlainValidator, ValidationInfo, create_model, model_validator
 from pydantic_core import PydanticCustomError
@@ -45,8 +45,7 @@ def variant_options(of: str) -> type[VariantOptions]:
     fields: dict[str, Any] = {"of": (Literal[of], Field(description="The kind whose block it is."))}
     made: Any = create_model(f"{kind.options.__name__}Variant", __base__=bases, __module__=__name__, **fields)
     made.__doc__ = kind.options.__doc__
-    options: type[VariantOptions] = made
-    return options
+    return cast("type[VariantOptions]", made)
 
 
 def read_variant(given: Any, info: ValidationInfo) -> MixerOptions:
