@@ -15,7 +15,6 @@ from torch import Tensor
 
 from amfm.kernels.causal_conv1d.op import WIDTHS
 from amfm.kernels.common.shapes import check_documents, check_float, check_shape
-from amfm.kernels.delta_block.reference import mix_by_parts
 from amfm.kernels.delta_block.sizes import DeltaSizes
 from amfm.kernels.linear.op import linear
 from amfm.kernels.low_precision.recipe import recipe_of
@@ -68,6 +67,8 @@ def delta_mix(
         settings = decay_BTX, gate_BTI, document_starts_BT, chunk_size, exchange
         mixed = mix_triton(projected_BTX, *weights, sizes, *settings)
         return mixed if own is not None else linear(mixed, out_weight_DI)
+    from amfm.kernels.delta_block.reference import mix_by_parts  # for comparisons: mixers run their parts themselves
+
     wide = torch.float64 if projected_BTX.dtype == torch.float64 else torch.float32
     given = (projected_BTX, conv_weight_CW, A_log_H, dt_bias_X, norm_weight_V, out_weight_DI)
     projected, conv, A_log, bias, norm, out = (None if x is None else x.to(wide) for x in given)
