@@ -48,12 +48,10 @@ def check_float(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
 
 
 def check_matrix(name: str, weight: Tensor) -> None:
-    """Raise ValueError if a matrix of a weight [..., N, K] has 2^31 numbers or more: kernels compute places in one in 32 bits."""
-    rows, columns = weight.shape[-2:]
-    if rows * columns >= 2**31:
-        raise ValueError(
-            f"{name} has a matrix of {rows} x {columns} numbers, and kernels take up to 2^31 - 1; use more ranks"
-        )
+    """Raise ValueError if a matrix of a weight [..., N, K] has 2^31 numbers: kernels compute places in one in 32 bits."""
+    if weight.shape[-2:].numel() >= 2**31:
+        size = " x ".join(map(str, weight.shape[-2:]))
+        raise ValueError(f"{name} has a matrix of {size} numbers, and kernels take up to 2^31 - 1; use more ranks")
 
 
 def check_documents(
