@@ -50,8 +50,9 @@ def check_float(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
 def check_matrix(name: str, weight: Tensor) -> None:
     """Raise ValueError if a matrix of a weight [..., N, K] has 2^31 numbers: kernels compute places in one in 32 bits."""
     if weight.shape[-2:].numel() >= 2**31:
-        size = " x ".join(map(str, weight.shape[-2:]))
-        raise ValueError(f"{name} has a matrix of {size} numbers, and kernels take up to 2^31 - 1; use more ranks")
+        raise ValueError(
+            f"{name} has a matrix of {weight.shape[-2]} x {weight.shape[-1]} numbers; below 2^31 are taken"
+        )
 
 
 def check_documents(

@@ -39,8 +39,7 @@ def pack_inner(x: Tensor, dims: int = 1) -> Tensor:
 
 def pack_tokens(x_BTX: Tensor) -> Tensor:
     """The tensor itself if its channels are packed and its tokens one distance apart over all rows, else a copy."""
-    rows, tokens, _ = x_BTX.shape
-    is_even = rows == 1 or x_BTX.stride(0) == tokens * x_BTX.stride(1)
+    is_even = len(x_BTX) == 1 or x_BTX.stride(0) == x_BTX.shape[1] * x_BTX.stride(1)
     return x_BTX if x_BTX.stride(2) == 1 and is_even else x_BTX.contiguous()
 
 
