@@ -50,9 +50,7 @@ def check_float(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
 def check_matrix(name: str, weight: Tensor) -> None:
     """Raise ValueError if a matrix of a weight [..., N, K] has 2^31 numbers: kernels compute places in one in 32 bits."""
     if weight.shape[-2:].numel() >= 2**31:
-        raise ValueError(
-            f"{name} has a matrix of {weight.shape[-2]} x {weight.shape[-1]} numbers; below 2^31 are taken"
-        )
+        raise ValueError(f"{name} has a matrix of {weight.shape[-2]} x {weight.shape[-1]} numbers, not below 2^31")
 
 
 def check_documents(
