@@ -151,11 +151,11 @@ class TokenizerConfig(Section):
 
     model: str | None = Field(
         None,
-        description="A SentencePiece .model, a Hugging Face tokenizer.json or a file of an installed package; null: train a SentencePiece.",
+        description="A SentencePiece .model, a Hugging Face tokenizer.json or a file of an installed package; null: train a SentencePiece, or none where all sources are token ids, below model.vocab_size.",
     )
-    eos_token: str | None = Field(
+    eos_token: str | int | None = Field(
         None,
-        description="End-of-text token of a tokenizer.json; null: the one named by tokenizer_config.json in its folder.",
+        description="End-of-text token of a tokenizer.json, or its id; null: the one named by tokenizer_config.json in its folder. Without `model`, the id that ends documents of sources of token ids; null: the one with which their first documents end.",
     )
     algorithm: Literal["unigram", "bpe"] = Field(
         "unigram", description="Kind to train (unigram encodes several times faster)."

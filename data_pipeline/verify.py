@@ -25,6 +25,7 @@ from amfm.data_pipeline.samples.samples import SampleReader, SampleSettings
 from amfm.data_pipeline.store.manifest import Part, Split
 from amfm.data_pipeline.store.shards import DamagedError
 from amfm.data_pipeline.store.store import TokenStore, check_part_files
+from amfm.data_pipeline.tokenizer.id_vocabulary import IdVocabulary
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer, load_tokenizer, require_marking
 
 READ_TOKENS = 4 * 2**20
@@ -141,7 +142,12 @@ def sample_text(
         row=place.row,
         first_document=first,
         tokens=tuple(tokens.tolist()),
-        documents=tuple(tokenizer.decode(piece.tolist()) for piece in pieces),
+        documents=tuple(
+            " ".join(map(str, piece.tolist()))
+            if tokenizer.kind == IdVocabulary.kind
+            else tokenizer.decode(piece.tolist())
+            for piece in pieces
+        ),
         num_learned=int(learned.sum()),
         pieces=tuple(map(partial(_runs, tokenizer), pieces, np.split(learned, cuts))) if shaped else (),
     )

@@ -64,7 +64,7 @@ def prepare(config: RunConfig) -> PrepareReport:
     require_extra("data", "prepare")
     from amfm.data_pipeline.prepare.prepare import prepare as prepare_store
 
-    return prepare_store(config.data)
+    return prepare_store(config.data, vocab_size=config.model.vocab_size)
 
 
 def train(

@@ -196,7 +196,7 @@ def inspect_weights(folder: Path, report: Report = silent) -> Inspection:
         "pattern": weights.model.pattern,
         "parameters": weights.num_parameters(),
         "tensors": len(weights.state),
-        "tokenizer": weights.tokenizer.identity(),
+        "tokenizer": weights.vocabulary.identity(),
     }
     details = flatten(weights.model.model_dump(mode="json"), "model") | description["sha256"]
     return Inspection("imported weights", (), facts, details)

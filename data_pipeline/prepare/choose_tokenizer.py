@@ -1,4 +1,4 @@
-"""The tokenizer of a store: the one that is there, the file that is given, or one trained on the sources.
+"""The tokenizer of a store: the one that is there, the file that is given, one trained on the sources, or of ids none.
 
 A store has one tokenizer, because ids of two mean nothing next to each other. What it was asked for is next to it, so
 that a second preparation can tell whether it is still the same.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from amfm.data_pipeline.config import DataConfig, SourceConfig
 from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.data_pipeline.durable.foreign_files import read_object
+from amfm.data_pipeline.prepare.columns import holds_tokens
 from amfm.data_pipeline.prepare.dialogues import describe_columns, dialogues_of
 from amfm.data_pipeline.prepare.documents import NAME_TOKENIZER, SegmentReader
 from amfm.data_pipeline.prepare.filters import make_filter
@@ -21,6 +23,8 @@ from amfm.data_pipeline.prepare.reading import reading_of
 from amfm.data_pipeline.prepare.records import Document, Reject, TokenDocument
 from amfm.data_pipeline.prepare.rejects import place_of
 from amfm.data_pipeline.prepare.segments import Segment
+from amfm.data_pipeline.prepare.sources import KIND_BY_SUFFIX, TOKEN_KINDS
+from amfm.data_pipeline.tokenizer.id_vocabulary import IdVocabulary
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer, read_tokenizer_file, tokenizer_files, train_tokenizer
 
 
@@ -79,6 +83,7 @@ def _read_records(
             yield from SegmentReader(segment, source.text_column, reason_to_drop, dialogues=dialogues, reading=reading)
 
 
+FIRST_DOCUMENTS = 64  # of a source, whose last tokens are compared
 TOKENIZER_SETTINGS = "tokenizer_settings.json"
 
 
@@ -87,14 +92,19 @@ def choose_tokenizer(
     config: DataConfig,
     plans: Mapping[str, Sequence[Segment]],
     begin_training: Callable[[], None],
+    vocab_size: int | None = None,
 ) -> tuple[Tokenizer, dict[str, Any] | None]:
     """Choose the store's tokenizer: kept if it has one of the same settings, else loaded or trained.
 
     Returns it with the settings to keep next to it, None where they are there. `begin_training` is called before one is
-    trained. Raises ValueError if the store has another one.
+    trained. vocab_size: of the model, for sources of token ids. Raises ValueError if the store has another one.
     """
     settings_file, wanted = store / TOKENIZER_SETTINGS, config.tokenizer
-    given = read_tokenizer_file(Path(wanted.model), wanted.eos_token) if wanted.model else None
+    given: Tokenizer | None = (
+        read_tokenizer_file(Path(wanted.model), wanted.eos_token)
+        if wanted.model
+        else choose_id_vocabulary(config, plans, vocab_size)
+    )
     left_out = {"model", "eos_token", "chat_template", *(() if wanted.control_tokens else ("control_tokens",))}
     settings = {"given": given.identity()} if given else {"trained": wanted.model_dump(mode="json", exclude=left_out)}
     files = [store / name for name in tokenizer_files() if (store / name).exists()]
@@ -113,6 +123,70 @@ def choose_tokenizer(
         require_training_text(config, plans)
         given = train_tokenizer(training_texts(config, plans), wanted)
     return given, settings
+
+
+def choose_id_vocabulary(
+    config: DataConfig, plans: Mapping[str, Sequence[Segment]], vocab_size: int | None
+) -> IdVocabulary | None:
+    """The vocabulary of sources that are all token ids, by their files or because an end id is given; None if all are text.
+
+    Raises ValueError if only some are, and for an end token that is not one of the ids.
+    """
+    files = {name: [segment.file for segment in plan] for name, plan in plans.items()}
+    end = config.tokenizer.eos_token
+    of_ids = [
+        source
+        for source in config.sources
+        if isinstance(end, int) or holds_tokens(files[source.name], source.text_column)
+    ]
+    if not of_ids and end is not None:
+        raise ValueError(
+            f"data.tokenizer.eos_token={end!r} is of a tokenizer.json or of sources of token ids; name the file in "
+            "data.tokenizer.model, or remove it"
+        )
+    if not of_ids:
+        return None
+    if vocab_size is None or len(of_ids) < len(config.sources):
+        raise ValueError(f"source {of_ids[0].name!r} holds tokens{NAME_TOKENIZER}")
+    if isinstance(end, str) or (end is not None and not 0 <= end < vocab_size):
+        raise ValueError(
+            f"data.tokenizer.eos_token={end!r} must be an id below model.vocab_size={vocab_size}, because there is no tokenizer; "
+            "give the number that ends documents"
+        )
+    return IdVocabulary(vocab_size, find_end(of_ids, plans) if end is None else end)
+
+
+def names_only_ids(config: DataConfig) -> bool:
+    """Whether the sources are token ids without a tokenizer, as far as their names say: files of ids, or prefixes of some."""
+    paths = [path for source in config.sources for path in source.paths]
+    are_ids = [
+        KIND_BY_SUFFIX.get(Path(path).suffix) in TOKEN_KINDS or "://" in path or Path(f"{path}.idx").is_file()
+        for path in paths
+    ]
+    return isinstance(config.tokenizer.eos_token, int) or all(are_ids)
+
+
+def find_end(sources: Sequence[SourceConfig], plans: Mapping[str, Sequence[Segment]]) -> int:
+    """The id with which the first documents of all sources end. Raises ValueError if they do not end alike, or are too few."""
+    ends = list[int]()
+    for source in sources:
+        plan = plans[source.name]
+        if any(segment.file.kind == "nanogpt" for segment in plan):
+            raise ValueError(
+                f"source {source.name!r} has files in which only the end token cuts documents; give its id in "
+                "data.tokenizer.eos_token"
+            )
+        reading = reading_of(source, (segment.file for segment in plan))
+        items = (item for each in plan for item in SegmentReader(each, source.text_column, None, reading=reading))
+        documents = (item for item in items if isinstance(item, TokenDocument))
+        ends += [int(document.tokens[-1]) for document in islice(documents, FIRST_DOCUMENTS)]
+    if len(ends) < 2 or len(set(ends)) > 1:
+        found = f"end with {', '.join(map(str, sorted(set(ends))[:4]))}" if ends else "are not there"
+        raise ValueError(
+            f"the token that ends a document is not known: the first {len(ends)} documents of the sources {found}; give its id in "
+            "data.tokenizer.eos_token (documents without it get it)"
+        )
+    return ends[0]
 
 
 def keep_tokenizer(store: Path, tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:

@@ -57,7 +57,7 @@ from amfm.data_pipeline.store.mds_files import DamagedShardError, MdsShard, read
 from amfm.data_pipeline.store.megatron_files import read_megatron_documents, read_megatron_index
 from amfm.data_pipeline.store.token_files import read_flat_documents, read_flat_tokens
 
-NAME_TOKENIZER = ", which mean nothing to a tokenizer trained here; name the file of the tokenizer that made them in data.tokenizer.model"
+NAME_TOKENIZER = ", which mean nothing to a tokenizer trained here; name the file of the tokenizer that made them in data.tokenizer.model, or give only sources of tokens, with the id that ends documents in data.tokenizer.eos_token"
 NO_FILTERS = "filters need text; remove them"
 BATCH_ROWS = 1024  # of parquet that memory holds at once: a small file may unpack to 10^9 equal cells
 

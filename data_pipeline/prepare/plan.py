@@ -20,7 +20,7 @@ from amfm.data_pipeline.config import DataConfig, FilterConfig, SourceConfig
 from amfm.data_pipeline.memory import no_garbage_collection
 from amfm.data_pipeline.prepare.columns import check_column, holds_tokens
 from amfm.data_pipeline.prepare.dialogues import Dialogues, columns_of
-from amfm.data_pipeline.prepare.documents import NAME_TOKENIZER, NO_FILTERS
+from amfm.data_pipeline.prepare.documents import NO_FILTERS
 from amfm.data_pipeline.prepare.reading import AS_IT_IS, Reading, Template, check_reading
 from amfm.data_pipeline.prepare.segments import Segment, cut_segments
 from amfm.data_pipeline.prepare.sources import TOKEN_KINDS, InputFile, list_files
@@ -138,11 +138,9 @@ def plan_source(source: SourceConfig, config: DataConfig, files: Sequence[InputF
         raise ValueError(
             f"source {source.name!r} has columns of conversations, and files without columns; name .jsonl, .parquet or .arrow"
         )
-    if holds_tokens(files, source.text_column):
-        if source.filters != FilterConfig() or source.steps or template is not None:
-            raise ValueError(f"source {source.name!r} holds tokens; {NO_FILTERS}")
-        if config.tokenizer.model is None:
-            raise ValueError(f"source {source.name!r} holds tokens{NAME_TOKENIZER}")
+    filtered = source.filters != FilterConfig() or source.steps or template is not None
+    if filtered and holds_tokens(files, source.text_column):
+        raise ValueError(f"source {source.name!r} holds tokens; {NO_FILTERS}")
     part_bytes = part_bytes_of(source, config)
     segment_bytes = max(part_bytes // SEGMENTS_PER_PART, min(part_bytes, MIN_SEGMENT_BYTES))
     if source.max_bytes is not None and source.max_bytes < segment_bytes:

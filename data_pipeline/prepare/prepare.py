@@ -54,6 +54,7 @@ Runner = Callable[[Sequence[Unit], Path, Tokenizer, DataConfig], Results]
 def prepare(
     config: DataConfig,
     *,
+    vocab_size: int | None = None,
     progress: ShowProgress = None,
     waiting: Report = silent,
     address: str | None = None,
@@ -65,6 +66,7 @@ def prepare(
     parts are written: in this process, or by Ray where the text is large (run_units.py). Ray is started on this machine
     unless `address` names a cluster (whose nodes must see the same paths), and stopped if it was started here; `runner`
     replaces both in tests. `waiting` hears what is waited for while there is no progress.
+    vocab_size: of the model, which sources of token ids need where no tokenizer is given.
     ValueError for settings and input, RuntimeError for a full disk or another preparation of the same store.
     """
     began, place = time.monotonic(), config.text_store()
@@ -88,7 +90,7 @@ def prepare(
     with _only_writer(store):
         with _explain_full_disk(store, 0, 0):
             write_pins(store, pins)
-        tokenizer = _tokenizer_of(store, config, plans, progress)
+        tokenizer = _tokenizer_of(store, config, plans, progress, vocab_size)
         layout = Layout.for_vocabulary(tokenizer.vocab_size, config.prepare.chunk_tokens, config.prepare.preset)
         units: dict[str, Sequence[Unit]] = {
             source.name: make_units(
@@ -212,12 +214,13 @@ def _tokenizer_of(
     config: DataConfig,
     plans: Mapping[str, Sequence[Segment]],
     progress: ShowProgress,
+    vocab_size: int | None,
 ) -> Tokenizer:
     def begin_training() -> None:
         if progress:
             progress(Progress("tokenizer", 0, 1, 0, 0, 0, 0, 0.0, None))
 
-    tokenizer, settings = choose_tokenizer(store, config, plans, begin_training)
+    tokenizer, settings = choose_tokenizer(store, config, plans, begin_training, vocab_size)
     if settings is not None:
         with _explain_full_disk(store, 0, 0):
             keep_tokenizer(store, tokenizer, settings)

@@ -260,12 +260,15 @@ def _list_remote(given: str, where: str) -> list[_Found]:
         return _choose_matches([item for item in found if pattern.fullmatch(item.name)], where, given)
     if found:
         return _choose_in_folder(found, where)
-    folder, name = split_url(given)  # a prefix without objects below it may be an object itself
-    try:
-        facts = RemoteFolder(folder).stat(name)
-    except FileNotFoundError as error:
-        raise ValueError(f"{where} does not exist; {_REMEDY}") from error
-    return _choose_one(_Found(name, given, facts.num_bytes, facts.modified_ns), where)
+    # A prefix without objects below it may be an object itself, or that of Megatron's --data-path.
+    for path in (given, f"{given}.idx"):
+        folder, name = split_url(path)
+        try:
+            facts = RemoteFolder(folder).stat(name)
+        except FileNotFoundError:
+            continue
+        return _choose_one(_Found(name, path, facts.num_bytes, facts.modified_ns), where)
+    raise ValueError(f"{where} does not exist; {_REMEDY}")
 
 
 def _compile_glob(pattern: str) -> re.Pattern[str]:

@@ -240,8 +240,8 @@ class _UnitWriter:
             smallest, largest = int(ids.min()), int(ids.max())
             raise ValueError(
                 f"source {self.unit.source!r} has token id {largest if smallest >= 0 else smallest}, but the "
-                f"tokenizer's vocabulary is {settings.vocab_size} and the store holds {settings.layout.dtype}; give the "
-                "tokenizer of these tokens"
+                f"vocabulary is {settings.vocab_size} and the store holds {settings.layout.dtype}; give the tokenizer of these "
+                "tokens, or without one a model.vocab_size above it"
             )
         tokens, start = ids.astype(settings.layout.dtype), 0
         for split, stop, num_bytes in zip(splits, ends.tolist(), text_bytes):

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     import tokenizers
 
 
+Ids = npt.NDArray[np.int32]
+Offsets = npt.NDArray[np.int64]
+
+
 class HuggingFaceTokenizer:
     """A tokenizer.json with the id of its end-of-text token, which the file itself does not name.
 
@@ -64,7 +68,7 @@ class HuggingFaceTokenizer:
         """Encode one text to ids."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def encode_documents(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    def encode_documents(self, texts: Sequence[str]) -> tuple[Ids, Offsets]:
         """Encode texts: ids one after another, each text ending in one end token, and the offset after each.
 
         The library uses its own threads unless TOKENIZERS_PARALLELISM is false.

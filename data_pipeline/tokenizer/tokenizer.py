@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import numpy.typing as npt
 import sentencepiece
 
 from amfm.data_pipeline.config import TokenizerConfig
@@ -35,10 +34,10 @@ from amfm.data_pipeline.durable.files import make_folders, write_file_atomically
 from amfm.data_pipeline.store.manifest import MANIFEST
 from amfm.data_pipeline.store.object_store import is_url
 from amfm.data_pipeline.store.store import TokenStore
-from amfm.data_pipeline.tokenizer.huggingface import HuggingFaceTokenizer, read_tokenizer_json
+from amfm.data_pipeline.tokenizer.huggingface import HuggingFaceTokenizer, Ids, Offsets, read_tokenizer_json
 
 ENTRY_POINTS = "amfm.tokenizers"
-OURS = ("model", "json")
+OURS = ("model", "json", "ids")
 
 
 @cache
@@ -77,9 +76,6 @@ def describe_entry(entry: EntryPoint) -> str:
     package = entry.dist.name if entry.dist is not None else "an unknown package"
     return f"the entry point {entry.name} = {entry.value} of {package} (group {entry.group})"
 
-
-Ids = npt.NDArray[np.int32]
-Offsets = npt.NDArray[np.int64]
 
 TRAINING_THREADS = 4  # fixed: the merge of the trainer's sums depends on it, and stores must be byte-identical
 KEPT_FOLDER = "tokenizer"  # of a run directory
@@ -313,6 +309,7 @@ def tokenizer_files() -> list[str]:
     return [
         "tokenizer.model",
         HuggingFaceTokenizer.file_name,
+        "tokenizer.ids",
         *(f"tokenizer.{suffix}" for suffix in tokenizer_entries()),
     ]
 
@@ -347,6 +344,10 @@ def read_tokenizer_file(path: Path, eos: str | int | None = None) -> Tokenizer:
     if path.suffix == ".json":
         return read_tokenizer_json(path, eos)
     content, suffix = path.read_bytes(), path.suffix.removeprefix(".")
+    if suffix == "ids":
+        from amfm.data_pipeline.tokenizer.id_vocabulary import IdVocabulary
+
+        return IdVocabulary.from_bytes(content)
     if suffix in tokenizer_entries():
         return read_registered(suffix, content)
     try:

@@ -124,7 +124,13 @@ def prepare(
             show(*describe_progress(now))
 
         waiting("looking at the files of the sources")
-        report = prepare_store(config.data, progress=show_parts, waiting=waiting, address=address)
+        report = prepare_store(
+            config.data,
+            vocab_size=config.model.vocab_size,
+            progress=show_parts,
+            waiting=waiting,
+            address=address,
+        )
     for remark in report.remarks:
         say(f"warning: {remark}")
     check_rows(config)

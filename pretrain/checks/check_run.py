@@ -68,6 +68,8 @@ def check_run(
         from amfm.pretrain.checks.synthetic import synthetic_length_problems, synthetic_problems
 
         synthetic += synthetic_problems(config, task)
+    from amfm.pretrain.checks.early import vocabulary_problems
+
     problems = [*declared, *vocabulary_problems(config), *data_problems(config), *synthetic, *keeping_problems(config)]
     if config.evaluate != EvaluateConfig():
         from amfm.pretrain.checks.evaluate import evaluate_problems
@@ -155,20 +157,6 @@ def whole_message(text: str) -> Problem:
     """
     key = _MODEL_KEY.search(text)
     return Problem(key.group() if key else "model", text, "")
-
-
-def vocabulary_problems(config: RunConfig) -> Iterator[Problem]:
-    """Check that every piece of the tokenizer has a row of the embedding; nothing for a synthetic task, which has none."""
-    if config.data.synthetic is not None:
-        return
-    pieces, rows = config.data.tokenizer.vocab_size, config.model.vocab_size
-    # The size of a given tokenizer file is known only when it is read: training compares it with the store.
-    if config.data.tokenizer.model is None and config.data.tokenizer.eos_token is not None:
-        rule = "is of a tokenizer file, and data.tokenizer.model names none"
-        yield Problem("data.tokenizer.eos_token", rule, "name the file, or remove it", config.data.tokenizer.eos_token)
-    if config.data.tokenizer.model is None and pieces > rows:
-        rule = f"must be at least data.tokenizer.vocab_size={pieces}"
-        yield Problem("model.vocab_size", rule, f"use {pieces} or a multiple of 64 above it", str(rows))
 
 
 def data_problems(config: RunConfig) -> Iterator[Problem]:

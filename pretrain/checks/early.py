@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from amfm.data_pipeline.durable.files import take_lock
@@ -10,6 +11,7 @@ from amfm.data_pipeline.store.object_store import is_url
 from amfm.pretrain.checkpoint.compatibility import check_resumable
 from amfm.pretrain.checkpoint.manifest_file import read_manifest
 from amfm.pretrain.checkpoint.names import checkpoint_name, continued_step
+from amfm.pretrain.config.errors import Problem
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.monitor.ownership import LOCK_NAME, describe_taken
 
@@ -45,3 +47,20 @@ def check_settings(config: RunConfig, checkpoint_dir: Path) -> None:
     except RuntimeError:
         return  # damaged or not whole: the run finds out which one it continues from
     check_resumable(manifest, config, manifest["identities"])
+
+
+def vocabulary_problems(config: RunConfig) -> Iterator[Problem]:
+    """Check that every piece of the tokenizer has a row of the embedding; nothing for a synthetic task, which has none."""
+    if config.data.synthetic is not None:
+        return
+    given, rows = config.data.tokenizer, config.model.vocab_size
+    # The size of a given tokenizer file is known only when it is read: training compares it with the store.
+    if given.model is None and isinstance(given.eos_token, str):
+        rule = "is of a tokenizer file, and data.tokenizer.model names none"
+        yield Problem("data.tokenizer.eos_token", rule, "name the file, or remove it", given.eos_token)
+    if given.model is None and given.vocab_size > rows:
+        from amfm.data_pipeline.prepare.choose_tokenizer import names_only_ids
+
+        rule, remedy = f"must be at least data.tokenizer.vocab_size={given.vocab_size}", "or a multiple of 64 above it"
+        if not names_only_ids(config.data):
+            yield Problem("model.vocab_size", rule, f"use {given.vocab_size} {remedy}", str(rows))

@@ -117,7 +117,7 @@ def merge_checkpoints(
         measured.append(replace(merge, loss=loss))
     if out is not None:
         weights = read_merge(run_dir, best_of(measured), report)
-        _ = weights.tokenizer  # raises if there is none, before anything is written
+        _ = weights.vocabulary  # raises if there is none, before anything is written
         report(f"writing {out}")
         write_model(out, weights)
     return measured

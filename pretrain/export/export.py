@@ -31,6 +31,7 @@ import amfm.pretrain.export.verify
 from amfm.data_pipeline.durable.files import check_free
 from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.tokenizer.id_vocabulary import IdVocabulary
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
 from amfm.model.huggingface.hf_class import Target
 from amfm.model.huggingface.targets import (
@@ -167,16 +168,17 @@ def resolve_target(weights: Weights, asked: str) -> Target:
     Raises ValueError with every reason when the one asked for cannot hold the model or its tokenizer.
     """
     reasons = explain_unfit(weights.model, asked)
-    if weights.given_tokenizer is not None:
-        reasons += unfit_tokenizer(asked, weights.given_tokenizer.kind)
-        if weights.given_tokenizer.kind != "sentencepiece":
-            tokenizer_json(weights.given_tokenizer)
+    given = weights.given_tokenizer
+    kind = None if given is None or given.kind == IdVocabulary.kind else given.kind
+    if given is not None and kind is not None:
+        reasons += unfit_tokenizer(asked, kind)
+        if kind != "sentencepiece":
+            tokenizer_json(given)
     if reasons:
         raise ValueError(f"export target {asked} cannot hold this model: " + "; ".join(reasons))
     if asked == "auto":
         family = weights.released.model_type if weights.released is not None else None
-        given = weights.given_tokenizer
-        return choose_target(weights.model, family, None if given is None else given.kind)
+        return choose_target(weights.model, family, kind)
     return find_target(asked).name
 
 
@@ -197,16 +199,27 @@ def proof_text(weights: Weights) -> tuple[Tensor, list[str], str]:
     The validation part of the run's store (its training part when there is none); for an import, which has no store, a
     built-in sample.
     """
-    tokenizer = weights.tokenizer
+    tokenizer = weights.vocabulary
+    has_text = tokenizer.kind != IdVocabulary.kind
     if weights.run is None:
-        ids = tokenizer.encode(SAMPLE_TEXT)
-        source = "a built-in sample"
+        ids = (
+            tokenizer.encode(SAMPLE_TEXT)
+            if has_text
+            else [index % tokenizer.vocab_size for index in range(PROOF_TOKENS)]
+        )
+        source = "a built-in sample" if has_text else "ids that count up"
     else:
         ids, source = _store_tokens(weights.run.data.text_store(), PROOF_ROWS * PROOF_TOKENS)
     wanted = min(PROOF_TOKENS, weights.trained_length() or PROOF_TOKENS)
     while len(ids) < PROOF_ROWS * wanted:
         ids = ids + ids
     tokens_BT = torch.tensor(ids[: PROOF_ROWS * wanted]).view(PROOF_ROWS, wanted)
+    if not has_text:
+        return (
+            tokens_BT,
+            [],
+            f"{source}; no tokenizer is in the export, because the model was trained on token ids without one",
+        )
     text = tokenizer.decode([index for index in ids if index != tokenizer.eos_id])
     return tokens_BT, [text, SAMPLE_TEXT, *ODD_TEXTS], source
 
@@ -241,7 +254,7 @@ def run_proof(
         meta = PackMeta.one_document_a_row(*tokens_BT.shape)
         logits_BTV = stream_model(trained or plan.weights)(tokens_BT, meta).logits_BTV
     assert logits_BTV is not None, "no labels were given"
-    tokenizer: Tokenizer = plan.weights.tokenizer
+    tokenizer: Tokenizer = plan.weights.vocabulary
     encoded = [(text, tokenizer.encode(text)) for text in texts]
     job = {
         "export": str(folder.resolve()),

@@ -27,6 +27,7 @@ import torch
 
 import amfm.pretrain.export.modeling_template
 from amfm.data_pipeline.durable.files import delete, named, sync, take_lock, try_to_delete
+from amfm.data_pipeline.tokenizer.id_vocabulary import IdVocabulary
 from amfm.model.config.kinds import describe_symbol
 from amfm.model.config.schema import ModelConfig
 from amfm.model.flops import count_parameters
@@ -83,7 +84,7 @@ class ExportPlan:
     @property
     def token_ids(self) -> TokenIds:
         """Ids of the begin, end and padding tokens; None if the tokenizer has none."""
-        tokenizer = self.weights.tokenizer
+        tokenizer = self.weights.vocabulary
         return TokenIds(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
 
     def unfit_reasons(self) -> list[str]:
@@ -100,7 +101,7 @@ class ExportPlan:
 
     def refusals(self) -> list[str]:
         """Programs that are known to reject this export, with rule and fix."""
-        return [str(found) for found in export_refusals(self.weights.model, self.target, self.weights.tokenizer.kind)]
+        return [str(found) for found in export_refusals(self.weights.model, self.target, self.weights.vocabulary.kind)]
 
 
 def write_export(plan: ExportPlan, folder: Path) -> None:
@@ -119,7 +120,7 @@ def write_export(plan: ExportPlan, folder: Path) -> None:
     generation: dict[str, Any] = {name: value for name, value in special.items() if value is not None}
     sampling = released.generation or {"do_sample": True, "temperature": 1.0}
     write_json(folder / "generation_config.json", generation | released.token_ids | sampling)
-    write_tokenizer(plan.weights.tokenizer, folder, released, max_length=plan.max_position_embeddings)
+    write_tokenizer(plan.weights.vocabulary, folder, released, max_length=plan.max_position_embeddings)
     write_json(
         folder / OUR_DESCRIPTION,
         {"origin": plan.weights.origin, "target": plan.target, "model": plan.weights.model.model_dump(mode="json")},
@@ -282,11 +283,21 @@ def put_in_place(temporary: Path, out: Path) -> None:
     sync(out.parent)
 
 
+TEXT_EXAMPLE = """tokenizer = AutoTokenizer.from_pretrained(path{remote})
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))"""
+SPECIAL_TOKENS = (
+    "Special tokens such as the end of a text are single tokens where they are written out. In pretraining they were plain "
+    "text there; `tokenizer(text, split_special_tokens=True)` gives that."
+)
+
+
 def model_card(plan: ExportPlan) -> str:
     """Compose README.md: what the model is, how to load it, and why it has the class that it has."""
     config = plan.weights.model
     counts = count_parameters(config)
     remote = ", trust_remote_code=True" if plan.hf_class.ships_code else ""
+    has_text = plan.weights.vocabulary.kind != IdVocabulary.kind
     lines = [
         "---",
         "library_name: transformers",
@@ -304,20 +315,17 @@ def model_card(plan: ExportPlan) -> str:
         *(f"| {name} | {value} |" for name, value in _facts(plan, config)),
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if has_text else ''}",
         "",
         'path = "."  # this folder',
         f"model = AutoModelForCausalLM.from_pretrained(path{remote})",
-        f"tokenizer = AutoTokenizer.from_pretrained(path{remote})",
-        'inputs = tokenizer("Once upon a time", return_tensors="pt")',
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
+        *(TEXT_EXAMPLE.format(remote=remote).splitlines() if has_text else ()),
         "```",
         "",
         "Weights are float32. Router, decay and time step are sensitive to rounding: in bf16 some tokens choose other "
         "experts than in float32.",
         "",
-        "Special tokens such as the end of a text are single tokens if they are written out. In pretraining they were plain "
-        "text there; `tokenizer(text, split_special_tokens=True)` gives that.",
+        SPECIAL_TOKENS if has_text else "It was trained on token ids, and the folder has no tokenizer.",
     ]
     for remark in plan.hf_class.remarks(config):
         lines += ["", remark]

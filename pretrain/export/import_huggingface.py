@@ -22,6 +22,7 @@ from torch import Tensor
 from amfm.data_pipeline.durable.files import check_free, named
 from amfm.data_pipeline.durable.foreign_files import inside, read_object, take, understood
 from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.tokenizer.id_vocabulary import IdVocabulary
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer, read_tokenizer_file
 from amfm.model.config.checks import check_model
 from amfm.model.config.schema import ModelConfig, read_saved_model
@@ -188,7 +189,7 @@ def read_tokenizer(source: Path, fields: Mapping[str, Any]) -> Tokenizer:
 
     Of several end ids the first counts. Raises ValueError when the folder has no tokenizer.
     """
-    for name in (MODEL_FILE, ORIGINAL_JSON, "tokenizer.json"):
+    for name in (MODEL_FILE, ORIGINAL_JSON, "tokenizer.json", IdVocabulary.file_name):
         if (source / name).is_file():
             eos_id = fields.get("eos_token_id")
             return read_tokenizer_file(source / name, next(iter(eos_id), None) if isinstance(eos_id, list) else eos_id)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from amfm.data_pipeline.tokenizer.id_vocabulary import IdVocabulary
 from amfm.data_pipeline.tokenizer.sentencepiece_model import (
     BPE,
     CONTROL,
@@ -43,9 +44,13 @@ def write_tokenizer(
 
     Training took control tokens written out in a text as text; a reader gets that with `split_special_tokens=True` in the
     call. The files must not say it: a fine-tuning program writes `</s>` into its texts to end them, and would train on letters.
-    Raises ValueError for a model that the tokenizers library cannot express.
+    Of a model of token ids only its vocabulary is written. Raises ValueError for a model that the tokenizers library cannot
+    express.
     """
     content = tokenizer.to_bytes()
+    if tokenizer.kind == IdVocabulary.kind:
+        (folder / tokenizer.file_name).write_bytes(content)
+        return [tokenizer.file_name]
     special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
     space_before: dict[str, bool] = {}
     if tokenizer.kind == "sentencepiece":

@@ -81,7 +81,7 @@ def evaluate_checkpoint(
     if split not in SPLITS:
         raise ValueError(f"split={split!r} must be one of {', '.join(SPLITS)}")
     weights = checkpoint if isinstance(checkpoint, Weights) else read_weights(checkpoint, report)
-    run, identity = weights.run, weights.tokenizer.identity()
+    run, identity = weights.run, weights.vocabulary.identity()
     place = store if store is not None or run is None else run.data.store
     if place is None:
         raise ValueError(f"{checkpoint} is an imported model and knows no text; name a store")

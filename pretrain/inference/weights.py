@@ -25,6 +25,7 @@ from torch import Tensor
 from amfm.data_pipeline.durable.foreign_files import inside, read_object, take
 from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.synthetic.rows import NO_TOKENIZER
+from amfm.data_pipeline.tokenizer.id_vocabulary import require_text
 from amfm.data_pipeline.tokenizer.tokenizer import (
     KEPT_FOLDER,
     Tokenizer,
@@ -65,7 +66,7 @@ class Weights:
     """A model outside of training: its configuration, every weight and buffer in float32 on the CPU, its tokenizer.
 
     `state` reads from files where it came from files: those must stay as they are while it is used.
-    `given_tokenizer` is None for a model that was trained on a synthetic task.
+    `given_tokenizer` is None for a model that was trained on a synthetic task, and has no text for one that was trained on ids.
     `run` is the configuration of the run that made it, after this many steps and tokens, None for an import, with its newest
     validation loss; `origin` says where it came from. `released`: of the released model that it is, or continues.
     """
@@ -82,7 +83,13 @@ class Weights:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Tokenizer of the text; raises ValueError for a model that was trained on a synthetic task and has none."""
+        """Tokenizer of the text; raises ValueError for a model that was trained on a synthetic task, or on ids without one."""
+        found: Tokenizer = require_text(self.vocabulary, self.origin)
+        return found
+
+    @property
+    def vocabulary(self) -> Tokenizer:
+        """Its tokenizer, or only the vocabulary of a model of ids; raises ValueError for one of a synthetic task."""
         if self.given_tokenizer is None:
             raise ValueError(
                 f"{self.origin} was trained on a synthetic task and knows no text; give a model of text, or measure this one "
@@ -233,8 +240,8 @@ def write_weights(folder: Path, weights: Weights) -> None:
         for start, rows in state.blocks(name):
             writer.put(name, start, rows)
     writer.finish()
-    tokenizer_file = weights.tokenizer.file_name
-    (folder / tokenizer_file).write_bytes(weights.tokenizer.to_bytes())
+    tokenizer_file = weights.vocabulary.file_name
+    (folder / tokenizer_file).write_bytes(weights.vocabulary.to_bytes())
     names = [TENSORS, tokenizer_file]
     if weights.released is not None:
         (folder / RELEASED).write_bytes(weights.released.to_bytes())
@@ -245,7 +252,7 @@ def write_weights(folder: Path, weights: Weights) -> None:
         "origin": weights.origin,
         "model": weights.model.model_dump(mode="json"),
         "packages": weights.model.packages_used(),
-        "tokenizer": {"file": tokenizer_file, "eos_id": weights.tokenizer.eos_id},
+        "tokenizer": {"file": tokenizer_file, "eos_id": weights.vocabulary.eos_id},
         "sha256": {name: _digest(folder / name) for name in names},
     }
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
@@ -338,7 +345,7 @@ def require_same_function(weights: Weights, model: ModelConfig, tokenizer_identi
         raise ValueError(
             f"{what} was trained with tokenizer {given_identity}, data.store was "
             f"prepared with {tokenizer_identity}; prepare the data with data.tokenizer.model={folder}/"
-            f"{weights.tokenizer.file_name}"
+            f"{weights.vocabulary.file_name}"
         )
     ours, given = function_settings(model), function_settings(weights.model)
     differing = [

@@ -87,9 +87,14 @@ def check_tokenizer(config: RunConfig, *, keeps: bool = False) -> None:
     """Read the store's tokenizer, which exports and generation will need; nothing for a synthetic task.
 
     keeps: copy it into the run directory, so that the run is read where its store is not. Raises RuntimeError when it is not
-    the one that made the tokens.
+    the one that made the tokens, ValueError for settings that need text where the store has only token ids.
     """
     if config.data.synthetic is None:
         tokenizer = load_tokenizer(config.data.text_store())
+        for name in ("tasks", "prompts"):
+            if getattr(config.evaluate, name):
+                from amfm.data_pipeline.tokenizer.id_vocabulary import require_text
+
+                require_text(tokenizer, f"evaluate.{name}")
         if keeps:
             keep_tokenizer(tokenizer, Path(config.run.dir) / KEPT_FOLDER)

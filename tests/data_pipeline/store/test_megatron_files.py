@@ -147,7 +147,7 @@ def test_bad_megatron_input_is_refused(tiny, tmp_path):
     wrong = bytearray(content)
     wrong[:2] = (4000).to_bytes(2, "little")
     tokens.write_bytes(wrong)
-    with pytest.raises(ValueError, match="source 'web' has token id 4000, but the tokenizer's vocabulary is 400"):
+    with pytest.raises(ValueError, match="source 'web' has token id 4000, but the vocabulary is 400"):
         prepare(import_config(tiny, tmp_path, index), runner=run_in_process)
     index.write_bytes(index.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"a.idx is truncated"):

@@ -287,6 +287,14 @@ def test_sources_behind_a_url_are_read_as_local_ones(server, tmp_path, pattern):
     assert len(documents) > 190 and all(isinstance(item, Document) for item in documents)
 
 
+def test_a_prefix_of_megatron_behind_a_url_is_its_pair(server, tmp_path):
+    (tmp_path / "web_document.idx").write_bytes(b"index")
+    (tmp_path / "web_document.bin").write_bytes(b"tokens")
+    upload(tmp_path, f"s3://{BUCKET}/{tmp_path.name}")
+    (file,) = list_files(SourceConfig(name="web", paths=(f"s3://{BUCKET}/{tmp_path.name}/web_document",)))
+    assert (file.kind, file.num_bytes) == ("megatron", 6) and file.path.endswith("/web_document.idx")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
