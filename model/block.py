@@ -27,7 +27,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
 from amfm.kernels.common.split_backward import is_splitting
-from amfm.model.build import build_mixer
+from amfm.model.build import build_mixer, build_norm
 from amfm.model.config.schema import ModelConfig
 from amfm.model.mixers.interface import BlockState, MixerOutput, as_mixer
 from amfm.model.packing import PackMeta
@@ -118,10 +118,10 @@ class Block(nn.Module):
         self.index, self.letter = index, config.built_letters[index]
         self.recomputes, self.keeps_norm = False, True
         self.multiplier, self.norm_after = config.multipliers.residual, config.norms_after()[index]
-        self.norm = RMSNorm(config.hidden_size, config.norm_epsilon, backend, groups)
+        self.norm = build_norm(config, backend, groups)
         self.out_norm: RMSNorm | None = None
         if config.norms_per_block() == 2:
-            self.out_norm = RMSNorm(config.hidden_size, config.norm_epsilon, backend, groups)
+            self.out_norm = build_norm(config, backend, groups)
         self.mixer = build_mixer(index, config, groups, backend)
         self.updates = put_updates(self.mixer, config, groups, backend)
         # Of a package's mixer: ours draw by their own seeds (`set_draw_seed`).

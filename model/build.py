@@ -15,6 +15,7 @@ from amfm.model.config.plugins import until_registered
 from amfm.model.config.schema import ModelConfig
 from amfm.model.mixers.interface import BuildContext, Mixer
 from amfm.model.parallel.groups import ProcessGroupCollection, single_rank_groups
+from amfm.model.parallel.layers import RMSNorm
 
 
 def build_mixer(index: int, config: ModelConfig, groups: ProcessGroupCollection, backend: str) -> Mixer:
@@ -54,3 +55,12 @@ def sample_mixer(config: ModelConfig, symbol: str, index: int | None = None) -> 
     with torch.device("meta"):
         place = config.built_letters.index(symbol) if index is None else index
         return build_mixer(place, config, single_rank_groups(), "torch")
+
+
+def build_norm(config: ModelConfig, backend: str, groups: ProcessGroupCollection) -> RMSNorm:
+    """A norm of the residual stream, of the kind that the model has."""
+    if config.norm == "layernorm":
+        from amfm.model.parallel.layer_norm import LayerNorm
+
+        return LayerNorm(config.hidden_size, config.norm_epsilon, backend, groups)
+    return RMSNorm(config.hidden_size, config.norm_epsilon, backend, groups)

@@ -42,7 +42,7 @@ def count_parameters(config: ModelConfig) -> Counts:
         total[block_kind(symbol)] = number * whole
         active[block_kind(symbol)] = number * used
     for counts in (total, active):
-        counts["final_norm"] = config.hidden_size
+        counts["final_norm"] = len(config.norm_parts()) * config.hidden_size
         counts["head"] = 0 if config.tie_embeddings else _head_parameters(config)
     if config.num_depths:
         total["mtp"], active["mtp"] = _depth_parameters(config)
@@ -100,7 +100,7 @@ def _head_parameters(config: ModelConfig) -> int:
 
 def _depth_parameters(config: ModelConfig) -> tuple[int, int]:
     """(total, active) parameters of all modules of multi-token prediction: projection, three norms, and blocks."""
-    own = 2 * config.hidden_size**2 + 3 * config.hidden_size
+    own = 2 * config.hidden_size**2 + 3 * len(config.norm_parts()) * config.hidden_size
     blocks = [block_parameters(config, symbol) for symbol in config.parsed_pattern.depth_letters]
     total, active = (own + sum(counts) for counts in zip(*blocks))
     return config.num_depth_modules * total, config.num_depth_modules * active
@@ -137,7 +137,7 @@ def count_weights(config: ModelConfig, symbol: str) -> Weights:
 def block_parameters(config: ModelConfig, symbol: str) -> tuple[int, int]:
     """(total, active) parameters of one block with its norms."""
     rest, weights = (
-        config.norms_per_block() * config.hidden_size + _routed_updates(config, symbol),
+        config.norms_per_block() * len(config.norm_parts()) * config.hidden_size + _routed_updates(config, symbol),
         count_weights(config, symbol),
     )
     return weights.total + rest, weights.active + rest
@@ -167,4 +167,6 @@ def _all_of_kind(config: ModelConfig, symbol: str) -> int:
 
     places = [index for index, other in enumerate(config.letters) if other == symbol]
     shapes = [shape for place in places for shape in block_shapes(config, symbol, place).values()]
-    return len(places) * config.norms_per_block() * config.hidden_size + sum(math.prod(shape) for shape in shapes)
+    return len(places) * config.norms_per_block() * len(config.norm_parts()) * config.hidden_size + sum(
+        math.prod(shape) for shape in shapes
+    )

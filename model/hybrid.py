@@ -29,6 +29,7 @@ from amfm.kernels.linear_cross_entropy.op import CrossEntropy
 from amfm.kernels.runtime.backend import resolve_backend
 from amfm.kernels.runtime.compiling import prepare_to_compile
 from amfm.model.block import Block, Blocks, Stream, multiply
+from amfm.model.build import build_norm
 from amfm.model.config.checks import check_model
 from amfm.model.config.kinds import kind_of
 from amfm.model.config.mup import logits_multiplier
@@ -116,7 +117,7 @@ class HybridModel(nn.Module):
                 self.embedding = VocabEmbedding(config.vocab_size, config.hidden_size, groups)
             self.blocks = Blocks({index: Block(index, config, groups, backend) for index in indices})
             if has_last:
-                self.final_norm = RMSNorm(config.hidden_size, config.norm_epsilon, backend, groups)
+                self.final_norm = build_norm(config, backend, groups)
             if has_last and not config.tie_embeddings:
                 self.head = build_head(config) or ColumnLinear(
                     config.hidden_size, (config.vocab_size,), groups, name="model.vocab_size"

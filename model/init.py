@@ -167,7 +167,7 @@ def _special_values(name: str, shape: tuple[int, ...], config: ModelConfig, seed
         assert config.mamba is not None, "only Mamba2's convolution has a bias"
         bound = config.mamba.conv_kernel**-0.5
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-    if name.endswith(("conv.bias", "lora.up")):
+    if name.endswith(("conv.bias", "norm.bias", "up_proj.bias", "down_proj.bias", "lora.up")):
         return torch.zeros(shape)
     if name.endswith("lora.down"):
         return torch.empty(shape).normal_(0.0, shape[-1] ** -0.5, generator=generator)

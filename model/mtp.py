@@ -39,12 +39,13 @@ import torch
 from torch import Tensor, nn
 
 from amfm.model.block import Block, Blocks, Stream, pass_through
+from amfm.model.build import build_norm
 from amfm.model.config.schema import ModelConfig
 from amfm.model.loss import IGNORE_INDEX
 from amfm.model.mixers.interface import BlockState
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import ProcessGroupCollection
-from amfm.model.parallel.layers import RMSNorm, RowLinear
+from amfm.model.parallel.layers import RowLinear
 from amfm.model.parallel.regions import enter_tensor_region, leave_tensor_region
 
 NumberedBlocks = Iterable[tuple[int, Block]]
@@ -135,13 +136,13 @@ class MtpDepth(nn.Module):
         hidden, letters = config.hidden_size, config.parsed_pattern.depth_letters
         self.groups = groups
         self.first_index = len(config.letters) + number * len(letters)
-        self.embed_norm = RMSNorm(hidden, config.norm_epsilon, backend, groups)
-        self.stream_norm = RMSNorm(hidden, config.norm_epsilon, backend, groups)
+        self.embed_norm = build_norm(config, backend, groups)
+        self.stream_norm = build_norm(config, backend, groups)
         self.in_proj = RowLinear(2 * hidden, hidden, groups, name="model.hidden_size", segments=(hidden, hidden))
         self.blocks = Blocks(
             {place: Block(self.first_index + place, config, groups, backend) for place in range(len(letters))}
         )
-        self.norm = RMSNorm(hidden, config.norm_epsilon, backend, groups)
+        self.norm = build_norm(config, backend, groups)
 
     def forward(self, start: Stream, hidden_BTD: Tensor, meta: PackMeta) -> tuple[Stream, Tensor]:
         """Pass the embedded tokens ahead, as the residual of `start`, and the normed stream before, [B, T, D] both.

@@ -18,11 +18,14 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (config.vocab_size, config.hidden_size)}
     width = config.hidden_size
 
+    def add_norm(name: str) -> None:
+        shapes.update({f"{name}.{part}": (width,) for part in config.norm_parts()})
+
     def add_blocks(prefix: str, letters: Sequence[str]) -> None:
         for index, letter in enumerate(letters):
-            shapes[f"{prefix}blocks.{index}.norm.weight"] = (width,)
+            add_norm(f"{prefix}blocks.{index}.norm")
             if config.norms_per_block() == 2:
-                shapes[f"{prefix}blocks.{index}.out_norm.weight"] = (width,)
+                add_norm(f"{prefix}blocks.{index}.out_norm")
             place = index if not prefix and config.block_options(letter).differs_by_block() else None
             for name, shape in block_shapes(config, letter, place).items():
                 shapes[f"{prefix}blocks.{index}.mixer.{name}"] = shape
@@ -30,17 +33,18 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
                 shapes[f"{prefix}blocks.{index}.{name}"] = shape
 
     add_blocks("", config.letters)
-    shapes["final_norm.weight"] = (width,)
+    add_norm("final_norm")
     if config.head is not None:
         shapes |= {f"head.{name}": shape for name, shape in head_shapes(config).items()}
     elif not config.tie_embeddings:
         shapes["head.weight"] = (config.vocab_size, width)
     for depth in range(config.num_depth_modules):
         own = f"mtp.{depth}."
-        shapes |= {f"{own}embed_norm.weight": (width,), f"{own}stream_norm.weight": (width,)}
+        add_norm(f"{own}embed_norm")
+        add_norm(f"{own}stream_norm")
         shapes[f"{own}in_proj.weight"] = (width, 2 * width)
         add_blocks(own, config.parsed_pattern.depth_letters)
-        shapes[f"{own}norm.weight"] = (width,)
+        add_norm(f"{own}norm")
     return shapes
 
 

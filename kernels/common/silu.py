@@ -1,4 +1,4 @@
-"""SiLU with its derivative, and softplus, inside Triton kernels: convolution, gated norm, SwiGLU, experts and scan share them."""
+"""SiLU and GELU with their derivatives, and softplus, inside Triton kernels: convolution, gated norm, SwiGLU, experts and scan share them."""
 
 # Triton reads a kernel's parameters from the call: they carry no types.
 # mypy: disable-error-code="no-untyped-def"
@@ -32,6 +32,46 @@ def steep_silu(x, ALPHA: tl.constexpr):
 def silu_backward(grad, x, share):
     """Compute the gradient of x sigmoid(x) times `grad`, from x and `share`, its sigmoid, which gradients need anyway."""
     return grad * share * (1.0 + x * (1.0 - share))
+
+
+@triton.jit
+def normal_share(x):
+    """Compute Phi(x), the normal distribution's, in float32."""
+    return 0.5 * (1.0 + tl.erf(0.7071067811865476 * x))
+
+
+@triton.jit
+def normal_slope(x, share):
+    """Compute the derivative of x Phi(x) from x and `share`, Phi(x)."""
+    return share + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+
+
+@triton.jit
+def plain_unit(x, ALPHA: tl.constexpr):
+    """Compute a unit of one matrix (`amfm.kernels.swiglu.gate.PLAIN`), in float32."""
+    if ALPHA == 1.0:
+        positive = tl.maximum(x, 0.0)
+        result = positive * positive
+    elif ALPHA == 0.0:
+        result = x * normal_share(x)
+    else:
+        result = x * sigmoid(ALPHA * x * (1.0 + 0.044715 * x * x))
+    return result
+
+
+@triton.jit
+def plain_backward(grad, x, ALPHA: tl.constexpr):
+    """Compute the gradient of `plain_unit` times `grad`, in float32."""
+    if ALPHA == 1.0:
+        result = grad * 2.0 * tl.maximum(x, 0.0)
+    elif ALPHA == 0.0:
+        result = grad * normal_slope(x, normal_share(x))
+    else:
+        inner = ALPHA * x * (1.0 + 0.044715 * x * x)
+        # 1 - sigmoid, rounded once: its factor is of the order of x^3.
+        slope = ALPHA * x * (1.0 + 0.134145 * x * x) * sigmoid(-inner)
+        result = grad * sigmoid(inner) * (1.0 + slope)
+    return result
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from amfm.kernels.common.silu import limit_gate, steep_silu
+from amfm.kernels.common.silu import limit_gate, plain_unit, steep_silu
 from amfm.kernels.common.tiles import add_tile
 
 RUN = tl.constexpr(128)
@@ -80,13 +80,12 @@ def tile_of(tiles, tile, rows, TILED: tl.constexpr):
 
 @triton.jit
 def activate(value, up, SWIGLU: tl.constexpr, ALPHA: tl.constexpr, SHIFT: tl.constexpr, LIMIT: tl.constexpr):
-    """A gated unit of gate and up, else the squared ReLU of the first; float32."""
+    """A gated unit of gate and up, else a plain one of the first; float32."""
     if SWIGLU:
         gate, up = limit_gate(value, up, SHIFT, LIMIT)
         value = steep_silu(gate, ALPHA) * up
     else:
-        value = tl.maximum(value, 0.0)
-        value = value * value
+        value = plain_unit(value, ALPHA)
     return value
 
 
@@ -145,7 +144,7 @@ def quantize_tiles_kernel(
 ):  # fmt: skip
     """Codes along rows [S, width] with scales [blocks, S], and along columns [tiles, width, 128] with scales [tiles, width].
 
-    ACTIVATED: the numbers are activations of x, with SWIGLU a gated unit of [., 2 width], else squared ReLUs. WEIGHTED: they are
+    ACTIVATED: the numbers are activations of x, with SWIGLU a gated unit of [., 2 width], else a plain one. WEIGHTED: they are
     times the weight of their row's pair. GATHER: rows of x come from `sources`. Lanes after an expert's last row are zeros.
     Grid: tiles times blocks of 128 columns, these innermost.
     """

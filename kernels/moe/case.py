@@ -227,7 +227,8 @@ def trials() -> Iterator[Sized]:
     small = partial(experts_problem, tokens=70, model=64, experts=6, width=48, top_k=2)
     yield Sized("SwiGLU, empty experts", "first", partial(small, chosen=4))
     yield Sized("limited SwiGLU", "first", partial(small, activation="swiglu_oai@1.5"))
-    yield Sized("squared ReLU", "first", partial(small, activation="squared_relu"))
+    for activation in ("squared_relu", "gelu", "gelu_tanh"):
+        yield Sized(activation, "first", partial(small, activation=activation))
     yield Sized("rows of several ranks", "first", partial(sent, tokens=70, model=64, experts=6, width=48))
     yield Sized("recycled choices", "first", partial(limited, tokens=90, experts=12, top_k=2))
     yield Sized("limited choices", "first", partial(limited, tokens=90, experts=12, top_k=2, draws=False))

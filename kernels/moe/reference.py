@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from amfm.kernels.swiglu.gate import find_gate
-from amfm.kernels.swiglu.reference import swiglu_reference
+from amfm.kernels.swiglu.reference import plain_unit_reference, swiglu_reference
 
 
 def route_reference(
@@ -62,9 +62,9 @@ def _experts_of_best_groups(appeal: list[float], num_groups: int, group_top_k: i
 
 
 def activate_reference(hidden_RF: Tensor, activation: str) -> Tensor:
-    """A gated unit of [gate, up], or the squared ReLU."""
+    """A gated unit of [gate, up], or a plain one."""
     unit = find_gate(activation)
-    return hidden_RF.relu().square() if unit is None else swiglu_reference(hidden_RF, unit)
+    return plain_unit_reference(hidden_RF, activation) if unit is None else swiglu_reference(hidden_RF, unit)
 
 
 def grouped_feed_forward_reference(

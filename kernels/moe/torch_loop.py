@@ -16,7 +16,7 @@ from torch import Tensor
 
 from amfm.kernels.common.gemm_precision import steady_product
 from amfm.kernels.moe.grouping import sort_stably
-from amfm.kernels.swiglu.gate import find_gate
+from amfm.kernels.swiglu.gate import GELUS, find_gate, gelu_backward, plain_unit_of
 
 # Writes left^T right over its third argument.
 Outer = Callable[[Tensor, Tensor, Tensor], object]
@@ -180,28 +180,30 @@ def sum_by_token(rows_SD: Tensor, token_ids_S: Tensor, tokens: int) -> Tensor:
 
 
 def activate(hidden_RF: Tensor, activation: str) -> Tensor:
-    """A gated unit of [gate, up], or the squared ReLU."""
+    """A gated unit of [gate, up], or a plain one."""
     unit = find_gate(activation)
     if unit is None:
-        return F.relu(hidden_RF).square_()
+        return plain_unit_of(hidden_RF, activation)
     gate, up = unit.limited(*hidden_RF.chunk(2, dim=-1))
     return unit.factor(gate).mul_(up)
 
 
 def open_activation(hidden_SF: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """The activation again, and the factor of it that its gradient needs: silu(gate), or max(x, 0)."""
+    """The activation again, and the factor of it that its gradient needs: silu(gate), max(x, 0), or for GELU room for it."""
     unit = find_gate(activation)
     if unit is not None:
         gate, up = unit.limited(*hidden_SF.chunk(2, dim=-1))
         factor = unit.factor(gate)
         return factor * up, factor
-    factor = F.relu(hidden_SF)
-    return factor.square(), factor
+    factor = torch.empty_like(hidden_SF) if activation in GELUS else F.relu(hidden_SF)
+    return (plain_unit_of(hidden_SF, activation) if activation in GELUS else factor.square()), factor
 
 
 def activation_backward(d_active: Tensor, hidden_SF: Tensor, factor: Tensor, activation: str) -> Tensor:
     """Gradient of the hidden rows; overwrites `d_active` and `factor`."""
     unit = find_gate(activation)
+    if activation in GELUS:
+        return factor.copy_(gelu_backward(d_active, hidden_SF, GELUS[activation]))
     if unit is None:
         return factor.mul_(d_active).mul_(2)
     raw_gate, raw_up = hidden_SF.chunk(2, dim=-1)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from amfm.kernels.common.custom_op import fake_of
 from amfm.kernels.common.partial_sums import sum_first
-from amfm.kernels.common.silu import limit_gate, pass_limit, sigmoid, silu_backward
+from amfm.kernels.common.silu import limit_gate, pass_limit, plain_backward, plain_unit, sigmoid, silu_backward
 from amfm.kernels.low_precision.triton_impl import E4M3, RUN, ColumnCodes, RowCodes, Tiles, WeightCodes
 from amfm.kernels.low_precision.triton_kernels import (
     activate,
@@ -148,10 +148,9 @@ def _open(
         d_up = pass_limit(grad * (gate * share), up, LIMIT, True)
         d_gate = pass_limit(silu_backward(grad * second, ALPHA * gate, share), first, LIMIT, False)
     else:
-        positive = tl.maximum(first, 0.0)
-        active = positive * positive
+        active = plain_unit(first, ALPHA)
         product = grad * active
-        d_up = grad * weight * 2.0 * positive
+        d_up = plain_backward(grad * weight, first, ALPHA)
         d_gate = d_up
     return product, _as_stored(active * weight, v), _as_stored(d_up, v), _as_stored(d_gate, v)
 

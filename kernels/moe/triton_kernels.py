@@ -18,7 +18,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from amfm.kernels.common.silu import limit_gate, pass_limit, sigmoid, silu_backward, steep_silu
+from amfm.kernels.common.silu import (
+    limit_gate,
+    pass_limit,
+    plain_backward,
+    plain_unit,
+    sigmoid,
+    silu_backward,
+    steep_silu,
+)
 from amfm.kernels.common.tiles import add_tile, halves
 
 
@@ -152,8 +160,7 @@ def up_kernel(
             result = steep_silu(gate, ALPHA) * second
         else:
             first = _multiply(x, source, inside, matrix, column, width, inner, 1, inner, DOT, BLOCK_M, BLOCK_N, BLOCK_K)
-            positive = tl.maximum(first, 0.0)
-            result = positive * positive
+            result = plain_unit(first, ALPHA)
         tl.store(hidden + place, first.to(hidden.dtype.element_ty), mask=stored)
         result = result * weight[:, None]
         tl.store(active + row[:, None] * width + column[None, :], result.to(active.dtype.element_ty), mask=stored)
@@ -182,11 +189,10 @@ def open_part(
         tl.store(d_hidden + width + place, d_up.to(d_hidden.dtype.element_ty), mask=stored)
         d_first = pass_limit(silu_backward(v * second, ALPHA * gate, share), first, LIMIT, False)
     else:
-        positive = tl.maximum(first, 0.0)
-        result = positive * positive
+        result = plain_unit(first, ALPHA)
         partial = tl.sum(v * result, 1)
         tl.store(active + at, (result * weight).to(active.dtype.element_ty), mask=stored)
-        d_first = v * weight * 2.0 * positive
+        d_first = plain_backward(v * weight, first, ALPHA)
     tl.store(d_hidden + place, d_first.to(d_hidden.dtype.element_ty), mask=stored)
     return partial
 

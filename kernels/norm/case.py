@@ -26,6 +26,7 @@ from amfm.kernels.cases.problem import (
     formula_goals,
 )
 from amfm.kernels.cases.trial import Sized, slices
+from amfm.kernels.norm.layer_norm import layer_norm
 from amfm.kernels.norm.op import gated_rms_norm, head_norm, norm_bytes, norm_flops, rms_norm
 
 
@@ -99,6 +100,19 @@ def head_problem(
     return Problem(leaves, run, f"{tokens} tokens, {heads} heads of {size}", *least, exact=exact)
 
 
+def layer_norm_problem(inputs: Inputs, *shape: int, exact: str = "reference") -> Problem:
+    """LayerNorm with a residual, as the stream has it. Leaves: x, residual, weight and bias."""
+
+    def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
+        x, residual, weight, bias = given.values()
+        y, h = layer_norm(x, weight, bias, EPSILON, residual=residual, backend=backend)
+        return {"y": y, "h": h}
+
+    leaves = {name: inputs.normal(*shape) for name in ("x", "residual")}
+    leaves |= {name: inputs.normal(shape[-1]) for name in ("weight", "bias")}
+    return Problem(leaves, run, _text(shape), *_minima(shape, residual=True), dict, exact=exact)
+
+
 def _text(shape: tuple[int, ...]) -> str:
     """A shape as it is shown in tables."""
     return "x".join(map(str, shape))
@@ -138,6 +152,7 @@ def trials() -> Iterator[Sized]:
         return lambda inputs: gated_problem(inputs, rows, width, **settings)
 
     yield Sized("with residual, 1024 wide", "first", normed(37, 1024, residual=True))
+    yield Sized("LayerNorm", "first", lambda inputs: layer_norm_problem(inputs, 37, 1000))
     yield Sized("gated, groups of 512", "first", gated(37, 1024, groups=2))
     yield Sized("heads with a gate", "first", partial(head_problem, tokens=9, heads=4, size=128))
     odd = partial(head_problem, tokens=37, heads=3, size=20)

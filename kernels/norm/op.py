@@ -39,7 +39,7 @@ def rms_norm(
     Returns y in the dtype of x; with a residual (y, h). Raises ValueError for shapes, dtypes or devices that do not
     fit. Source: Zhang and Sennrich 2019, arXiv 1910.07467.
     """
-    _check_rows("x", x, weight, epsilon)
+    check_rows("x", x, weight, epsilon)
     if residual is not None:
         check_shape("residual", residual, tuple(x.shape), x)
         check_float("residual", residual, x)
@@ -76,7 +76,7 @@ def gated_rms_norm(
     Returns [..., D] in the dtype of y. Raises ValueError for shapes, dtypes, devices or groups that do not fit.
     Source: Dao and Gu 2024, arXiv 2405.21060, section 7.
     """
-    _check_rows("y", y, weight, epsilon)
+    check_rows("y", y, weight, epsilon)
     check_shape("z", z, tuple(y.shape), y)
     check_float("z", z, y)
     if num_groups < 1 or y.shape[-1] % num_groups:
@@ -107,7 +107,7 @@ def head_norm(
     before the gate, which is taken in float32 for bf16. Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     check_shape("o_BTHV", o_BTHV, (-1, -1, -1, -1))
-    _check_rows("o_BTHV", o_BTHV, weight_V, epsilon)
+    check_rows("o_BTHV", o_BTHV, weight_V, epsilon)
     if gate_BTI is not None:
         check_shape("gate_BTI", gate_BTI, (*o_BTHV.shape[:2], o_BTHV.shape[2] * o_BTHV.shape[3]), o_BTHV)
         check_float("gate_BTI", gate_BTI, o_BTHV)
@@ -123,7 +123,7 @@ def head_norm(
     return (normed_BTI.to(wide) * (functional.silu(gate) if act == "silu" else gate.sigmoid())).to(o_BTHV.dtype)
 
 
-def _check_rows(name: str, x: Tensor, weight: Tensor, epsilon: float) -> None:
+def check_rows(name: str, x: Tensor, weight: Tensor, epsilon: float) -> None:
     """Raise ValueError unless x [..., D] and weight [D] are floats on one device and epsilon is above 0."""
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"{name} must have shape [..., D] with D of at least 1; got {list(x.shape)}")

@@ -42,6 +42,15 @@ def gated_rms_norm_triton(y: Tensor, z: Tensor, weight: Tensor, epsilon: float, 
     return _norm(y, z, weight, epsilon, num_groups, True)[0]
 
 
+def layer_norm_triton(
+    x: Tensor, weight: Tensor, bias: Tensor, epsilon: float, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(LayerNorm of h, h) with h = x + residual, as `rms_norm_triton`."""
+    _check(x, x.shape[-1])
+    y, h, _ = _layer_norm(x, residual, weight, bias, epsilon)
+    return y, x if residual is None else h
+
+
 def _check(x: Tensor, size: int) -> None:
     """Reject float64 and groups wider than LARGEST_GROUP.
 
@@ -85,9 +94,16 @@ def _(given: Any) -> tuple[Tensor, ...]:
 
 
 def norm_rows(
-    x: Tensor, other: Tensor | None, weight: Tensor, epsilon: float, num_groups: int, *, gated: bool
+    x: Tensor,
+    other: Tensor | None,
+    weight: Tensor,
+    epsilon: float,
+    num_groups: int,
+    *,
+    gated: bool,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the forward kernel: what `_norm` returns. Rows of x [..., D] and of `other` may be apart."""
+    """Launch the forward kernel: what `_norm` returns. Rows of x [..., D] and of `other` may be apart. bias: LayerNorm's."""
     flat, weight = _flat(x), weight.contiguous()
     second = None if other is None else _flat(other)
     rows, width = flat.shape
@@ -101,8 +117,9 @@ def norm_rows(
     if rows:
         tile = _tile(size, rows)
         norm_forward_kernel[(triton.cdiv(rows, tile["BLOCK_R"]), num_groups)](
-            flat, second, weight, out, h, reciprocal, rows, size, flat.stride(0), stride // unit, epsilon,
-            GATED=gated, RESIDUAL=residual, UNIT=unit, **tile,
+            flat, second, weight, None if bias is None else bias.contiguous(), out, h, reciprocal, rows, size,
+            flat.stride(0), stride // unit, epsilon,
+            GATED=gated, RESIDUAL=residual, CENTERED=bias is not None, UNIT=unit, **tile,
         )  # fmt: skip
     return out, h, reciprocal
 
@@ -129,8 +146,9 @@ def norm_rows_backward(
     d_x: Tensor,
     d_z: Tensor,
     out: Tensor | None,
+    d_bias: Tensor | None = None,
 ) -> Tensor:
-    """Launch the backward kernel on one row at least: write d_x, d_z (rows of which may be apart) and, where it is given, out.
+    """Launch the backward kernel on one row at least: write d_x, d_z (rows of which may be apart) and, if given, out and d_bias.
 
     Returns the gradient of the weight.
     """
@@ -147,11 +165,14 @@ def norm_rows_backward(
     # Few programs that walk many blocks each: every program writes one partial of the weight's gradient.
     programs = max(1, min(triton.cdiv(rows, tile["BLOCK_R"]), count_programs(x.device) // groups))
     partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
+    partial_bias = None if d_bias is None else torch.empty_like(partial)
     norm_backward_kernel[(programs, groups)](
-        flat, second, weight, reciprocal, d_out, d_h, d_x, d_z, out, partial, rows, width // groups, flat.stride(0),
-        *(stride // unit for stride in strides), GATED=z is not None, D_H=d_h is not None, OUT=out is not None,
-        UNIT=unit, **tile,
+        flat, second, weight, reciprocal, d_out, d_h, d_x, d_z, out, partial, partial_bias, rows, width // groups,
+        flat.stride(0), *(stride // unit for stride in strides), GATED=z is not None, D_H=d_h is not None,
+        OUT=out is not None, CENTERED=d_bias is not None, UNIT=unit, **tile,
     )  # fmt: skip
+    if d_bias is not None and partial_bias is not None:
+        d_bias.copy_(sum_first(partial_bias, d_bias.dtype))
     return sum_first(partial, weight.dtype)
 
 
@@ -182,3 +203,56 @@ def _differentiate(ctx: Any, d_out: Tensor | None, d_h: Tensor | None, _: Tensor
 
 
 _norm.register_autograd(_differentiate, setup_context=_save)
+
+
+@torch.library.custom_op("amfm::layer_norm_triton", mutates_args=())
+def _layer_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The normed values, x + residual (empty without), and r [rows, 1]."""
+    return norm_rows(x, residual, weight, epsilon, 1, gated=False, bias=bias)
+
+
+@fake_of(_layer_norm)
+def _(given: Any) -> tuple[Tensor, ...]:
+    x = given.x
+    h = x.new_empty(x.shape if given.residual is not None else (0,))
+    return x.new_empty(x.shape), h, x.new_empty(x.numel() // x.shape[-1], 1, dtype=torch.float32)
+
+
+@torch.library.custom_op("amfm::layer_norm_triton_backward", mutates_args=())
+def _layer_norm_backward(
+    d_out: Tensor, d_h: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor, reciprocal: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the normed sum, of the weight and of the bias."""
+    d_x, d_bias = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.zeros_like(bias)
+    if x.numel() == 0:
+        return d_x, torch.zeros_like(weight), d_bias
+    none = x.new_empty(0)
+    return d_x, norm_rows_backward(d_out, d_h, x, None, weight, reciprocal, d_x, none, None, d_bias), d_bias
+
+
+gradients_like(_layer_norm_backward, ("x", "weight", "bias"))
+
+
+def _save_centered(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Keep what was normed, the weights and r."""
+    x, residual, weight, bias, _ = inputs
+    _, h, reciprocal = output
+    ctx.residual = residual is not None
+    ctx.save_for_backward(h if ctx.residual else x, weight, bias, reciprocal)
+    ctx.mark_non_differentiable(reciprocal)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_centered(
+    ctx: Any, d_out: Tensor | None, d_h: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, of the residual, which is the same, of the weight and of the bias."""
+    x, weight, bias, reciprocal = ctx.saved_tensors
+    d_out = torch.zeros_like(x) if d_out is None else d_out
+    d_x, d_weight, d_bias = _layer_norm_backward(d_out, d_h if ctx.residual else None, x, weight, bias, reciprocal)
+    return d_x, d_x if ctx.residual else None, d_weight, d_bias, None
+
+
+_layer_norm.register_autograd(_differentiate_centered, setup_context=_save_centered)

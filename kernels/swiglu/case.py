@@ -1,4 +1,4 @@
-"""Activations of feed-forward blocks: SwiGLU of gate and up side by side, and squared ReLU."""
+"""Activations of feed-forward blocks: SwiGLU of gate and up next to each other, and units of one matrix."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from amfm.kernels.cases.problem import (
 )
 from amfm.kernels.cases.trial import Sized
 from amfm.kernels.swiglu.gate import GATES, SWIGLU, Gate
-from amfm.kernels.swiglu.op import squared_relu, squared_relu_bytes, swiglu, swiglu_bytes, swiglu_flops
+from amfm.kernels.swiglu.op import plain_unit, squared_relu_bytes, swiglu, swiglu_bytes, swiglu_flops
 
 VALUE_BYTES = 2
 # Where a tenth of the numbers of trials passes the limit.
@@ -58,12 +58,12 @@ def swiglu_problem(inputs: Inputs, rows: int, width: int, unit: Gate = SWIGLU) -
     )
 
 
-def squared_relu_problem(inputs: Inputs, rows: int, width: int) -> Problem:
-    """max(x, 0)^2."""
+def plain_problem(inputs: Inputs, rows: int, width: int, activation: str = "squared_relu") -> Problem:
+    """max(x, 0)^2, or GELU."""
     count = rows * width
     return Problem(
         {"x": inputs.normal(rows, width)},
-        lambda given, backend: {"y": squared_relu(given["x"], backend=backend)},
+        lambda given, backend: {"y": plain_unit(given["x"], activation, backend=backend)},
         f"{rows}x{width}",
         *each_pass(lambda way: Minimum(squared_relu_bytes(count, VALUE_BYTES, backward=way), count * (2 + way))),
         exact="torch",
@@ -72,20 +72,23 @@ def squared_relu_problem(inputs: Inputs, rows: int, width: int) -> Problem:
 
 def counted_problems() -> Iterator[CountedProblem]:
     """Both, at the same size."""
-    for op, build in (("swiglu", swiglu_problem), ("squared_relu", squared_relu_problem)):
+    for op, build in (("swiglu", swiglu_problem), ("squared_relu", plain_problem)):
         problem = build(bfloat16_inputs(), 256, 512)
         yield CountedProblem(op, problem, *formula_goals(problem, 1.05))
 
 
 def trials() -> Iterator[Sized]:
-    """SwiGLU and the squared ReLU."""
+    """Gated units, the squared ReLU and GELU."""
     yield Sized("SwiGLU", "first", partial(swiglu_problem, rows=33, width=600))
     yield Sized("limited SwiGLU", "first", partial(swiglu_problem, rows=33, width=600, unit=LIMITED))
     yield Sized("GEGLU", "first", partial(swiglu_problem, rows=33, width=600, unit=GATES["geglu"]))
-    yield Sized("squared ReLU", "first", partial(squared_relu_problem, rows=33, width=600))
+    yield Sized("exact GEGLU", "first", partial(swiglu_problem, rows=33, width=600, unit=GATES["geglu_erf"]))
+    for activation in ("gelu", "gelu_tanh"):
+        yield Sized(activation, "first", partial(plain_problem, rows=33, width=600, activation=activation))
+    yield Sized("squared ReLU", "first", partial(plain_problem, rows=33, width=600))
     yield Sized("SwiGLU, one row of 7", "small", partial(swiglu_problem, rows=1, width=7))
     yield Sized("SwiGLU, long", "long", partial(swiglu_problem, rows=8205, width=12288))
-    yield Sized("squared ReLU, long", "long", partial(squared_relu_problem, rows=8205, width=12288))
+    yield Sized("squared ReLU, long", "long", partial(plain_problem, rows=8205, width=12288))
 
 
 def _on_gpu(inputs: Inputs, sizes: GpuSizes) -> Problem:

@@ -1,6 +1,6 @@
-"""Activations of feed-forward layers: SwiGLU and the squared ReLU.
+"""Activations of feed-forward layers: gated units such as SwiGLU, the squared ReLU and GELU.
 
-How: both are elementwise, so the cost is memory traffic. Each backend keeps only the input and computes the
+How: all are elementwise, so the cost is memory traffic. Each backend keeps only the input and computes the
 activation again in backward. Gate and up stand side by side in one tensor, as one product of the layer before
 makes them.
 """
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from amfm.kernels.common.shapes import check_float
 from amfm.kernels.runtime.backend import resolve_backend
-from amfm.kernels.swiglu.gate import SWIGLU, Gate
-from amfm.kernels.swiglu.reference import squared_relu_reference, swiglu_reference
-from amfm.kernels.swiglu.torch_impl import squared_relu_torch, swiglu_torch
+from amfm.kernels.swiglu.gate import PLAIN, SWIGLU, Gate
+from amfm.kernels.swiglu.reference import plain_unit_reference, swiglu_reference
+from amfm.kernels.swiglu.torch_impl import plain_unit_torch, swiglu_torch
 
 
 def swiglu(gate_up: Tensor, unit: Gate = SWIGLU, *, backend: str = "auto") -> Tensor:
@@ -34,19 +34,26 @@ def swiglu(gate_up: Tensor, unit: Gate = SWIGLU, *, backend: str = "auto") -> Te
     return swiglu_torch(gate_up, unit) if backend == "torch" else swiglu_reference(gate_up, unit)
 
 
-def squared_relu(x: Tensor, *, backend: str = "auto") -> Tensor:
-    """max(x, 0)^2 element by element, in the input's dtype, computed in float32. Saves only the input.
+def plain_unit(x: Tensor, activation: str, *, backend: str = "auto") -> Tensor:
+    """A unit of one matrix, `gate.PLAIN`, element by element, in the input's dtype, computed in float32. Saves only the input.
 
-    Raises ValueError for a dtype that is not floating point.
-    Source: So et al. 2021 (arXiv 2109.08668), section 3.
+    Raises ValueError for a dtype that is not floating point and an activation that is not one of them.
+    Sources: So et al. 2021 (arXiv 2109.08668), section 3; Hendrycks and Gimpel 2016 (arXiv 1606.08415), section 2.
     """
     check_float("x", x)
+    if activation not in PLAIN:
+        raise ValueError(f"activation must be one of {', '.join(PLAIN)}; got {activation!r}")
     backend = resolve_backend(backend, x.device, "swiglu")
     if backend == "triton":
-        from amfm.kernels.swiglu.triton_impl import squared_relu_triton
+        from amfm.kernels.swiglu.triton_impl import plain_unit_triton
 
-        return squared_relu_triton(x)
-    return squared_relu_torch(x) if backend == "torch" else squared_relu_reference(x)
+        return plain_unit_triton(x, activation)
+    return plain_unit_torch(x, activation) if backend == "torch" else plain_unit_reference(x, activation)
+
+
+def squared_relu(x: Tensor, *, backend: str = "auto") -> Tensor:
+    """max(x, 0)^2 as `plain_unit` computes it."""
+    return plain_unit(x, "squared_relu", backend=backend)
 
 
 def swiglu_bytes(elements: int, size: int, *, backward: bool) -> int:

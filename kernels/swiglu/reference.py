@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,12 +19,14 @@ def swiglu_reference(gate_up: Tensor, unit: Gate = SWIGLU) -> Tensor:
     gate, up = gate_up[..., :half], gate_up[..., half:]
     if unit.limit is not None:
         gate, up = gate.clamp(max=unit.limit), up.clamp(-unit.limit, unit.limit)
+    if not unit.alpha:
+        return gate * (1 + torch.erf(gate / math.sqrt(2.0))) / 2 * (up + unit.shift)
     return gate / (1 + torch.exp(-unit.alpha * gate * (1 + unit.cubic * gate**2))) * (up + unit.shift)
 
 
-def squared_relu_reference(x: Tensor) -> Tensor:
-    """max(x, 0)^2.
-
-    Elementwise in the input's dtype; source: So et al. 2021 (arXiv 2109.08668), section 3.
-    """
-    return x.clamp(min=0) ** 2
+def plain_unit_reference(x: Tensor, activation: str) -> Tensor:
+    """A unit of `gate.PLAIN`, elementwise in the input's dtype (arXiv 2109.08668, section 3; arXiv 1606.08415, section 2)."""
+    if activation == "squared_relu":
+        return x.clamp(min=0) ** 2
+    tanh = torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3))
+    return x * (1 + (torch.erf(x / math.sqrt(2.0)) if activation == "gelu" else tanh)) / 2

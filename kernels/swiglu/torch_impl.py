@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amfm.kernels.swiglu.gate import SWIGLU, Gate
+from amfm.kernels.swiglu.gate import GELUS, SWIGLU, Gate, gelu_backward, plain_unit_of
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -51,18 +51,21 @@ class _GatedUnit(torch.autograd.Function):
         return d_gate_up, None
 
 
-class _SquaredReLU(torch.autograd.Function):
-    """max(x, 0)^2 with gradient 2 max(x, 0) dy; saves the input."""
+class _PlainUnit(torch.autograd.Function):
+    """max(x, 0)^2 with gradient 2 max(x, 0) dy, or GELU with its; saves the input."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(x)
-        return F.relu(_wide(x)).square_().to(x.dtype)
+        ctx.activation = activation
+        return plain_unit_of(_wide(x), activation).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        return F.relu(_wide(x)).mul(2).mul_(grads[0]).to(x.dtype)
+        if ctx.activation in GELUS:
+            return gelu_backward(_wide(grads[0]), _wide(x), GELUS[ctx.activation]).to(x.dtype), None
+        return F.relu(_wide(x)).mul(2).mul_(grads[0]).to(x.dtype), None
 
 
 def swiglu_torch(gate_up: Tensor, unit: Gate = SWIGLU) -> Tensor:
@@ -73,8 +76,8 @@ def swiglu_torch(gate_up: Tensor, unit: Gate = SWIGLU) -> Tensor:
     return _GatedUnit.apply(gate_up, unit)
 
 
-def squared_relu_torch(x: Tensor) -> Tensor:
-    """As `squared_relu_reference`, in float32 inside."""
+def plain_unit_torch(x: Tensor, activation: str) -> Tensor:
+    """As `plain_unit_reference`, in float32 inside."""
     if torch.compiler.is_compiling():
-        return F.relu(_wide(x)).square().to(x.dtype)
-    return _SquaredReLU.apply(x)
+        return plain_unit_of(_wide(x), activation).to(x.dtype)
+    return _PlainUnit.apply(x, activation)

@@ -19,10 +19,20 @@ import triton.language as tl
 from torch import Tensor
 
 from amfm.kernels.common.custom_op import differentiate, fake_of
-from amfm.kernels.common.silu import limit_gate, pass_limit, sigmoid, silu_backward, steep_silu
+from amfm.kernels.common.silu import (
+    limit_gate,
+    normal_share,
+    normal_slope,
+    pass_limit,
+    plain_backward,
+    plain_unit,
+    sigmoid,
+    silu_backward,
+    steep_silu,
+)
 from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.runtime.interpreter import dot_dtype
-from amfm.kernels.swiglu.gate import SWIGLU, Gate
+from amfm.kernels.swiglu.gate import PLAIN, SWIGLU, Gate
 
 BLOCK_ROWS, BLOCK_COLUMNS = (16, 64) if INTERPRETED else (4, 1024)
 
@@ -62,7 +72,10 @@ def swiglu_forward_kernel(
     gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_at + columns, mask=inside, other=0.0).to(tl.float32)
     gate, up = limit_gate(gate, up, SHIFT, LIMIT)
-    result = gate * sigmoid(_steepened(gate, ALPHA, CUBIC)) * up if CUBIC else steep_silu(gate, ALPHA) * up
+    if ALPHA == 0.0:
+        result = gate * normal_share(gate) * up
+    else:
+        result = gate * sigmoid(_steepened(gate, ALPHA, CUBIC)) * up if CUBIC else steep_silu(gate, ALPHA) * up
     tl.store(y + row * columns + column, result.to(y.dtype.element_ty), mask=inside)
 
 
@@ -82,38 +95,44 @@ def swiglu_backward_kernel(
     raw_up = tl.load(gate_up + place + columns, mask=inside, other=0.0).to(tl.float32)
     gate, up = limit_gate(raw_gate, raw_up, SHIFT, LIMIT)
     grad = tl.load(d_y + row * columns + column, mask=inside, other=0.0).to(tl.float32)
-    share = sigmoid(_steepened(gate, ALPHA, CUBIC))
-    # gate times the slope of what the sigmoid is taken of
-    slope = _steepened(gate, ALPHA, 3.0 * CUBIC)
-    d_gate = pass_limit(silu_backward(grad * up, slope, share), raw_gate, LIMIT, False)
+    if ALPHA == 0.0:
+        share = normal_share(gate)
+        d_gate = grad * up * normal_slope(gate, share)
+    else:
+        share = sigmoid(_steepened(gate, ALPHA, CUBIC))
+        # gate times the slope of what the sigmoid is taken of
+        d_gate = silu_backward(grad * up, _steepened(gate, ALPHA, 3.0 * CUBIC), share)
+    d_gate = pass_limit(d_gate, raw_gate, LIMIT, False)
     tl.store(d_gate_up + place, d_gate.to(d_gate_up.dtype.element_ty), mask=inside)
     d_up = pass_limit(grad * gate * share, raw_up, LIMIT, True)
     tl.store(d_gate_up + place + columns, d_up.to(d_gate_up.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def squared_relu_forward_kernel(x, y, rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """y = max(x, 0)^2, [R, F].
+def plain_forward_kernel(x, y, rows, columns, ALPHA: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """y = max(x, 0)^2 or GELU of x, [R, F].
 
     One program per tile.
     """
     row, column, inside = _tile(rows, columns, BLOCK_R, BLOCK_C)
     place = row * columns + column
-    positive = tl.maximum(tl.load(x + place, mask=inside, other=0.0).to(tl.float32), 0.0)
-    tl.store(y + place, (positive * positive).to(y.dtype.element_ty), mask=inside)
+    value = plain_unit(tl.load(x + place, mask=inside, other=0.0).to(tl.float32), ALPHA)
+    tl.store(y + place, value.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def squared_relu_backward_kernel(x, d_y, d_x, rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """dx = 2 max(x, 0) dy, [R, F].
+def plain_backward_kernel(
+    x, d_y, d_x, rows, columns, ALPHA: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Gradient of x [R, F] from that of y.
 
-    One program per tile; x is read again rather than kept as a mask.
+    One program per tile; x is read again.
     """
     row, column, inside = _tile(rows, columns, BLOCK_R, BLOCK_C)
     place = row * columns + column
-    positive = tl.maximum(tl.load(x + place, mask=inside, other=0.0).to(tl.float32), 0.0)
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(d_y + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(d_x + place, (2.0 * positive * grad).to(d_x.dtype.element_ty), mask=inside)
+    tl.store(d_x + place, plain_backward(grad, value, ALPHA).to(d_x.dtype.element_ty), mask=inside)
 
 
 def _launch(kernel: Any, tensors: tuple[Tensor, ...], rows: int, columns: int, **constants: Any) -> None:
@@ -153,32 +172,32 @@ def _swiglu_backward(gate_up: Tensor, d_y: Tensor, alpha: float, shift: float, l
 differentiate(_swiglu, _swiglu_backward, outputs=("y",), gradients=("gate_up",))
 
 
-@torch.library.custom_op("amfm::squared_relu_triton", mutates_args=())
-def _squared_relu(x: Tensor) -> Tensor:
-    """max(x, 0)^2 of x of any shape."""
+@torch.library.custom_op("amfm::plain_unit_triton", mutates_args=())
+def _plain(x: Tensor, alpha: float) -> Tensor:
+    """A unit of `PLAIN`, by its alpha, of x of any shape."""
     x = x.contiguous()
     y = torch.empty_like(x)
     columns = x.shape[-1] if x.dim() else 1
-    _launch(squared_relu_forward_kernel, (x, y), x.numel() // max(columns, 1), columns)
+    _launch(plain_forward_kernel, (x, y), x.numel() // max(columns, 1), columns, ALPHA=alpha)
     return y
 
 
-@fake_of(_squared_relu)
+@fake_of(_plain)
 def _(given: Any) -> Tensor:
     return given.x.new_empty(given.x.shape)
 
 
-@torch.library.custom_op("amfm::squared_relu_triton_backward", mutates_args=())
-def _squared_relu_backward(x: Tensor, d_y: Tensor) -> Tensor:
+@torch.library.custom_op("amfm::plain_unit_triton_backward", mutates_args=())
+def _plain_backward(x: Tensor, d_y: Tensor, alpha: float) -> Tensor:
     """Gradient of x from that of y."""
     x, d_y = x.contiguous(), d_y.contiguous()
     d_x = torch.empty_like(x)
     columns = x.shape[-1] if x.dim() else 1
-    _launch(squared_relu_backward_kernel, (x, d_y, d_x), x.numel() // max(columns, 1), columns)
+    _launch(plain_backward_kernel, (x, d_y, d_x), x.numel() // max(columns, 1), columns, ALPHA=alpha)
     return d_x
 
 
-differentiate(_squared_relu, _squared_relu_backward, outputs=("y",), gradients=("x",))
+differentiate(_plain, _plain_backward, outputs=("y",), gradients=("x",))
 
 
 def swiglu_triton(gate_up: Tensor, unit: Gate = SWIGLU) -> Tensor:
@@ -187,7 +206,7 @@ def swiglu_triton(gate_up: Tensor, unit: Gate = SWIGLU) -> Tensor:
     return _swiglu(gate_up, unit.alpha, unit.shift, unit.limit or 0.0, unit.cubic)
 
 
-def squared_relu_triton(x: Tensor) -> Tensor:
-    """As `squared_relu_reference`, for float32, bfloat16 and float16."""
+def plain_unit_triton(x: Tensor, activation: str) -> Tensor:
+    """As `plain_unit_reference`, for float32, bfloat16 and float16."""
     dot_dtype(x.dtype)
-    return _squared_relu(x)
+    return _plain(x, PLAIN[activation])

@@ -28,13 +28,14 @@ class FeedForwardConfig(MixerOptions):
     hidden_size: int = Field(gt=0, description="Inner width.")
     activation: Activation = Field(
         "squared_relu",
-        description="`swiglu` is gated and has a third matrix, `swiglu_oai` is that of gpt-oss, gate sigmoid(1.702 gate) (up + 1), `geglu` that of Gemma, tanh's form of GELU(gate) up; `squared_relu` is not gated.",
+        description="`swiglu` is gated and has a third matrix, `swiglu_oai` is that of gpt-oss, gate sigmoid(1.702 gate) (up + 1), `geglu` that of Gemma, tanh's form of GELU(gate) up, and `geglu_erf` the exact form; `squared_relu`, `gelu` (exact) and `gelu_tanh` are not gated.",
     )
     activation_limit: float | None = Field(
         None,
         gt=0,
         description="Gate at most this, and up between its negative and this, before they are multiplied: 7 in gpt-oss, 10 in DeepSeek-V4; null: no limit. Only for gated activations.",
     )
+    bias: bool = Field(False, description="Biases of both matrices, of dense ones.")
     linear_kind: LinearKind = Field(
         "dense",
         description="Form of the matrices: products of two factors, `lowrank` (linear_rank), `blockshuffle` (linear_blocks) or `blockdense` (both); docs/structure.md.",
@@ -57,8 +58,10 @@ class FeedForwardConfig(MixerOptions):
         return (FeedForwardPart("", "", self.structure(), self.hidden_size, self.activation),)
 
     def broken_rules(self) -> Iterator[tuple[str, str]]:
-        """Only gated units have a limit."""
+        """Only gated units have a limit, and only dense matrices biases."""
         yield from broken_limit(self.activation, self.activation_limit)
+        if self.bias and self.linear_kind != "dense":
+            yield "bias", f"goes with dense matrices, not with linear_kind={self.linear_kind}; remove one of the two"
 
     def cut_evenly(self) -> dict[Axis, dict[str, int]]:
         """Channels, and blocks of factors."""
@@ -69,7 +72,8 @@ class FeedForwardConfig(MixerOptions):
         """Inner channels."""
         if groups != "channels":
             return None
-        return Prunable({"hidden_size": 1}, self.hidden_size, channel_dims(self.hidden_size))
+        biases = {"up_proj.bias": (0, self.hidden_size, 1)} if self.bias else {}
+        return Prunable({"hidden_size": 1}, self.hidden_size, channel_dims(self.hidden_size) | biases)
 
 
 class Mamba2Config(MixerOptions):

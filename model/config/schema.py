@@ -138,7 +138,11 @@ class ModelConfig(Section):
     )
     vocab_size: int = Field(gt=0, le=10_000_000, description="Rows of the embedding; at least the tokenizer's.")
     hidden_size: int = Field(gt=0, le=1_000_000, description="Width of the residual stream.")
-    norm_epsilon: float = Field(1e-5, gt=0, description="Epsilon of every RMSNorm.")
+    norm: Literal["rmsnorm", "layernorm"] = Field(
+        "rmsnorm",
+        description="Norms of blocks, of MTP layers and before the head; `layernorm` has a mean and a bias. Norms inside of mixers stay RMSNorm.",
+    )
+    norm_epsilon: float = Field(1e-5, gt=0, description="Epsilon of every norm.")
     norm_placement: Literal["before", "after", "both", "after_attention"] = Field(
         "before",
         description="The norm of a block: `before` it, or `after` it, on the output that it adds to the residual stream (OLMo 2); `both`: two norms (Gemma 3); `after_attention`: after attention and the feed-forward after it, before other blocks (OLMo Hybrid).",
@@ -307,6 +311,10 @@ class ModelConfig(Section):
     def norms_per_block(self) -> int:
         """Norms of the residual stream that each block has."""
         return 2 if self.norm_placement == "both" else 1
+
+    def norm_parts(self) -> tuple[str, ...]:
+        """Parameters of a norm of the residual stream, each as wide as that."""
+        return ("weight", "bias") if self.norm == "layernorm" else ("weight",)
 
     @property
     def built_letters(self) -> tuple[str, ...]:

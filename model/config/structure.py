@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-Activation = Literal["swiglu", "swiglu_oai", "squared_relu", "geglu"]
-ExpertActivation = Literal["swiglu", "swiglu_oai", "squared_relu"]
+Activation = Literal["swiglu", "swiglu_oai", "squared_relu", "geglu", "geglu_erf", "gelu", "gelu_tanh"]
+ExpertActivation = Literal["swiglu", "swiglu_oai", "squared_relu", "gelu", "gelu_tanh"]
+PLAIN = ("squared_relu", "gelu", "gelu_tanh")  # of one matrix, the others are gated
 LinearKind = Literal["dense", "lowrank", "blockshuffle", "blockdense"]
 
 
@@ -153,14 +154,14 @@ class FeedForwardPart(NamedTuple):
 
 
 def matrices_of(activation: Activation) -> int:
-    """Matrices of a feed-forward: gate, up and down for gated units, up and down for squared ReLU."""
-    return 2 if activation == "squared_relu" else 3
+    """Matrices of a feed-forward: gate, up and down for gated units, up and down for plain ones."""
+    return 2 if activation in PLAIN else 3
 
 
 def broken_limit(activation: Activation, limit: float | None) -> Iterator[tuple[str, str]]:
     """Yield the field and its rule where an activation has a limit that it does not read."""
-    if limit is not None and activation == "squared_relu":
+    if limit is not None and activation in PLAIN:
         yield (
             "activation_limit",
-            "has no effect with activation=squared_relu, which is not gated; use swiglu, or remove it",
+            f"has no effect with activation={activation}, which is not gated; use swiglu, or remove it",
         )

@@ -67,6 +67,7 @@ def own_fields(config: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "pattern": "".join(letters),
         "norm_epsilon": config.norm_epsilon,
+        "norm_kind": config.norm,
         "norm_placement": config.norm_placement,
         # What follows from it, for the modelling files.
         "norms_after": [index for index, is_after in enumerate(config.norms_after()) if is_after],
@@ -99,6 +100,7 @@ def model_config_from_own(fields: Mapping[str, Any]) -> ModelConfig:
             "mixers": {name: options for name, options in mixers.items() if name not in variants},
             "variants": variants,
             "head": fields.get("head"),
+            "norm": fields.get("norm_kind") or "rmsnorm",
             "norm_placement": fields.get("norm_placement") or "before",
             "multipliers": fields.get("multipliers") or {},
             **sections,

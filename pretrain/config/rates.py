@@ -50,4 +50,4 @@ def group_of(name: str, *, is_matrix: bool) -> str:
         return "head"
     if is_matrix:
         return "matrices"
-    return "norms" if name.endswith("norm.weight") else "vectors"
+    return "norms" if name.endswith(("norm.weight", "norm.bias")) else "vectors"

@@ -61,8 +61,13 @@ ATTENTION: Wanted = {
     "sinks": (False, "attention has no sinks"),
 }
 ROPE: Wanted = {"scaling": ("none", "rotations are not stretched")}
-DENSE: Wanted = {"linear_kind": ("dense", "matrices are whole"), "activation_limit": (None, "nothing is limited")}
+DENSE: Wanted = {
+    "linear_kind": ("dense", "matrices are whole"),
+    "activation_limit": (None, "nothing is limited"),
+    "bias": (False, "matrices are read without biases"),
+}
 MODEL: Wanted = {
+    "norm": ("rmsnorm", "norms are RMSNorms"),
     "num_depths": (0, "there is no multi-token prediction"),
     "self_guided_training": (None, "matrices have no guide"),
     "lora_mixer": (None, "there are no routed updates"),

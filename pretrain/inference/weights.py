@@ -371,7 +371,7 @@ def function_settings(config: ModelConfig) -> dict[str, object]:
     config = config.without_depths()
     letters = config.letters
     settings: dict[str, object] = {"pattern": "".join(letters)}
-    for name in ("vocab_size", "hidden_size", "norm_epsilon", "norm_placement", "tie_embeddings"):
+    for name in ("vocab_size", "hidden_size", "norm", "norm_epsilon", "norm_placement", "tie_embeddings"):
         settings[name] = getattr(config, name)
     settings |= {f"multipliers.{name}": value for name, value in config.multipliers}
     for kind, options in config.kinds_in_use():

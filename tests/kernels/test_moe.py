@@ -11,6 +11,7 @@ from amfm.kernels.moe.grouping import sort_stably
 from amfm.kernels.moe.op import expert_feed_forward, group_by_expert, grouped_feed_forward, route
 from amfm.kernels.moe.rows.op import choose_ranks
 from amfm.kernels.moe.torch_grouped import begins_aligned
+from amfm.kernels.swiglu.gate import PLAIN
 from tests.helpers.gradient_place import Place
 from tests.helpers.numbers import assert_bitwise, relative_rms
 from tests.helpers.registration import assert_registered
@@ -24,7 +25,7 @@ def run(
     backend, dtype, *, tokens=63, model=16, hidden=8, experts=5, top_k=2, activation="swiglu", empty=(), score="softmax"
 ):
     generator = torch.Generator().manual_seed(tokens * 100 + experts)
-    width = hidden * (1 if activation == "squared_relu" else 2)
+    width = hidden * (1 if activation in PLAIN else 2)
 
     def make(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
@@ -49,7 +50,7 @@ def run(
     return routing, [y, *torch.autograd.grad(loss, (x, up, down, logits))]
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai@1.5", "squared_relu"])
+@pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai@1.5", "squared_relu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -196,10 +197,10 @@ def test_places_that_no_choice_fills_change_no_bit(kept, room, poisoned_memory):
         assert_bitwise(one, other)
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai@1.5", "squared_relu"])
+@pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai@1.5", "squared_relu", "gelu", "gelu_tanh"])
 def test_gradients_of_the_torch_path_pass_gradcheck(activation):
     torch.manual_seed(1)
-    width = 4 if activation == "squared_relu" else 8
+    width = 4 if activation in PLAIN else 8
     x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     up = torch.randn(3, width, 6, dtype=torch.float64, requires_grad=True)
     down = torch.randn(3, 6, 4, dtype=torch.float64, requires_grad=True)
@@ -230,7 +231,7 @@ def test_grouped_feed_forward_is_the_expert_path_without_gather_and_weights():
     torch.testing.assert_close(sorted_y, whole[groups.token_ids], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai@1.5", "squared_relu"])
+@pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai@1.5", "squared_relu", "gelu", "gelu_tanh"])
 def test_grouped_products_of_a_card_compute_what_the_loop_does(activation, monkeypatch):
     """PyTorch's grouped product computes on CPUs too, so that the path of GPUs is compared with the loop here."""
     sizes = {"tokens": 40, "model": 16, "hidden": 8, "experts": 6, "empty": (0, 3, 5)}
@@ -285,7 +286,7 @@ def test_grouping_is_stable_and_counts_every_pair():
 def test_bad_input_is_refused_with_what_was_expected():
     x, up, down = torch.randn(4, 8), torch.randn(6, 10, 8), torch.randn(6, 8, 5)
     with pytest.raises(ValueError, match="activation"):
-        grouped_feed_forward(x, torch.zeros(6, dtype=torch.int64), up, down, activation="gelu")
+        grouped_feed_forward(x, torch.zeros(6, dtype=torch.int64), up, down, activation="relu")
     with pytest.raises(ValueError, match="down_EDF must have shape"):
         grouped_feed_forward(x, torch.zeros(6, dtype=torch.int64), up, down.mT, activation="swiglu")
     with pytest.raises(ValueError, match="must add up to the 4 rows"):

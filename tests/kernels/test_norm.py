@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from amfm.kernels.norm.layer_norm import layer_norm
 from amfm.kernels.norm.op import gated_rms_norm, head_norm, rms_norm
 from tests.helpers.numbers import assert_all_near, assert_near
 
@@ -54,6 +55,27 @@ def test_gated_norm_equals_its_definition(
         for backend in ("torch", "reference")
     ]
     assert_all_near(*results, FLOAT64)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (63, 5), (2, 3, 129)])
+@pytest.mark.parametrize("residual", [False, True])
+def test_layer_norm_equals_its_definition(shape: tuple[int, ...], residual: bool, poisoned_memory: None) -> None:
+    x, r, weight, bias = make(torch.float64, shape, shape, shape[-1:], shape[-1:])
+    leaves = [x, weight, bias, r] if residual else [x, weight, bias]
+    results = [
+        with_gradients(layer_norm(x, weight, bias, 1e-5, residual=r if residual else None, backend=backend), leaves)
+        for backend in ("torch", "reference")
+    ]
+    assert_all_near(*results, FLOAT64)
+
+
+def test_layer_norm_takes_narrow_values_with_wide_weights() -> None:
+    x, weight, bias = make(torch.bfloat16, (40, 32), (32,), (32,))
+    exact = layer_norm(x.double(), weight.double(), bias.double(), 1e-5)
+    for weights in ((weight, bias), (weight.float(), bias.float())):
+        y = layer_norm(x, *weights, 1e-5)
+        assert y.dtype == torch.bfloat16
+        assert_near(y, exact, BFLOAT16)
 
 
 def test_gradients_match_finite_differences() -> None:

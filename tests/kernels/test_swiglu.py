@@ -1,10 +1,14 @@
 """Activations against their formulas."""
 
+from typing import get_args
+
 import pytest
 import torch
 
+from amfm.kernels.swiglu import gate
 from amfm.kernels.swiglu.gate import find_gate
-from amfm.kernels.swiglu.op import squared_relu, swiglu
+from amfm.kernels.swiglu.op import plain_unit, squared_relu, swiglu
+from amfm.model.config import structure
 
 # One rounding an operation, a handful of operations.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6}
@@ -22,8 +26,20 @@ def geglu(x, backend="torch"):
     return swiglu(x, find_gate("geglu"), backend=backend)
 
 
+def geglu_erf(x, backend="torch"):
+    return swiglu(x, find_gate("geglu_erf"), backend=backend)
+
+
+def gelu(x, backend="torch"):
+    return plain_unit(x, "gelu", backend=backend)
+
+
+def gelu_tanh(x, backend="torch"):
+    return plain_unit(x, "gelu_tanh", backend=backend)
+
+
 @pytest.mark.parametrize("shape", [(1, 2), (63, 10), (2, 3, 34)])
-@pytest.mark.parametrize("activation", [swiglu, limited, limited_silu, geglu, squared_relu])
+@pytest.mark.parametrize("activation", [swiglu, limited, limited_silu, geglu, geglu_erf, gelu, gelu_tanh, squared_relu])
 def test_torch_path_equals_the_formula_in_output_and_gradient(activation, shape):
     for dtype, tolerance in TOLERANCE.items():
         torch.manual_seed(0)
@@ -38,13 +54,13 @@ def test_torch_path_equals_the_formula_in_output_and_gradient(activation, shape)
             assert (got - wanted).norm() <= tolerance * wanted.norm() + 1e-30
 
 
-@pytest.mark.parametrize("activation", [swiglu, limited, geglu, squared_relu])
+@pytest.mark.parametrize("activation", [swiglu, limited, geglu, geglu_erf, gelu, gelu_tanh, squared_relu])
 def test_gradients_pass_gradcheck(activation):
     torch.manual_seed(1)
     assert torch.autograd.gradcheck(activation, torch.randn(5, 6, dtype=torch.float64, requires_grad=True))
 
 
-@pytest.mark.parametrize("activation", [swiglu, limited, geglu, squared_relu])
+@pytest.mark.parametrize("activation", [swiglu, limited, geglu, geglu_erf, gelu, gelu_tanh, squared_relu])
 def test_bfloat16_rounds_once(activation):
     torch.manual_seed(2)
     x = torch.randn(40, 32).bfloat16()
@@ -57,7 +73,7 @@ def test_large_inputs_stay_finite():
     assert torch.isfinite(x.grad).all()
 
 
-@pytest.mark.parametrize("activation", [swiglu, limited, geglu, squared_relu])
+@pytest.mark.parametrize("activation", [swiglu, limited, geglu, geglu_erf, gelu, gelu_tanh, squared_relu])
 def test_compiled_result_is_the_eager_one(activation):
     x = torch.randn(4, 8)
     compiled = torch.compile(activation, fullgraph=True, backend="aot_eager")
@@ -84,8 +100,26 @@ def test_geglu_is_that_of_gemma():
     from transformers.activations import ACT2FN
 
     x = torch.randn(40, 32, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * 5
-    gate, up = x.chunk(2, dim=-1)
-    torch.testing.assert_close(geglu(x), ACT2FN["gelu_pytorch_tanh"](gate) * up, rtol=1e-14, atol=1e-14)
+    first, up = x.chunk(2, dim=-1)
+    torch.testing.assert_close(geglu(x), ACT2FN["gelu_pytorch_tanh"](first) * up, rtol=1e-14, atol=1e-14)
+
+
+def test_gelu_is_that_of_megatron_core_with_and_without_biases():
+    """Its fused form, with biases, is tanh's; the one of experts and without biases is exact (`F.gelu`)."""
+    from megatron.core.fusions.fused_bias_geglu import bias_geglu
+    from megatron.core.fusions.fused_bias_gelu import bias_gelu
+
+    x = torch.randn(40, 32, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * 5
+    none = torch.zeros(32, dtype=torch.float64)
+    # Their constant of sqrt(2 / pi) has eight digits.
+    torch.testing.assert_close(gelu_tanh(x), bias_gelu(none, x), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(geglu(x), bias_geglu(none, x), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(gelu(x), torch.nn.functional.gelu(x), rtol=1e-14, atol=1e-14)
+
+
+def test_settings_and_kernels_have_the_same_plain_units():
+    assert set(structure.PLAIN) == set(gate.PLAIN)
+    assert set(get_args(structure.Activation)) == set(gate.PLAIN) | set(gate.GATES)
 
 
 def test_limits_keep_what_is_not_a_number():
@@ -97,7 +131,7 @@ def test_bad_input_is_refused_with_what_was_expected():
     with pytest.raises(ValueError, match="even last dim"):
         swiglu(torch.randn(2, 3))
     for word, rule in (
-        ("gelu", "geglu, squared_relu"),
+        ("relu", "geglu_erf, squared_relu, gelu"),
         ("squared_relu@7.0", "must be one of"),
         ("swiglu@0", "above 0"),
     ):
@@ -105,3 +139,5 @@ def test_bad_input_is_refused_with_what_was_expected():
             find_gate(word)
     with pytest.raises(ValueError, match="floating point"):
         squared_relu(torch.ones(2, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="activation must be one of squared_relu, gelu, gelu_tanh; got 'swiglu'"):
+        plain_unit(torch.ones(2, 2), "swiglu")

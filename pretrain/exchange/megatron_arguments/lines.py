@@ -16,7 +16,7 @@ moe_router_load_balancing_type moe_aux_loss_coeff moe_token_drop_policy lr_decay
 weight_decay_incr_style muon_scale_mode muon_tp_mode fp8 fp8_recipe fp4 fp4_recipe data_parallel_sharding_strategy
 recompute_granularity recompute_method recompute_modules cuda_graph_impl cuda_graph_modules cuda_graph_scope data_path
 train_data_path split save load wandb_project wandb_exp_name tokenizer_model rampup_batch_size step_batch_size_schedule
-iterations_to_skip
+iterations_to_skip normalization tokenizer_type vocab_file merge_file tiktoken_pattern
 """
 TEXTS = frozenset(WORDS.split())
 

@@ -27,6 +27,7 @@ def model_lines(given: Arguments) -> Iterator[Line]:
     untied = given["untie_embeddings_and_output_weights"] if tied is None else not tied
     names = ("untie_embeddings_and_output_weights", "share_embeddings_and_output_weights")
     yield line("model.tie_embeddings", not untied, *names)
+    yield norm_line(given, letters)
     if "*" in letters:
         yield from attention_lines(given)
     if "+" in letters:
@@ -40,6 +41,7 @@ def model_lines(given: Arguments) -> Iterator[Line]:
     if "-" in letters:
         yield line("model.feed_forward.hidden_size", feed_forward_size(given), "ffn_hidden_size", "swiglu")
         yield activation_line(given, "feed_forward")
+        yield line("model.feed_forward.bias", bool(given["add_bias_linear"]), "add_bias_linear")
     if "E" in letters:
         yield from expert_lines(given)
     if not given.is_record and ("M" in letters or given["moe_latent_size"]):
@@ -166,6 +168,11 @@ def key_heads(given: Arguments) -> int:
     return int(groups or given.number("num_attention_heads"))
 
 
+def attention_bias(given: Arguments) -> bool | str:
+    """Biases of attention: of all four matrices, of queries, keys and values, or none."""
+    return bool(given["add_bias_linear"]) or ("qkv" if given["add_qkv_bias"] else False)
+
+
 def attention_lines(given: Arguments) -> Iterator[Line]:
     """Of `*`."""
     yield line(
@@ -178,7 +185,7 @@ def attention_lines(given: Arguments) -> Iterator[Line]:
     yield line("model.attention.head_dim", head_size(given), "kv_channels", "num_attention_heads", "hidden_size")
     is_rotary = given["position_embedding_type"] in ("rope", "yarn")
     yield position_line(given, "model.attention.positions", "rope" if is_rotary else "none")
-    yield line("model.attention.bias", "qkv" if given["add_qkv_bias"] else False, "add_qkv_bias")
+    yield line("model.attention.bias", attention_bias(given), "add_bias_linear", "add_qkv_bias")
     yield line("model.attention.gate", "element" if given["attention_output_gate"] else "none", "attention_output_gate")
     yield line("model.attention.sinks", given["softmax_type"] == "learnable", "softmax_type")
     if is_rotary:
@@ -241,7 +248,11 @@ def latent_lines(given: Arguments) -> Iterator[Line]:
         given["position_embedding_type"] in ("rope", "yarn", "learned_absolute") or given["rope_type"] is not None
     )
     yield line(f"{mla}.positions", "rope" if is_rotary else "none", "position_embedding_type")
-    yield line(f"{mla}.latent_norm_epsilon", given["layernorm_epsilon"], "layernorm_epsilon")
+    epsilon = (f"{mla}.latent_norm_epsilon", given["layernorm_epsilon"])
+    if given["add_bias_linear"]:
+        yield approximated(*epsilon, "the output of + has no bias here", "add_bias_linear")
+    else:
+        yield line(*epsilon, "layernorm_epsilon")
     factor = given["rotary_scaling_factor"]
     if is_rotary and given["rope_type"] in (None, "yarn") and factor and factor > 1:
         yield line(f"{mla}.yarn.factor", factor, "rotary_scaling_factor")
@@ -269,7 +280,20 @@ def window_lines(given: Arguments) -> Iterator[Line]:
     if is_rotary:
         yield line(f"{window}.rope_theta", given["rotary_base"], "rotary_base")
     yield line(f"{window}.qk_norm", given["qk_layernorm"], "qk_layernorm")
+    yield line(f"{window}.bias", attention_bias(given), "add_bias_linear", "add_qkv_bias")
     yield line(f"{window}.sinks", given["softmax_type"] == "learnable", "softmax_type")
+
+
+def norm_line(given: Arguments, letters: set[str]) -> Line:
+    """Norms of the residual stream; those inside of mixers are RMSNorms here, there of the same kind but for Mamba2's."""
+    kind, names = given["normalization"], ("normalization",)
+    if kind == "RMSNorm":
+        return line("model.norm", "rmsnorm", *names)
+    if kind != "LayerNorm":
+        return approximated("model.norm", "rmsnorm", f"normalization={kind} is not there", *names)
+    if letters & set("G+") or given["qk_layernorm"]:
+        return approximated("model.norm", "layernorm", "norms inside of mixers are RMSNorms here", *names)
+    return line("model.norm", "layernorm", *names)
 
 
 def feed_forward_size(given: Arguments) -> int:
@@ -280,7 +304,7 @@ def feed_forward_size(given: Arguments) -> int:
 
 
 def activation_line(given: Arguments, section: str) -> Line:
-    """The activation; GELU, which is not there, becomes squared ReLU or SwiGLU."""
+    """The activation. GELU is tanh's form where a fused kernel adds biases, in feed-forwards, and else exact."""
     setting, names = f"model.{section}.activation", ("swiglu", "squared_relu", "quick_geglu", "activation_func")
     gated, chosen = given["gated_linear_unit"], str(given["activation_func"] or "")
     if given["quick_geglu"] and given["glu_linear_offset"] == 1.0:
@@ -289,9 +313,20 @@ def activation_line(given: Arguments, section: str) -> Line:
         return line(setting, "swiglu", *names)
     if given["squared_relu"] or chosen.endswith("squared_relu"):
         return line(setting, "squared_relu", *names)
-    is_gated = gated or given["quick_geglu"]
-    note = f"{'GEGLU' if is_gated else 'GELU'} is not there"
-    return approximated(setting, "swiglu" if is_gated else "squared_relu", note, *names)
+    if given["quick_geglu"]:
+        note = "quick_geglu without glu_linear_offset=1 is not there"
+        return approximated(setting, "swiglu_oai", note, *names, "glu_linear_offset")
+    if chosen and not chosen.endswith("gelu"):
+        return approximated(setting, "gelu", f"activation_func={chosen} is not there", *names)
+    fused = given["bias_gelu_fusion"] if given.is_flags else given.get("bias_activation_fusion")
+    is_fused = fused and section == "feed_forward"
+    if gated and section == "moe":
+        return approximated(setting, "swiglu", "GEGLU of experts is not there", *names, "gated_linear_unit")
+    if gated:
+        return line(setting, "geglu" if is_fused else "geglu_erf", *names, "gated_linear_unit", "bias_gelu_fusion")
+    # The program leaves the fused kernel out where there are no biases.
+    has_tanh = is_fused and given["add_bias_linear"]
+    return line(setting, "gelu_tanh" if has_tanh else "gelu", *names, "bias_gelu_fusion", "add_bias_linear")
 
 
 def expert_lines(given: Arguments) -> Iterator[Line]:
@@ -300,6 +335,7 @@ def expert_lines(given: Arguments) -> Iterator[Line]:
     width = given["moe_ffn_hidden_size"] or feed_forward_size(given)
     yield line(f"{moe}.expert_hidden_size", width, "moe_ffn_hidden_size", "ffn_hidden_size")
     yield activation_line(given, "moe")
+    yield line(f"{moe}.bias", bool(given["add_bias_linear"]), "add_bias_linear")
     score = given["moe_router_score_function"]
     yield line(f"{moe}.router", SCORES.get(score, score), "moe_router_score_function")
     is_softmax = score == "softmax"

@@ -86,6 +86,9 @@ def length_lines(given: Arguments) -> Iterator[Line]:
             yield approximated(f"train.batch_ramp.{key}", value, "there in samples, here in steps", "rampup_batch_size")
     if given["exit_duration_in_mins"]:
         yield line("train.stop_after_minutes", given["exit_duration_in_mins"], "exit_duration_in_mins")
+    if given["eval_iters"] == 0:
+        yield line("train.validate_every_steps", None, "eval_iters")
+        yield approximated("train.validation_batches", 1, "nothing is validated", "eval_iters")
     if given["iterations_to_skip"]:
         skipped = [[int(step), int(step)] for step in given["iterations_to_skip"]]
         yield line("data.skip_steps", skipped, "iterations_to_skip")
@@ -244,6 +247,8 @@ def data_lines(given: Arguments) -> Iterator[Line]:
     paths = paths.split() if isinstance(paths, str) else list(paths or ())
     if paths:
         yield line("data.sources", read_sources(paths), "data_path")
+    if given["tokenizer_type"] == "NullTokenizer" and given["vocab_size"]:
+        yield line("data.tokenizer.eos_token", int(given["vocab_size"]), "tokenizer_type", "vocab_size")
     split = given["split"] if given["data_path"] else given.get("split")
     shares = re.findall(r"[\d.]+", split)[:3] if isinstance(split, str) else []
     if any(float(share) for share in shares):

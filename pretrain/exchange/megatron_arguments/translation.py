@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from amfm.model.config.structure import PLAIN
 from amfm.pretrain.exchange.megatron_arguments.lines import Arguments, Line
 from amfm.pretrain.exchange.megatron_arguments.model_settings import model_lines
 from amfm.pretrain.exchange.megatron_arguments.table import Row, read_table
@@ -80,7 +81,7 @@ def applies(setting: str, pattern: str, values: dict[str, Any]) -> bool:
     for prefix, positions in ROTARY.items():
         if setting.startswith(prefix) and values.get(positions) != "rope":
             return False
-    return setting not in GATED or values.get(GATED[setting]) != "squared_relu"
+    return setting not in GATED or values.get(GATED[setting]) not in PLAIN
 
 
 def find_missing(given: Arguments) -> Iterator[Missing]:

@@ -47,12 +47,16 @@ def settings_of(translated: Translation) -> list[Line]:
     return sorted(chosen, key=lambda found: order.get(found.setting.partition(".")[0], len(order)))
 
 
+# Settings whose null turns something off that is on by default.
+WRITTEN_NULL = ("optimizer.clip_grad_norm", "train.validate_every_steps")
+
+
 def is_written(found: Line, translated: Translation) -> bool:
     """Whether a line was given, or differs from the default here."""
     if found.is_unset:
         return False
     if found.is_approximate or any(name in translated.given.given for name in found.names):
-        return found.value is not None or found.setting == "optimizer.clip_grad_norm"
+        return found.value is not None or found.setting in WRITTEN_NULL
     return not same(found.value, default_of(found.setting))
 
 

@@ -40,6 +40,12 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return (wide * weight.float()).to(x.dtype)
 
 
+def make_norm(config: Any) -> nn.Module:
+    """Make a norm of the residual stream."""
+    kind = nn.LayerNorm if config.norm_kind == "layernorm" else RMSNorm
+    return kind(config.hidden_size, config.norm_epsilon)
+
+
 class GroupedRMSNorm(RMSNorm):
     """The norm over the channels of each of several groups."""
 
@@ -149,18 +155,19 @@ class Mamba2(nn.Module):
 
 
 # Steepness of the gate's sigmoid, and what is added to up.
-GATES = {"swiglu": (1.0, 0.0), "swiglu_oai": (1.702, 1.0), "geglu": (1.0, 0.0)}
+GATES = {"swiglu": (1.0, 0.0), "swiglu_oai": (1.702, 1.0), "geglu": (1.0, 0.0), "geglu_erf": (1.0, 0.0)}
+GELUS = {"geglu": "tanh", "geglu_erf": "none", "gelu": "none", "gelu_tanh": "tanh"}
 
 
 def activate(x: Tensor, activation: str, limit: float | None) -> Tensor:
-    """Apply a gated unit to [gate, up] (the last dim halves; arXiv 2002.05202) or squared ReLU (arXiv 2109.08668)."""
+    """Apply a gated unit to [gate, up] (the last dim halves; arXiv 2002.05202), squared ReLU (arXiv 2109.08668) or GELU."""
     if activation not in GATES:
-        return F.relu(x).square()
+        return F.gelu(x, approximate=GELUS[activation]) if activation in GELUS else F.relu(x).square()
     gate, up = x.chunk(2, dim=-1)
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    if activation == "geglu":
-        return F.gelu(gate, approximate="tanh") * up
+    if activation in GELUS:
+        return F.gelu(gate, approximate=GELUS[activation]) * up
     alpha, shift = GATES[activation]
     return F.silu(gate) * up if activation == "swiglu" else gate * torch.sigmoid(alpha * gate) * (up + shift)
 
@@ -168,11 +175,11 @@ def activate(x: Tensor, activation: str, limit: float | None) -> Tensor:
 class FeedForward(nn.Module):
     """Feed-forward block: down(activation(up(x)))."""
 
-    def __init__(self, width: int, hidden: int, activation: str, limit: float | None) -> None:
+    def __init__(self, width: int, hidden: int, activation: str, limit: float | None, bias: bool = False) -> None:
         super().__init__()
         self.activation, self.limit = activation, limit
-        self.up_proj = nn.Linear(width, hidden * (2 if activation in GATES else 1), bias=False)
-        self.down_proj = nn.Linear(hidden, width, bias=False)
+        self.up_proj = nn.Linear(width, hidden * (2 if activation in GATES else 1), bias=bias)
+        self.down_proj = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""

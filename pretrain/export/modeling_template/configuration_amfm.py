@@ -41,6 +41,7 @@ class AmfmConfig(PretrainedConfig):
         feed_forward: dict[str, Any] | None = None,
         mixers: dict[str, dict[str, Any]] | None = None,
         multipliers: dict[str, float] | None = None,
+        norm_kind: str = "rmsnorm",
         norm_placement: str = "before",
         norms_after: list[int] | None = None,
         **kwargs: Any,
@@ -57,6 +58,7 @@ class AmfmConfig(PretrainedConfig):
         self.moe = moe
         self.feed_forward = feed_forward
         self.mixers = mixers or {}
+        self.norm_kind = norm_kind
         self.norm_placement, self.norms_after = norm_placement, norms_after or []
         # Exports of earlier versions have none.
         self.multipliers = {"embedding": 1.0, "residual": 1.0, "logits": 1.0} | (multipliers or {})

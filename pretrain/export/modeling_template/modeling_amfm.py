@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from .attention_amfm import Attention
-from .blocks_amfm import FeedForward, Mamba2, MixtureOfExperts, RMSNorm
+from .blocks_amfm import FeedForward, Mamba2, MixtureOfExperts, make_norm
 from .cache_amfm import AmfmCache, BlockState, as_own_cache
 from .configuration_amfm import AmfmConfig
 from .documents_amfm import Place, Stretch, by_document, count_positions, find_documents, read_text_mask
@@ -52,7 +52,8 @@ def make_feed_forward(config: AmfmConfig, index: int) -> nn.Module:
     """Make the mixer of `-`."""
     own = config.feed_forward
     assert own is not None, "the pattern has '-', the configuration no feed_forward section"
-    return FeedForward(config.hidden_size, own["hidden_size"], own["activation"], own.get("activation_limit"))
+    limit, bias = own.get("activation_limit"), bool(own.get("bias"))
+    return FeedForward(config.hidden_size, own["hidden_size"], own["activation"], limit, bias)
 
 
 CORE: dict[str, Callable[[AmfmConfig, int], nn.Module]] = {
@@ -101,9 +102,8 @@ class AmfmBlock(GradientCheckpointingLayer):
         super().__init__()
         self.letter = letter = config.letters()[index]
         self.multiplier = config.multipliers["residual"]
-        self.norm, self.norm_after = RMSNorm(config.hidden_size, config.norm_epsilon), index in config.norms_after
-        has_both = config.norm_placement == "both"
-        self.out_norm = RMSNorm(config.hidden_size, config.norm_epsilon) if has_both else None
+        self.norm, self.norm_after = make_norm(config), index in config.norms_after
+        self.out_norm = make_norm(config) if config.norm_placement == "both" else None
         self.mixer = ParallelMixers(letter, index, config) if letter[0] == "(" else make_mixer(letter, index, config)
 
     def forward(
@@ -188,7 +188,7 @@ class AmfmModel(AmfmPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([AmfmBlock(index, config) for index in range(len(config.letters()))])
-        self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.norm = make_norm(config)
         self.gradient_checkpointing = False
         self.post_init()
 

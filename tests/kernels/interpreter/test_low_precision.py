@@ -14,6 +14,7 @@ from amfm.kernels.moe import triton_codes, triton_epilogues
 from amfm.kernels.moe.counting_sort import list_tiles
 from amfm.kernels.moe.low_precision import makes_codes
 from amfm.kernels.moe.op import expert_feed_forward, grouped_feed_forward
+from amfm.kernels.swiglu.gate import PLAIN
 from tests.helpers.gradient_place import Place
 from tests.helpers.numbers import assert_bitwise, assert_near
 from tests.helpers.registration import assert_registered
@@ -212,7 +213,7 @@ def expert_leaves(activation, tokens=150):
     def normal(*shape, scale=1.0):
         return (torch.randn(*shape, generator=generator) * scale).requires_grad_()
 
-    features = WIDTH if activation == "squared_relu" else 2 * WIDTH
+    features = WIDTH if activation in PLAIN else 2 * WIDTH
     leaves = [normal(tokens, MODEL), torch.rand(tokens, 2, generator=generator).add(0.1).requires_grad_()]
     leaves += [normal(EXPERTS, features, MODEL, scale=0.2), normal(EXPERTS, MODEL, WIDTH, scale=0.2)]
     ids = torch.tensor([0, 1, 3])[torch.rand(tokens, 3, generator=generator).topk(2).indices]
@@ -236,6 +237,7 @@ def run_experts(ids, leaves, activation, **how):
 
 @pytest.mark.parametrize(("activation", "options"), [
     pytest.param("swiglu", {}, marks=pytest.mark.slow), ("squared_relu", {"weight_gradient": "bf16"}), pytest.param("swiglu_oai@1.5", {"saved": "fp8"}, marks=pytest.mark.slow),
+    pytest.param("gelu_tanh", {"saved": "fp8"}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_experts_by_codes_are_the_emulation_twice_bitwise(activation, options, twice, poisoned_memory):
     ids, leaves = expert_leaves(activation)
@@ -291,12 +293,13 @@ def test_rows_of_experts_are_read_and_written_where_they_lie(poisoned_memory):
 
 @pytest.mark.parametrize(("activation", "width", "dtype", "saved"), [
     ("swiglu_oai@1.5", 128, torch.bfloat16, True), pytest.param("squared_relu", 200, torch.bfloat16, True, marks=pytest.mark.slow), ("swiglu", 128, torch.float32, False),
+    pytest.param("gelu", 200, torch.bfloat16, True, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_codes_made_in_epilogues_are_those_of_passes_afterwards_to_the_bit(
     activation, width, dtype, saved, poisoned_memory
 ):
     generator = torch.Generator().manual_seed(0)
-    total, features = sum(COUNTS), width * (1 if activation == "squared_relu" else 2)
+    total, features = sum(COUNTS), width * (1 if activation in PLAIN else 2)
     assert makes_codes("fp8_block", width, activation)
     x, v = (torch.randn(total, size, generator=generator).to(dtype) for size in (72, width))
     weight = torch.randn(len(COUNTS), features, 72, generator=generator) * 0.2

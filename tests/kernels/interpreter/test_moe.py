@@ -45,6 +45,8 @@ SIZES = [
         (SIZES[0] | {"hidden": 5}, "swiglu_oai@0.7"),
         pytest.param(SIZES[-1], "swiglu_oai@0.7", marks=pytest.mark.slow),
         *((sizes, "squared_relu") for sizes in SIZES[:2]),
+        *((SIZES[0] | {"hidden": 5}, activation) for activation in ("gelu", "gelu_tanh")),
+        *(pytest.param(SIZES[-1], activation, marks=pytest.mark.slow) for activation in ("gelu", "gelu_tanh")),
         *(pytest.param(sizes, "squared_relu", marks=pytest.mark.slow) for sizes in SIZES[2:]),
     ],
 )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from amfm.kernels.norm import triton_impl
+from amfm.kernels.norm.layer_norm import layer_norm
 from amfm.kernels.norm.op import gated_rms_norm, head_norm, rms_norm
 from tests.helpers.numbers import assert_all_near, assert_near
 from tests.helpers.registration import assert_registered
@@ -38,6 +39,21 @@ def test_norm_equals_its_definition_twice_bitwise(
     def run(t: list[Tensor], backend: str) -> list[Tensor]:
         extra = t[2] if residual else None
         return with_gradients(rms_norm(t[0], t[1], 1e-5, residual=extra, backend=backend), t)
+
+    once = twice(lambda: run(tensors, "triton"))
+    assert_all_near(once, run(exact, "reference"), FLOAT32)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (2, 33, 129)])
+@pytest.mark.parametrize("residual", [False, True])
+def test_layer_norm_equals_its_definition_twice_bitwise(
+    shape: tuple[int, ...], residual: bool, twice: Twice, poisoned_memory: None
+) -> None:
+    tensors = make(shape, shape[-1:], shape[-1:], *([shape] if residual else []))
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+
+    def run(t: list[Tensor], backend: str) -> list[Tensor]:
+        return with_gradients(layer_norm(*t[:3], 1e-5, residual=t[3] if residual else None, backend=backend), t)
 
     once = twice(lambda: run(tensors, "triton"))
     assert_all_near(once, run(exact, "reference"), FLOAT32)

@@ -7,7 +7,7 @@ from amfm.kernels.swiglu import triton_impl
 from amfm.kernels.swiglu.op import squared_relu, swiglu
 from tests.helpers.numbers import assert_all_near, assert_near
 from tests.helpers.registration import assert_registered
-from tests.kernels.test_swiglu import geglu, limited, limited_silu
+from tests.kernels.test_swiglu import geglu, geglu_erf, gelu, gelu_tanh, limited, limited_silu
 
 FLOAT32 = 1e-6  # one rounding an operation, a handful of operations
 BFLOAT16 = 1e-2  # inputs are exact; the interpreter cuts the result's last bits off
@@ -21,7 +21,7 @@ def run(activation, x, backend):
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (63, 10), (2, 3, 150)])
-@pytest.mark.parametrize("activation", [swiglu, limited, limited_silu, geglu, squared_relu])
+@pytest.mark.parametrize("activation", [swiglu, limited, limited_silu, geglu, geglu_erf, gelu, gelu_tanh, squared_relu])
 def test_kernels_equal_the_formulas_twice_bitwise(activation, shape, twice, poisoned_memory):
     torch.manual_seed(0)
     x = torch.randn(shape) * 3
@@ -29,7 +29,7 @@ def test_kernels_equal_the_formulas_twice_bitwise(activation, shape, twice, pois
     assert_all_near(once, run(activation, x.double(), "reference"), FLOAT32)
 
 
-@pytest.mark.parametrize("activation", [swiglu, squared_relu])
+@pytest.mark.parametrize("activation", [swiglu, squared_relu, gelu])
 def test_bfloat16_is_computed_in_float32(activation):
     x = torch.randn(5, 12).bfloat16()
     assert_near(activation(x, backend="triton"), activation(x.double()), BFLOAT16)
@@ -43,7 +43,7 @@ def test_float64_is_refused_and_meta_tensors_pass_through():
 
 
 @pytest.mark.parametrize(
-    ("operation", "others"), [(triton_impl._swiglu, (1.702, 1.0, 7.0, 0.04)), (triton_impl._squared_relu, ())]
+    ("operation", "others"), [(triton_impl._swiglu, (1.702, 1.0, 7.0, 0.04)), (triton_impl._plain, (0.0,))]
 )
 def test_registration_is_complete(operation, others):
     assert_registered(operation, torch.randn(3, 4, requires_grad=True), *others)

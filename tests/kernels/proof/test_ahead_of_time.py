@@ -19,7 +19,16 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles no
 def test_streaming_kernels_compile_without_spills(architecture: int) -> None:
     signature = {"x": "*bf16", "other": "*bf16", "weight": "*bf16", "out": "*bf16", "reciprocal": "*fp32"}
     signature |= dict.fromkeys(("rows", "size", "stride_x"), "i32:16") | {"stride_other": "i32", "epsilon": "fp32"}
-    constants = {"h": None, "GATED": True, "RESIDUAL": False, "UNIT": 8, "BLOCK_R": 1, "BLOCK_S": 1024}
+    constants = {
+        "h": None,
+        "bias": None,
+        "CENTERED": False,
+        "GATED": True,
+        "RESIDUAL": False,
+        "UNIT": 8,
+        "BLOCK_R": 1,
+        "BLOCK_S": 1024,
+    }
     norm = compile_ahead(norm_forward_kernel, signature, constants, architecture)
     signature = {"x": "*bf16", "weight": "*fp32", "bias": "*fp32", "ids": "*i32", "y": "*bf16"}
     signature |= dict.fromkeys(("T", "C"), "i32:16") | dict.fromkeys(("stride_b", "stride_t"), "i32")

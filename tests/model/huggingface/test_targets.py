@@ -268,6 +268,22 @@ def test_sections_that_the_pattern_does_not_use_stop_no_target() -> None:
     assert choose_target(config) == "nemotron_h"
 
 
+@pytest.mark.parametrize(
+    ("said", "changes"),
+    [
+        ("model.norm=layernorm", {"norm": "layernorm"}),
+        (
+            "model.feed_forward.bias=true",
+            {"feed_forward": FeedForwardConfig(hidden_size=16, activation="swiglu", bias=True)},
+        ),
+        ("model.feed_forward.activation=gelu", {"feed_forward": FeedForwardConfig(hidden_size=16, activation="gelu")}),
+    ],
+)
+def test_no_class_but_our_own_holds_layer_norms_biases_and_gelu(said: str, changes: dict) -> None:
+    config = lfm2_config().model_copy(update=changes)
+    assert choose_target(config) == "own" and any(said in reason for reason in explain_unfit(config, "lfm2"))
+
+
 def test_unknown_target_is_refused() -> None:
     with pytest.raises(ValueError, match="'mamba2' is unknown; use auto, llama"):
         explain_unfit(NEMOTRON_H, "mamba2")

@@ -46,7 +46,7 @@ CONFIGS = {
     "tied": small_config(
         "*E",
         tie_embeddings=True,
-        moe=MOE.model_copy(update={"latent_size": None, "activation": "squared_relu"}),
+        moe=MOE.model_copy(update={"latent_size": None, "activation": "gelu"}),
         attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6, gate="head"),
         multipliers=MultipliersConfig(embedding=3.0, residual=0.22, logits=0.3),
     ),
@@ -56,10 +56,12 @@ CONFIGS = {
         mamba=Mamba2Config(num_heads=4, head_dim=3, state_size=5, num_groups=1, chunk_size=8),
         attention=AttentionConfig(num_heads=4, num_kv_heads=1, head_dim=6, qk_norm=True, gate="element"),
     ),
-    # Norms after blocks, and over all heads, whose mean spans the ranks, with key heads that both hold; biases of all but the output.
+    # LayerNorms after blocks, norms over all heads, whose mean spans the ranks, with key heads that both hold; biases of all but the output.
     "wide norms": small_config(
         "*-W",
+        norm="layernorm",
         norm_placement="after",
+        feed_forward=FeedForwardConfig(hidden_size=14, activation="gelu_tanh", bias=True),
         attention=AttentionConfig(num_heads=4, num_kv_heads=1, head_dim=6, qk_norm="wide", bias="qkv"),
         mixers={
             "window": {

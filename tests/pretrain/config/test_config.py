@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[3]
 # Growing this list is a decision: a new setting needs a reader, a description and a line here.
 FIELDS = """
 run.dir run.name run.initial_weights run.tensorboard run.wandb_project
-model.pattern model.vocab_size model.hidden_size model.norm_epsilon model.norm_placement model.tie_embeddings model.head model.initializer_range
+model.pattern model.vocab_size model.hidden_size model.norm model.norm_epsilon model.norm_placement model.tie_embeddings model.head model.initializer_range
 model.depth_scaled_init model.megatron_init model.residual_in_fp32 model.logits_z_loss_weight
 model.mamba.num_heads model.mamba.head_dim model.mamba.state_size model.mamba.num_groups model.mamba.conv_kernel
 model.mamba.conv_bias model.mamba.chunk_size model.mamba.keep_states model.mamba.a_init_min model.mamba.a_init_max
@@ -36,7 +36,7 @@ model.moe.shared_expert_linear_blocks model.moe.activation model.moe.activation_
 model.moe.num_router_groups model.moe.router_group_top_k model.moe.group_score_top_k model.moe.expert_bias model.moe.bias_rule model.moe.bias_update_rate
 model.moe.auxiliary_loss_weight model.moe.sequence_loss_weight model.moe.balance_counts model.moe.z_loss_weight model.moe.latent_size
 model.moe.capacity_factor model.moe.overflow model.moe.forced_balance
-model.feed_forward.hidden_size model.feed_forward.activation model.feed_forward.activation_limit model.feed_forward.linear_kind
+model.feed_forward.hidden_size model.feed_forward.activation model.feed_forward.activation_limit model.feed_forward.bias model.feed_forward.linear_kind
 model.feed_forward.linear_rank model.feed_forward.linear_blocks
 model.mixers.deltanet.conv_kernel model.mixers.deltanet.chunk_size model.mixers.deltanet.num_heads
 model.mixers.deltanet.head_dim model.mixers.deltanet.value_head_dim model.mixers.deltanet.num_key_heads

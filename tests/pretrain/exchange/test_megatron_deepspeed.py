@@ -120,6 +120,8 @@ def test_what_their_model_cannot_be_is_refused_by_block_and_setting(
         ({"attention": ATTENTION | {"qk_norm": True}}, "model.attention.qk_norm=true"),
         ({"attention": ATTENTION | {"gate": "head"}}, "model.attention.gate=head"),
         ({"attention": ATTENTION | {"bias": True}}, "model.attention.bias=true"),
+        ({"norm": "layernorm"}, "model.norm=layernorm"),
+        ({"feed_forward": {"hidden_size": 48, "bias": True}}, "model.feed_forward.bias=true"),
         ({"multipliers": {"logits": 0.5}}, "model.multipliers.logits=0.5"),
         ({"pattern": "-*-*"}, "is not a row of pairs"),
         ({"pattern": "*-/*-"}, "model.num_depths=1"),

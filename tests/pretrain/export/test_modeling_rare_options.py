@@ -57,11 +57,13 @@ MODELS: dict[str, ModelConfig] = {
         mixers={"window": sample_options("window") | {"bias": True, "sinks": True, "yarn": YARN}},
         moe=BIASED,
     ),
-    "wide norms, biases of queries, keys and values, and norms after blocks": small_config(
+    "LayerNorms after blocks, wide norms of queries, biases of these and of feed-forwards": small_config(
         "*-M-W",
+        norm="layernorm",
         norm_placement="after_attention",
         attention=attention(bias="qkv", qk_norm="wide"),
         mixers={"window": sample_options("window") | {"bias": "qkv", "qk_norm": "wide"}},
+        feed_forward=FeedForwardConfig(hidden_size=20, activation="geglu_erf", bias=True),
     ),
     "norms around blocks, GEGLU, scales, and positions stretched linearly": small_config(
         "*-M-W-",
@@ -72,7 +74,11 @@ MODELS: dict[str, ModelConfig] = {
         mixers={"window": sample_options("window") | {"softmax_scale": 0.4}},
         feed_forward=FeedForwardConfig(hidden_size=20, activation="geglu"),
     ),
-    "biases of narrow experts": small_config("*E*E", moe=MOE.model_copy(update={"bias": True, "latent_size": 7})),
+    "biases of narrow experts, GELU": small_config(
+        "*E-*E",
+        feed_forward=FeedForwardConfig(hidden_size=20, activation="gelu_tanh"),
+        moe=MOE.model_copy(update={"bias": True, "latent_size": 7, "activation": "gelu"}),
+    ),
     "indexers": choosing(),
     "indexers without positions": small_config(
         "*+",

@@ -31,7 +31,7 @@ MODELS: dict[str, Any] = {
     "swiglu": MODEL
     | {
         "attention": MODEL["attention"] | {"qk_norm": True, "positions": "rope", "gate": "element"},
-        "feed_forward": {"hidden_size": 48, "activation": "swiglu"},
+        "feed_forward": {"hidden_size": 48, "activation": "swiglu", "bias": True},
     },
     "squared_relu": MODEL,
 }
@@ -71,14 +71,18 @@ def test_experts_that_were_pruned_are_no_collapse(data: DataConfig, tmp_path: Pa
 
 
 ZEROS = {
-    "channels": [("blocks.3.mixer.up_proj.weight", 0, 48), ("blocks.1.mixer.shared.down_proj.weight", 1, 8)],
+    "channels": [
+        ("blocks.3.mixer.up_proj.weight", 0, 48),
+        ("blocks.3.mixer.up_proj.bias", 0, 48),
+        ("blocks.1.mixer.shared.down_proj.weight", 1, 8),
+    ],
     "experts": [("blocks.1.mixer.experts.up", 0, 2), ("blocks.1.mixer.experts.down", 0, 2)],
     "heads": [("blocks.2.mixer.k_proj.weight", 0, 8), ("blocks.2.mixer.o_proj.weight", 1, 16)],
 }
 
 
 def count_zeros(tensor: torch.Tensor, dim: int) -> int:
-    return int((tensor == 0).transpose(0, dim).flatten(1).all(dim=1).sum())
+    return int((tensor == 0).transpose(0, dim).reshape(tensor.shape[dim], -1).all(dim=1).sum())
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,8 @@ def unserved(fields: Mapping[str, Any]) -> list[str]:
     for name in sorted(names & set(SERVED)):
         section = fields[SECTIONS[name]] if name in SECTIONS else mixers[name]
         reasons += _unknown_settings(name, section)
+    if fields.get("norm_kind") == "layernorm":
+        reasons.append("norm_kind=layernorm: the plug-in has RMSNorms; use rmsnorm")
     if fields.get("norms_after") or fields.get("norm_placement") == "both":
         reasons.append("norm_placement: the plug-in norms what blocks read; use before")
     if "kda" in names:

@@ -149,13 +149,62 @@ def test_what_is_missing_or_only_near_is_written_and_counted(tmp_path: Path) -> 
         "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --tp-comm-overlap --unheard-of 3 --fp16", tmp_path
     )
     text = write_yaml(given)
-    assert "[H] --tp-comm-overlap True" in text and "[M] --normalization LayerNorm (a default)" in text
+    assert "[H] --tp-comm-overlap True" in text and "[M] --hidden-dropout 0.1 (a default)" in text
     assert "Not known, and left out: --unheard-of" in text
-    assert "activation: squared_relu  # approximated: GELU is not there" in text
+    assert "activation: gelu_tanh  # default of Megatron-LM (--swiglu)" in text
     assert "beta2: 0.999  # default of Megatron-LM (--adam-beta2)" in text
     assert summarize(given) == {
         "equal": 2, "differs": 1, "missing": 2, "H": 1, "M": 0, "L": 1, "unknown": 1
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (
+            "",
+            {
+                "feed_forward.activation": "gelu_tanh",
+                "feed_forward.bias": True,
+                "norm": "layernorm",
+                "attention.bias": True,
+            },
+        ),
+        (
+            "--disable-bias-linear",
+            {"feed_forward.activation": "gelu", "feed_forward.bias": False, "attention.bias": False},
+        ),
+        ("--no-bias-gelu-fusion --add-qkv-bias", {"feed_forward.activation": "gelu", "attention.bias": True}),
+        ("--disable-bias-linear --add-qkv-bias --normalization RMSNorm", {"attention.bias": "qkv", "norm": "rmsnorm"}),
+        ("--num-experts 4", {"moe.activation": "gelu", "moe.bias": True}),
+        ("--activation-func gelu --gated-linear-unit", {"feed_forward.activation": "geglu"}),
+        ("--activation-func gelu --gated-linear-unit --no-bias-gelu-fusion", {"feed_forward.activation": "geglu_erf"}),
+    ],
+)
+def test_norms_biases_and_gelu_are_those_that_the_program_computes(
+    flags: str, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    """GELU is tanh's form where biases are added in one kernel, and the exact one elsewhere; none of it is approximated."""
+    translated = of(f"--num-layers 2 --hidden-size 32 --num-attention-heads 4 {flags}", tmp_path)
+    found = {name: translated.lines[f"model.{name}"] for name in expected}
+    assert {name: line.value for name, line in found.items()} == expected
+    assert not any(line.is_approximate for line in found.values())
+
+
+def test_no_validation_is_none(tmp_path: Path) -> None:
+    found = values(
+        of("--num-layers 2 --hidden-size 32 --num-attention-heads 4 --eval-iters 0 --eval-interval 10", tmp_path)
+    )
+    assert found["train.validate_every_steps"] is None and found["train.validation_batches"] == 1
+
+
+def test_what_only_is_near_of_norms_and_units_is_named_and_a_null_tokenizer_is_its_end(tmp_path: Path) -> None:
+    given = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --qk-layernorm --quick-geglu"
+    translated = of(f"{given} --tokenizer-type NullTokenizer --vocab-size 511", tmp_path)
+    assert "RMSNorms here" in translated.lines["model.norm"].note
+    assert "without glu_linear_offset" in translated.lines["model.feed_forward.activation"].note
+    assert translated.lines["data.tokenizer.eos_token"].value == 511
+    assert not [found for found in translated.missing if found.name == "tokenizer_type"]
 
 
 @pytest.mark.parametrize(
