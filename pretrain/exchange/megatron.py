@@ -14,7 +14,9 @@ of models/, ssm/ and transformer/):
 - `in_proj` and `conv1d` of Gated DeltaNet are cut into `query key value z beta alpha`; a gate of attention stands after
   the queries of each group in `linear_qkv`. Depths of prediction are `mtp.layers.D`.
 
-Every tensor must be taken, or it is rejected with an error: biases, other positions.
+- Rotary channels of MLA are pairs there and halves here (`row_order`).
+
+Every tensor must be taken, or it is rejected with an error: learned positions, biases that the model does not have.
 """
 
 from __future__ import annotations
@@ -30,17 +32,22 @@ from amfm.model.shapes import block_shapes
 from amfm.pretrain.exchange.common_file import BUFFER, Fitted, find_steps, fit_tensors, one_step, read_common
 from amfm.pretrain.exchange.dcp_folder import DcpFolder
 from amfm.pretrain.exchange.megatron_blocks import (
-    DEPTH,
     EXPERTS,
     FUSED,
     NORMS,
     PARTS,
-    PLAIN,
+    UP_BIAS,
     check_fits,
+    depth_names,
+    extra_channels,
     fused_rows,
+    key_heads,
     layers,
+    names_of,
+    norm_names,
+    row_order,
 )
-from amfm.pretrain.exchange.rows import drop_channel_dim, join, part_of, stacked
+from amfm.pretrain.exchange.rows import drop_channel_dim, join, part_of, permuted, resized, stacked, with_column
 
 DESCRIPTION, COMMON, LATEST = "metadata.json", "common.pt", "latest_checkpointed_iteration.txt"
 STATE_KEY = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(fp32_param|param|exp_avg|exp_avg_sq)\.(.+)")
@@ -92,11 +99,15 @@ class MegatronFolder:
         return "exp_avg" in self.keys
 
     def refuse_buckets(self) -> None:
-        """Raise ValueError for optimizer state that is cut by communication buffers and not by parameters."""
+        """Raise ValueError for optimizer state that is cut by communication buffers and not by parameters.
+
+        Order, sizes and padding of parameters in a bucket follow from the modules of each rank, and are not saved.
+        """
         for key in self.folder.tensors:
             if key.partition("optimizer.")[1] and STATE_KEY.fullmatch(key) is None:
                 raise ValueError(
-                    f"{self.path}: {key} is optimizer state by buffers of that run's ranks; save it by parameters, with "
+                    f"{self.path}: {key} is optimizer state in buckets of that run's ranks (dp_reshardable), and which numbers "
+                    "are of which parameter is not in the file; save it once by parameters, with "
                     "--dist-ckpt-optim-fully-reshardable, or leave the optimizer out (--no-save-optim)"
                 )
 
@@ -152,15 +163,16 @@ class Reading:
         """Iterate over our names and sources; those that are not there are left out."""
         yield from self.named("embedding.weight", self.whole("embedding.word_embeddings.weight"))
         for ours, symbol, layer, place in layers(self.model, is_pairs=self.is_pairs):
-            norms = [self.at(layer, place, name) for name in NORMS[symbol]]  # our own exports have both
-            yield from self.named(f"{ours}norm.weight", next((found for found in norms if found), None))
+            for part in self.model.norm_parts():
+                yield from self.named(f"{ours}norm.{part}", self.first(layer, place, norm_names(NORMS[symbol], part)))
             for name in block_shapes(self.model, symbol):
                 yield from self.named(f"{ours}mixer.{name}", self.block_tensor(layer, place, symbol, name))
         for depth in range(self.model.num_depth_modules):
-            for our_name, name in DEPTH.items():
+            for our_name, name in depth_names(self.model).items():
                 yield from self.named(f"mtp.{depth}.{our_name}", self.whole(f"mtp.layers.{depth}.{name}"))
-        last = "decoder.final_layernorm.weight" if self.is_pairs else "decoder.final_norm.weight"
-        yield from self.named("final_norm.weight", self.whole(last))
+        last = "decoder.final_layernorm" if self.is_pairs else "decoder.final_norm"
+        for part in self.model.norm_parts():
+            yield from self.named(f"final_norm.{part}", self.whole(f"{last}.{part}"))
         if not self.model.tie_embeddings:
             yield from self.named("head.weight", self.whole("output_layer.weight"))
 
@@ -171,17 +183,32 @@ class Reading:
 
     def block_tensor(self, layer: str, place: int | None, symbol: str, name: str) -> Source | None:
         """The source of a tensor of ours in a block; None where it is not there."""
-        if name in PLAIN[symbol]:
-            return self.at(layer, place, PLAIN[symbol][name])
+        if names := names_of(self.model, symbol, name):
+            found, order = self.first(layer, place, names), row_order(self.model, symbol, name)
+            return found if found is None or order is None else permuted(found, order)
         if name in PARTS.get(symbol, {}):
             base, parts = PARTS[symbol][name]
             return drop_channel_dim(
                 self.at(layer, place, base) or self.joined([self.at(layer, place, f"{base}.{part}") for part in parts])
             )
         if name in EXPERTS:
-            return self.experts(layer, place, EXPERTS[name])
-        fused = self.at(layer, place, FUSED)
-        return None if fused is None else self.head_rows(fused, name)
+            found, extra = self.experts(layer, place, EXPERTS[name]), extra_channels(self.model, name)
+            if found is None or not extra:
+                return found
+            if name == "experts.down":
+                return resized(found, found.shape[1] + extra, found.shape[2])
+            bias = self.experts(layer, place, UP_BIAS)
+            return found if bias is None else with_column(found, bias, extra)
+        own, _, part = name.rpartition(".")
+        fused = self.at(layer, place, f"{FUSED}.{part}")
+        rows = fused_rows(self.model, symbol)
+        if fused is None or own not in rows:
+            return None
+        return part_of(fused, list(rows.values()), list(rows).index(own), key_heads(self.model))
+
+    def first(self, layer: str, place: int | None, names: Sequence[str]) -> Source | None:
+        """A tensor that may have several names; our own exports have all, and all count as taken."""
+        return next((found for found in [self.at(layer, place, name) for name in names] if found), None)
 
     def whole(self, key: str, lead: tuple[int, ...] = ()) -> Source | None:
         """A tensor by its key; gated matrices may be two tensors, gate (`_w`) and up (`_v`)."""
@@ -198,7 +225,7 @@ class Reading:
         return found or (None if place is None else self.whole(f"decoder.layers.{name}", (place,)))
 
     def experts(self, layer: str, place: int | None, name: str) -> Source | None:
-        """The matrices of all experts, [E, out, in]: a stack, or tensors by number."""
+        """The matrices or biases of all experts, [E, out, in] or [E, out]: a stack, or tensors by number."""
         stack = self.at(layer, place, f"mlp.experts.experts.{name}")
         if stack is not None:
             return stack
@@ -212,9 +239,3 @@ class Reading:
         """Tensors below each other; None if one is missing."""
         present = [source for source in sources if source is not None]
         return join([(source, 0, source.num_rows) for source in present]) if len(present) == len(sources) else None
-
-    def head_rows(self, fused: Source, name: str) -> Source:
-        """Rows of queries, gates, keys or values of `linear_qkv`, whose groups are those of the key-value heads."""
-        rows = fused_rows(self.model)
-        assert self.model.attention is not None, "the pattern has *, the configuration no attention section"
-        return part_of(fused, list(rows.values()), list(rows).index(name), self.model.attention.num_kv_heads)

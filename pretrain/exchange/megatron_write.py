@@ -30,18 +30,23 @@ from amfm.pretrain.exchange.adopt import check_adoptable
 from amfm.pretrain.exchange.dcp import StreamedPlanner
 from amfm.pretrain.exchange.megatron import COMMON, DESCRIPTION, LATEST
 from amfm.pretrain.exchange.megatron_blocks import (
-    DEPTH,
     EXPERTS,
     FUSED,
     NORMS,
     PARTS,
-    PLAIN,
+    UP_BIAS,
     check_fits,
+    depth_names,
+    extra_channels,
     fused_rows,
+    key_heads,
     layers,
+    names_of,
+    norm_names,
     part_rows,
+    row_order,
 )
-from amfm.pretrain.exchange.rows import interleave, join
+from amfm.pretrain.exchange.rows import interleave, join, last_column, permuted, resized
 from amfm.pretrain.exchange.state import ExportedState, TrainingState, export_state
 from amfm.pretrain.exchange.torch_file import system_errors
 from amfm.pretrain.stages import last_stage, resolve_stages
@@ -97,10 +102,10 @@ def check_pairs(model: ModelConfig) -> None:
     """Raise ValueError for a pattern whose blocks are not attention and what follows it, in pairs."""
     depth = model.parsed_pattern.depth_letters
     halves = [letters[place::2] for letters in (model.letters, depth) for place in (0, 1)]
-    are_pairs = set(halves[0] + halves[2]) <= {"*", "G"} and set(halves[1] + halves[3]) <= {"-", "E"}
+    are_pairs = set(halves[0] + halves[2]) <= {"*", "G", "W", "+"} and set(halves[1] + halves[3]) <= {"-", "E"}
     if not are_pairs or len(model.letters) % 2 or len(depth) not in (0, 2):
         raise ValueError(
-            f"model.pattern={model.pattern} has no layers of GPTModel, which are * or G and then - or E, one for each depth; "
+            f"model.pattern={model.pattern} has no layers of GPTModel, which are *, W, + or G and then - or E, one for each depth; "
             "use --format torch-dist, whose names are those of MambaModel"
         )
 
@@ -119,15 +124,16 @@ def megatron_tensors(config: RunConfig, state: TrainingState, *, is_gpt: bool) -
 
 def in_their_names(model: ModelConfig, ours: Mapping[str, Source], *, is_gpt: bool) -> Iterator[tuple[str, Source]]:
     """Iterate over tensors of one kind by Megatron-Core's names of a model; those of ours that are not there are left out."""
-    last = "decoder.final_layernorm.weight" if is_gpt else "decoder.final_norm.weight"
-    names = {"embedding.weight": "embedding.word_embeddings.weight", "final_norm.weight": last}
-    names["head.weight"] = "output_layer.weight"
+    last = "decoder.final_layernorm" if is_gpt else "decoder.final_norm"
+    names = {"embedding.weight": "embedding.word_embeddings.weight", "head.weight": "output_layer.weight"}
+    names |= {f"final_norm.{part}": f"{last}.{part}" for part in model.norm_parts()}
     for depth in range(model.num_depth_modules):
-        names |= {f"mtp.{depth}.{name}": f"mtp.layers.{depth}.{theirs}" for name, theirs in DEPTH.items()}
+        names |= {f"mtp.{depth}.{name}": f"mtp.layers.{depth}.{theirs}" for name, theirs in depth_names(model).items()}
     yield from ((theirs, ours[name]) for name, theirs in names.items() if name in ours)
     for prefix, symbol, layer, _ in layers(model, is_pairs=is_gpt):
-        if f"{prefix}norm.weight" in ours:
-            yield from ((layer + name, ours[f"{prefix}norm.weight"]) for name in NORMS[symbol])
+        for part in model.norm_parts():
+            if f"{prefix}norm.{part}" in ours:
+                yield from ((layer + name, ours[f"{prefix}norm.{part}"]) for name in norm_names(NORMS[symbol], part))
         inside = f"{prefix}mixer."
         block = {name.removeprefix(inside): source for name, source in ours.items() if name.startswith(inside)}
         yield from ((layer + name, source) for name, source in block_tensors(model, symbol, block))
@@ -136,20 +142,33 @@ def in_their_names(model: ModelConfig, ours: Mapping[str, Source], *, is_gpt: bo
 def block_tensors(model: ModelConfig, symbol: str, block: Mapping[str, Source]) -> Iterator[tuple[str, Source]]:
     """Iterate over what a layer has of a block's tensors."""
     for name, source in block.items():
-        if name in PLAIN[symbol]:
-            yield PLAIN[symbol][name], source
+        if names := names_of(model, symbol, name):
+            order = row_order(model, symbol, name)
+            if order is not None:
+                source = permuted(source, sorted(range(len(order)), key=order.__getitem__))
+            yield from ((theirs, source) for theirs in names)
         elif name in EXPERTS:
+            extra = extra_channels(model, name)
+            if extra:
+                rows, width = (
+                    size - extra * (name == own) for size, own in zip(source.shape[1:], ("experts.down", "experts.up"))
+                )
+                if name == "experts.up":
+                    yield f"mlp.experts.experts.{UP_BIAS}", last_column(source, width)
+                source = resized(source, rows, width)
             yield f"mlp.experts.experts.{EXPERTS[name]}", source
         elif name in PARTS.get(symbol, {}):
             base, parts = PARTS[symbol][name]
-            rows, begin = part_rows(model, symbol), 0
+            sizes, begin = part_rows(model, symbol), 0
             for part in parts:
-                piece = join([(source, begin, begin + rows[part])])
+                piece = join([(source, begin, begin + sizes[part])])
                 yield f"{base}.{part}", with_channel_dim(piece) if name == "conv.weight" else piece
-                begin += rows[part]
-    if "q_proj.weight" in block:
-        assert model.attention is not None, "only * has q_proj, of the blocks that move"
-        yield FUSED, interleave([block[name] for name in fused_rows(model)], model.attention.num_kv_heads)
+                begin += sizes[part]
+    rows = fused_rows(model, symbol)
+    for part in ("weight", "bias"):
+        present = [block[f"{name}.{part}"] for name in rows if f"{name}.{part}" in block]
+        if present and len(present) == len(rows):
+            yield f"{FUSED}.{part}", interleave(present, key_heads(model))
 
 
 def with_channel_dim(source: Source) -> Source:

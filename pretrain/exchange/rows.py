@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from amfm.model.on_demand import Shape, Source
 
@@ -46,6 +47,47 @@ def part_of(fused: Source, rows: Sequence[int], index: int, blocks: int) -> Sour
     each = [number // blocks for number in rows]
     first, size, block = sum(each[:index]), each[index], sum(each)
     return join([(fused, at * block + first, at * block + first + size) for at in range(blocks)])
+
+
+def permuted(source: Source, order: Sequence[int]) -> Source:
+    """Rows in groups of the length of `order`: row r of a group is row order[r] of the same group of the source."""
+    size, index = len(order), torch.tensor(order)
+    if source.num_rows % size:
+        return source  # of another shape than the configuration's: the comparison of shapes names it
+
+    def read(start: int, stop: int) -> Tensor:
+        first, last = start // size * size, -(-stop // size) * size
+        rows = source.read(first, last).unflatten(0, (-1, size))[:, index].flatten(0, 1)
+        return rows[start - first : stop - first]
+
+    return Source(source.shape, source.dtype, read)
+
+
+def with_column(matrices: Source, column: Source, channels: int) -> Source:
+    """Matrices [E, F, D] with vectors [E, F] as one more column, and zeros behind it up to D + channels."""
+    experts, rows, width = matrices.shape
+
+    def read(start: int, stop: int) -> Tensor:
+        left, right = matrices.read(start, stop), column.read(start, stop).unsqueeze(2)
+        return torch.cat([left, right, right.new_zeros(*left.shape[:2], channels - 1)], dim=2)
+
+    return Source((experts, rows, width + channels), matrices.dtype, read)
+
+
+def last_column(matrices: Source, width: int) -> Source:
+    """The column behind so many of matrices [E, F, D], [E, F]."""
+    shape = matrices.shape[:2]
+    return Source(shape, matrices.dtype, lambda start, stop: matrices.read(start, stop)[:, :, width])
+
+
+def resized(matrices: Source, rows: int, width: int) -> Source:
+    """The first rows and columns of matrices [E, F, D], with zeros where it has fewer."""
+
+    def read(start: int, stop: int) -> Tensor:
+        found = matrices.read(start, stop)[:, :rows, :width]
+        return functional.pad(found, (0, width - found.shape[2], 0, rows - found.shape[1]))
+
+    return Source((matrices.shape[0], rows, width), matrices.dtype, read)
 
 
 def stacked(sources: Sequence[Source]) -> Source:

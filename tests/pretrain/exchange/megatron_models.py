@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing.optimizer import (
     get_param_id_to_sharded_param_map,
     optim_state_to_sharding_state,
 )
+from megatron.core.fusions import fused_softmax
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -38,7 +39,7 @@ from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig, multi_latent_attention
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
@@ -56,7 +57,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def transformer_config(**settings: Any) -> TransformerConfig:
     """A small transformer with grouped queries, RMSNorm and gated feed-forwards, initialized on the CPU."""
-    return TransformerConfig(
+    kind = MLATransformerConfig if settings.get("multi_latent_attention") else TransformerConfig
+    return kind(
         **{
             "num_layers": 2,
             "hidden_size": WIDTH,
@@ -99,7 +101,15 @@ def on_cpu() -> Iterator[None]:
         patch.setattr(moe_layer, "HAVE_TE", True)
         patch.setattr(moe_layer, "TELinear", Duplicated, raising=False)
         patch.setattr(gated_delta_net, "HAVE_FLA", True)
+        patch.setattr(multi_latent_attention, "TELinear", Duplicated)
+        patch.setattr(fused_softmax, "get_sliding_window_causal_mask", sliding_window_mask)
         yield
+
+
+def sliding_window_mask(queries: int, keys: int, window: tuple[int, int]) -> torch.Tensor:
+    """What is masked, as megatron-core's function of this name, which makes it on a GPU."""
+    seen = torch.ones(queries, keys, dtype=torch.bool)
+    return ~seen.triu(keys - queries - window[0]).tril(keys - queries + window[1])
 
 
 class GatedNorm(torch.nn.Module):
@@ -128,6 +138,16 @@ class Duplicated(torch.nn.Module):
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True), prefix, None, sharded_offsets
         )
+
+
+class LatentAttention(DotProductAttention):
+    """Attention of local layers for MLA, which passes channels that only Transformer Engine's takes; values have kv_channels."""
+
+    def __init__(
+        self, *args: Any, k_channels: int | None = None, v_channels: int | None = None, **settings: Any
+    ) -> None:
+        super().__init__(*args, **settings)
+        assert v_channels in (None, self.config.kv_channels)
 
 
 def gpt_of_newer_blocks(config: TransformerConfig) -> GPTModel:
@@ -232,9 +252,16 @@ def hybrid(config: TransformerConfig, pattern: str) -> MambaModel:
 def gpt(config: TransformerConfig, *, num_experts: int | None = None) -> GPTModel:
     """GPTModel of local layers, with rotary positions and an untied head."""
     if num_experts is None or isinstance(config.moe_layer_freq, int):
-        spec = get_gpt_layer_local_spec(num_experts=num_experts, normalization="RMSNorm")
+        spec = get_gpt_layer_local_spec(
+            num_experts=num_experts,
+            normalization=config.normalization,
+            multi_latent_attention=config.multi_latent_attention,
+            qk_layernorm=config.qk_layernorm,
+        )
     else:
-        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
+    if config.multi_latent_attention:
+        spec.submodules.self_attention.submodules.core_attention = LatentAttention
     return GPTModel(
         config,
         spec,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.data_pipeline.loader.loader import SourceUse
 from amfm.launch.cli import run
+from amfm.model.config.moe import BIAS_CHANNELS
 from amfm.model.on_demand import Source, source_of
 from amfm.model.packing import PackMeta
 from amfm.pretrain.checkpoint.inspect import diff_checkpoints
@@ -25,6 +29,7 @@ from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.exchange.adopt import Expected, adopt, describe_position, import_state
 from amfm.pretrain.exchange.common_file import read_common
+from amfm.pretrain.exchange.megatron import MegatronFolder
 from amfm.pretrain.exchange.megatron_write import export_megatron
 from amfm.pretrain.exchange.state import WrittenRun, write_run
 from amfm.pretrain.inference.weights import read_weights
@@ -64,6 +69,41 @@ NEWER: dict[str, Any] = {
     "linear_value_head_dim": 8,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
+}
+LATENT: dict[str, Any] = {
+    "multi_latent_attention": True,
+    "qk_layernorm": True,
+    "num_query_groups": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 12,
+    "qk_head_dim": 8,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 8,
+    "rope_type": "rope",
+}
+# As Megatron-LM's own defaults have it: LayerNorm, biases, and GELU by a fused kernel.
+OLDER: dict[str, Any] = {
+    "normalization": "LayerNorm",
+    "add_bias_linear": True,
+    "gated_linear_unit": False,
+    "activation_func": torch.nn.functional.gelu,
+    "bias_activation_fusion": True,
+}
+# Experts do not have that kernel, and no shared expert has biases.
+BIASED: dict[str, Any] = {
+    "moe_layer_freq": [0, 1],
+    "bias_activation_fusion": False,
+    "moe_shared_expert_intermediate_size": None,
+}
+OUR_LATENT: dict[str, Any] = {
+    "num_heads": 4,
+    "latent_size": 12,
+    "query_latent_size": 16,
+    "nope_head_dim": 8,
+    "rope_head_dim": 4,
+    "value_head_dim": 8,
+    "positions": "rope",
+    "latent_norm_epsilon": 1e-5,
 }
 IDS_BT = torch.randint(0, 448, (1, 24), generator=torch.Generator().manual_seed(5))
 
@@ -127,6 +167,10 @@ def write_gpt(folder: str) -> dict[str, Tensor]:
         configs = {
             "stacked": megatron.transformer_config(),
             "singletons": megatron.transformer_config(**MOE, moe_layer_freq=[0, 1]),
+            "older": megatron.transformer_config(**OLDER),
+            "biased": megatron.transformer_config(**MOE | OLDER | BIASED),
+            "latent": megatron.transformer_config(**LATENT),
+            "windowed": megatron.transformer_config(window_size=(4, 0)),
         }
         for name, config in configs.items():
             model = megatron.gpt(config, num_experts=config.num_moe_experts).eval()
@@ -165,6 +209,7 @@ def test_a_run_goes_on_from_a_hybrid_of_megatron(
 # What GPTModel of megatron-core has on a CPU, and what only a hybrid has.
 PAIRS = "G-*E/*E"
 HYBRID = "MG*-E/*E"
+OLDER_PAIRS = "+-*-WE/*E"
 
 
 def drawn(config: RunConfig, out: Path) -> Path:
@@ -172,7 +217,14 @@ def drawn(config: RunConfig, out: Path) -> Path:
     expected, draw = Expected(config), torch.Generator().manual_seed(3)
 
     def sources(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Source]:
-        return {name: source_of(torch.randn(shape, generator=draw).abs()) for name, shape in shapes.items()}
+        found = {name: torch.randn(shape, generator=draw).abs() for name, shape in shapes.items()}
+        if config.model.moe is not None and config.model.moe.bias:
+            for name, tensor in found.items():
+                if name.endswith("experts.up"):  # behind the column of biases are zeros
+                    tensor[..., 1 - BIAS_CHANNELS :] = 0.0
+                if name.endswith("experts.down"):
+                    tensor[:, -BIAS_CHANNELS:] = 0.0
+        return {name: source_of(tensor) for name, tensor in found.items()}
 
     tensors = {kind: sources(expected.shapes) for kind in ("weight", "exp_avg", "exp_avg_sq")}
     state = adopt(config, "drawn", tensors, sources(expected.buffers), 2)
@@ -196,11 +248,25 @@ def same_tensors(first: Path, second: Path) -> bool:
     return not any(found[name] for name in names)
 
 
-@pytest.mark.parametrize(("pattern", "is_gpt", "precision"), [(PAIRS, True, "bf16"), (HYBRID, False, "float32")])
+def older_blocks(config: RunConfig, pattern: str) -> RunConfig:
+    """The same run of a model with LayerNorms, GELU and biases, windows and latent attention."""
+    model = config.model.model_dump(mode="json", exclude_unset=True) | {"pattern": pattern, "norm": "layernorm"}
+    model["attention"] |= {"bias": True}
+    model["moe"] |= {"activation": "gelu", "bias": True}
+    model["feed_forward"] |= {"activation": "gelu_tanh", "bias": True}
+    window = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "window": 5, "bias": "qkv"}
+    model["mixers"] = {"mla": OUR_LATENT, "window": window}
+    return RunConfig.model_validate(config.model_dump(mode="json", exclude={"model"}) | {"model": model})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "is_gpt", "precision"),
+    [(PAIRS, True, "bf16"), (HYBRID, False, "float32"), (OLDER_PAIRS, True, "float32")],
+)
 def test_what_is_exported_comes_back_bit_equal(
     unbroken: Unbroken, tmp_path: Path, pattern: str, *, is_gpt: bool, precision: str
 ) -> None:
-    config = newer_blocks(unbroken.config, pattern)
+    config = (older_blocks if pattern == OLDER_PAIRS else newer_blocks)(unbroken.config, pattern)
     config = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
     checkpoint = drawn(config, tmp_path / "drawn")
     exported = export_megatron(checkpoint, tmp_path / "there", is_gpt=is_gpt)
@@ -236,6 +302,23 @@ def test_models_without_a_place_there_are_refused(
     assert run(["export", str(unbroken.checkpoint), str(tmp_path / "out"), "--format", "torch-dist-gpt"]) == 2
     assert "model.pattern=ME*- has no layers of GPTModel" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_buckets_of_a_distributed_optimizer_are_rejected_with_what_to_do(unbroken: Unbroken, tmp_path: Path) -> None:
+    """The keys of its usual state (`sharded_param_state_dp_reshardable` of megatron-core's distrib_optimizer.py)."""
+    bucket = (
+        "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.bfloat16, torch.float32).bucket_idx_0.exp_avg"
+    )
+    tensors = {"embedding.word_embeddings.weight": torch.zeros(448, 32), bucket: torch.zeros(100)}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        save(tensors, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
+    torch.save({}, tmp_path / "common.pt")
+    (tmp_path / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
+    with pytest.raises(
+        ValueError, match=r"bucket_idx_0.exp_avg is .* not in the file; save it once by parameters, with --dist"
+    ):
+        MegatronFolder(tmp_path, unbroken.config.model)
 
 
 def through_megatron(folders: list[tuple[str, str, str]]) -> None:
@@ -301,9 +384,24 @@ def test_logits_of_gpt_models_are_equal(data: DataConfig, tmp_path: Path) -> Non
     attention = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "positions": "rope"}
     dense = {"hidden_size": 48, "activation": "swiglu"}
     moe = {**MODEL["moe"], "activation": "swiglu", "auxiliary_loss_weight": 0.0, "z_loss_weight": 0.0}
-    for name, pattern in (("stacked", "*-*-"), ("singletons", "*-*E")):
-        model = {"vocab_size": 448, "hidden_size": 32, "pattern": pattern, "attention": attention}
-        model |= {"feed_forward": dense, "norm_epsilon": 1e-5} | ({"moe": moe} if "E" in pattern else {})
+    older = {"norm": "layernorm", "attention": {**attention, "bias": True}}
+    older |= {"feed_forward": {"hidden_size": 48, "activation": "gelu_tanh", "bias": True}}
+    cases: dict[str, dict[str, Any]] = {
+        "stacked": {"pattern": "*-*-", "attention": attention},
+        "singletons": {"pattern": "*-*E", "attention": attention, "moe": moe},
+        "older": {"pattern": "*-*-", **older},
+        "biased": {
+            "pattern": "*-*E",
+            **older,
+            "feed_forward": {"hidden_size": 48, "activation": "gelu", "bias": True},
+            "moe": {**moe, "activation": "gelu", "bias": True, "shared_expert_hidden_size": 0},
+        },
+        "latent": {"pattern": "+-+-", "mixers": {"mla": OUR_LATENT}},
+        # Their window does not count the token itself.
+        "windowed": {"pattern": "W-W-", "mixers": {"window": {**attention, "window": 5}}},
+    }
+    for name, changes in cases.items():
+        model = {"vocab_size": 448, "hidden_size": 32, "feed_forward": dense, "norm_epsilon": 1e-5, **changes}
         config = tiny_config(data, tmp_path / "run").model_dump(mode="json") | {"model": model}
         file = tmp_path / "config.yaml"
         file.write_text(json.dumps(config))
