@@ -5,10 +5,11 @@ Every pair of a row and an expert is a product of its own, so what a row gets do
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from amfm.kernels.moe.torch_loop import activate
 from amfm.kernels.runtime.native import EXPERT_ROWS, NORM_ROWS, ROUTE_ROWS, call_native, find_openmp
 
 _SCORES = ("softmax", "sigmoid")  # by number; the third is the root of the softplus
@@ -70,7 +71,12 @@ def route_rows(
 
 
 def expert_feed_forward_rows(
-    x_RD: Tensor, expert_ids_RK: Tensor, weights_RK: Tensor, up_EFD: Tensor, down_EDF: Tensor, activation: str
+    x_RD: Tensor,
+    expert_ids_RK: Tensor,
+    weights_RK: Tensor,
+    up_EFD: Tensor,
+    down_EDF: Tensor,
+    activate: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Sum over each token's K chosen experts of weight times feed-forward, as `expert_feed_forward`; no gradients."""
     rows, top_k = expert_ids_RK.shape
@@ -78,7 +84,7 @@ def expert_feed_forward_rows(
     hidden = torch.empty(rows * top_k, up_EFD.shape[1])
     _multiply(up_EFD, x_RD.contiguous(), ids, None, hidden)
     y = torch.empty(rows, down_EDF.shape[1])
-    _multiply(down_EDF, activate(hidden, activation), ids, weights_RK.contiguous(), y)
+    _multiply(down_EDF, activate(hidden), ids, weights_RK.contiguous(), y)
     return y
 
 

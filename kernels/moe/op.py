@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -213,9 +214,11 @@ def expert_feed_forward(
     recipes = recipes_of(up_EFD, down_EDF)
     if recipes is None and count is None and backend == "native":
         from amfm.kernels.common.few_rows import expert_feed_forward_rows, takes_few_rows
+        from amfm.kernels.moe.torch_loop import activate
 
         if takes_few_rows(x_RD, weights_RK, up_EFD, down_EDF):
-            return expert_feed_forward_rows(x_RD, expert_ids_RK, weights_RK, up_EFD, down_EDF, activation)
+            activated = partial(activate, activation=activation)
+            return expert_feed_forward_rows(x_RD, expert_ids_RK, weights_RK, up_EFD, down_EDF, activated)
     backend = resolve_backend(backend, x_RD.device, "moe")
     if backend == "reference" and recipes is None:
         return expert_feed_forward_reference(x_RD, expert_ids_RK, weights_RK, up_EFD, down_EDF, activation=activation)

@@ -22,7 +22,6 @@ from amfm.model.flops import count_parameters, flops_per_token
 from amfm.model.low_precision import precision_table
 from amfm.pretrain.checks.mixers import refuse_native_model
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.opening.model import choose_backend
 from amfm.pretrain.parallel import Parallel
 from amfm.pretrain.stages import resolve_stages
 
@@ -37,14 +36,14 @@ def describe_kernels(config: RunConfig, backend: str) -> str:
     return f"{backend} kernels"
 
 
-def share_native(config: RunConfig, parallel: Parallel) -> None:
+def share_native(config: RunConfig, parallel: Parallel, own: str) -> None:
     """Let all ranks on CPUs compute without native code where `auto` is to choose and one of them cannot run it.
 
-    Every rank must call this.
+    own: this rank's choice. Every rank must call this.
     """
     if config.kernels.backend != "auto":
         return
-    answers = parallel.gather_objects(choose_backend(config, parallel))
+    answers = parallel.gather_objects(own)
     if len(set(answers)) > 1:
         rank = answers.index("torch")
         withdraw_native(f"rank {rank} cannot run native code, and ranks compute alike; its log has the reason")

@@ -82,7 +82,7 @@ def build_model(
     if parallel.device.type == "cpu" and parallel.world_size > 1:
         from amfm.pretrain.opening.kernels import share_native
 
-        share_native(config, parallel)
+        share_native(config, parallel, choose_backend(config, parallel))
     backend = choose_backend(config, parallel)
     check_kernels(config, backend)
     if config.low_precision.recipe != "none":

@@ -55,7 +55,7 @@ def choose(config: RunConfig) -> str:
         os.environ["CC"] = "no-such-compiler"
         for found in (native._try_native, native.load_library):
             found.cache_clear()  # by the process that this one is a fork of
-    share_native(config, parallel)
+    share_native(config, parallel, choose_backend(config, parallel))
     return choose_backend(config, parallel)
 
 
