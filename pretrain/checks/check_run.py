@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from amfm.data_pipeline.config import CacheConfig
-from amfm.data_pipeline.store.object_store import SCHEMES, is_url
+from amfm.data_pipeline.store.object_store import is_url
 from amfm.model.config.checks import check_model
 from amfm.model.config.low_precision import LowPrecisionConfig
 from amfm.pretrain.checks.cuda_graphs import graph_problems
@@ -68,7 +68,7 @@ def check_run(
         from amfm.pretrain.checks.synthetic import synthetic_length_problems, synthetic_problems
 
         synthetic += synthetic_problems(config, task)
-    from amfm.pretrain.checks.early import vocabulary_problems
+    from amfm.pretrain.checks.early import keeping_problems, vocabulary_problems
 
     problems = [*declared, *vocabulary_problems(config), *data_problems(config), *synthetic, *keeping_problems(config)]
     if config.evaluate != EvaluateConfig():
@@ -229,28 +229,6 @@ def phase_problems(config: RunConfig, stages: tuple[RunStage, ...]) -> Iterator[
         remedy = f"use {phase.start_sample - inside + stages[-1].batch_size(step)}"
         rule = f"must be {where}, because sequences change their length there"
         yield Problem(f"data.phases.{index}.start_sample", rule, remedy, str(phase.start_sample))
-
-
-def keeping_problems(config: RunConfig) -> Iterator[Problem]:
-    """Check that checkpoints which are kept for good are saved in the first place, and that copies go where they can."""
-    every, saved = config.train.keep_every_steps, config.train.checkpoint_every_steps
-    if every is not None and (saved is None or every % saved):
-        rule = f"must be a multiple of train.checkpoint_every_steps={'null' if saved is None else saved}"
-        remedy = "set that first" if saved is None else f"use {(every // saved + 1) * saved}"
-        yield Problem("train.keep_every_steps", rule, remedy, str(every))
-    store = config.train.checkpoint_store
-    if store is not None and (store.partition("://")[0] not in SCHEMES or not is_url(store)):
-        rule = f"must begin with {', '.join(f'{name}://' for name in SCHEMES)}"
-        yield Problem("train.checkpoint_store", rule, "checkpoints in folders are those of run.dir", store)
-    replica, folder = config.train.replica_every_steps, config.train.replica_folder
-    if replica is not None and saved is not None and replica >= saved:
-        rule = f"must be less than train.checkpoint_every_steps={saved}, or checkpoints are always newer"
-        yield Problem("train.replica_every_steps", rule, "lower it, or remove it", str(replica))
-    if replica is None and folder != type(config.train).model_fields["replica_folder"].default:
-        rule = "has no effect without train.replica_every_steps"
-        yield Problem("train.replica_folder", rule, "set that, or remove it", folder)
-    if not Path(folder).is_absolute():
-        yield Problem("train.replica_folder", "must be absolute", "name the mount of a tmpfs, such as /dev/shm", folder)
 
 
 def schedule_problems(config: RunConfig) -> Iterator[Problem]:

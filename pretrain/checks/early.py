@@ -7,7 +7,7 @@ from pathlib import Path
 
 from amfm.data_pipeline.durable.files import take_lock
 from amfm.data_pipeline.store.manifest import MANIFEST
-from amfm.data_pipeline.store.object_store import is_url
+from amfm.data_pipeline.store.object_store import SCHEMES, is_url
 from amfm.pretrain.checkpoint.compatibility import check_resumable
 from amfm.pretrain.checkpoint.manifest_file import read_manifest
 from amfm.pretrain.checkpoint.names import checkpoint_name, continued_step
@@ -64,3 +64,25 @@ def vocabulary_problems(config: RunConfig) -> Iterator[Problem]:
         rule, remedy = f"must be at least data.tokenizer.vocab_size={given.vocab_size}", "or a multiple of 64 above it"
         if not names_only_ids(config.data):
             yield Problem("model.vocab_size", rule, f"use {given.vocab_size} {remedy}", str(rows))
+
+
+def keeping_problems(config: RunConfig) -> Iterator[Problem]:
+    """Check that checkpoints which are kept for good are saved in the first place, and that copies go where they can."""
+    every, saved = config.train.keep_every_steps, config.train.checkpoint_every_steps
+    if every is not None and (saved is None or every % saved):
+        rule = f"must be a multiple of train.checkpoint_every_steps={'null' if saved is None else saved}"
+        remedy = "set that first" if saved is None else f"use {(every // saved + 1) * saved}"
+        yield Problem("train.keep_every_steps", rule, remedy, str(every))
+    store = config.train.checkpoint_store
+    if store is not None and (store.partition("://")[0] not in SCHEMES or not is_url(store)):
+        rule = f"must begin with {', '.join(f'{name}://' for name in SCHEMES)}"
+        yield Problem("train.checkpoint_store", rule, "checkpoints in folders are those of run.dir", store)
+    replica, folder = config.train.replica_every_steps, config.train.replica_folder
+    if replica is not None and saved is not None and replica >= saved:
+        rule = f"must be less than train.checkpoint_every_steps={saved}, or checkpoints are always newer"
+        yield Problem("train.replica_every_steps", rule, "lower it, or remove it", str(replica))
+    if replica is None and folder != type(config.train).model_fields["replica_folder"].default:
+        rule = "has no effect without train.replica_every_steps"
+        yield Problem("train.replica_folder", rule, "set that, or remove it", folder)
+    if not Path(folder).is_absolute():
+        yield Problem("train.replica_folder", "must be absolute", "name the mount of a tmpfs, such as /dev/shm", folder)
