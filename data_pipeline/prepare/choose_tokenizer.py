@@ -25,7 +25,7 @@ from amfm.data_pipeline.prepare.rejects import place_of
 from amfm.data_pipeline.prepare.segments import Segment
 from amfm.data_pipeline.prepare.sources import KIND_BY_SUFFIX, TOKEN_KINDS
 from amfm.data_pipeline.tokenizer.id_vocabulary import IdVocabulary
-from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer, read_tokenizer_file, tokenizer_files, train_tokenizer
+from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer, read_tokenizer_file, tokenizer_files
 
 
 def require_training_text(config: DataConfig, plans: Mapping[str, Sequence[Segment]]) -> None:
@@ -121,6 +121,8 @@ def choose_tokenizer(
     if given is None:
         begin_training()
         require_training_text(config, plans)
+        from amfm.data_pipeline.tokenizer.training import train_tokenizer  # needs protobuf
+
         given = train_tokenizer(training_texts(config, plans), wanted)
     return given, settings
 

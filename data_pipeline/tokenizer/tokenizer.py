@@ -17,9 +17,8 @@ has the file as `tokenizer.SUFFIX`. Preparation sends the class to its actors, s
 from __future__ import annotations
 
 import hashlib
-import io
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from itertools import pairwise
@@ -29,7 +28,6 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import sentencepiece
 
-from amfm.data_pipeline.config import TokenizerConfig
 from amfm.data_pipeline.durable.files import make_folders, write_file_atomically
 from amfm.data_pipeline.store.manifest import MANIFEST
 from amfm.data_pipeline.store.object_store import is_url
@@ -77,10 +75,8 @@ def describe_entry(entry: EntryPoint) -> str:
     return f"the entry point {entry.name} = {entry.value} of {package} (group {entry.group})"
 
 
-TRAINING_THREADS = 4  # fixed: the merge of the trainer's sums depends on it, and stores must be byte-identical
 KEPT_FOLDER = "tokenizer"  # of a run directory
 EOS_FILE = "eos_id"  # next to a tokenizer that is kept: a tokenizer.json does not name its end
-MAX_TRAINING_LINE = 4096  # bytes; longer lines are cut, the trainer would drop them
 # Characters after which a text is cut at the next newline: few enough that sums of scores (round_scores) stay exact.
 BLOCK_CHARACTERS = 4000
 
@@ -378,56 +374,3 @@ def read_kept_tokenizer(folder: Path) -> Tokenizer | None:
     if not text.isdigit():
         raise ValueError(f"{folder / EOS_FILE} must hold the id of the end-of-text token; copy it from the run again")
     return read_tokenizer_file(files[0], int(text))
-
-
-def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> SentencePieceTokenizer:
-    """Train a SentencePiece model on texts; the same texts and settings give the same bytes.
-
-    Text is kept as it is (no normalisation, no added space, spaces kept), newlines and unknown characters become
-    byte pieces, so decoding gives the text back. Ids 0 to 3: unknown, begin, end, padding.
-    ValueError when the text is too small for the vocabulary.
-    """
-    # Needs protobuf: reading tokenizers does not, so a run on a prepared store goes without.
-    from amfm.data_pipeline.tokenizer.sentencepiece_model import round_scores
-
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_training_lines(texts),
-            model_writer=model,
-            model_type=config.algorithm,
-            vocab_size=config.vocab_size,
-            byte_fallback=config.byte_fallback,
-            user_defined_symbols=[] if config.byte_fallback else ["\n"],
-            control_symbols=list(config.control_tokens),
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            shuffle_input_sentence=False,
-            max_sentence_length=2 * MAX_TRAINING_LINE,
-            num_threads=TRAINING_THREADS,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=3,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2].rstrip(".") or "no text to train on"
-        raise ValueError(
-            f"data.tokenizer.vocab_size={config.vocab_size} must fit the training text (SentencePiece: {reason}); "
-            "lower it, or give more text"
-        ) from error
-    return SentencePieceTokenizer(round_scores(model.getvalue()))
-
-
-def _training_lines(texts: Iterable[str]) -> Iterable[str]:
-    """Cut texts into lines that the trainer takes: a character has up to 4 bytes, and NUL is not allowed."""
-    for text in texts:
-        for line in text.split("\n"):
-            for start in range(0, len(line), MAX_TRAINING_LINE // 4):
-                piece = line[start : start + MAX_TRAINING_LINE // 4].replace("\0", "")
-                if piece.strip():
-                    yield piece

@@ -164,10 +164,10 @@ def block_tensors(model: ModelConfig, symbol: str, block: Mapping[str, Source]) 
                 piece = join([(source, begin, begin + sizes[part])])
                 yield f"{base}.{part}", with_channel_dim(piece) if name == "conv.weight" else piece
                 begin += sizes[part]
-    rows = fused_rows(model, symbol)
+    fused = fused_rows(model, symbol)
     for part in ("weight", "bias"):
-        present = [block[f"{name}.{part}"] for name in rows if f"{name}.{part}" in block]
-        if present and len(present) == len(rows):
+        present = [block[f"{name}.{part}"] for name in fused if f"{name}.{part}" in block]
+        if present and len(present) == len(fused):
             yield f"{FUSED}.{part}", interleave(present, key_heads(model))
 
 
