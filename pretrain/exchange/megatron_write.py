@@ -150,12 +150,12 @@ def block_tensors(model: ModelConfig, symbol: str, block: Mapping[str, Source]) 
         elif name in EXPERTS:
             extra = extra_channels(model, name)
             if extra:
-                rows, width = (
+                outputs, width = (
                     size - extra * (name == own) for size, own in zip(source.shape[1:], ("experts.down", "experts.up"))
                 )
                 if name == "experts.up":
                     yield f"mlp.experts.experts.{UP_BIAS}", last_column(source, width)
-                source = resized(source, rows, width)
+                source = resized(source, outputs, width)
             yield f"mlp.experts.experts.{EXPERTS[name]}", source
         elif name in PARTS.get(symbol, {}):
             base, parts = PARTS[symbol][name]
