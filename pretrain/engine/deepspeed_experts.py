@@ -59,7 +59,8 @@ def register_experts_with_deepspeed(module: nn.Module, groups: ProcessGroupColle
     for parameter, _ in experts:
         parameter.allreduce = False  # type: ignore[attr-defined]
         parameter.group_name = name  # type: ignore[attr-defined]
-    (num_experts,) = {shard.cuts[0].segments[0] for _, shard in experts}
-    module.add_module(SIGN, DeepSpeedMoeMarker(num_experts))
+    # DeepSpeed keeps the number for checkpoints of its own, which are not written here; variants may have others.
+    most_experts = max(shard.cuts[0].segments[0] for _, shard in experts)
+    module.add_module(SIGN, DeepSpeedMoeMarker(most_experts))
     yield
     delattr(module, SIGN)

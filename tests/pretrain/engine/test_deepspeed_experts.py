@@ -15,10 +15,14 @@ from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import MODEL
 
+# Routers of several sizes in one model.
+WIDE = {"moe_wide": {"of": "moe", "num_experts": 8, "top_k": 1, "expert_hidden_size": 16}}
+
 
 def build() -> list[bool]:
     parallel = initialize_parallel(ParallelConfig(expert=2), timeout_seconds=PATIENCE_SECONDS, num_threads=1)
-    model = HybridModel(ModelConfig.model_validate(MODEL), parallel.groups)
+    with_variant = {**MODEL, "pattern": f"{MODEL['pattern']}{{moe_wide}}", "variants": WIDE}
+    model = HybridModel(ModelConfig.model_validate(with_variant), parallel.groups)
     engine = build_engine(
         model, optimizer=OptimizerConfig(learning_rate=1e-3), precision="float32", zero_stage=1, parallel=parallel
     )
