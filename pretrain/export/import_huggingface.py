@@ -114,8 +114,31 @@ def read_huggingface(source: Path, report: Report = silent) -> tuple[Weights, So
     state = found.weights(config).to_ours(sound)
     check_shapes(config, state, str(source))
     num_tensors = len(tensors.keys() - set(skipped))
-    weights = Weights(config, state, tokenizer, f"imported from {source}", released=read_released(source, fields))
+    released = read_released(source, fields)
+    released = replace(released, dropped=released.dropped + describe_balance(fields, config))
+    weights = Weights(config, state, tokenizer, f"imported from {source}", released=released)
     return weights, found.name, num_tensors, skipped
+
+
+def describe_balance(fields: Mapping[str, Any], model: ModelConfig) -> tuple[str, ...]:
+    """The loss by which transformers would balance the experts, in words, if the model has none: it is not taken over.
+
+    transformers counts the tokens of all blocks together, k E sum over experts of (mean share of choices) x (mean share of
+    scores), so that blocks may be uneven in opposite ways. Here each block has E times that sum. Only with one block the
+    two are one; with even loads they are k and the number of blocks.
+    """
+    coefficient, blocks = fields.get("router_aux_loss_coef"), len(model.routed_experts())
+    sections = model.expert_sections()
+    if not blocks or not sections or not isinstance(coefficient, int | float) or not coefficient:
+        return ()
+    key, moe = sections[0]
+    if moe.auxiliary_loss_weight:  # of an export of ours, whose description names it
+        return ()
+    weight = coefficient * moe.top_k / blocks
+    return (
+        f"router_aux_loss_coef={coefficient:g} of config.json: transformers balances all blocks together, amfm each one; "
+        f"{key}.auxiliary_loss_weight={weight:.4g} is as large where loads are even",
+    )
 
 
 def choose_depths(config: ModelConfig, tensors: Collection[str], target: Source) -> tuple[ModelConfig, tuple[str, ...]]:

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from amfm.data_pipeline.config import DataConfig
+from amfm.kernels.moe.grouping import balance_loss
 from amfm.model.config.old_names import OldNameWarning
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
@@ -20,7 +22,7 @@ from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.pipeline_split import cut_pieces
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.export.export import export_checkpoint
-from amfm.pretrain.export.import_huggingface import choose_depths, import_huggingface
+from amfm.pretrain.export.import_huggingface import choose_depths, describe_balance, import_huggingface
 from amfm.pretrain.inference.weights import load_initial_weights, read_weights, write_weights
 from amfm.pretrain.train import train
 from tests.pretrain.export.exported_models import MODELS, random_weights, weights_folder
@@ -234,7 +236,8 @@ def test_a_gpt_oss_with_biases_everywhere_is_read_trained_on_and_written(data: D
     model.save_pretrained(released)
     for file in (tmp_path / "out").glob("tokenizer*"):
         (released / file.name).write_bytes(file.read_bytes())
-    import_huggingface(released, tmp_path / "import")
+    (dropped,) = import_huggingface(released, tmp_path / "import").dropped
+    assert dropped.startswith("router_aux_loss_coef=0.001 of config.json: transformers balances all blocks together")
     weights = read_weights(tmp_path / "import")
     sections = (weights.model.attention, weights.model.mixers.window, weights.model.moe)
     assert all(section is not None and section.bias for section in sections)
@@ -277,3 +280,39 @@ def test_initial_weights_of_another_model_or_tokenizer_are_refused(data: DataCon
     load_initial_weights(stage, folder, identity)
     assert 0 < len(stage.state_dict()) < len(expected)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in stage.state_dict().items())
+
+
+def test_a_balance_loss_of_transformers_is_that_of_one_block_and_no_sum_over_blocks() -> None:
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    blocks, experts, top_k, coefficient = 3, 4, 2, 0.02
+    moe = MODEL["moe"] | {"num_experts": experts, "top_k": top_k, "router": "softmax", "expert_bias": False}
+    model, balanced = (
+        ModelConfig.model_validate(MODEL | {"pattern": "ME*EME", "moe": moe | {"auxiliary_loss_weight": weight}})
+        for weight in (0.0, 0.01)
+    )
+    (text,) = describe_balance({"router_aux_loss_coef": coefficient}, model)
+    written = re.search(r"model\.moe\.auxiliary_loss_weight=(\S+) is as large", text)
+    assert written is not None
+    weight = float(written[1])
+    assert describe_balance({"router_aux_loss_coef": 0.0}, model) == describe_balance({}, model) == ()
+    assert describe_balance({"router_aux_loss_coef": coefficient}, balanced) == ()
+
+    def ours(logits_RE: Tensor) -> float:
+        scores_RE = logits_RE.double().softmax(-1)
+        counts_E = torch.bincount(scores_RE.topk(top_k).indices.flatten(), minlength=experts)
+        return float(balance_loss(scores_RE, counts_E, top_k))
+
+    def theirs(*logits_RE: Tensor) -> float:
+        return float(load_balancing_loss_func(logits_RE, experts, top_k))
+
+    generator = torch.Generator().manual_seed(0)
+    uneven_RE = torch.randn(40, experts, generator=generator) + torch.tensor([2.0, 2.0, -2.0, -2.0])
+    even_RE = torch.randn(10, experts, generator=generator).repeat(experts, 1)
+    even_RE = torch.cat([part_RE.roll(shift, 1) for shift, part_RE in enumerate(even_RE.split(10))])
+    assert theirs(uneven_RE) == pytest.approx(top_k * ours(uneven_RE), rel=1e-6)  # float32 there
+    # One block that prefers the experts that the other avoids: even to transformers, and not here.
+    opposite_RE = uneven_RE.flip(1)
+    assert theirs(uneven_RE, opposite_RE) == pytest.approx(top_k, rel=0.02)
+    assert ours(uneven_RE) + ours(opposite_RE) > 2 * 1.5
+    assert coefficient * theirs(*[even_RE] * blocks) == pytest.approx(weight * blocks * ours(even_RE), rel=1e-3)
