@@ -103,8 +103,11 @@ class Display:
         console: Console | None = None,
     ) -> None:
         self.config = config
-        # rich takes a notebook for a terminal, where each redraw would be one more output below the cell.
-        self.console = console or Console(file=sys.stderr, highlight=False, soft_wrap=True, force_jupyter=False)
+        # A notebook's standard error calls itself a terminal, and each redraw would be one more output below the cell.
+        is_terminal = False if Console().is_jupyter else None
+        self.console = console or Console(
+            file=sys.stderr, highlight=False, soft_wrap=True, force_jupyter=False, force_terminal=is_terminal
+        )
         name = config.run.name or config.run.dir.rstrip("/").rsplit("/", 1)[-1]
         self.state = RunState(f"amfm train {name}", first_step=first_step, last_step=last_step, began=time.time())
         self.state.shows_mfu = shows_mfu

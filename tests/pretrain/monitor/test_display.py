@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import io
 import re
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,16 +70,18 @@ def test_piped_output_is_plain_lines_at_the_configured_pace(data: DataConfig, tm
     assert "SKIPPED" in lines[2] and "loss -" in lines[2]
 
 
-def test_a_notebook_gets_lines_and_no_panel(
-    data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shell = type("ZMQInteractiveShell", (), {})()  # by this name rich knows a notebook
+def test_a_notebook_gets_lines_and_no_panel(data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class NotebookStream(io.StringIO):
+        def isatty(self) -> bool:  # as ipykernel's
+            return True
+
+    shell, out = type("ZMQInteractiveShell", (), {})(), NotebookStream()  # by this name rich knows a notebook
     monkeypatch.setattr(builtins, "get_ipython", lambda: shell, raising=False)
-    assert Console().is_jupyter
+    monkeypatch.setattr(sys, "stderr", out)
     display = Display(tiny_config(data, tmp_path, train__steps=20), first_step=0, last_step=20)
     display.show(metrics_of(1))
     display.close()
-    assert display.live is None and capsys.readouterr().err.startswith("step 1/20, loss 5.5000")
+    assert display.live is None and out.getvalue().startswith("step 1/20, loss 5.5000")
 
 
 def test_the_time_left_is_that_of_the_usual_step_and_a_cpu_has_no_mfu(data: DataConfig, tmp_path: Path) -> None:
