@@ -34,9 +34,9 @@ def test_three_mixers_learn_from_a_dict_and_are_drawn(
     assert list(runs) == ["mamba2", "gated_deltanet", "attention"]
     for name, run in runs.items():
         answers, losses = (run.series(f"validation_{what}")[1] for what in ("accuracy", "loss"))
-        # Measured: 1.0, 1.0, 0.999 at the end; 0.196, 0.171, 0.403 and losses of 2.07, 2.23, 1.40 at step 20, 0.001 at the end.
+        # Three seeds of each mixer: from at most 0.403 at step 20 to 0.981 and more, losses from 1.37 and more to at most 0.051.
         assert answers[-1] > 0.9 > 0.6 > answers[0], name
-        assert losses[-1] < losses[0] / 4, name
+        assert losses[-1] < losses[0] / 10, name
     assert capsys.readouterr().out.count("above 90% since step") == 3
     assert (tmp_path / "three_mixers.png").read_bytes().startswith(b"\x89PNG")
     assert [len(axes.lines) for axes in figure.axes] == [3, 4], "chance is a line too"
