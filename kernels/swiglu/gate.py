@@ -85,7 +85,8 @@ def plain_unit_of(x: Tensor, activation: str) -> Tensor:
     """A unit of `PLAIN` in the input's dtype, a new tensor."""
     if activation in GELUS:
         return functional.gelu(x, approximate="tanh" if GELUS[activation] else "none")
-    return functional.relu(x).square_()
+    rectified = functional.relu(x)  # which autograd needs as it is
+    return rectified.square() if rectified.requires_grad else rectified.square_()
 
 
 def unit_constants(activation: str) -> dict[str, Any]:

@@ -206,7 +206,7 @@ def test_a_state_of_other_settings_is_refused() -> None:
     loader = PretrainLoader(other, sequence_length=27, micro_batch_size=2, seed=7)
     with pytest.raises(
         ValueError,
-        match=r"the data state has dataset probe-.*, data\.synthetic gives probe-.*; set data\.synthetic back",
+        match=r"the data state has dataset probe-.*, data\.synthetic has probe-.*; set data\.synthetic back",
     ):
         loader.load_state_dict(first.state_dict())
 

@@ -151,10 +151,10 @@ class ProductWatch(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("lands", [False, True])
+@pytest.mark.parametrize("accumulates", [False, True])
 def test_float32_products_of_bfloat16_run_on_tensor_cores_in_both_passes_on_cuda(accumulates):
     """On fake tensors: which products a GPU would take. One forward, two backward; each half of a gradient that
-    lands.
+    accumulates.
     """
     with FakeTensorMode(), ProductWatch() as watch:
         x, weight, grad = (

@@ -152,5 +152,7 @@ def test_ledger_counts_samples_tokens_and_epochs_by_source_and_phase(config):
 
 
 def test_a_phase_of_an_unknown_source_is_refused(config):
-    with pytest.raises(ValueError, match=r"weighs 'web', which must be one of data.sources: source0, source1"):
+    with pytest.raises(
+        ValueError, match=r"gives a weight to 'web', which must be one of data.sources: source0, source1"
+    ):
         load(config.model_copy(update={"phases": (PhaseConfig(start_sample=20, weights={"web": 1.0}),)}))

@@ -241,7 +241,7 @@ def spread(layouts: tuple[tuple[str, str], ...]) -> dict[tuple[str, str], list[d
 
 def chosen(request: pytest.FixtureRequest, *, slow: bool) -> tuple[tuple[str, str], ...]:
     """The quick layouts, or the slow ones, of the tests that were asked for: a broken mixer fails no test of another's."""
-    items = [item for item in request.session.items if getattr(item, "originalname", "") == request.function.__name__]
+    items = [item for item in request.session.items if getattr(item, "function", None) is request.function]
     asked = {(item.callspec.params["name"], item.callspec.params["kind"]) for item in items}  # type: ignore[attr-defined]
     return tuple(layout for layout in LAYOUTS if layout in asked and (layout in SLOW_LAYOUTS) == slow)
 

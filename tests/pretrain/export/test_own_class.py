@@ -55,7 +55,7 @@ def test_an_export_of_the_first_version_is_imported_and_refused_by_newer_files(
     fields: dict[str, Any] = json.loads((out / "config.json").read_text())
     del fields["modeling_version"]
     (out / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=r"version 1 of amfm's modelling files.*`amfm import` the folder"):
+    with pytest.raises(ValueError, match=r"version 1 of amfm's modeling files.*`amfm import` the folder"):
         AmfmConfig.from_pretrained(out)
     import_huggingface(out, tmp_path / "back")
     back = read_weights(tmp_path / "back")
@@ -106,7 +106,7 @@ def test_what_would_give_wrong_numbers_is_refused() -> None:
         ({"cache": DynamicCache()}, TypeError, "cache=DynamicCache: the blocks keep states in an AmfmCache"),
         ({"attention_mask": torch.ones(1, 5)}, ValueError, r"attention_mask is \(1, 5\), and must be \(1, 12\)"),
         ({"attention_mask": torch.ones(1, 1, 12, 12)}, ValueError, "attention_mask is"),
-        ({"position_ids": documents, "use_cache": True}, ValueError, "several documents in a row"),
+        ({"position_ids": documents, "use_cache": True}, ValueError, "several documents in a sequence"),
         ({"position_ids": documents, "cache": cache}, ValueError, "begins behind tokens of the cache"),
         ({"seq_idx": documents[:, :4]}, ValueError, r"seq_idx is \(1, 4\)"),
         ({"cu_seq_lens_q": torch.tensor([0, 5])}, ValueError, "must rise from 0 to 12"),

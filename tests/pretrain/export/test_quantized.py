@@ -176,7 +176,7 @@ def test_what_does_not_belong_together_is_refused_by_name() -> None:
     fp8, bytes_ = torch.ones(20, 20).to(torch.float8_e4m3fn), torch.ones(2, 3, 4, 16, dtype=torch.uint8)
     mxfp4 = {"quant_method": "mxfp4"}
     for quantization, tensors, said in (
-        ("awq", {}, r"here/config\.json: weights quantized by awq are not read, only by mxfp4 and fp8; take"),
+        ("awq", {}, r"here/config\.json: weights quantized by awq are not read, only by mxfp4 and fp8; use"),
         ({"bits": 4}, {}, "quantized by an unnamed method are not read"),
         ({"quant_method": "fp8"}, {}, "weight_block_size=None, and must be two integers"),
         (FP8, {"a_scale_inv": torch.ones(2, 2)}, "a_scale_inv is there and a is not; copy the whole folder"),

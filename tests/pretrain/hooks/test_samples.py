@@ -63,7 +63,7 @@ def test_every_layout_that_can_continues_as_one_rank_does(data: DataConfig, tmp_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"parallel__pipeline": 2}, r"generates text, a token at a time, and parallel.pipeline=2 shares rows"),
+        ({"parallel__pipeline": 2}, r"generates text, a token at a time, and parallel.pipeline=2 shares sequences"),
         ({"evaluate__prompts": ("a", "a")}, "must be different texts"),
     ],
 )
