@@ -13,14 +13,15 @@ from amfm.kernels.delta_block.triton_open import open_backward_kernel, open_forw
 from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.runtime.interpreter import count_programs
 
-# Numbers of a tile: 16 tokens of 128 channels forward; backward, with seven shifted tiles of inputs and four of gradients, 8.
-OPEN, OPEN_BACK = (4096, 4096) if INTERPRETED else (2048, 1024)
+# Numbers of a tile and warps: 16 tokens of 128 channels forward; backward, with seven shifted tiles of inputs and four of
+# gradients, 8, and twice the warps, or registers spill on sm_90.
+OPEN, OPEN_BACK = ((4096, 4), (4096, 8)) if INTERPRETED else ((2048, 4), (1024, 8))
 
 
-def _tile(size: int, numbers: int, most: int) -> dict[str, int]:
+def _tile(size: int, numbers: int, warps: int) -> dict[str, int]:
     """Columns that hold `size`, a power of two, and as many tokens as a tile of `numbers` has then: 4, a window, at least."""
     columns = max(2, triton.next_power_of_2(size))
-    return {"BLOCK_C": columns, "BLOCK_T": max(4, min(most, numbers // columns)), "num_warps": 4, "num_stages": 1}
+    return {"BLOCK_C": columns, "BLOCK_T": max(4, min(32, numbers // columns)), "num_warps": warps, "num_stages": 1}
 
 
 def open_rows(
@@ -34,7 +35,7 @@ def open_rows(
     B, T, C = x.shape
     y = x.new_empty(B, T, steps, C // size // steps, size)
     stride = token_stride(x)
-    unit, tile = stride_unit(stride), _tile(size, OPEN, 32)
+    unit, tile = stride_unit(stride), _tile(size, *OPEN)
     open_forward_kernel[(B * triton.cdiv(T, tile["BLOCK_T"]), C // size)](
         x, weight, starts, window, y, 1.0 if scale is None else scale, T, C, stride // unit, 0 if window is None else window.stride(1),
         W=weight.shape[1], SIZE=size, STEPS=steps, DOCUMENTS=starts is not None, WINDOW=window is not None,
@@ -50,7 +51,7 @@ def open_rows_backward(
     """Write the gradients of `open_rows`, d_y [shares, B, T, steps, groups, size], packed, into slices as x, weight and window are."""
     (B, T, C), (shares, steps, W) = x.shape, (d_y.shape[0], d_y.shape[3], weight.shape[1])
     strides = token_stride(x), token_stride(d_x)
-    unit, tile = stride_unit(*strides), _tile(size, OPEN_BACK, 32)
+    unit, tile = stride_unit(*strides), _tile(size, *OPEN_BACK)
     blocks, heads = triton.cdiv(T, tile["BLOCK_T"]), C // size
     # Enough strips for four programs a multiprocessor, and no more: each writes a part.
     strips = max(1, min(blocks, triton.cdiv(count_programs(x.device, 4), B * heads)))
@@ -115,5 +116,5 @@ def split_gates(sums: Tensor, A_log: Tensor | None, bias: Tensor | None) -> tupl
 
 
 def _gate_tile(columns: int) -> dict[str, int]:
-    """A tile of 32 rows of up to 128 channels."""
-    return {"BLOCK_C": min(128, max(2, triton.next_power_of_2(columns))), "BLOCK_R": 32, "num_warps": 4}
+    """A tile of 16 rows of up to 128 channels: 32 spill on sm_90."""
+    return {"BLOCK_C": min(128, max(2, triton.next_power_of_2(columns))), "BLOCK_R": 16, "num_warps": 4}

@@ -155,21 +155,6 @@ def _walk(
     return final
 
 
-@torch.library.custom_op("amfm::delta_scan_triton", mutates_args=())
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    initial: Tensor | None,
-    firsts: Tensor | None,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
-    """Output and last state."""
-    return scan_rows(q, k, v, beta, g, initial, firsts, chunk_size)
-
-
 def scan_rows(
     q: Tensor,
     k: Tensor,
@@ -187,6 +172,9 @@ def scan_rows(
     o = v.new_empty(launch.B, launch.T, launch.H, launch.V)
     prepared = _prepare(launch, q, k, v, beta, g, firsts)
     return o, _walk(launch, (q, k, v), prepared, initial, o=o)
+
+
+_forward = torch.library.custom_op("amfm::delta_scan_triton", scan_rows, mutates_args=())
 
 
 @fake_of(_forward)

@@ -140,7 +140,7 @@ def diag_backward_kernel(
 ):  # fmt: skip
     """One program walks one row backward for a block of channels, with the gradient of the state on chip.
 
-    A chunk is walked forward from its saved state first, for the states before its tiles, which stay in room [B, blocks,
+    A chunk is walked forward from its saved state first, for the states before its tiles, which stay in `buffer` [B, blocks,
     TILES, BLOCK_N, BLOCK_C], the program's own. d_A [B, channels, N], d_D [B, channels] are sums of a row; d_B and d_C
     [blocks, B, T, N] those of a block of channels.
 
@@ -158,7 +158,7 @@ def diag_backward_kernel(
     through = tl.load(D + column, mask=column < channels, other=0.0)
     in_state = (n < N)[:, None] & (column < channels)[None, :]
     own = n[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    room_base = buffer + (batch * tl.num_programs(0) + block) * TILES * BLOCK_N * BLOCK_C
+    buffer_base = buffer + (batch * tl.num_programs(0) + block) * TILES * BLOCK_N * BLOCK_C
     d_state = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     if D_FINAL:
         d_state = load_matrix(d_final + state_base, n, column, N, channels)
@@ -172,19 +172,19 @@ def diag_backward_kernel(
         state = tl.load(at + n[:, None] * channels + column[None, :], mask=in_state, other=0.0)
         for tile in tl.range(0, tiles - 1):
             t = (first_tile + tile) * Q + tl.arange(0, Q)
-            tl.store(room_base + tile * BLOCK_N * BLOCK_C + own, state)
+            tl.store(buffer_base + tile * BLOCK_N * BLOCK_C + own, state)
             x_tile = load_values(x_base, t, T, stride_xt, column, channels)
             dt_tile = load_values(dt_base, t, T, channels, column, channels)
             B_tile = load_values(B_base, t, T, stride_bt, n, N)
             decay = decays(dt_tile, rates, firsts, row, t, T, DOCUMENTS)
             _, state = walk_tile(decay, (dt_tile * x_tile)[:, None, :] * B_tile[:, :, None], state, Q)
-        tl.store(room_base + (tiles - 1) * BLOCK_N * BLOCK_C + own, state)
+        tl.store(buffer_base + (tiles - 1) * BLOCK_N * BLOCK_C + own, state)
         # Threads may read what others have stored.
         tl.debug_barrier()
         for back in tl.range(0, tiles):
             tile = tiles - 1 - back
             t = (first_tile + tile) * Q + tl.arange(0, Q)
-            state = tl.load(room_base + tile * BLOCK_N * BLOCK_C + own)
+            state = tl.load(buffer_base + tile * BLOCK_N * BLOCK_C + own)
             x_tile = load_values(x_base, t, T, stride_xt, column, channels)
             dt_tile = load_values(dt_base, t, T, channels, column, channels)
             dy_tile = load_values(dy_base, t, T, channels, column, channels)

@@ -112,7 +112,7 @@ def step_native(
     """
     rows = len(projected_BX)
     window, state = window_BWC.contiguous(), state_BHPN.contiguous()
-    made = torch.empty(rows, sizes.inner), torch.empty_like(window), torch.empty_like(state)
+    made = window.new_empty(rows, sizes.inner), torch.empty_like(window), torch.empty_like(state)
     integers = {
         "rows": rows,
         "heads": sizes.heads,
@@ -134,7 +134,7 @@ def step_native(
         "entering": state,
         "next_window": made[1],
         "leaving": made[2],
-        "convolved": torch.empty(sizes.channels),
+        "convolved": window.new_empty(sizes.channels),
         "out": made[0],
     }
     call_native(MAMBA2_STEP, "step_forward", integers, {"epsilon": sizes.epsilon}, tensors)

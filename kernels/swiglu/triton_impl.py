@@ -52,7 +52,7 @@ def _tile(rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
 def _steepened(gate, ALPHA: tl.constexpr, CUBIC: tl.constexpr):
     """ALPHA gate (1 + CUBIC gate^2); a CUBIC of 0 costs nothing."""
     steep = ALPHA * gate
-    if CUBIC:
+    if CUBIC != 0.0:  # the compiler takes conditions of integers only
         steep = steep + steep * CUBIC * gate * gate
     return steep
 
@@ -75,7 +75,7 @@ def swiglu_forward_kernel(
     if ALPHA == 0.0:
         result = gate * normal_share(gate) * up
     else:
-        result = gate * sigmoid(_steepened(gate, ALPHA, CUBIC)) * up if CUBIC else steep_silu(gate, ALPHA) * up
+        result = gate * sigmoid(_steepened(gate, ALPHA, CUBIC)) * up if CUBIC != 0.0 else steep_silu(gate, ALPHA) * up
     tl.store(y + row * columns + column, result.to(y.dtype.element_ty), mask=inside)
 
 

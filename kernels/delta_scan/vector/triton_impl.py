@@ -119,22 +119,6 @@ def _walk(
     return final
 
 
-@torch.library.custom_op("amfm::delta_vector_triton", mutates_args=())
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor,
-    erase: Tensor | None,
-    initial: Tensor | None,
-    firsts: Tensor | None,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
-    """Output and last state."""
-    return scan_vector_rows(q, k, v, beta, g, erase, initial, firsts, chunk_size)
-
-
 def scan_vector_rows(
     q: Tensor,
     k: Tensor,
@@ -153,29 +137,14 @@ def scan_vector_rows(
     return o, _walk(launch, _prepare(launch, q, k, beta, g, pack(erase), firsts), v, pack(initial), o=o)
 
 
+_forward = torch.library.custom_op("amfm::delta_vector_triton", scan_vector_rows, mutates_args=())
+
+
 @fake_of(_forward)
 def _(given: Any) -> tuple[Tensor, ...]:
     v, K = given.v, given.q.shape[3]
     B, _, H, V = v.shape
     return v.new_empty(v.shape), v.new_empty(B, H, K, V, dtype=torch.float32)
-
-
-@torch.library.custom_op("amfm::delta_vector_triton_backward", mutates_args=())
-def _backward(
-    d_o: Tensor,
-    d_final: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor,
-    erase: Tensor | None,
-    initial: Tensor | None,
-    firsts: Tensor | None,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, beta, g, erase and the initial state; that of an absent one is empty."""
-    return scan_vector_rows_backward(d_o, d_final, q, k, v, beta, g, erase, initial, firsts, chunk_size)
 
 
 def scan_vector_rows_backward(
@@ -191,7 +160,7 @@ def scan_vector_rows_backward(
     firsts: Tensor | None,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launch the kernels of backward: what `_backward` returns."""
+    """Gradients of q, k, v, beta, g, erase and the initial state; that of an absent one is empty."""
     q, k, v, beta, g = pack_inner(q, 2), pack_inner(k, 2), pack_inner(v, 2), beta.contiguous(), g.contiguous()
     d_o, d_final, erase = d_o.contiguous(), pack(d_final), pack(erase)
     launch = _launch(q, v, chunk_size)
@@ -221,6 +190,9 @@ def scan_vector_rows_backward(
     )  # fmt: skip
     d_beta = d_beta[0] if parts == 1 else d_beta.sum(0)
     return d_q, d_k, d_v, d_beta, d_g, d_erase, q.new_empty(0) if initial is None else d_initial.to(initial.dtype)
+
+
+_backward = torch.library.custom_op("amfm::delta_vector_triton_backward", scan_vector_rows_backward, mutates_args=())
 
 
 differentiate(_forward, _backward, outputs=("o", "final"), gradients=("q", "k", "v", "beta", "g", "erase", "initial"))

@@ -10,7 +10,9 @@ from amfm.kernels.decay_scan.op import scan_bytes, scan_flops
 from amfm.kernels.norm.op import norm_bytes
 from amfm.kernels.norm.triton_kernels import norm_forward_kernel
 from amfm.kernels.proof.ahead_of_time import compile_ahead
+from amfm.kernels.proof.recorded import record
 from amfm.kernels.runtime.backend import INTERPRETED
+from amfm.kernels.swiglu.case import CASE as swiglu
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
@@ -42,6 +44,19 @@ def test_streaming_kernels_compile_without_spills(architecture: int) -> None:
     for kernel in (norm, convolution):
         assert kernel.spill_bytes == 0, kernel
         assert not kernel.uses_wgmma
+
+
+def test_units_compile_as_they_are_launched() -> None:
+    """Of a float the compiler takes no condition, which the interpreter does."""
+    forms = {form.kernel.fn.__name__: form for form in reversed(record(swiglu).values())}  # the first, silu's, of each
+    assert set(forms) == {
+        "swiglu_forward_kernel",
+        "swiglu_backward_kernel",
+        "plain_forward_kernel",
+        "plain_backward_kernel",
+    }
+    for form in forms.values():
+        compile_ahead(form.kernel, form.signature, form.constants, 90, **form.options)
 
 
 def test_missing_and_unknown_arguments_are_named() -> None:
