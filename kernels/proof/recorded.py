@@ -8,6 +8,7 @@ first. So no list of launches is kept by hand next to the code that makes them.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,7 +36,7 @@ _TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
 }
 # Products of codes with their scales are Blackwell's, products of codes Hopper's.
-BLACKWELL, CODES = "scaled_kernels", "fp8e4nv"
+SCALED_PRODUCT, CODES = "tl.dot_scaled(", "fp8e4nv"
 
 
 @dataclass(frozen=True)
@@ -114,14 +115,15 @@ def describe_launch(kernel: Any, given: dict[str, Any]) -> KernelLaunch:
         else:
             signature[name] = _type_of(value, specializes=specializes)
     has_codes = any(CODES in kind for kind in signature.values())
+    has_scales = SCALED_PRODUCT in inspect.getsource(kernel.fn)
     return KernelLaunch(
         _name(kernel, signature, constants, options),
         kernel,
         signature,
         constants,
         options,
-        multiplies="DOT" in constants or has_codes,
-        first_architecture=100 if kernel.fn.__module__.endswith(BLACKWELL) else 90 if has_codes else 80,
+        multiplies="DOT" in constants or has_codes or has_scales,
+        first_architecture=100 if has_scales else 90 if has_codes else 80,
     )
 
 
