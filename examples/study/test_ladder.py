@@ -142,6 +142,13 @@ def test_a_size_is_one_run_and_branches_at_four_fifths_of_their_steps(tmp_path: 
     assert common_unit([0.4, 0.8, 2]) == (0.4, [1, 2, 5]) and common_unit([1.5, 2])[1] == [3, 4]
 
 
+def test_a_size_may_have_its_own_numbers_of_tokens(tmp_path: Path) -> None:
+    text = LADDER.replace("size=512]}}", "size=512], tokens_per_parameter: [0.25, 1]}}")
+    cells = [entry for entry in expand_ladder(load_ladder(write_study(tmp_path, text))) if entry.size == "c"]
+    assert [entry.cell.name for entry in cells] == ["c-1tokens-seed0", "c-0.25tokens-seed0"]
+    assert cells[0].tokens == pytest.approx(4 * cells[1].tokens, rel=0.01)
+
+
 @pytest.mark.slow
 def test_a_branch_has_the_loss_of_a_run_of_its_length(tmp_path: Path) -> None:
     cells = expand_ladder(load_ladder(write_study(tmp_path)))[:3]
@@ -224,6 +231,10 @@ def test_finished_runs_make_a_table_of_rates_and_a_verdict(tmp_path: Path, capsy
         ("held_out=[{depth: 1}]", "depth 1 must be from 2 to 64 layers"),
         ("held_out=[{label: a, overrides: [model.hidden_size=64]}]", "sizes = a: must differ"),
         ("held_out=[{width: 64}]", "a size without depth needs a label and overrides"),
+        (
+            "held_out=[{depth: 4, tokens_per_parameter: [2, 1]}]",
+            "held_out.0.tokens_per_parameter = [2.0, 1.0]: must be numbers",
+        ),
     ],
 )
 def test_what_makes_no_ladder_is_refused(tmp_path: Path, override: str, message: str) -> None:
@@ -231,6 +242,15 @@ def test_what_makes_no_ladder_is_refused(tmp_path: Path, override: str, message:
     with pytest.raises(ConfigError) as refused:
         load_ladder(tmp_path / "study.yaml", [override])
     assert message in str(refused.value)
+
+
+def test_a_study_of_rates_takes_no_tokens_of_a_size(tmp_path: Path) -> None:
+    head = LADDER.split("sizes:", maxsplit=1)[0].format(folder=tmp_path)
+    (tmp_path / "study.yaml").write_text(
+        head + "sizes: [{depth: 2}, {depth: 3, tokens_per_parameter: [1]}]\nrates: [1e-3, 2e-3, 4e-3]\n"
+    )
+    with pytest.raises(ConfigError, match=r"sizes\.1\.tokens_per_parameter: is for a ladder"):
+        load_rate_study(tmp_path / "study.yaml")
 
 
 def test_shapes_follow_from_a_depth_and_leave_the_rest_of_the_task() -> None:

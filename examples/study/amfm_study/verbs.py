@@ -42,9 +42,6 @@ def mixers(
     as_json: JsonOption = False,
 ) -> None:
     """Train the unfinished runs of a grid of mixer x share of attention, and write a table and plots."""
-    from amfm.data_pipeline.prepare.ray_token import choose_token
-
-    choose_token()
     from amfm_study.grid import expand_grid
     from amfm_study.study import load_study
 
@@ -65,9 +62,6 @@ def settings(
     as_json: JsonOption = False,
 ) -> None:
     """Train a model with several or crossed sets of overrides, such as rates and widths, and write one table."""
-    from amfm.data_pipeline.prepare.ray_token import choose_token
-
-    choose_token()
     from amfm_study.settings_run import print_settings, run_settings
     from amfm_study.study import load_settings_study
 
@@ -88,9 +82,6 @@ def mixture(
     as_json: JsonOption = False,
 ) -> None:
     """Find weights for the data sources of a run: train sampled mixtures, fit a law, and test the proposed weights."""
-    from amfm.data_pipeline.prepare.ray_token import choose_token
-
-    choose_token()
     from amfm.launch.arguments import choose_device
     from amfm_study.mixture.cells import open_search, sampled_cells, weights_of
     from amfm_study.mixture.config import load_mixture_study
@@ -150,6 +141,9 @@ def room_of(config: RunsConfig) -> Room:
     """What there is for the runs of a study: of this machine, or as many as a cluster is asked for at once."""
     import torch
 
+    from amfm.data_pipeline.prepare.ray_token import choose_token
+
+    choose_token(config.ray_address if config.on == "ray" else None)  # before Ray is imported
     from amfm_study.run import Room, find_room
 
     if config.on != "local":

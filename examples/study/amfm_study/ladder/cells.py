@@ -57,7 +57,7 @@ def expand_ladder(study: Study[LadderConfig]) -> list[LadderCell]:
     cells = []
     for seed, (sizes, budgets, held_out) in itertools.product(config.seeds, groups):
         for size, rate in itertools.product(sizes, config.rates or (None,)):
-            cells += cells_of_size(study, size, budgets, rate, seed, held_out=held_out)
+            cells += cells_of_size(study, size, size.tokens_per_parameter or budgets, rate, seed, held_out=held_out)
     return cells
 
 

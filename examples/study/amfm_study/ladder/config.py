@@ -26,6 +26,9 @@ class LadderSize(Section):
         None, pattern=r"^[A-Za-z0-9_.-]+$", description="Name in cells and table; none: of depth and width."
     )
     overrides: tuple[str, ...] = Field((), description="Settings of its runs, KEY=VALUE as on the command line.")
+    tokens_per_parameter: tuple[float, ...] | None = Field(
+        None, min_length=1, description="*ladder*: tokens per active parameter of this size; none: those of the study."
+    )
 
     @property
     def name(self) -> str:
@@ -115,6 +118,10 @@ def load_rate_study(path: str | Path, overrides: Sequence[str] = ()) -> Study[Ra
     """Load a study of rates from a YAML file with `key=value` overrides. Raises as `load_ladder` does."""
     config, origins = read_schema(path, overrides, RateConfig)
     problems = size_problems(config, {"sizes": config.sizes})
+    rule = "is for a ladder: runs of a study of rates have the steps of their task"
+    for index, size in enumerate(config.sizes):
+        if size.tokens_per_parameter is not None:
+            problems.append(Problem(f"sizes.{index}.tokens_per_parameter", rule, "leave it out"))
     if problems:
         raise ConfigError(problems).located(origins)
     return Study(config, Path(path), origins)
@@ -127,6 +134,7 @@ def size_problems(config: SizesConfig, sizes: dict[str, tuple[LadderSize, ...]])
     problems = positive_problems("rates", config.rates)
     for key, entries in sizes.items():
         for index, size in enumerate(entries):
+            problems += positive_problems(f"{key}.{index}.tokens_per_parameter", size.tokens_per_parameter or ())
             try:
                 size.settings(config.style)
             except ValueError as error:

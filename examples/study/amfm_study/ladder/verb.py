@@ -24,9 +24,6 @@ def ladder(
     as_json: JsonOption = False,
 ) -> None:
     """Train sizes on several numbers of tokens, fit how the loss depends on both, and predict held-out larger sizes."""
-    from amfm.data_pipeline.prepare.ray_token import choose_token
-
-    choose_token()
     from amfm_study.ladder.cells import branch_off, expand_ladder
     from amfm_study.ladder.config import load_ladder
 
@@ -59,9 +56,6 @@ def rate(
     as_json: JsonOption = False,
 ) -> None:
     """Find the best learning rate of each size, and show or refuse that the first one's serves other widths and depths."""
-    from amfm.data_pipeline.prepare.ray_token import choose_token
-
-    choose_token()
     from amfm_study.ladder.cells import expand_rates
     from amfm_study.ladder.config import load_rate_study
 
