@@ -2,7 +2,8 @@
 
 Residual and delta: a block does not add its output to the residual stream. Between blocks the residual stream is a pair, the residual and
 the newest mixer's output (delta), because the next norm must read both and adds them in the same pass over memory. The
-residual may be wider than the weights (`residual_in_fp32`). What else blocks give (auxiliary losses, expert counts, decode
+residual may be wider than the weights (`residual_in_fp32`). Another kind of stream (streams/) decides itself what both
+hold. What else blocks give (auxiliary losses, expert counts, decode
 states) collects in `Stream` on the way.
 
 Makes a tensor again in backward passes that forward passes would keep for them.
@@ -18,7 +19,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +28,15 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
 from amfm.kernels.common.split_backward import is_splitting
-from amfm.model.build import build_mixer, build_norm
+from amfm.model.build import build_mixer, build_norm, build_stream
 from amfm.model.config.schema import ModelConfig
 from amfm.model.mixers.interface import BlockState, MixerOutput, as_mixer
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.model.parallel.layers import RMSNorm
-from amfm.model.routed_updates import put_updates
+
+if TYPE_CHECKING:
+    from amfm.model.routed_updates import RoutedUpdates
 
 Result = TypeVar("Result")
 
@@ -119,11 +122,16 @@ class Block(nn.Module):
         self.recomputes, self.keeps_norm = False, True
         self.multiplier, self.norm_after = config.multipliers.residual, config.norms_after()[index]
         self.norm = build_norm(config, backend, groups)
+        self.stream = build_stream(index, config, groups)
         self.out_norm: RMSNorm | None = None
         if config.norms_per_block() == 2:
             self.out_norm = build_norm(config, backend, groups)
         self.mixer = build_mixer(index, config, groups, backend)
-        self.updates = put_updates(self.mixer, config, groups, backend)
+        self.updates: RoutedUpdates | None = None
+        if config.lora_mixer is not None:
+            from amfm.model.routed_updates import put_updates
+
+            self.updates = put_updates(self.mixer, config, groups, backend)
         # Of a package's mixer: ours draw by their own seeds (`set_draw_seed`).
         self.has_dropout = any(isinstance(module, _DropoutNd) for module in self.mixer.modules())
 
@@ -153,17 +161,16 @@ class Block(nn.Module):
         if self.recomputes and torch.is_grad_enabled():
             assert state is None, "decoding has no backward pass"
             # The sum is made outside: it is what the checkpoint keeps, one tensor in place of residual and delta.
-            if delta_BTD is not None:
-                residual_BTD = residual_BTD + delta_BTD.to(residual_BTD.dtype)
+            residual_BTD, delta_BTD = self._add(residual_BTD, delta_BTD)
             # Keeping generators copies a state from the device in each recomputed block, for nothing if none draws.
             mixed: MixerOutput = checkpoint(
-                self._mix, residual_BTD, meta, use_reentrant=False, preserve_rng_state=self.has_dropout
+                self._mix, residual_BTD, delta_BTD, meta, use_reentrant=False, preserve_rng_state=self.has_dropout
             )
-            return residual_BTD, mixed._replace(y_BTD=multiply(mixed.y_BTD, self.multiplier))
-        normed_BTD, residual_BTD = self._add_and_norm(residual_BTD, delta_BTD)
-        with self._recomputed_norm(normed_BTD, residual_BTD) or nullcontext():
+            return self._finish(residual_BTD, delta_BTD, mixed)
+        normed_BTD, residual_BTD, delta_BTD = self._add_and_norm(residual_BTD, delta_BTD)
+        with self._recomputed_norm(normed_BTD, residual_BTD, delta_BTD) or nullcontext():
             mixed = self._leave(self.mixer(normed_BTD, meta, state))
-        return residual_BTD, mixed._replace(y_BTD=multiply(mixed.y_BTD, self.multiplier))
+        return self._finish(residual_BTD, delta_BTD, mixed)
 
     def steps(self, residual_BTD: Tensor, delta_BTD: Tensor | None, meta: PackMeta) -> BlockSteps:
         """Do what `forward` does, up to each place where the mixer's rows are sent and something else may run.
@@ -171,10 +178,10 @@ class Block(nn.Module):
         Of a mixer that `travels`, in training; hooks of the modules do not see it. Each is continued by `advance`.
         """
         assert not self.recomputes, "checked: blocks under two-batch overlap keep their activations"
-        normed_BTD, residual_BTD = self._add_and_norm(residual_BTD, delta_BTD)
-        steps, again = self.mixer.steps(normed_BTD, meta), self._recomputed_norm(normed_BTD, residual_BTD)
+        normed_BTD, residual_BTD, delta_BTD = self._add_and_norm(residual_BTD, delta_BTD)
+        steps, again = self.mixer.steps(normed_BTD, meta), self._recomputed_norm(normed_BTD, residual_BTD, delta_BTD)
         mixed = self._leave((yield from (steps if again is None else run_inside(again, steps))))
-        return residual_BTD, mixed._replace(y_BTD=multiply(mixed.y_BTD, self.multiplier))
+        return self._finish(residual_BTD, delta_BTD, mixed)
 
     def advance(self, steps: BlockSteps) -> tuple[Tensor, MixerOutput] | None:
         """Run one of its steps: None if rows have set out and more follows, at the end what `forward` returns."""
@@ -187,9 +194,9 @@ class Block(nn.Module):
             self.note(error)
             raise
 
-    def _mix(self, residual_BTD: Tensor, meta: PackMeta) -> MixerOutput:
+    def _mix(self, residual_BTD: Tensor, delta_BTD: Tensor | None, meta: PackMeta) -> MixerOutput:
         try:
-            mixed: MixerOutput = self.mixer(self._norm(residual_BTD), meta, None)
+            mixed: MixerOutput = self.mixer(self._norm(residual_BTD, delta_BTD), meta, None)
         except Exception as error:
             self.note(error)
             raise
@@ -200,28 +207,42 @@ class Block(nn.Module):
         norm = self.norm if self.norm_after else self.out_norm
         return mixed if norm is None else mixed._replace(y_BTD=norm(mixed.y_BTD))
 
-    def _norm(self, residual_BTD: Tensor) -> Tensor:
-        """What the mixer reads of the residual stream, in the dtype of the weights."""
-        normed_BTD: Tensor = residual_BTD if self.norm_after else self.norm(residual_BTD)
+    def _finish(self, residual_BTD: Tensor, delta_BTD: Tensor | None, mixed: MixerOutput) -> tuple[Tensor, MixerOutput]:
+        """What the block returns; delta: what `_add` has left of it."""
+        y_BTD = multiply(mixed.y_BTD, self.multiplier)
+        if self.stream is not None:
+            y_BTD = self.stream.leave(y_BTD, delta_BTD, residual_BTD.dtype)
+        return residual_BTD, mixed._replace(y_BTD=y_BTD)
+
+    def _norm(self, residual_BTD: Tensor, delta_BTD: Tensor | None = None) -> Tensor:
+        """What the mixer reads of what `_add` returned, in the dtype of the weights."""
+        read_BTD: Tensor = residual_BTD if self.stream is None else self.stream(residual_BTD, delta_BTD)
+        normed_BTD: Tensor = read_BTD if self.norm_after else self.norm(read_BTD)
         return normed_BTD.to(self.norm.weight.dtype)
 
-    def _add_and_norm(self, residual_BTD: Tensor, delta_BTD: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What the mixer reads, and the sum of both."""
-        if delta_BTD is not None and self.norm_after:
-            residual_BTD, delta_BTD = residual_BTD + delta_BTD.to(residual_BTD.dtype), None
-        if delta_BTD is None:
-            return self._norm(residual_BTD), residual_BTD
-        normed_BTD, residual_BTD = self.norm.add(delta_BTD, residual_BTD)
-        return normed_BTD.to(self.norm.weight.dtype), residual_BTD
+    def _add(self, residual_BTD: Tensor, delta_BTD: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The sum of both, or what another kind of stream leaves of them before it is read."""
+        if self.stream is not None:
+            return self.stream.add(residual_BTD, delta_BTD)
+        return (residual_BTD if delta_BTD is None else residual_BTD + delta_BTD.to(residual_BTD.dtype)), None
 
-    def _recomputed_norm(self, normed_BTD: Tensor, residual_BTD: Tensor) -> Recomputed | None:
+    def _add_and_norm(self, residual_BTD: Tensor, delta_BTD: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the mixer reads, and what `_add` returns."""
+        if delta_BTD is None or self.norm_after or self.stream is not None:
+            residual_BTD, delta_BTD = self._add(residual_BTD, delta_BTD)
+            return self._norm(residual_BTD, delta_BTD), residual_BTD, delta_BTD
+        normed_BTD, residual_BTD = self.norm.add(delta_BTD, residual_BTD)
+        return normed_BTD.to(self.norm.weight.dtype), residual_BTD, None
+
+    def _recomputed_norm(self, normed_BTD: Tensor, residual_BTD: Tensor, delta_BTD: Tensor | None) -> Recomputed | None:
         """If nothing keeps the norm of this stream; None where it is kept, or nothing will ask for it.
 
         A split pass keeps it: what its operations get of kept weights must be the parameters themselves.
         """
         if self.keeps_norm or self.norm_after or is_splitting() or not torch.is_grad_enabled():
             return None
-        return Recomputed(normed_BTD, partial(self._norm, residual_BTD.detach()))
+        delta_BTD = None if delta_BTD is None else delta_BTD.detach()
+        return Recomputed(normed_BTD, partial(self._norm, residual_BTD.detach(), delta_BTD))
 
 
 class Blocks(nn.Module):
@@ -253,7 +274,8 @@ class Blocks(nn.Module):
 class Stream:
     """What flows from block to block.
 
-    residual_BTD + delta_BTD [B, T, D] is the residual stream; delta is None before the first block. auxiliary, expert_counts
+    residual_BTD + delta_BTD [B, T, D] is the residual stream, if it is a sum (streams/); delta is None before the first
+    block. auxiliary, expert_counts
     and states: what the blocks passed so far have given, as in `ModelOutput`.
     """
 
@@ -308,3 +330,7 @@ def pass_through(
 def multiply(x: Tensor, multiplier: float) -> Tensor:
     """Multiply by a constant of the configuration; by one, nothing is computed."""
     return x if multiplier == 1.0 else x * multiplier
+
+
+def use_at_once(part: str) -> None:
+    """What `HybridModel.before_use` does if no one gathers weights: nothing."""

@@ -7,15 +7,19 @@ not used, and its mixer is built exactly as a built-in one.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 
 from amfm.model.config.kinds import kind_of
-from amfm.model.config.plugins import until_registered
+from amfm.model.config.plugins import load_named, until_registered
 from amfm.model.config.schema import ModelConfig
 from amfm.model.mixers.interface import BuildContext, Mixer
 from amfm.model.parallel.groups import ProcessGroupCollection, single_rank_groups
 from amfm.model.parallel.layers import RMSNorm
+
+if TYPE_CHECKING:
+    from amfm.model.streams.interface import StreamReader
 
 
 def build_mixer(index: int, config: ModelConfig, groups: ProcessGroupCollection, backend: str) -> Mixer:
@@ -64,3 +68,17 @@ def build_norm(config: ModelConfig, backend: str, groups: ProcessGroupCollection
 
         return LayerNorm(config.hidden_size, config.norm_epsilon, backend, groups)
     return RMSNorm(config.hidden_size, config.norm_epsilon, backend, groups)
+
+
+def build_stream(index: int | None, config: ModelConfig, groups: ProcessGroupCollection) -> StreamReader | None:
+    """What block `index` reads the residual stream with, None: the final norm. Nothing is built where the stream is a sum.
+
+    Blocks of MTP layers begin at the normed stream, and read a sum.
+    """
+    number = len(config.letters)
+    if config.stream is None or (index is not None and index >= number):
+        return None
+    reader: StreamReader = load_named(config.stream.reader)(
+        config.stream, number if index is None else index, config, groups
+    )
+    return reader

@@ -44,6 +44,8 @@ def count_parameters(config: ModelConfig) -> Counts:
     for counts in (total, active):
         counts["final_norm"] = len(config.norm_parts()) * config.hidden_size
         counts["head"] = 0 if config.tie_embeddings else _head_parameters(config)
+        if config.stream is not None:
+            counts["residual_stream"] = (len(config.letters) + 1) * reader_parameters(config)
     if config.num_depths:
         total["mtp"], active["mtp"] = _depth_parameters(config)
     return Counts(sum(total.values()), sum(active.values()), total, active)
@@ -87,6 +89,12 @@ def block_flops(config: ModelConfig, symbol: str, sequence_length: int) -> float
 def head_flops(config: ModelConfig) -> float:
     """Training FLOPs of one token in the head, counted as in `flops_per_token`."""
     return 6.0 * _head_parameters(config)
+
+
+def reader_parameters(config: ModelConfig) -> int:
+    """Parameters with which one block reads the residual stream, and the final norm; none where it is a sum."""
+    shapes = {} if config.stream is None else config.stream.shapes(config.hidden_size)
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def _head_parameters(config: ModelConfig) -> int:

@@ -12,8 +12,7 @@ What flows between blocks is a `Stream` (block.py), and what they give besides e
 MTP layers (mtp.py), they follow the last block in training; decoding and export do without them.
 
 Pieces: a pipeline rank holds one or several runs of consecutive blocks. A model that is built with `pieces` has only
-those, under their indices in the whole pattern, so names, initial values and checkpoints do not depend on how the model is
-cut. Its owner calls `embed`, `pass_blocks` and `finish` itself and sends residual + delta on as one tensor.
+those, under their indices in the whole pattern, so names, initial values and checkpoints do not depend on how the model is cut.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from torch import Tensor, nn
 from amfm.kernels.linear_cross_entropy.op import CrossEntropy
 from amfm.kernels.runtime.backend import resolve_backend
 from amfm.kernels.runtime.compiling import prepare_to_compile
-from amfm.model.block import Block, Blocks, Stream, multiply
-from amfm.model.build import build_norm
+from amfm.model.block import Block, Blocks, Stream, multiply, use_at_once
+from amfm.model.build import build_norm, build_stream
 from amfm.model.config.checks import check_model
 from amfm.model.config.kinds import kind_of
 from amfm.model.config.mup import logits_multiplier
@@ -118,6 +117,7 @@ class HybridModel(nn.Module):
             self.blocks = Blocks({index: Block(index, config, groups, backend) for index in indices})
             if has_last:
                 self.final_norm = build_norm(config, backend, groups)
+            self.final_stream = build_stream(None, config, groups) if has_last else None
             if has_last and not config.tie_embeddings:
                 self.head = build_head(config) or ColumnLinear(
                     config.hidden_size, (config.vocab_size,), groups, name="model.vocab_size"
@@ -270,7 +270,10 @@ class HybridModel(nn.Module):
         self.before_use("head")
         if self.head is None:
             self.before_use("embedding")
-        return self.final_norm.add(stream.delta_BTD, stream.residual_BTD)[0].to(self.final_norm.weight.dtype)
+        if self.final_stream is None:
+            return self.final_norm.add(stream.delta_BTD, stream.residual_BTD)[0].to(self.final_norm.weight.dtype)
+        read_BTD = self.final_stream(stream.residual_BTD, stream.delta_BTD)
+        return self.final_norm(read_BTD).to(self.final_norm.weight.dtype)
 
     def _add_predictions(
         self, output: ModelOutput, hidden_BTD: Tensor, ahead: Sequence[Ahead], meta: PackMeta
@@ -369,10 +372,6 @@ def _finish_with(
         predictions_BT = head(hidden_BTD.detach()).log_p_BTV.argmax(-1)
     auxiliary = stream.auxiliary | found.auxiliary
     return ModelOutput(found.log_p_BTV, found.loss, auxiliary, stream.expert_counts, predictions_BT=predictions_BT)
-
-
-def use_at_once(part: str) -> None:
-    """What `HybridModel.before_use` does if no one gathers weights: nothing."""
 
 
 def _check_groups(groups: ProcessGroupCollection, *, has_pieces: bool) -> None:

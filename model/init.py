@@ -161,13 +161,13 @@ def _normal_piece(
 def _special_values(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor | None:
     """The first value of a parameter that is not drawn from `_deviation`'s normal distribution; None for one that is."""
     generator = _generator(seed, name)
-    if name.endswith(("norm.weight", ".D")):
+    if name.endswith(("norm.weight", ".D", "stream.weight")):
         return torch.ones(shape)
     if name.endswith("conv.bias") and config.megatron_init:
         assert config.mamba is not None, "only Mamba2's convolution has a bias"
         bound = config.mamba.conv_kernel**-0.5
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-    if name.endswith(("conv.bias", "norm.bias", "up_proj.bias", "down_proj.bias", "lora.up")):
+    if name.endswith(("conv.bias", "norm.bias", "up_proj.bias", "down_proj.bias", "lora.up", "stream.query")):
         return torch.zeros(shape)
     if name.endswith("lora.down"):
         return torch.empty(shape).normal_(0.0, shape[-1] ** -0.5, generator=generator)

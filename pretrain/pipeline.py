@@ -3,7 +3,8 @@
 A rank holds one or several pieces (model/pipeline_split.py; torch calls each a stage). All ranks of a pipeline read the
 same micro-batches, so tokens, labels and documents are never sent: a piece looks its micro-batch up by number. Between
 pieces one tensor flows, residual + delta [B, T, D] in the dtype of the residual: the next norm adds them anyway, and
-two tensors would be twice the bytes. An auxiliary loss is not sent on to the last piece either: `AddLoss` gives it its
+two tensors would be twice the bytes. Another kind of residual stream makes one tensor of both itself, [B, T, n, D] of as
+many tensors as its section counts at the cut. An auxiliary loss is not sent on to the last piece either: `AddLoss` gives it its
 gradient where it arises.
 """
 
@@ -59,6 +60,7 @@ class PieceModule(nn.Module):
         self.embedding = model.embedding if reads_embedding else None
         self.blocks = nn.ModuleList([model.blocks[index] for index in piece.blocks])
         self.final_norm = model.final_norm if piece.is_last else None
+        self.final_stream = model.final_stream if piece.is_last else None
         self.head = model.head if piece.is_last else None
         self.mtp = model.mtp if piece.is_last else None
         self.piece, self.current = piece, current
@@ -72,7 +74,7 @@ class PieceModule(nn.Module):
         model, piece, current = self._model[0], self.piece, self.current
         micro_batch = current.inputs[int(index)]
         assert micro_batch.tokens_BT.shape == current.shape, "buffers have one shape for a whole step"
-        stream = model.embed(micro_batch.tokens_BT) if piece.is_first else Stream(receive(received[0]))
+        stream = model.embed(micro_batch.tokens_BT) if piece.is_first else self._enter(receive(received[0]))
         stream = model.pass_blocks(stream, piece.blocks, micro_batch.meta)
         if piece.is_last:
             output = model.finish(
@@ -93,7 +95,15 @@ class PieceModule(nn.Module):
         assert delta_BTD is not None, "a piece has at least one block"
         if share is not None:
             delta_BTD = AddLoss.apply(delta_BTD, share)
+        reader = model.blocks[piece.stop - 1].stream
+        if reader is not None:
+            return reader.send(stream.residual_BTD, delta_BTD)
         return (stream.residual_BTD + delta_BTD.to(stream.residual_BTD.dtype)).contiguous()
+
+    def _enter(self, received: Tensor) -> Stream:
+        """The residual stream of what the piece before has sent."""
+        reader = self._model[0].blocks[self.piece.start].stream
+        return Stream(received) if reader is None else Stream(*reader.receive(received))
 
 
 def receive(stream_BTD: Tensor) -> Tensor:
@@ -132,8 +142,8 @@ class PieceStage(pipelining.PipelineStage):
     """A pipelining stage with buffers only for what is in flight, which cuts backward passes without recomputing.
 
     torch keeps a buffer for each micro-batch of a step both ways, and steps of large models have hundreds: here one is
-    made where its receive is posted, and let go where the pass that reads it is over. `stream_BTD`: what is sent, on
-    the meta device. `collect`: of a schedule that cuts backward passes in two; called with each weight whose gradient
+    made where its receive is posted, and let go where the pass that reads it is over. `received`: the stream that comes
+    in, and `sent`: that which goes out, on the meta device. `collect`: of a schedule that cuts backward passes in two; called with each weight whose gradient
     the weights' half of a pass has added, past autograd's accumulation (kernels/common/split_backward.py).
     """
 
@@ -141,13 +151,14 @@ class PieceStage(pipelining.PipelineStage):
         self,
         part: PieceModule,
         collect: Callable[[Tensor], None] | None,
-        stream_BTD: Tensor,
+        received: Tensor,
+        sent: Tensor,
         *settings: Any,
         **named: Any,
     ) -> None:
         super().__init__(part, *settings, **named)
         self.dw_builder = None if collect is None else self._take_weights_half
-        self.collect, self.stream_BTD = collect, stream_BTD
+        self.collect, self.received, self.sent = collect, received, sent
         self.later: Later = []
 
     def _splits(self) -> AbstractContextManager[None]:
@@ -173,13 +184,13 @@ class PieceStage(pipelining.PipelineStage):
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[Any]:
         """Make the buffer of a micro-batch's stream, and list its receive."""
-        self._make_buffers(self.args_recv_info[fwd_chunk_id])
+        self._make_buffers(self.args_recv_info[fwd_chunk_id], self.received)
         return super().get_fwd_recv_ops(fwd_chunk_id)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[Any]:
         """Make the buffer of the gradient of a micro-batch's stream, and list its receive."""
         if self.has_backward and not self.is_last:
-            self._make_buffers(self.grad_recv_info[bwd_chunk_id])
+            self._make_buffers(self.grad_recv_info[bwd_chunk_id], self.sent)
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
     def forward_one_chunk(self, fwd_chunk_id: int, *given: Any, **named: Any) -> Any:
@@ -196,12 +207,12 @@ class PieceStage(pipelining.PipelineStage):
         self._let_go(self.grad_recv_info.get(bwd_chunk_id, ()))
         return found
 
-    def _make_buffers(self, received: Sequence[Any]) -> None:
-        """Make buffers of the residual stream's shape if there are none."""
+    def _make_buffers(self, received: Sequence[Any], like: Tensor) -> None:
+        """Make buffers of a stream's shape if there are none."""
         for entry in received:
             buffer = getattr(entry, "buffer", None)
             if isinstance(buffer, Tensor) and not buffer.numel():
-                entry.buffer = torch.empty_like(self.stream_BTD, device=self.device, requires_grad=False)
+                entry.buffer = torch.empty_like(like, device=self.device, requires_grad=False)
 
     def _let_go(self, received: Sequence[Any]) -> None:
         """Let buffers go; an empty one stays instead of each."""
@@ -309,25 +320,26 @@ class Pipeline:
         groups, piece = self.parallel.groups, part.piece
         if groups.sequence_parallel:
             tokens //= groups.tp.size()
-        stream_BTD = torch.empty(
-            rows,
-            tokens,
-            self.model.config.hidden_size,
-            dtype=self.model.stream_dtype(),
-            device="meta",
-            requires_grad=True,
-        )
+        received, sent = (self._stream_after(number, rows, tokens) for number in (piece.start, piece.stop))
         loss = torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)
         place = self.model.pieces.index(piece) * groups.pp.size() + groups.pp.rank()
         is_cut = self.section.schedule == "zero_bubble"
         return PieceStage(
             part,
             self.collect if is_cut else None,
-            stream_BTD,
+            received,
+            sent,
             place,
             self.section.num_pieces(),
             self.parallel.device,
-            input_args=() if piece.is_first else (stream_BTD,),
-            output_args=(loss if piece.is_last else stream_BTD,),
+            input_args=() if piece.is_first else (received,),
+            output_args=(loss if piece.is_last else sent,),
             group=groups.pp,
         )
+
+    def _stream_after(self, num_blocks: int, rows: int, tokens: int) -> Tensor:
+        """What is sent on after so many blocks, on the meta device."""
+        config = self.model.config
+        more = () if config.stream is None else (config.stream.num_tensors(num_blocks),)
+        shape, dtype = (rows, tokens, *more, config.hidden_size), self.model.stream_dtype()
+        return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)

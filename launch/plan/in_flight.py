@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import accumulate
 from operator import ge
 from typing import NamedTuple
 
-from amfm.launch.plan.layout import Layout
+from amfm.launch.plan.layout import Layout, StageShare
 
 ROUNDS = 3  # of as many micro-batches as stages: passes repeat after the first
 
@@ -31,6 +32,12 @@ class Moment(NamedTuple):
     held: tuple[int, ...]
     cut: tuple[int, ...]
     passed: tuple[bool, ...]
+
+
+def places_of(held: StageShare) -> tuple[tuple[int, ...], ...]:
+    """Indices of the main blocks of each piece of a rank."""
+    stops = accumulate(len(piece) for piece in held.pieces)
+    return tuple(held.indices[stop - len(piece) : stop] for stop, piece in zip(stops, held.pieces))
 
 
 def moments_of(layout: Layout, stage: int, micro_batches: int) -> tuple[Moment, ...]:

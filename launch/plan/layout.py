@@ -23,7 +23,7 @@ from itertools import cycle
 from typing import Any, Literal
 
 from amfm.model.config.schema import ModelConfig
-from amfm.model.flops import block_parameters, count_weights
+from amfm.model.flops import block_parameters, count_weights, reader_parameters
 from amfm.model.hybrid import HybridModel
 from amfm.model.matrices import list_matrices
 from amfm.model.parallel.groups import single_rank_groups
@@ -356,7 +356,7 @@ def _held(
     kinds = dict.fromkeys(model.built_letters)
     whole = {symbol: block_parameters(model, symbol)[0] for symbol in kinds}
     routed = {symbol: count_weights(model, symbol).routed for symbol in kinds}
-    table = model.vocab_size * model.hidden_size
+    table, reader = model.vocab_size * model.hidden_size, reader_parameters(model)
     cut = cut_pieces(model, layout.pipeline * layout.virtual_stages, sequence_length)
     held = []
     for stage in range(layout.pipeline):
@@ -367,12 +367,13 @@ def _held(
         depths = model.num_depths if is_last else 0
         # The last stage holds a copy of the table as its head where they are tied, and for MTP layers.
         embedding = table * (is_first or (is_last and (model.tie_embeddings or depths > 0)))
-        head = table * (is_last and not model.tie_embeddings) + model.hidden_size * is_last
+        head = table * (is_last and not model.tie_embeddings) + (model.hidden_size + reader) * is_last
         built = own + (model.built_letters[len(letters) :] if is_last else ())
         joining = (2 * model.hidden_size + 3) * model.hidden_size * (model.num_depth_modules if is_last else 0)
         width_ranks = layout.expert * layout.width_ranks
         parts = [(embedding / layout.tensor, 0.0)] if embedding else []
-        parts += [((whole[symbol] - routed[symbol]) / layout.tensor, routed[symbol] / width_ranks) for symbol in built]
+        dense = [whole[symbol] - routed[symbol] + reader * (place < len(own)) for place, symbol in enumerate(built)]
+        parts += [(size / layout.tensor, routed[symbol] / width_ranks) for size, symbol in zip(dense, built)]
         parts += [(size / layout.tensor, 0.0) for size in (joining, head) if size]
         largest = max((whole[symbol] for symbol in built), default=0.0)
         by_piece = [tuple(letters[index] for index in piece.blocks) for piece in pieces]
@@ -381,7 +382,7 @@ def _held(
             StageShare(
                 stage,
                 own + depths * pattern.depth_letters,
-                sum(dense for dense, _ in parts),
+                sum(size for size, _ in parts),
                 sum(routed for _, routed in parts),
                 is_first,
                 is_last,

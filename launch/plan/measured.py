@@ -191,7 +191,13 @@ def _measure(
         block.mixer.reset_buffers()
         stream = torch.float32 if config.residual_in_fp32 else dtype
         residual_BTD = torch.empty(1, own, config.hidden_size, dtype=stream, requires_grad=True)
-        delta_BTD = torch.empty(1, own, config.hidden_size, requires_grad=True)
+        delta_BTD: Tensor | None = torch.empty(1, own, config.hidden_size, requires_grad=True)
+        if block.stream is not None:
+            # As large as it becomes, and joined: what joins it is counted where blocks do so (`made_bytes`).
+            sent = torch.empty(1, own, config.stream_tensors(len(config.letters)), config.hidden_size, dtype=stream)
+            residual_BTD, delta_BTD = block.stream.add(*block.stream.receive(sent))
+            residual_BTD = residual_BTD.detach().requires_grad_()
+            delta_BTD = None if delta_BTD is None else delta_BTD.detach().requires_grad_()
         if cut.narrow is not None:
             stack.enter_context(assume_codes(block, cut.narrow))
         if cut.is_split:
@@ -213,7 +219,9 @@ def _measure(
         kept, _ = live.held()
         begin, forward = len(live.log), live.launches
         torch.autograd.backward(edges, [torch.empty(shape, dtype=kind) for shape, kind in likes])
-        residual_BTD.grad = delta_BTD.grad = None
+        residual_BTD.grad = None
+        if delta_BTD is not None:
+            delta_BTD.grad = None
         del edges
         left, most = live.held(begin)
     launches = forward, live.launches - forward

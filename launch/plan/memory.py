@@ -24,6 +24,7 @@ from amfm.launch.plan.activations import (
     Storage,
     depth_bytes,
     head_bytes,
+    made_bytes,
     recomputed_bytes,
     stream_bytes,
 )
@@ -32,7 +33,7 @@ from amfm.launch.plan.exchange import DEEPSPEED_BUCKET_ELEMENTS
 from amfm.launch.plan.exchanges.buckets import bucketed_bytes, resting_bytes
 from amfm.launch.plan.graphs import with_graphs
 from amfm.launch.plan.hardware import GIB, Hardware
-from amfm.launch.plan.in_flight import Moment, moments_of
+from amfm.launch.plan.in_flight import Moment, moments_of, places_of
 from amfm.launch.plan.layout import Layout, StageShare, count_routed, distinct_stages, held_by_stages
 from amfm.launch.plan.low_precision import code_bytes, narrow_kinds
 from amfm.launch.plan.measured import block_bytes
@@ -329,15 +330,16 @@ def activations_of(
     is_piped, is_cut = layout.pipeline > 1, layout.schedule == "zero_bubble"
     stream = tokens * stream_bytes(config.model, storage, layout.stream_ranks) * is_piped
     kept, cut = [], []
-    for number, letters in enumerate(held.pieces):
+    for number, (letters, places) in enumerate(zip(held.pieces, places_of(held), strict=True)):
         is_end = held.has_head and number == len(held.pieces) - 1
         own = sum(sizes[symbol].kept for symbol in letters)
         if is_end:  # what the projections of MTP layers keep
             own += held.depths * depth_bytes(config.model, storage, layout.tensor, layout.stream_ranks)
-        kept.append(tokens * own + (0.0 if is_end else stream))
+        sent = 0 if is_end else config.model.stream_tensors(places[-1] + 1)
+        kept.append(tokens * (own + made_bytes(config.model, storage, layout.stream_ranks, places)) + sent * stream)
         cut.append(tokens * sum(sizes[symbol].left for symbol in letters))
     for found in moments_of(layout, stage, layout.micro_batches(config)):
         bytes_held = sum(map(mul, found.held, kept))
         if is_cut:
             bytes_held += sum(map(mul, found.cut, cut))
-        yield found, bytes_held + stream
+        yield found, bytes_held + stream * config.model.stream_tensors(places_of(held)[found.piece][0])

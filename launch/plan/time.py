@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from amfm.launch.plan.activations import FLOAT32_BYTES, Storage
+from amfm.launch.plan.activations import FLOAT32_BYTES, Storage, mixture_bytes
 from amfm.launch.plan.blocks.cut import cut_of
 from amfm.launch.plan.blocks.kinds import planned_block
 from amfm.launch.plan.exchanges.seconds import (
@@ -124,6 +124,7 @@ def block_seconds(
     line.passes(9 * numbers)
     if config.model.norms_per_block() == 2:
         line.passes(5 * numbers)  # the other: read and written; backward reads two and writes one
+    line.passes(tokens * mixture_bytes(config.model))
     if line.recipes and line.saves_codes and layout.forwards(symbol) == 1 and layout.schedule != "zero_bubble":
         line.backward_passes(2 * numbers)  # made again in place of being kept
     planned_block(config, symbol).add(line, layout, storage, imbalance)

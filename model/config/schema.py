@@ -107,6 +107,28 @@ class MupConfig(Section):
     )
 
 
+class AttentionResidualsConfig(Section):
+    """Each block reads a mixture of the embedding and of earlier outputs, weighed by its query (arXiv 2603.15031); docs/mixers.md."""
+
+    blocks_per_source: int = Field(
+        gt=0,
+        description="Blocks whose outputs are added up to one source; 1: the output of every block is one.",
+    )
+    reader: ClassVar[str] = "amfm.model.streams.attention_residuals:AttentionResiduals"
+
+    def num_tensors(self, num_blocks: int) -> int:
+        """Tensors [B, T, D] that a pipeline stage sends on after so many blocks: the embedding and the groups begun."""
+        return 1 + math.ceil(num_blocks / self.blocks_per_source)
+
+    def num_made(self, index: int) -> int:
+        """Tensors [B, T, D] that block `index` makes of those before it: it begins a group, or adds to the one that runs."""
+        return self.num_tensors(index) if index and index % self.blocks_per_source == 0 else 0
+
+    def shapes(self, hidden_size: int) -> dict[str, tuple[int, ...]]:
+        """Weights with which a block reads, and the final norm, by name."""
+        return {"query": (hidden_size,), "weight": (hidden_size,)}
+
+
 class MtpConfig(Section):
     """Multi-token prediction: what the MTP layers after `/` in the pattern learn (DeepSeek-V3, arXiv 2412.19437, section 2.2)."""
 
@@ -177,6 +199,9 @@ class ModelConfig(Section):
         description="Low-rank updates of attention's projections that a router chooses among; null: no such updates.",
     )
     multipliers: MultipliersConfig = Field(MultipliersConfig(), description="Constant factors in the forward pass.")
+    attention_residuals: AttentionResidualsConfig | None = Field(
+        None, description="Blocks choose among earlier outputs what they read; null: they read the sum of all."
+    )
     mup: MupConfig | None = Field(None, description="Carry the learning rate over widths; null: one rate for all.")
     mtp: MtpConfig | None = Field(
         None,
@@ -294,6 +319,15 @@ class ModelConfig(Section):
     def num_depth_modules(self) -> int:
         """Modules of multi-token prediction that the model has: one for all depths where they are shared."""
         return min(1, self.num_depths) if self.prediction.shared else self.num_depths
+
+    @property
+    def stream(self) -> AttentionResidualsConfig | None:
+        """The section of the kind of residual stream; None: the sum of all outputs."""
+        return self.attention_residuals
+
+    def stream_tensors(self, num_blocks: int) -> int:
+        """Tensors [B, T, D] that the residual stream is after so many blocks."""
+        return 1 if self.stream is None else self.stream.num_tensors(num_blocks)
 
     def norms_after(self) -> tuple[bool, ...]:
         """Whether the norm of each block that is built comes after it; raises as `block_options`, where kinds matter."""

@@ -24,6 +24,7 @@ _NAMES = {
     "embedding.": "model.embed_tokens.",
     "blocks.": "model.layers.",
     "final_norm.": "model.norm.",
+    "final_stream.": "model.final_stream.",
     "head.": "lm_head.",
 }
 
@@ -81,6 +82,7 @@ def own_fields(config: ModelConfig) -> dict[str, Any]:
             for name in (*registered_mixers(config).values(), *([config.head] if config.head else []))
         },
         **({"head": config.head} if config.head else {}),
+        **({"attention_residuals": config.attention_residuals.model_dump()} if config.attention_residuals else {}),
     }
 
 
@@ -100,6 +102,7 @@ def model_config_from_own(fields: Mapping[str, Any]) -> ModelConfig:
             "mixers": {name: options for name, options in mixers.items() if name not in variants},
             "variants": variants,
             "head": fields.get("head"),
+            "attention_residuals": fields.get("attention_residuals"),
             "norm": fields.get("norm_kind") or "rmsnorm",
             "norm_placement": fields.get("norm_placement") or "before",
             "multipliers": fields.get("multipliers") or {},

@@ -21,7 +21,7 @@ def stream_model(weights: Weights) -> HybridModel:
     model = HybridModel(weights.model, single_rank_groups(), device="meta").eval()
     state = on_demand(weights.state)
     # The ends are kept: a tied embedding is the head too.
-    ends = {"embedding": ("embedding",), "head": ("final_norm", "head")}
+    ends = {"embedding": ("embedding",), "head": ("final_norm", "final_stream", "head")}
 
     def take(part: str) -> None:
         for block in model.blocks:

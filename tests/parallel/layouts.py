@@ -126,6 +126,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mtp_shared": MODEL | {"pattern": "MEM*-/*E/*E", "tie_embeddings": True, "mtp": {"shared": True}},
     "experts": MODEL | {"pattern": "*E"},
     "recycle": MODEL | {"moe": MODEL["moe"] | {"capacity_factor": 1.0, "overflow": "recycle"}},
+    "sources": MODEL | {"attention_residuals": {"blocks_per_source": 2}},
     "quantile": MODEL | {"moe": MODEL["moe"] | {"bias_rule": "quantile"}},
 }
 VARIANTS["muon"] = VARIANTS["normuon"] = VARIANTS["latent"]
@@ -414,6 +415,14 @@ LAYOUTS = [
     Layout(4, {"tensor": 2, "sequence_parallel": True, "expert": 2, "expert_tensor": 2}, "muon"),
     Layout(4, {"context": 2, "pipeline": 2, "zero_stage": 2}, "muon"),
     Layout(8, {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "expert": 2, "zero_stage": 2}, "muon"),
+    # Attention residuals: pieces send several tensors, cut inside of groups and between them.
+    Layout(2, {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 3}, "sources", quick=True),
+    Layout(2, {"tensor": 2, "sequence_parallel": True, "zero_stage": 0}, "sources"),
+    Layout(2, {"expert": 2, "overlap_experts": "two_batch"}, "sources", {"train__micro_batch_size": 4}),
+    Layout(4, {"zero_stage": 3}, "sources"),
+    Layout(4, {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "schedule": "zero_bubble"}, "sources"),
+    Layout(4, {"pipeline": 4, "zero_stage": 2}, "sources", {"train__recompute": "full"}),
+    Layout(4, {"context": 2, "expert": 2, "zero_stage": 2}, "sources", {"train__recompute": "full"}),
     # Multi-token prediction.
     Layout(2, {"pipeline": 2}, "mtp", quick=True),
     Layout(4, {"context": 2, "tensor": 2, "sequence_parallel": True}, "mtp_shared"),

@@ -24,6 +24,7 @@ from amfm.launch.plan.exchange import (
     crossing,
     element_type,
 )
+from amfm.launch.plan.in_flight import places_of
 from amfm.launch.plan.layout import Layout, StageShare, count_routed
 from amfm.pretrain.config.schema import RunConfig
 
@@ -102,7 +103,10 @@ def pipeline_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> I
     # Every piece sends a stream forward but the last, and a gradient back but the first.
     sends = 2 * layout.virtual_stages - held.has_embedding - held.has_head
     moved = layout.stage_ranks * tokens * config.model.hidden_size * size
-    yield Exchange("pp", "send", dtype, sends, sends * moved)
+    model, ends = config.model, [(places[0], places[-1] + 1) for places in places_of(held)]
+    forward = sum(model.stream_tensors(stop) for _, stop in ends if stop < len(model.letters))
+    backward = sum(model.stream_tensors(start) for start, _ in ends if start)
+    yield Exchange("pp", "send", dtype, sends, (forward + backward) * moved)
 
 
 def reduction_exchanges(

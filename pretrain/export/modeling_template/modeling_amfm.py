@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from .attention_amfm import Attention
-from .blocks_amfm import FeedForward, Mamba2, MixtureOfExperts, make_norm
+from .blocks_amfm import FeedForward, Mamba2, MixtureOfExperts, make_feed_forward, make_norm, make_stream
 from .cache_amfm import AmfmCache, BlockState, as_own_cache
 from .configuration_amfm import AmfmConfig
 from .documents_amfm import Place, Stretch, by_document, count_positions, find_documents, read_text_mask
@@ -46,14 +46,6 @@ def make_mixer(letter: str, index: int, config: AmfmConfig) -> nn.Module:
     # Mixers with decays by depth count the blocks that mix over the sequence, not experts and feed-forward.
     sequence = [number for number, other in enumerate(config.letters()) if config.symbol_of(other) not in CHANNELS]
     return build_mixer(kind, own, sequence.index(index), len(sequence))
-
-
-def make_feed_forward(config: AmfmConfig, index: int) -> nn.Module:
-    """Make the mixer of `-`."""
-    own = config.feed_forward
-    assert own is not None, "the pattern has '-', the configuration no feed_forward section"
-    limit, bias = own.get("activation_limit"), bool(own.get("bias"))
-    return FeedForward(config.hidden_size, own["hidden_size"], own["activation"], limit, bias)
 
 
 CORE: dict[str, Callable[[AmfmConfig, int], nn.Module]] = {
@@ -104,6 +96,7 @@ class AmfmBlock(GradientCheckpointingLayer):
         self.multiplier = config.multipliers["residual"]
         self.norm, self.norm_after = make_norm(config), index in config.norms_after
         self.out_norm = make_norm(config) if config.norm_placement == "both" else None
+        self.stream = make_stream(config, index)
         self.mixer = ParallelMixers(letter, index, config) if letter[0] == "(" else make_mixer(letter, index, config)
 
     def forward(
@@ -114,16 +107,18 @@ class AmfmBlock(GradientCheckpointingLayer):
             y_BTD, state = self._mix(x_BTD, stretches[0], state)
             return y_BTD, state if keeps_state else None
         mixed = [self._mix(x_BTD[stretch.place], stretch, None)[0].flatten(0, 1) for stretch in stretches]
-        return torch.cat(mixed).view_as(x_BTD), None
+        return torch.cat(mixed).view(*x_BTD.shape[:2], *mixed[0].shape[1:]), None
 
     def _mix(self, x_BTD: Tensor, stretch: Stretch, state: BlockState) -> tuple[Tensor, BlockState]:
-        normed_BTD = x_BTD if self.norm_after else self.norm(x_BTD)
+        read_BTD = x_BTD if self.stream is None else self.stream(x_BTD)
+        normed_BTD = read_BTD if self.norm_after else self.norm(read_BTD)
         if isinstance(self.mixer, ParallelMixers):
             y_BTD, state = self.mixer(normed_BTD, stretch, state)
         else:
             y_BTD, state = run_mixer(self.mixer, normed_BTD, stretch, state)
         norm = self.norm if self.norm_after else self.out_norm
-        return x_BTD + (y_BTD if norm is None else norm(y_BTD)) * self.multiplier, state
+        y_BTD = (y_BTD if norm is None else norm(y_BTD)) * self.multiplier
+        return x_BTD + y_BTD if self.stream is None else self.stream.add(x_BTD, y_BTD), state
 
 
 class AmfmPreTrainedModel(PreTrainedModel):
@@ -188,7 +183,7 @@ class AmfmModel(AmfmPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([AmfmBlock(index, config) for index in range(len(config.letters()))])
-        self.norm = make_norm(config)
+        self.norm, self.final_stream = make_norm(config), make_stream(config, len(config.letters()))
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -239,10 +234,11 @@ class AmfmModel(AmfmPreTrainedModel):
             x_BTD, state = block(x_BTD, stretches, state, keeps_state=bool(use_cache))
             if use_cache and cache is not None:
                 cache.states[index] = state
-            streams += [x_BTD] if keeps else []
+            streams += [x_BTD if self.final_stream is None else x_BTD.sum(2)] if keeps else []
         if use_cache and cache is not None:
             cache.num_tokens += x_BTD.shape[1]
-        hidden_BTD = self.norm(x_BTD) * self.config.multipliers["logits"]
+        read_BTD = x_BTD if self.final_stream is None else self.final_stream(x_BTD)
+        hidden_BTD = self.norm(read_BTD) * self.config.multipliers["logits"]
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_BTD,
             cache=cache if use_cache else None,

@@ -43,6 +43,10 @@ def test_data_ranks_may_have_graphs(base: Path) -> None:
             "train.precision=float32",
             "kernels.backend = auto: .* it computes in PyTorch's operations in float32.* use triton",
         ),
+        (
+            "model.attention_residuals.blocks_per_source=2",
+            "model.attention_residuals: .* it hands on more with every group of blocks",
+        ),
         ("health.check_state_every_steps=5", "health.check_state_every_steps: .* it computes its own gradients"),
     ],
 )

@@ -1,0 +1,1 @@
+"""Kinds of residual stream next to the plain sum."""
