@@ -34,6 +34,7 @@ from amfm.data_pipeline.samples.permutation import (
     permute,
     permute_in_blocks,
 )
+from amfm.data_pipeline.samples.phases import EpochSpan, PhaseSettings, phases_of
 from amfm.data_pipeline.store.manifest import Part, Split
 from amfm.data_pipeline.store.node_cache import CacheSettings
 from amfm.data_pipeline.store.shards import DamagedError
@@ -50,20 +51,6 @@ LOCATED_AHEAD = 512  # samples: from here on the cost of a place is that of its 
 
 class NoRowsError(ValueError):
     """No source has a row for a split: it has no documents, or none as long as a row."""
-
-
-@dataclass(frozen=True)
-class PhaseSettings:
-    """Weights and sequence length from a global sample on.
-
-    skipped: samples that are left out there. continues: with the order of the phase before, whose weights and length it has.
-    """
-
-    start_sample: int
-    weights: Mapping[str, float]
-    sequence_length: int
-    skipped: int = 0
-    continues: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,44 +84,12 @@ class SampleSettings:
             phases=phases if split == "train" else (replace(phases[0], skipped=0),),
             on_corruption=config.on_corruption,
             cache=CacheSettings(**config.cache.model_dump()),
-            fim=fim_of(config) if split == "train" else {},
+            fim=_fim_of(config) if split == "train" else {},
         )
 
     def open_reader(self) -> SampleReader:
         """Open a reader of these rows, with its own store."""
         return SampleReader(self)
-
-
-def phases_of(config: DataConfig, sequence_length: int) -> tuple[PhaseSettings, ...]:
-    """List the phases: the sources' own weights from sample 0, unless a given phase starts there, then the given ones.
-
-    A synthetic task is its own source. ValueError for a phase that weighs a source the configuration does not have.
-    """
-    known = {source.name: source.weight for source in config.sources}
-    if config.synthetic is not None:
-        known = {config.synthetic.task: 1.0}
-    phases = [PhaseSettings(0, {name: weight for name, weight in known.items() if weight}, sequence_length)]
-    for given in config.phases:
-        unknown = sorted(set(given.weights or {}) - set(known))
-        if unknown:
-            raise ValueError(
-                f"data.phases: the phase at sample {given.start_sample} gives a weight to {unknown[0]!r}, which must be one of "
-                f"data.sources: {', '.join(sorted(known))}"
-            )
-        before = phases[-1]
-        weights, length = given.weights or before.weights, given.sequence_length or before.sequence_length
-        phases.append(PhaseSettings(given.start_sample, dict(weights), length))
-    return with_skips(phases[1:] if len(phases) > 1 and phases[1].start_sample == 0 else phases, config.skip)
-
-
-def with_skips(phases: Sequence[PhaseSettings], skip: Sequence[tuple[int, int]]) -> tuple[PhaseSettings, ...]:
-    """The same phases, with one that continues with the weights before it for each range of samples to leave out."""
-    found = {phase.start_sample: phase for phase in phases}
-    for start, stop in skip:
-        before = max(first for first in found if first <= start)
-        continues = found[before].continues or before < start
-        found[start] = replace(found[before], start_sample=start, skipped=stop - start, continues=continues)
-    return tuple(found[start] for start in sorted(found))
 
 
 @dataclass(frozen=True)
@@ -154,20 +109,6 @@ class SampleLocation(NamedTuple):
     part: Part
     row: int
     sequence_length: int
-
-
-@dataclass(frozen=True)
-class EpochSpan:
-    """Draws of one source between two changes of the sequence length; it begins with a new epoch.
-
-    repeats: share of the source that the epoch before had given already when it was left unfinished.
-    """
-
-    first_draw: int
-    first_epoch: int
-    sequence_length: int
-    rows_per_epoch: int
-    repeats: float
 
 
 class SampleReader:
@@ -440,7 +381,7 @@ class SampleReader:
         return self.store.eos_id if pad is None else pad
 
 
-def fim_of(config: DataConfig) -> dict[str, FimSettings]:
+def _fim_of(config: DataConfig) -> dict[str, FimSettings]:
     """How sources are cut, of those that ask for it."""
     if all(source.fim is None for source in config.sources):
         return {}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.patience import PATIENCE_SECONDS
-from tests.helpers.processes.zygote import BARE, call, run_program
+from tests.helpers.processes.zygote import ADDRESS, BARE, call, run_program
 from tests.helpers.spawn import RankFailedError, run_ranks
 
 SHOWN = """
@@ -57,7 +57,9 @@ def test_an_error_a_signal_and_variables_that_come_too_late_are_reported() -> No
 
 def test_variables_that_a_run_sets_need_no_other_processes_to_fork_from(monkeypatch: pytest.MonkeyPatch) -> None:
     before = call(time.sleep, 0)
+    assert before.folder == os.environ.get(ADDRESS, before.folder), "another pair than that of the first process"
     monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "1")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/nowhere")
     after = call(time.sleep, 0)
     assert after.folder == before.folder

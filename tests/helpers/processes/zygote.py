@@ -47,7 +47,10 @@ READ_EARLY = (
 )
 # But these when a process group is made or something is compiled. A run in the process of the tests sets them, and the next
 # fork must not need another pair of processes, which would begin with ten seconds of imports.
-READ_LATE = ("TORCH_FR_", "TORCH_GLOO_", "TORCH_NCCL_", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "PYTHONPATH")
+READ_LATE = (
+    *("TORCH_FR_", "TORCH_GLOO_", "TORCH_NCCL_", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "PYTHONPATH"),
+    *("DS_ACCELERATOR", "TRITON_DEFAULT_FP_FUSION", "PYTHONBREAKPOINT"),  # set by imports of amfm and Ray, in forks too
+)
 NUMBER = struct.Struct("<q")
 END = struct.Struct("<qd")  # exit code, and processor seconds with those of children
 _SECONDS = [0.0]
