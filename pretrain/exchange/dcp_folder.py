@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from itertools import combinations
@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
+    TensorProperties,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.utils import _create_file_view
@@ -39,6 +40,8 @@ from amfm.model.on_demand import Shape, Source
 from amfm.pretrain.exchange.common_file import Unread
 from amfm.pretrain.exchange.torch_file import READ_TYPES, UNREADABLE, find_numbers, read_numbers
 
+# Numbers of a chunk that are one after the other: from which on, and how many.
+ReadPart = Callable[[ChunkStorageMetadata, int, int], Tensor]
 METADATA = ".metadata"
 MAX_METADATA_BYTES = 1 << 30  # 10^6 chunks have 155 MB
 MAX_COMPARED = 1000  # chunks of one tensor, each with each other
@@ -59,6 +62,8 @@ RECORD_TYPES: dict[str, Any] = {
         _StorageInfo,
     )
 }
+# What Megatron-Core 0.13 to 0.15 makes of the metadata: the same with notes of its own.
+RECORD_TYPES["megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata"] = metadata.Metadata
 
 
 class RecordReader(pickle._Unpickler):
@@ -94,6 +99,8 @@ class DcpFolder:
         self.values = {name for name, found in entries.items() if isinstance(found, BytesStorageMetadata)}
         # Where the numbers of chunks begin in their files.
         self.begins: dict[MetadataIndex, int] = {}
+        # Of tensors that are saved under other names: how the numbers of their chunks are read.
+        self.parts: dict[str, ReadPart] = {}
         with understood(path / METADATA):
             self.check()
 
@@ -151,15 +158,28 @@ class DcpFolder:
 
     def tensor(self, name: str) -> Tensor:
         """Read a whole small tensor in its own dtype."""
-        found = self.tensors[name]
-        return self._rows(name, found, (), 0, found.size[0] if len(found.size) else 1)
+        return self.rows(name, 0, self.tensors[name].size[0] if len(self.tensors[name].size) else 1)
+
+    def rows(self, name: str, start: int, stop: int, lead: tuple[int, ...] = ()) -> Tensor:
+        """Read rows of a tensor, or of the one at the places `lead` of a stack, in its own dtype."""
+        return self._rows(name, self.tensors[name], lead, start, stop)
+
+    def add(self, name: str, like: str, dtype: torch.dtype, read_part: ReadPart) -> None:
+        """Add a tensor in the chunks of another one, whose numbers are saved under other names.
+
+        `read_part(chunk, first, count)` reads `count` numbers of a chunk, one after the other, from its `first` on.
+        """
+        self.tensors[name] = TensorStorageMetadata(
+            TensorProperties(dtype=dtype), self.tensors[like].size, self.tensors[like].chunks
+        )
+        self.parts[name] = read_part
 
     def _rows(self, name: str, found: TensorStorageMetadata, lead: tuple[int, ...], start: int, stop: int) -> Tensor:
         """Read rows of a tensor, at places of a stack if there are `lead`, from all chunks that have a part in them."""
         axis = len(lead)
         if len(found.size) == axis:
             chunk = next(chunk for chunk in found.chunks if _holds(chunk, lead))
-            return self._part(name, found, chunk, [place - first for place, first in zip(lead, chunk.offsets)], ())
+            return self._part(name, chunk, [place - first for place, first in zip(lead, chunk.offsets)], ())
         rows = torch.zeros(stop - start, *found.size[axis + 1 :], dtype=found.properties.dtype)
         for chunk in found.chunks:
             first, last = chunk.offsets[axis], chunk.offsets[axis] + chunk.sizes[axis]
@@ -170,19 +190,19 @@ class DcpFolder:
             ends = zip(chunk.offsets[axis + 1 :], chunk.sizes[axis + 1 :])
             others = [slice(begun, begun + size) for begun, size in ends]
             shape = (high - low, *chunk.sizes[axis + 1 :])
-            rows[(slice(low - start, high - start), *others)] = self._part(name, found, chunk, corner, shape)
+            rows[(slice(low - start, high - start), *others)] = self._part(name, chunk, corner, shape)
         return rows
 
-    def _part(
-        self,
-        name: str,
-        found: TensorStorageMetadata,
-        chunk: ChunkStorageMetadata,
-        corner: Sequence[int],
-        shape: tuple[int, ...],
-    ) -> Tensor:
+    def _part(self, name: str, chunk: ChunkStorageMetadata, corner: Sequence[int], shape: tuple[int, ...]) -> Tensor:
         """Read numbers of a chunk that are one after the other, from a corner of its first dimensions on."""
-        index, dtype = MetadataIndex(name, chunk.offsets), found.properties.dtype
+        before = sum(place * math.prod(chunk.sizes[axis + 1 :]) for axis, place in enumerate(corner))
+        return self.numbers(name, chunk, before, math.prod(shape)).view(shape)
+
+    def numbers(self, name: str, chunk: ChunkStorageMetadata, first: int, count: int) -> Tensor:
+        """Read numbers of a chunk that are one after the other, `count` from its `first` on, in its own dtype."""
+        if name in self.parts:
+            return self.parts[name](chunk, first, count)
+        index, dtype = MetadataIndex(name, chunk.offsets), self.tensors[name].properties.dtype
         if index not in self.begins:
             where = f"{self.path}: {name}"
             with self._saved(index) as saved:
@@ -190,8 +210,7 @@ class DcpFolder:
             if held.shape != chunk.sizes or held.dtype != dtype:
                 raise ValueError(f"{where} is {list(held.shape)} of {held.dtype} in its file; copy the folder again")
             self.begins[index] = self.metadata.storage_data[index].offset + begin
-        before = sum(place * math.prod(chunk.sizes[axis + 1 :]) for axis, place in enumerate(corner))
-        return read_numbers(self._file(index), self.begins[index] + before * dtype.itemsize, shape, dtype)
+        return read_numbers(self._file(index), self.begins[index] + first * dtype.itemsize, (count,), dtype)
 
     def _file(self, index: MetadataIndex) -> Path:
         """The file of an item."""

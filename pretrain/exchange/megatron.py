@@ -11,6 +11,7 @@ of models/, ssm/ and transformer/):
   and up, `in_proj` and `conv1d` of Mamba are cut into `z x B C dt` and `x B C`.
 - Moments have the model's keys behind `optimizer.state.exp_avg.`; float32 master weights of bf16 weights after
   `optimizer.state.fp32_param.`, or `.param.` where a distributed optimizer saved them. The counter is in `common.pt`.
+  Other forms of a distributed optimizer: `megatron_buckets.py`.
 - `in_proj` and `conv1d` of Gated DeltaNet are cut into `query key value z beta alpha`; a gate of attention stands after
   the queries of each group in `linear_qkv`. Depths of prediction are `mtp.layers.D`.
 
@@ -47,10 +48,15 @@ from amfm.pretrain.exchange.megatron_blocks import (
     norm_names,
     row_order,
 )
+from amfm.pretrain.exchange.megatron_buckets import BUCKET, REMEDY, STATE, states_by_parameter
 from amfm.pretrain.exchange.rows import drop_channel_dim, join, part_of, permuted, resized, stacked, with_column
 
 DESCRIPTION, COMMON, LATEST = "metadata.json", "common.pt", "latest_checkpointed_iteration.txt"
-STATE_KEY = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(fp32_param|param|exp_avg|exp_avg_sq)\.(.+)")
+# Of ranks with a distributed optimizer: the groups of its parameters, with the counter.
+RANK = r"(?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_\d+\."
+GROUPS = re.compile(rf"{RANK}optimizer/.+")
+# All states of a rank in one object (`dp_zero_gather_scatter`).
+GATHERED = re.compile(rf"{RANK}param_state/.+")
 # Float32 weights of the optimizer: of bf16 models without a distributed optimizer, and with one.
 MASTERS = ("fp32_param", "param")
 # Of the router: what it counted in the last step, which no run continues from.
@@ -88,32 +94,29 @@ class MegatronFolder:
         self.folder = DcpFolder(self.path)
         self.common = read_common(self.path / COMMON)
         self.keys: dict[str, dict[str, str]] = {"weight": {}}
-        for key in self.folder.tensors:
-            matched = STATE_KEY.fullmatch(key)
+        for key in [*self.folder.tensors, *filter(GATHERED.fullmatch, self.folder.values)]:
+            matched = STATE.fullmatch(key)
+            if matched is None and key.partition("optimizer.")[1]:
+                self.refuse_unknown(key)
+                continue
             kind, name = matched.groups() if matched else ("weight", key)
             self.keys.setdefault(kind, {})[name] = key
-        self.refuse_buckets()
+        for kind, keys in states_by_parameter(self.folder).items():
+            self.keys[kind] = self.keys.get(kind, {}) | keys
 
     def has_moments(self) -> bool:
         """Whether AdamW's moments are there."""
         return "exp_avg" in self.keys
 
-    def refuse_buckets(self) -> None:
-        """Raise ValueError for optimizer state that is cut by communication buffers and not by parameters.
-
-        Order, sizes and padding of parameters in a bucket follow from the modules of each rank, and are not saved.
-        """
-        for key in self.folder.tensors:
-            if key.partition("optimizer.")[1] and STATE_KEY.fullmatch(key) is None:
-                raise ValueError(
-                    f"{self.path}: {key} is optimizer state in buckets of that run's ranks (dp_reshardable), and which numbers "
-                    "are of which parameter is not in the file; save it once by parameters, with "
-                    "--dist-ckpt-optim-fully-reshardable, or leave the optimizer out (--no-save-optim)"
-                )
+    def refuse_unknown(self, key: str) -> None:
+        """Raise ValueError for optimizer state that is neither by parameters nor in buckets."""
+        if BUCKET.fullmatch(key) is None:
+            raise ValueError(f"{self.path}: {key} is optimizer state that is not read; {REMEDY}")
 
     def step(self, names: Collection[str]) -> int:
         """The optimizer's counter, one for all parameters. Raises ValueError if it is nowhere, or parameters differ in it."""
-        steps = set(find_steps(self.common.get("optimizer")))
+        groups = [self.folder.value(name) for name in self.folder.values if GROUPS.fullmatch(name)]
+        steps = {step for found in (self.common.get("optimizer"), groups) for step in find_steps(found)}
         if not steps and isinstance(self.common.get("iteration"), int):
             steps = {self.common["iteration"]}
         if not steps:

@@ -33,11 +33,13 @@ class WithoutGpu(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call with another device."""
+        if func is torch.Tensor.cuda:
+            return args[0]
         given = dict(kwargs or {})
         if given.get("device") == "cuda":
             given["device"] = "cpu"
         found = func(*args, **given)
-        return "torch.cuda.FloatTensor" if func is torch.Tensor.type and found == "torch.FloatTensor" else found
+        return found.replace("torch.", "torch.cuda.") if func is torch.Tensor.type and isinstance(found, str) else found
 
 
 class Training:

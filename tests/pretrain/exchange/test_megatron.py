@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.data_pipeline.loader.loader import SourceUse
@@ -29,7 +26,6 @@ from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.exchange.adopt import Expected, adopt, describe_position, import_state
 from amfm.pretrain.exchange.common_file import read_common
-from amfm.pretrain.exchange.megatron import MegatronFolder
 from amfm.pretrain.exchange.megatron_write import export_megatron
 from amfm.pretrain.exchange.state import WrittenRun, write_run
 from amfm.pretrain.inference.weights import read_weights
@@ -302,23 +298,6 @@ def test_models_without_a_place_there_are_refused(
     assert run(["export", str(unbroken.checkpoint), str(tmp_path / "out"), "--format", "torch-dist-gpt"]) == 2
     assert "model.pattern=ME*- has no layers of GPTModel" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_buckets_of_a_distributed_optimizer_are_rejected_with_what_to_do(unbroken: Unbroken, tmp_path: Path) -> None:
-    """The keys of its usual state (`sharded_param_state_dp_reshardable` of megatron-core's distrib_optimizer.py)."""
-    bucket = (
-        "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.bfloat16, torch.float32).bucket_idx_0.exp_avg"
-    )
-    tensors = {"embedding.word_embeddings.weight": torch.zeros(448, 32), bucket: torch.zeros(100)}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        save(tensors, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
-    torch.save({}, tmp_path / "common.pt")
-    (tmp_path / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
-    with pytest.raises(
-        ValueError, match=r"bucket_idx_0.exp_avg is .* not in the file; save it once by parameters, with --dist"
-    ):
-        MegatronFolder(tmp_path, unbroken.config.model)
 
 
 def through_megatron(folders: list[tuple[str, str, str]]) -> None:
