@@ -12,6 +12,9 @@ from typing import Any
 # Before torch is imported, here and in every process that a test starts. Two threads on each of three workers would take
 # each other's cores; a test that is about threads sets its own, and tests/processors.py gives all others another number.
 os.environ["OMP_NUM_THREADS"] = os.environ.get("AMFM_TEST_THREADS", "1")
+# DeepSpeed has PyTorch look for NVIDIA's library at each question for GPUs, which takes 0.2 ms where there is none.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "0")
 # Imports make a million objects that stay: rounds of the garbage collector between them find nothing.
 gc.disable()
 # Processes that tests start would compile our sources again and again.
