@@ -108,7 +108,7 @@ test-cluster: $(VENV)/.installed-dev
 PEERS := build/peers
 test-peers: $(PEERS)/.installed
 	$(PEERS)/bin/python -m pytest -p no:cacheprovider -m "slow or not slow" -rs \
-		tests/model/mixers/test_peers_fla.py tests/pretrain/monitor/test_metrics.py \
+		tests/model/mixers/test_peers_fla.py tests/model/streams/test_peers_fla.py tests/pretrain/monitor/test_metrics.py \
 		tests/pretrain/export/test_habits.py tests/pretrain/export/test_transformers_suite.py
 
 # flash-linear-attention's own requirements name no versions that would be missing here.

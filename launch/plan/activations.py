@@ -13,7 +13,7 @@ from amfm.model.config.schema import ModelConfig
 from amfm.model.config.structure import Activation, matrices_of
 
 FLOAT32_BYTES = 4
-MIXTURE_PASSES = 18  # 6 of them forward: the norm, the scores and the sum, and a copy in float32
+MIXTURE_PASSES = 14  # 5 of them forward: a copy in float32, the norm, the scores and the sum
 # Slices of the head's logits, in elements, and their least rows (kernels/linear_cross_entropy).
 LOGITS_SLICE = {"triton": 1 << 28, "torch": 1 << 21}
 LOGITS_LEAST_ROWS = {"triton": 256, "torch": 128}

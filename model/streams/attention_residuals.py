@@ -91,7 +91,9 @@ class _Mixture(torch.autograd.Function):
     def forward(ctx: Any, query_D: Tensor, sources_BTND: Tensor, running_BTD: Tensor | None, epsilon: float) -> Tensor:
         """Score, weigh and add."""
         parts = _parts(sources_BTND, running_BTD, query_D.dtype)
-        inverse_BTN = torch.cat([(part.square().mean(-1) + epsilon).rsqrt() for part in parts], dim=-1)
+        # Sums of squares without the squares in memory.
+        squares_BTN = torch.cat([torch.linalg.vector_norm(part, dim=-1).square() for part in parts], dim=-1)
+        inverse_BTN = (squares_BTN / query_D.numel() + epsilon).rsqrt()
         score_BTN = torch.cat([part @ query_D for part in parts], dim=-1) * inverse_BTN
         share_BTN = score_BTN.softmax(dim=-1)
         ctx.save_for_backward(query_D, sources_BTND, running_BTD, inverse_BTN, score_BTN, share_BTN)
@@ -115,7 +117,8 @@ class _Mixture(torch.autograd.Function):
             own = slice(start, start + part.shape[2])
             start = own.stop
             share, of_query, of_source = (each[..., own, None] for each in (share_BTN, of_query_BTN, of_source_BTN))
-            found.append((share * g_BTD.unsqueeze(2) + of_query * query_D - of_source * part).to(sources_BTND.dtype))
+            d_part = (share * g_BTD.unsqueeze(2)).addcmul_(of_query, query_D).addcmul_(of_source, part, value=-1)
+            found.append(d_part.to(sources_BTND.dtype))
         return d_query_D, found[0], found[1].squeeze(2) if running_BTD is not None else None, None
 
 

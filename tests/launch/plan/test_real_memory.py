@@ -28,6 +28,8 @@ TWO_THREADS = {**os.environ, "OMP_NUM_THREADS": "2"}  # as users do
         (1, ["parallel.zero_stage=3"]),
         (2, ["parallel.tensor=2", "parallel.sequence_parallel=true"]),
         (2, ["parallel.expert=2"]),
+        (1, ["export.target=own", "model.attention_residuals.blocks_per_source=3"]),
+        (2, ["export.target=own", "parallel.pipeline=2", "model.attention_residuals.blocks_per_source=2"]),
     ],
 )
 def test_predicted_memory_is_within_a_tenth_of_real_steps(ranks, overrides):
