@@ -2,11 +2,11 @@
 
 Two forms of its distributed optimizer (megatron-core 0.16.1, distrib_optimizer.py and param_and_grad_buffer.py):
 
-- In buckets (`dp_reshardable`, the default since 0.15; `fully_sharded_bucket_space` until 0.8): each model-parallel rank
-  has flat tensors `optimizer.distributed.dp_group_idx_R.gbuf_idx_B.dtype_D.bucket_idx_N.exp_avg`, in which its parameters
+- In buckets (`dp_reshardable`, the default since 0.15): each model-parallel rank has flat tensors
+  `optimizer.distributed.dp_group_idx_R.gbuf_idx_B.dtype_D.bucket_idx_N.exp_avg`, in which its parameters
   stand one after the other, each from a multiple of 64 numbers on. Which parameter is where follows from the modules,
   layout and settings of that run, and is not saved.
-- Flat (`fully_sharded_model_space`, the default between them): a tensor a parameter, whose first dimensions count the
+- Flat (`fully_sharded_model_space`, the default of 0.8 to 0.14): a tensor a parameter, whose first dimensions count the
   chunks that ranks had of it and whose last has the numbers of a chunk.
 
 In both a chunk of a weight, which one rank had, is numbers that are one after the other. So states are read in the chunks
