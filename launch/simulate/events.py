@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed import get_process_group_ranks
 
 from amfm.launch.simulate.count_collectives import COLLECTIVES, group_of
+from amfm.launch.simulate.flops import name_arguments
 from amfm.launch.simulate.values import leaves
 
 # Operations that read only the rows that they give back.
@@ -47,7 +49,7 @@ class EventLog:
                 "kind": kind,
                 "phase": phase,
                 "limit": limit_of(func, flops),
-                "wide": any(tensor.dtype == torch.float32 for tensor in results),
+                "wide": bool(flops) and factor_of(func, args, kwargs).dtype == torch.float32,
                 "flops": flops,
                 "bytes": read + sum(tensor.numel() * tensor.itemsize for tensor in results),
             }
@@ -83,6 +85,16 @@ class EventLog:
     def host(self, what: str) -> None:
         """Note that the host waits for the GPU."""
         self.events.append({"do": "host", "what": what})
+
+
+def factor_of(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
+    """The second factor of a product, whose dtype decides the rate: a float32 sum may take products of bfloat16.
+
+    Of operations without such an argument the first tensor.
+    """
+    named = name_arguments(func, args, kwargs)
+    factors = (named.get(name) for name in ("mat2", "batch2", "weight"))
+    return next((factor for factor in factors if isinstance(factor, Tensor)), next(iter(leaves((args, kwargs)))))
 
 
 def limit_of(func: Any, flops: int) -> str:

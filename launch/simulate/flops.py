@@ -164,6 +164,8 @@ KERNELS: dict[str, Callable[[Named], int]] = {
     "linear_cross_entropy_triton": _logits,
     "linear_statistics_triton": _logits,
     "linear_statistics_triton_backward": _logits,
+    # Inside bodies, where torch does not take it apart.
+    "linear": lambda given: 2 * given["input"].numel() * given["weight"].shape[0],
     # Rows [S, A] times a matrix [A, B] for each expert, or [A, S] times [S, B] over each expert's rows.
     "_grouped_mm": lambda given: 2 * given["self"].numel() * given["mat2"].shape[-1],
 }
