@@ -129,9 +129,9 @@ def fastest_backend(
     our kernel can be. With boundaries it would need a mask of all queries and keys and be kept from those kernels; its
     variable-length attention needs none, where the ends of documents are known, this release has it and it takes such heads
     (`refuse_varlen`). So it is with fewer queries than keys, of which a cache gives no ends. Else, and where library kernels are to be deterministic, ours runs, which
-    skips what is hidden. Each choice is logged once with its reason.
+    skips what is hidden. Each choice is logged once with its reason. The meta device, which plans pass blocks on, stands for a GPU.
     """
-    if backend != "triton" or q_BTHK.device.type != "cuda":
+    if backend != "triton" or q_BTHK.device.type == "cpu":
         return backend
     tokens = q_BTHK.shape[1]
     if has_sinks:

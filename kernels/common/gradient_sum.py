@@ -93,13 +93,18 @@ def accumulate_product(total: GradientSum, product: Tensor) -> None:
     place.add_(product) if adds else place.copy_(product)
 
 
+def multiplies_as_gpu(device: torch.device) -> bool:
+    """Whether products have results wider than their factors, as those of a GPU's library; the meta device stands for a GPU."""
+    return device.type in ("cuda", "meta")
+
+
 def add_outer(place: Tensor, adds: bool, left_RA: Tensor, right_RB: Tensor) -> None:
     """place [A, B] += left^T right, or = if nothing is to be added to.
 
     On CUDA one product of the library, which adds in float32 where it makes the result. On a CPU the sum must not depend on how
     a library orders its additions, so the product is made first, in `gemm_dtype`: narrower than float32 it is rounded once.
     """
-    if place.device.type == "cuda":
+    if multiplies_as_gpu(place.device):
         if left_RA.dtype != place.dtype and adds:
             torch.addmm(place, left_RA.t(), right_RB, out_dtype=place.dtype, out=place)
         elif left_RA.dtype != place.dtype:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from amfm.kernels.common.gemm_precision import gemm_dtype
-from amfm.kernels.common.gradient_sum import GradientSum, add_outer, gradient_sum_of
+from amfm.kernels.common.gradient_sum import GradientSum, add_outer, gradient_sum_of, multiplies_as_gpu
 from amfm.kernels.common.split_backward import compute_later, is_split
 from amfm.kernels.linear.low_precision import low_precision_gradients, low_precision_linear
 from amfm.kernels.linear.weight_gradient import weight_gradient
@@ -119,7 +119,7 @@ class _Float32Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor, total: GradientSum | None) -> Tensor:
         ctx.save_for_backward(x, weight_OI)
         ctx.total = total
-        if x.device.type == "cuda" and weight_OI.dtype == x.dtype:
+        if multiplies_as_gpu(x.device) and weight_OI.dtype == x.dtype:
             logits = torch.mm(x.flatten(0, -2), weight_OI.t(), out_dtype=torch.float32)
             return logits.view(*x.shape[:-1], -1)
         return functional.linear(x.float(), weight_OI.float())
@@ -129,9 +129,9 @@ class _Float32Linear(torch.autograd.Function):
         x, weight_OI = ctx.saved_tensors
         grad_RO, x_RI = grad.flatten(0, -2), x.flatten(0, -2)
         grad_weight: Tensor | None = None
-        if x.device.type == "cuda" and x.dtype == weight_OI.dtype == torch.bfloat16:
+        if multiplies_as_gpu(x.device) and x.dtype == weight_OI.dtype == torch.bfloat16:
             halves_R2O = split_in_halves(grad_RO)
-            grad_x = torch.mm(halves_R2O, weight_OI.repeat(2, 1), out_dtype=torch.float32)
+            grad_x = halves_R2O @ weight_OI.repeat(2, 1)  # added up in float32 and rounded once, by the product
             if ctx.total is None:
                 both_2OI = torch.mm(halves_R2O.t(), x_RI, out_dtype=torch.float32)
                 grad_weight = both_2OI.unflatten(0, (2, -1)).sum(0).to(weight_OI.dtype)

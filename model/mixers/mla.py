@@ -271,10 +271,12 @@ def _attend_padded(
     highest_H: Tensor | None = None,
 ) -> Tensor:
     """Attend with kernels that take heads of one width: zeros fill up the narrower ones, which changes no product."""
-    key_size, value_size = k_BSJK.shape[-1], v_BSJV.shape[-1]
-    width = max(key_size, value_size)
-    q, k = (functional.pad(x, (0, width - key_size)) for x in (q_BTHK, k_BSJK))
-    v = functional.pad(v_BSJV, (0, width - value_size))
+    value_size = v_BSJV.shape[-1]
+    width = max(k_BSJK.shape[-1], value_size)
+    # A padding of no channels would copy.
+    q, k, v = (
+        x if x.shape[-1] == width else functional.pad(x, (0, width - x.shape[-1])) for x in (q_BTHK, k_BSJK, v_BSJV)
+    )
     y = attention(
         q,
         k,

@@ -151,28 +151,30 @@ class ProductWatch(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("device", ["cuda", "meta"])
 @pytest.mark.parametrize("accumulates", [False, True])
-def test_float32_products_of_bfloat16_run_on_tensor_cores_in_both_passes_on_cuda(accumulates):
-    """On fake tensors: which products a GPU would take. One forward, two backward; each half of a gradient that
-    accumulates.
+def test_float32_products_of_bfloat16_run_on_tensor_cores_in_both_passes_on_cuda(accumulates, device):
+    """On fake tensors, and on the meta device, which plans pass blocks on: which products a GPU would take. One forward, two
+    backward, of which that of the input is rounded once; each half of a gradient that accumulates.
     """
     with FakeTensorMode(), ProductWatch() as watch:
         x, weight, grad = (
-            torch.empty(shape, dtype=dtype, device="cuda")
+            torch.empty(shape, dtype=dtype, device=device)
             for shape, dtype in (
                 ((2, 21, 64), torch.bfloat16),
                 ((40, 64), torch.bfloat16),
                 ((2, 21, 40), torch.float32),
             )
         )
-        total = Place(torch.empty(40, 64, device="cuda")) if accumulates else None
+        total = Place(torch.empty(40, 64, device=device)) if accumulates else None
         y = _Float32Linear.forward(SimpleNamespace(save_for_backward=lambda *_: None), x, weight, total)
         grads = _Float32Linear.backward(SimpleNamespace(saved_tensors=(x, weight), total=total), grad)
     assert (y.dtype, y.shape) == (torch.float32, grad.shape)
     assert (grads[0].dtype, grads[0].shape) == (torch.bfloat16, x.shape)
     assert grads[1] is None if accumulates else (grads[1].dtype, grads[1].shape) == (torch.bfloat16, weight.shape)
     assert watch.names == ["mm", "mm", *(["mm", "addmm"] if accumulates else ["mm"])]
-    assert watch.dtypes == [(torch.bfloat16, torch.bfloat16, torch.float32)] * len(watch.names)
+    results = [torch.bfloat16 if number == 1 else torch.float32 for number in range(len(watch.names))]
+    assert watch.dtypes == [(torch.bfloat16, torch.bfloat16, result) for result in results]
 
 
 def test_halves_of_a_gradient_give_its_products_beyond_the_digits_of_bfloat16():
