@@ -81,7 +81,7 @@ def test_counts_of_layouts_and_mixers() -> None:
 def test_predictions_of_the_readme() -> None:
     table = rows("README.md", "preset")
     assert len(table) == 6
-    for preset, gpus, memory, mfu in table:
+    for preset, gpus, memory, mfu, _ in table:  # the range: tests/launch/plan/test_plan.py
         planned = headers(re.findall(r"`(.*?)`", preset)[0])[0]
         assert (gpus, memory, mfu) == (f"{planned.gpus:,}", f"{planned.gib} GiB", planned.mfu), preset
 

@@ -14,16 +14,18 @@ what it prints of a run never comes from a fit that knew this run.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from amfm.launch.bench.calibration import fit_efficiencies
+from amfm.launch.plan.activations import FLOAT32_BYTES
 from amfm.launch.plan.estimate import Assumptions, Estimate, estimate, memory_of
-from amfm.launch.plan.hardware import HARDWARE, Hardware
-from amfm.launch.plan.layout import Layout
-from amfm.launch.plan.memory import Memory
+from amfm.launch.plan.hardware import HARDWARE, LIBRARY_GROUPED, LIBRARY_NARROW, Hardware
+from amfm.launch.plan.layout import Layout, held_by_stages
+from amfm.launch.plan.memory import Memory, storage_of
+from amfm.launch.plan.roofline import Roofline
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig, MtpConfig
 from amfm.model.flops import flops_per_token
@@ -33,6 +35,7 @@ from amfm.pretrain.config.schema import RunConfig
 from benchmarks.published.runs import PUBLISHED, PUBLISHED_FP8, PublishedRun
 
 NATURAL_IMBALANCE = 1.2
+MULTIPROCESSORS = 132  # of an H100
 FITTED = (
     "product_efficiency",
     "grouped_efficiency",
@@ -42,8 +45,8 @@ FITTED = (
 )
 THEIRS = HARDWARE["h100"].model_copy(
     update={
-        "grouped_efficiency": 0.55,
-        "fp8_grouped_efficiency": 0.50,
+        "grouped_efficiency": LIBRARY_GROUPED,
+        **LIBRARY_NARROW,
         "attention_efficiency": 0.50,
         "attention_backward_efficiency": None,
         "all_to_all_efficiency": None,
@@ -62,6 +65,8 @@ WITHOUT_LAYOUT = (
     "parallel.virtual_stages=1",
     "train.recompute_blocks=''",
 )
+# Of a stand-in for a router, which has none.
+WITHOUT_LOSSES = ("model.moe.auxiliary_loss_weight=0", "model.moe.sequence_loss_weight=0", "model.moe.z_loss_weight=0")
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,36 @@ class Anchor:
         return memory_of(self.config, self.layout, self.assumptions, THEIRS)
 
     def plan(self, hardware: Hardware) -> Estimate:
-        """The step by the plan's formulas."""
-        return estimate(self.config, self.layout, hardware, self.assumptions, self.memory)
+        """The step by the plan's formulas, with the multiprocessors that its dispatcher takes, and without a router that it has not."""
+        number = self.published.multiprocessors
+        share = hardware.collective_share if number is None else number / MULTIPROCESSORS
+        taken = hardware.model_copy(update={"collective_share": share})
+        found = estimate(self.config, self.layout, taken, self.assumptions, self.memory)
+        if self.published.has_router:
+            return found
+        saved = self.router_seconds(taken)
+        idle = found.step.bubble / (found.step.total() - found.step.bubble)
+        compute = found.step.compute | {"moe": found.step.compute["moe"] - saved}
+        step = replace(found.step, compute=compute, bubble=found.step.bubble - idle * saved)
+        ratio = found.step.total() / step.total()
+        return replace(found, step=step, mfu=ratio * found.mfu, tokens_per_second=ratio * found.tokens_per_second)
+
+    def router_seconds(self, hardware: Hardware) -> float:
+        """Seconds of a step that the plan has for routers, in the pipeline stage with the most of them.
+
+        Their logits, the kernel that chooses, and what PyTorch does between them.
+        """
+        model, layout, storage = self.config.model, self.layout, storage_of(self.config)
+        assert model.moe is not None, "every published run has experts"
+        line = Roofline(hardware, "bf16", storage.element_bytes, layout.forwards("E"))
+        tokens, experts = layout.tokens(self.config) / layout.tensor, model.moe.num_experts
+        line.logits(tokens, model.hidden_size, experts)
+        line.passes(5 * tokens * experts * FLOAT32_BYTES)
+        # Between: halves of the gradient of logits, and the residual stream's gradient that is added to that of the experts.
+        e = storage.element_bytes
+        line.backward_passes(tokens * (experts * (2 * FLOAT32_BYTES + 3 * e) + 3 * model.hidden_size * e))
+        held = held_by_stages(model, layout, self.config.train.sequence_length)
+        return layout.micro_batches(self.config) * max(each.routed_blocks for each in held) * line.seconds
 
     def ratio(self, found: Estimate) -> float:
         """Planned over published speed: of tokens, or of FLOPs where the preset stands for another model."""
@@ -116,6 +149,7 @@ def load_anchor(run: PublishedRun, presets: Path) -> Anchor:
         f"train.micro_batch_size={run.micro_batch_size}",
         f"train.global_batch_size={run.global_batch_size}",
         *run.low_precision,
+        *(() if run.has_router else WITHOUT_LOSSES),
     ]
     config = load_checked(presets / f"{run.preset}.yaml", overrides, world_size=run.gpus)
     config = config.model_copy(update={"model": with_depths(config.model, run.depths)})

@@ -305,6 +305,10 @@ def print_plan(made: Plan, title: str) -> None:
     if made.is_search and made.layouts and made.layouts[0].layout != own.layout:
         best = made.layouts[0]
         print_pairs(f"Step time of the fastest layout: {best.layout.describe()}", describe_step(best))
+    if made.cut is not None:
+        seconds = f"{show_seconds(made.cut.estimate.step.total())} a step ({made.cut.gain:+.1%})"
+        cut = [("fastest layout, cut there", seconds), ("to use it", f"model.pattern='{made.cut.pattern}'")]
+        print_pairs("Pipeline cut by predicted seconds in place of FLOPs", cut)
 
 
 def print_advice(made: Plan) -> None:

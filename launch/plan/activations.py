@@ -26,6 +26,8 @@ class BlockBytes:
 
     `left`: what remains of a pass that puts off the gradients of weights, of which they will be made. `launches`: operations
     that the host starts, forward and backward, whatever the tokens. `is_graphable`: whether CUDA graphs can replay them.
+    `between`: bytes that PyTorch's operations between kernels move, forward and backward; `kernels`: those of the tensors that
+    our kernels are given.
     """
 
     kept: float
@@ -33,6 +35,8 @@ class BlockBytes:
     left: float = 0.0
     launches: tuple[int, int] = (0, 0)
     is_graphable: bool = False
+    between: tuple[float, float] = (0.0, 0.0)
+    kernels: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,14 @@ def up_rows(units: int, activation: Activation) -> int:
     return units * (matrices_of(activation) - 1)
 
 
+def slice_rows(vocab: float, backend: str) -> int:
+    """Rows of the head's slices: the kernel chooses them by elements, so a large vocabulary gets few, down to a least number."""
+    rows = max(LOGITS_LEAST_ROWS[backend], int(LOGITS_SLICE[backend] // vocab))
+    if backend == "triton":
+        rows = max(LOGITS_LEAST_ROWS[backend], min(4096, rows // 128 * 128))  # whole tiles
+    return rows
+
+
 def head_bytes(
     config: ModelConfig, storage: Storage, tokens: float, tensor: int = 1, *, accumulates: bool = False
 ) -> tuple[float, float]:
@@ -113,10 +125,7 @@ def head_bytes(
     """
     e, vocab, hidden = storage.element_bytes, config.vocab_size // tensor, config.hidden_size
     backend = storage.backend
-    # The kernel chooses rows by elements of a slice, so a large vocabulary gets few rows, down to a least number.
-    rows: float = max(LOGITS_LEAST_ROWS[backend], LOGITS_SLICE[backend] // vocab)
-    if backend == "triton":
-        rows = max(LOGITS_LEAST_ROWS[backend], min(4096, rows // 128 * 128))  # whole tiles
+    rows: float = slice_rows(vocab, backend)
     # Triton's first slice is the sum itself; at the second the float32 sum is next to both products.
     is_summed = e < FLOAT32_BYTES and (backend == "torch" or tokens > rows)
     product: float = vocab * hidden * e

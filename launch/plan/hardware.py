@@ -1,7 +1,6 @@
 """What accelerators and their links can do: a small table with its sources, or a YAML file of the same fields.
 
-Peaks are of the vendors' data sheets, without sparsity: A100 80GB SXM, H100 SXM, H200 SXM and DGX B200 (NVIDIA). Efficiencies
-of FP8 are what DeepGEMM states for large shapes on H800, and below; those of FP4 are guesses.
+Peaks are of the vendors' data sheets, without sparsity: A100 80GB SXM, H100 SXM, H200 SXM and DGX B200 (NVIDIA).
 `memory_gib` is what the device reports to PyTorch, which is less than the name says. The efficiencies are assumptions, of
 amfm's own kernels as they were compiled and of cuBLAS, until a GPU has measured them; so is what collectives, the host and
 ranks of unequal speed cost. Fields that a separate file leaves out have the table's values; `amfm bench calibrate` writes
@@ -42,10 +41,10 @@ class Hardware(BaseModel):
     hop_seconds: float = Field(3e-6, ge=0, description="Latency of one step of a ring.")
     product_efficiency: float = Field(0.70, gt=0, le=1, description="Of the peak, in large products.")
     grouped_efficiency: float = Field(0.55, gt=0, le=1, description="Of the peak, in grouped products of experts.")
-    fp8_efficiency: float = Field(0.60, gt=0, le=1, description="Of the peak, in large products of e4m3.")
-    fp8_grouped_efficiency: float = Field(0.50, gt=0, le=1, description="The same in grouped products of experts.")
-    fp4_efficiency: float = Field(0.45, gt=0, le=1, description="Of the peak, in large products of e2m1.")
-    fp4_grouped_efficiency: float = Field(0.40, gt=0, le=1, description="The same in grouped products of experts.")
+    fp8_efficiency: float = Field(0.50, gt=0, le=1, description="Of the peak, in large products of e4m3.")
+    fp8_grouped_efficiency: float = Field(0.42, gt=0, le=1, description="The same in grouped products of experts.")
+    fp4_efficiency: float = Field(0.38, gt=0, le=1, description="Of the peak, in large products of e2m1.")
+    fp4_grouped_efficiency: float = Field(0.33, gt=0, le=1, description="The same in grouped products of experts.")
     attention_efficiency: float = Field(0.50, gt=0, le=1, description="Of the peak, in attention and scans, forward.")
     attention_backward_efficiency: float | None = Field(None, gt=0, le=1, description="Backward; null: as forward.")
     memory_efficiency: float = Field(0.75, gt=0, le=1, description="Of the bandwidth, in passes over memory.")
@@ -111,11 +110,22 @@ class Hardware(BaseModel):
         return self.link_efficiency * (inside if ranks * stride <= self.gpus_per_node else min(inside, across))
 
 
-# Judgements, none of them measured: products by cuBLAS; grouped products by our Triton kernels, as occupancy of the compiled
-# ones suggests; attention by FlashAttention-2, whose speed is published; NCCL's all-to-all with messages of about 1 MB.
+# Of the peak in FP8, what DeepGEMM states for large shapes on H800, dense and grouped; of FP4, a guess below it.
+LIBRARY_NARROW = {
+    "fp8_efficiency": 0.60,
+    "fp8_grouped_efficiency": 0.50,
+    "fp4_efficiency": 0.45,
+    "fp4_grouped_efficiency": 0.40,
+}
+# Grouped products of bf16 by our Triton kernels, as occupancy of the compiled ones suggests, and by CUTLASS. Our kernels of codes,
+# dense and grouped, are taken to be as far below a library's.
+OWN_GROUPED, LIBRARY_GROUPED = 0.46, 0.55
+# Judgements, none of them measured: products by cuBLAS; grouped products and those of codes by our kernels; attention by
+# FlashAttention-2, whose speed is published; NCCL's all-to-all with messages of about 1 MB.
 ASSUMED: dict[str, float] = {
     "product_efficiency": 0.70,
-    "grouped_efficiency": 0.46,
+    "grouped_efficiency": OWN_GROUPED,
+    **{name: round(OWN_GROUPED / LIBRARY_GROUPED * value, 2) for name, value in LIBRARY_NARROW.items()},
     "attention_efficiency": 0.37,
     "attention_backward_efficiency": 0.31,
     "all_to_all_efficiency": 0.65,
@@ -126,9 +136,6 @@ ASSUMED: dict[str, float] = {
     "context_gib": 0.8,
     "communicator_gib": 0.25,
 }
-
-# As far below DeepGEMM's as our grouped products of bf16 are taken to be below CUTLASS's.
-OWN_FP8_GROUPED = 0.42
 
 HARDWARE = {
     "a100": Hardware(
@@ -152,7 +159,6 @@ HARDWARE = {
         memory_bytes_per_second=3.35e12,
         node_link_bytes_per_second=450e9,
         network_bytes_per_second=50e9,
-        fp8_grouped_efficiency=OWN_FP8_GROUPED,
         **ASSUMED,
     ),
     "h200": Hardware(
@@ -165,7 +171,6 @@ HARDWARE = {
         memory_bytes_per_second=4.8e12,
         node_link_bytes_per_second=450e9,
         network_bytes_per_second=50e9,
-        fp8_grouped_efficiency=OWN_FP8_GROUPED,
         **ASSUMED,
     ),
     "b200": Hardware(

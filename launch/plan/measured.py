@@ -39,11 +39,13 @@ from amfm.kernels.low_precision.products import codes_of
 from amfm.kernels.low_precision.recipe import recipe_of
 from amfm.launch.console import say
 from amfm.launch.plan.activations import BlockBytes, Storage
+from amfm.launch.plan.between import is_between, launches, moved_bytes, shown_bytes
 from amfm.launch.plan.stand_ins import (
     COUNTED_TOKENS,
     WHOLE,
     Cut,
     HostAnswers,
+    any_order,
     assume_triton,
     default_dtype,
     replaced,
@@ -60,7 +62,6 @@ LOOPED_TOKENS, FEWEST_TOKENS = (
     512,
     64,
 )  # of the longest row on which a loop over tokens is counted, at first and at least
-QUIET = ("detach", "lift_fresh", "_unsafe_view", "alias")  # operations that launch nothing
 
 
 def block_bytes(config: ModelConfig, symbol: str, storage: Storage, cut: Cut = WHOLE) -> BlockBytes:
@@ -138,15 +139,17 @@ def line_through(short: BlockBytes, long: BlockBytes, tokens: int, wanted: int) 
         slope = 2 * after - before
         return max(0.0, slope + (before - slope) * tokens / wanted)
 
-    def launches(before: int, after: int) -> int:
+    def started(before: int, after: int) -> int:
         return round(before + (after - before) * (wanted - tokens) / tokens)
 
     return BlockBytes(
         per_token(short.kept, long.kept),
         per_token(short.working, long.working),
         per_token(short.left, long.left),
-        (launches(short.launches[0], long.launches[0]), launches(short.launches[1], long.launches[1])),
+        (started(short.launches[0], long.launches[0]), started(short.launches[1], long.launches[1])),
         long.is_graphable,
+        (per_token(short.between[0], long.between[0]), per_token(short.between[1], long.between[1])),
+        (per_token(short.kernels[0], long.kernels[0]), per_token(short.kernels[1], long.kernels[1])),
     )
 
 
@@ -183,6 +186,7 @@ def _measure(
             stack.enter_context(assume_triton())
             stack.enter_context(counted_launches(live, note_launch))
         stack.enter_context(without_device())
+        stack.enter_context(any_order())
         stack.enter_context(torch.device("meta"))
         stack.enter_context(default_dtype(dtype))
         groups = cut.groups()
@@ -217,16 +221,18 @@ def _measure(
         edges, likes = [get_gradient_edge(each) for each in outputs], [(each.shape, each.dtype) for each in outputs]
         del total_BTD, mixed, outputs
         kept, _ = live.held()
-        begin, forward = len(live.log), live.launches
+        begin, forward, moved, launched = len(live.log), live.launches, live.moved, live.launched
         torch.autograd.backward(edges, [torch.empty(shape, dtype=kind) for shape, kind in likes])
         residual_BTD.grad = None
         if delta_BTD is not None:
             delta_BTD.grad = None
         del edges
         left, most = live.held(begin)
-    launches = forward, live.launches - forward
+    started = forward, live.launches - forward
+    between = moved / tokens, (live.moved - moved) / tokens
+    kernels = launched / tokens, (live.launched - launched) / tokens
     sizes = kept / tokens, (most - kept) / tokens, left / tokens
-    return BlockBytes(*sizes, launches, block.mixer.is_graphable)
+    return BlockBytes(*sizes, started, block.mixer.is_graphable, between, kernels)
 
 
 def _forget_gradient(parameter: Tensor) -> None:
@@ -274,7 +280,12 @@ def counted_launches(live: LiveBytes, note_launch: Callable[..., None]) -> Abstr
 
     def launch(kernel: Any, grid: Any) -> Callable[..., None]:
         live.launches += 1
-        return partial(note_launch, kernel)
+
+        def note(*args: Any, **named: Any) -> None:
+            live.launched += shown_bytes(each for each in (*args, *named.values()) if isinstance(each, Tensor))
+            note_launch(kernel, *args, **named)
+
+        return note
 
     return replaced([(JITFunction, "__getitem__", launch)])
 
@@ -288,7 +299,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.stacked: frozenset[torch.Size] = frozenset()
-        self.launches = self.operations = 0
+        self.launches = self.operations = self.moved = self.launched = 0
         self.most_operations: int | None = None
         self.log: list[tuple[int, int]] = []  # number of a storage, and its bytes, negative when it goes
         self.numbers: dict[int, int] = {}
@@ -304,7 +315,9 @@ class LiveBytes(TorchDispatchMode):
             raise LoopOverTokensError
         if body is None:
             out = func(*args, **kwargs)
-            self.launches += not (func.is_view or "empty" in func._opname or func._opname in QUIET)
+            if launches(func):
+                self.launches += 1
+                self.moved += moved_bytes(func, args, kwargs, out) if is_between(func) else 0
         else:
             with self:
                 out = body(*args, **kwargs)

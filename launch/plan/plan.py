@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from amfm.launch.plan.blocks.indexer import pays_from
+from amfm.launch.plan.cuts import TimedCut, cut_by_seconds
 from amfm.launch.plan.estimate import Assumptions, Estimate, estimate, estimate_as_dict, mfu_range
 from amfm.launch.plan.exchanges.buckets import bucketed_bytes
 from amfm.launch.plan.failures.goodput import Goodput, estimate_goodput
@@ -66,7 +67,8 @@ class Plan:
 
     `layouts` and `near_misses` suit every stage, or after a search the first one, since each has its own then. `is_search`:
     whether layouts of all axes were tried. `is_own`: False if a stage's layout breaks a rule for this many ranks, and the
-    best one found takes its place. `left_out`: why a search of the first stage has no other layouts. `tokens` may differ from the configuration's where the user asked for another number;
+    best one found takes its place. `left_out`: why a search of the first stage has no other layouts. `cut`: the fastest layout of a
+    search with its pipeline cut by seconds, None if that takes as long. `tokens` may differ from the configuration's where the user asked for another number;
     stages are scaled in proportion. `goodput`: of the first training stage, None if no one asked for it.
     """
 
@@ -83,6 +85,7 @@ class Plan:
     assumptions: Assumptions
     left_out: tuple[LeftOut, ...] = ()
     goodput: Goodput | None = None
+    cut: TimedCut | None = None
 
     @property
     def own(self) -> Estimate:
@@ -170,7 +173,16 @@ def make_plan(
         tokens=tokens or float(sum(stage.num_tokens() for stage in stages)),
         left_out=found[0].left_out,
         goodput=estimate_goodput(config, own[0], hardware, assumptions),
+        cut=cut_of_fastest(stages[0].config, found[0], hardware, assumptions) if search else None,
     )
+
+
+def cut_of_fastest(run: RunConfig, found: Found, hardware: Hardware, assumptions: Assumptions) -> TimedCut | None:
+    """The fastest layout of a search with its pipeline cut by seconds; None without one, or where that takes as long."""
+    if not found.fitting:
+        return None
+    layout = found.fitting[0].layout
+    return cut_by_seconds(with_layout(run, layout), layout, hardware, assumptions)
 
 
 def lay_out(
@@ -351,6 +363,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
         "layouts": [estimate_as_dict(item) for item in plan.layouts],
         "near_misses": [estimate_as_dict(item) for item in plan.near_misses],
         **({"left_out": [vars(entry) for entry in plan.left_out]} if plan.is_search else {}),
+        **({} if plan.cut is None else {"cut": {"pattern": plan.cut.pattern, **estimate_as_dict(plan.cut.estimate)}}),
     }
 
 

@@ -1,4 +1,4 @@
-"""Roofline seconds of a rank's operations, forward and backward, and of a feed-forward, which several kinds of block have.
+"""Roofline seconds of a rank's operations, forward and backward, of a feed-forward, which several kinds of block have, and of the head.
 
 An operation takes the longer of its arithmetic at a stated part of the peak and its bytes at a stated part of the bandwidth
 (Williams et al. 2009, "Roofline", section 3).
@@ -10,13 +10,14 @@ from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 from amfm.kernels.moe.low_precision import makes_codes
-from amfm.launch.plan.activations import FLOAT32_BYTES, up_rows
+from amfm.launch.plan.activations import FLOAT32_BYTES, Storage, slice_rows, up_rows
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.low_precision import OPERAND_BYTES, READS
 from amfm.model.config.low_precision import RecipeName
 from amfm.model.config.schema import ModelConfig
 from amfm.model.config.structure import Activation, FeedForwardPart
+from amfm.pretrain.config.schema import RunConfig
 
 CODES: RecipeName = "fp8_block"  # by which hidden rows are kept
 
@@ -63,15 +64,14 @@ class Roofline:
         *,
         groups: int = 1,
         grouped: bool = False,
-        wide: bool = False,
         weight: str = "",
         made: Collection[str] = (),
     ) -> None:
         """Add [rows, in] x [in, out] and the two products of its backward pass; `groups` matrices share the rows.
 
-        `grouped`: by a grouped kernel though it be of one matrix, as experts are. `wide`: in float32, as the router's logits
-        are. `weight`: its name below the mixer, by which it may have a recipe. `made`: which of "input", "output" and "gradient" of a
-        product by a recipe are codes where they are made, and never wide in memory.
+        `grouped`: by a grouped kernel though it be of one matrix, as experts are. `weight`: its name below the mixer, by which
+        it may have a recipe. `made`: which of "input", "output" and "gradient" of a product by a recipe are codes where they are
+        made, and never wide in memory.
         """
         recipe = self.recipes.get(weight)
         if recipe is not None:
@@ -79,15 +79,34 @@ class Roofline:
             return
         hardware = self.hardware
         efficiency = hardware.grouped_efficiency if grouped or groups > 1 else hardware.product_efficiency
-        peak = hardware.float32_flops if wide else self.peak
-        size = FLOAT32_BYTES if wide else self.element_bytes
-        arithmetic, weights = 2 * rows * inputs * outputs / (peak * efficiency), groups * inputs * outputs
+        size = self.element_bytes
+        arithmetic, weights = 2 * rows * inputs * outputs / (self.peak * efficiency), groups * inputs * outputs
         for times, bytes_each in (
             (self.forwards + 1, size),
             (1, 2 * FLOAT32_BYTES if self.accumulates else size),
         ):
             moved = size * rows * (inputs + outputs) + bytes_each * weights
             self.seconds += times * max(arithmetic, moved / self.bandwidth)
+
+    def logits(self, rows: float, inputs: float, outputs: float) -> None:
+        """Add a product whose float32 result is not rounded, as of a router (`linear_float32` in kernels/linear).
+
+        Tensor cores take bfloat16 factors as they are. Backward cuts the gradient of the result into two halves of bfloat16,
+        and makes each of its two products of both. What cuts is PyTorch's, and measured with what else is between kernels.
+        """
+        e, wide = self.element_bytes, FLOAT32_BYTES
+        if e == wide:
+            self.product(rows, inputs, outputs)
+            return
+        arithmetic = 2 * rows * inputs * outputs / (self.peak * self.hardware.product_efficiency)
+        sides, weights = rows * (e * inputs + wide * outputs), inputs * outputs
+        third = 2 * (2 * wide if self.accumulates else e) * weights
+        for passes, products, moved in (
+            (self.forwards, 1, sides + e * weights),
+            (1, 2, sides + 2 * e * weights),
+            (1, 2, sides + third),
+        ):
+            self.seconds += passes * max(products * arithmetic, moved / self.bandwidth)
 
     def _narrow_product(
         self,
@@ -142,6 +161,10 @@ class Roofline:
         rate = hardware.attention_backward_efficiency or hardware.attention_efficiency
         for passes, efficiency in ((self.forwards, hardware.attention_efficiency), (backward, rate)):
             self.seconds += passes * max(flops / (self.peak * efficiency), moved / self.bandwidth)
+
+    def moves(self, rows: float, moved: tuple[float, float]) -> None:
+        """Add memory-bound operations by the bytes that they move of each row, forward and backward."""
+        self.seconds += rows * (self.forwards * moved[0] + moved[1]) / self.bandwidth
 
     def backward_passes(self, moved: float) -> None:
         """Add memory-bound operations of backward by the bytes they move."""
@@ -212,3 +235,39 @@ def _add_factored(line: Roofline, model: ModelConfig, layout: Layout, tokens: fl
     line.product(last * second, leaves / second, width / second, groups=second)
     if model.self_guided_training is not None:
         add_feed_forward(line, tokens, width, inner / layout.tensor, part.activation)
+
+
+def accumulates(layout: Layout, storage: Storage) -> bool:
+    """Whether products add weight gradients to float32 sums, which ZeRO 1 and 2 have."""
+    return storage.accumulates and layout.zero_stage in (1, 2)
+
+
+def head_seconds(config: RunConfig, layout: Layout, hardware: Hardware, storage: Storage) -> float:
+    """Seconds of final norm, logits, loss and both gradients, which are made in slices of rows (kernels/linear_cross_entropy).
+
+    A whole head writes float32 logits and reads them for their gradient, and adds each slice's gradient of the weight to those
+    before it; its scale is known after that. Tensor ranks make the logits again in backward, where they become their gradient.
+    """
+    model, tokens, e = config.model, layout.tokens(config), storage.element_bytes
+    vocab, hidden, is_shared = model.vocab_size / layout.tensor, model.hidden_size, layout.tensor > 1
+    forwards = 2 if is_shared and storage.backend == "triton" else 1
+    is_added = accumulates(layout, storage) and is_shared
+    line = Roofline(hardware, config.train.precision, e, forwards, accumulates=is_added)
+    line.product(tokens, hidden, vocab)
+    logits = 4 * FLOAT32_BYTES
+    if storage.backend == "triton":
+        logits = e if is_shared else 2 * FLOAT32_BYTES + e
+        slices = -(-tokens // slice_rows(vocab, "triton"))
+        if not is_added:
+            line.backward_passes((slices - 1) * (e + 2 * FLOAT32_BYTES) * vocab * hidden)
+    line.backward_passes(logits * tokens * vocab + 9 * tokens * hidden * e)
+    return line.seconds
+
+
+def depth_seconds(config: RunConfig, layout: Layout, hardware: Hardware, storage: Storage) -> float:
+    """Seconds of what an MTP layer has around its blocks: two norms and its projection."""
+    hidden, tokens = config.model.hidden_size, layout.tokens(config)
+    line = Roofline(hardware, config.train.precision, storage.element_bytes, accumulates=accumulates(layout, storage))
+    line.passes(2 * 6 * tokens / layout.stream_ranks * hidden * storage.element_bytes)
+    line.product(tokens, 2 * hidden / layout.tensor, hidden)
+    return line.seconds

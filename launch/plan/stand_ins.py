@@ -151,6 +151,17 @@ def assume_triton() -> Iterator[None]:
             del sys.modules[name]
 
 
+@contextmanager
+def any_order() -> Iterator[None]:
+    """Let libraries choose kernels inside of the block whose sums have any order, whatever this process asks of its own."""
+    asked, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(asked, warn_only=warns)
+
+
 class StandInGroup(SingleRankGroup):
     """The first rank's process group of any size; a collective is over at once, its result as it was allocated."""
 

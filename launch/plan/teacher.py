@@ -15,7 +15,8 @@ from amfm.launch.plan.exchanges.seconds import pass_seconds
 from amfm.launch.plan.expert_time import expert_exchange_seconds
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout, held_by_stages
-from amfm.launch.plan.time import StepTime, block_seconds, head_seconds
+from amfm.launch.plan.roofline import head_seconds
+from amfm.launch.plan.time import StepTime, block_seconds
 from amfm.model.config.schema import ModelConfig
 from amfm.model.divergence import SLICE
 from amfm.model.flops import flops_per_token

@@ -30,7 +30,7 @@ from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stages
 from amfm.launch.plan.low_precision import kept_passes, narrow_kinds, planned_recipes
 from amfm.launch.plan.measured import block_bytes
-from amfm.launch.plan.roofline import Roofline
+from amfm.launch.plan.roofline import Roofline, accumulates, depth_seconds, head_seconds
 from amfm.model.config.pattern import block_kind
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.bf16_adamw import STEP_BYTES
@@ -87,11 +87,6 @@ class StepTime:
         return [(name, seconds) for name, seconds in hidden if seconds > 1e-6]  # less is rounding
 
 
-def accumulates(layout: Layout, storage: Storage) -> bool:
-    """Whether products add weight gradients to float32 sums, which ZeRO 1 and 2 have."""
-    return storage.accumulates and layout.zero_stage in (1, 2)
-
-
 def block_seconds(
     config: RunConfig,
     symbol: str,
@@ -128,28 +123,13 @@ def block_seconds(
     if line.recipes and line.saves_codes and layout.forwards(symbol) == 1 and layout.schedule != "zero_bubble":
         line.backward_passes(2 * numbers)  # made again in place of being kept
     planned_block(config, symbol).add(line, layout, storage, imbalance)
-    return line.seconds
-
-
-def head_seconds(config: RunConfig, layout: Layout, hardware: Hardware, storage: Storage) -> float:
-    """Seconds of final norm, logits, loss and both gradients; logits pass through memory in float32."""
-    model, tokens = config.model, layout.tokens(config)
-    vocab = model.vocab_size / layout.tensor
-    is_added = (
-        accumulates(layout, storage) and layout.tensor > 1
-    )  # a whole head's gradient is made before its scale is known
-    line = Roofline(hardware, config.train.precision, storage.element_bytes, accumulates=is_added)
-    line.product(tokens, model.hidden_size, vocab)
-    line.passes(4 * FLOAT32_BYTES * tokens * vocab + 9 * tokens * model.hidden_size * storage.element_bytes)
-    return line.seconds
-
-
-def depth_seconds(config: RunConfig, layout: Layout, hardware: Hardware, storage: Storage) -> float:
-    """Seconds of what an MTP layer has around its blocks: two norms and its projection."""
-    hidden, tokens = config.model.hidden_size, layout.tokens(config)
-    line = Roofline(hardware, config.train.precision, storage.element_bytes, accumulates=accumulates(layout, storage))
-    line.passes(2 * 6 * tokens / layout.stream_ranks * hidden * storage.element_bytes)
-    line.product(tokens, 2 * hidden / layout.tensor, hidden)
+    if storage.backend == "triton":
+        # Emulated a block takes what one without a recipe does.
+        cut = cut_of(config, layout, symbol, imbalance, is_narrow=bool(line.recipes))
+        measured = block_bytes(
+            config.model.plain_stream(), symbol, storage, cut
+        )  # `mixture_bytes` has another stream's
+        line.moves(layout.tokens(config), measured.between)
     return line.seconds
 
 

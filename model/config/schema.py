@@ -325,6 +325,10 @@ class ModelConfig(Section):
         """The section of the kind of residual stream; None: the sum of all outputs."""
         return self.attention_residuals
 
+    def plain_stream(self) -> ModelConfig:
+        """The same model whose residual stream is the sum of all outputs."""
+        return self if self.stream is None else self.model_copy(update={"attention_residuals": None})
+
     def stream_tensors(self, num_blocks: int) -> int:
         """Tensors [B, T, D] that the residual stream is after so many blocks."""
         return 1 if self.stream is None else self.stream.num_tensors(num_blocks)

@@ -85,9 +85,17 @@ def test_a_padded_row_has_its_padding_and_no_luck_of_routing(anchors):
 
 
 def test_memory_is_what_the_plan_finds_without_being_given_it():
-    anchor = load_anchor(PUBLISHED[0], CONFIGS)
+    anchor = load_anchor(next(run for run in PUBLISHED if run.has_router and run.multiprocessors is None), CONFIGS)
     found = estimate(anchor.config, anchor.layout, THEIRS, anchor.assumptions)
     assert anchor.plan(THEIRS) == found
+
+
+def test_rows_of_a_stand_in_for_routers_are_planned_without_their_products_and_losses(anchors):
+    for anchor in anchors:
+        with_router = replace(anchor, published=replace(anchor.published, has_router=True))
+        faster, slower = (each.plan(THEIRS).tokens_per_second for each in (anchor, with_router))
+        assert (faster == slower) == anchor.published.has_router and slower <= faster < 1.1 * slower
+        assert anchor.published.has_router or not anchor.config.model.moe.sequence_loss_weight
 
 
 def test_the_fit_finds_efficiencies_that_explain_the_speeds():

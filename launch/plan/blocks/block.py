@@ -42,15 +42,21 @@ class PlannedBlock:
     def add(self, line: Roofline, layout: Layout, storage: Storage, imbalance: float) -> None:
         """Add what the mixer of one block computes for a micro-batch on one rank, forward and backward.
 
-        Here: products with all matrices, the mixing itself, and what was kept read once more by the passes around it.
+        Here: products with all matrices, the mixing itself, and the bytes that its Triton kernels are given; of PyTorch's, what was
+        kept read once more. PyTorch's operations between Triton kernels are not in it: `block_seconds` adds them for all kinds.
         """
         tokens, tensor = layout.tokens(self.config), layout.tensor
-        kept = block_bytes(self.model, self.symbol, storage, cut_of(self.config, layout, self.symbol, imbalance)).kept
+        measured = block_bytes(self.model, self.symbol, storage, cut_of(self.config, layout, self.symbol, imbalance))
         sizes = measured_sizes(self.model, self.symbol, self.config.train.sequence_length)
         for name, outputs, inputs in sizes.matrices:
             line.product(tokens, inputs, outputs / tensor, weight=name)
-        self.mix(line, tokens * sizes.sequence_flops / tensor, tokens * kept)
-        line.passes(2 * tokens * kept)
+        flops = tokens * sizes.sequence_flops / tensor
+        if storage.backend == "triton":
+            self.mix(line, flops, 0.0)
+            line.moves(tokens, measured.kernels)
+            return
+        self.mix(line, flops, tokens * measured.kept)
+        line.passes(2 * tokens * measured.kept)
 
     def mix(self, line: Roofline, flops: float, moved: float) -> None:
         """Add the recurrence or the attention of the mixer itself, of so many FLOPs and bytes in forward."""

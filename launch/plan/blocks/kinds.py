@@ -145,7 +145,7 @@ class PlannedAttention(PlannedBlock):
         gates = {"none": 0.0, "head": query / attention.head_dim, "element": query}[attention.gate]
         line.product(tokens, hidden, query + 2 * keys + gates, weight="q_proj.weight")
         line.product(tokens, query, hidden, weight="o_proj.weight")
-        if gates:
+        if gates and storage.backend != "triton":
             line.passes(tokens * (5 * query + 3 * gates) * e)
         if attention.qk_norm or attention.positions == "rope":
             line.passes(5 * tokens * (query + keys) * e)

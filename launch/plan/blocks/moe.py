@@ -30,8 +30,10 @@ class PlannedMoe(PlannedBlock):
         moe, tokens, hidden = self.options, layout.tokens(self.config), self.model.hidden_size
         width, is_spread = moe.latent_size or hidden, layout.expert > 1
         routed = tokens / (layout.tensor if is_spread else layout.stream_ranks)  # whose router runs here
-        line.product(routed, hidden, moe.num_experts, wide=True)
-        line.passes(6 * routed * moe.num_experts * FLOAT32_BYTES)
+        line.logits(routed, hidden, moe.num_experts)
+        # The kernel reads logits and writes scores; backward reads these and their gradient, and writes that of the logits.
+        is_measured = storage.backend == "triton"
+        line.passes((5 if is_measured else 6) * routed * moe.num_experts * FLOAT32_BYTES)
         if moe.latent_size is not None:
             line.product(routed, hidden, width)
             line.product(routed, width, hidden)
@@ -39,7 +41,7 @@ class PlannedMoe(PlannedBlock):
         self._add_moves(line, layout, storage, imbalance, routed, width)
         for part in moe.feed_forwards():
             add_part(line, self.model, layout, tokens, part)
-        if moe.shared_expert_gate:
+        if moe.shared_expert_gate and not is_measured:
             line.passes(tokens / layout.stream_ranks * 5 * hidden * line.element_bytes)
 
     def _add_moves(

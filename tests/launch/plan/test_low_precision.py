@@ -21,7 +21,7 @@ def test_a_large_product_takes_its_flops_at_the_peak_of_its_recipe_and_three_pas
     rows, inputs, outputs = 65536, 8192, 16384
     line = Roofline(H100, "bf16", 2, recipes={"in_proj.weight": "fp8_block"})
     line.product(rows, inputs, outputs, weight="in_proj.weight")
-    flops = 3 * 2 * rows * inputs * outputs / (1979e12 * 0.60)
+    flops = 3 * 2 * rows * inputs * outputs / (1979e12 * 0.50)
     # bf16 read; a byte and a 32nd written along rows and along columns. Of the weight either way apart.
     code = 1 + 1 / 32
     moved = rows * (inputs + outputs) * (2 + 2 * code) + 2 * inputs * outputs * (2 + code)
@@ -116,12 +116,12 @@ def test_hardware_without_a_recipes_products_is_named_and_emulation_is_planned_w
     assert estimate(emulated, Layout(64, 1, 1), H100, EVEN).step == plain.step
 
 
-def test_turbos_is_planned_a_third_faster_at_least():
+def test_turbos_is_planned_faster_by_at_least_a_quarter():
     found = [
         estimate(config, Layout.of(config, 2048), H100, Assumptions()).step.total()
         for config in (preset("turbos_560b"), preset("turbos_560b", FP8), preset("turbos_560b_fp8"))
     ]
-    assert 1.3 < found[0] / found[1] < 1.45, "a prediction, of the code as it is"
+    assert 1.25 < found[0] / found[1] < 1.4, "a prediction, of the code as it is"
     assert 1.35 < found[0] / found[2] < 1.6
 
 

@@ -11,7 +11,7 @@ from amfm.launch.plan.hardware import GIB
 from amfm.launch.plan.plan import advise, plan_as_dict
 from amfm.launch.simulate.trace import chosen_ranks, predicted_memory, traced_config
 from amfm.model.flops import count_parameters
-from tests.launch.plan.presets import CONFIGS, PRESETS, ZERO_ALONE, headers, plan_of, preset, preset_gpus
+from tests.launch.plan.presets import CONFIGS, PRESETS, ROOT, ZERO_ALONE, headers, plan_of, preset, preset_gpus
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -32,6 +32,12 @@ def test_every_preset_fits_on_its_own_cluster_and_says_what_is_planned(name):
             assert said_of_ranks == {rank: f"{memory.total() / GIB:.1f}" for rank, memory in planned.items()}
             # A slow test traces them again.
             assert all(float(size) == pytest.approx(found, rel=0.04, abs=0.1) for size, found in header.ranks.values())
+    row = re.search(
+        rf"^\| `{name}`.*\| ([\d.]+) to ([\d.]+)% \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M
+    )
+    if row is not None:
+        low, _, high = plan.own.mfu_range
+        assert row.groups() == (f"{100 * low.mfu:.1f}", f"{100 * high.mfu:.1f}")
     found = plan_as_dict(plan)
     assert found["parameters"]["total"] == count_parameters(preset(name).model).total
     assert found["memory"]["total_bytes"] == pytest.approx(sum(found["memory"]["by_part"].values()), abs=20)

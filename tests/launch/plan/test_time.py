@@ -2,8 +2,10 @@
 
 import pytest
 
+from amfm.kernels.linear_cross_entropy.op import cross_entropy_flops
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.memory import storage_of
+from amfm.launch.plan.roofline import Roofline, head_seconds
 from amfm.launch.plan.time import estimate_step, left_after_pieces
 from amfm.model.flops import count_parameters, flops_per_token
 from amfm.pretrain.recompute import recomputed_letters
@@ -101,3 +103,26 @@ def test_overlap_hides_gathers_but_no_more_than_there_is_compute():
     assert steps[0].exposed_gathers > steps[1].exposed_gathers > steps[2].exposed_gathers >= 0
     hidden = steps[0].exposed_gathers - steps[2].exposed_gathers
     assert hidden <= sum(steps[2].compute.values()) * (1 + 1e-9)
+
+
+def test_a_routers_logits_are_products_of_bfloat16_of_which_backward_has_four():
+    rows, inputs, outputs = 8192, 8192, 4096  # so large that arithmetic binds
+    line, wide = Roofline(H100, "bf16", 2), Roofline(H100, "float32", 4)
+    line.logits(rows, inputs, outputs)
+    wide.logits(rows, inputs, outputs)
+    flops = 2 * rows * inputs * outputs
+    assert line.seconds == pytest.approx(5 * flops / (989e12 * 0.70))
+    assert wide.seconds == pytest.approx(3 * flops / (67e12 * 0.70))
+
+
+@pytest.mark.parametrize(("tensor", "logit_bytes"), [(1, 10), (8, 2)])
+def test_the_head_makes_logits_twice_only_where_tensor_ranks_share_it(tensor, logit_bytes):
+    config = preset("turbos_560b", "train.gradient_sums=hook")
+    layout = Layout(8, 1, 1, tensor=tensor)
+    tokens, hidden, vocab = layout.tokens(config), config.model.hidden_size, config.model.vocab_size // tensor
+    bandwidth = H100.memory_bytes_per_second * H100.memory_efficiency
+    arithmetic = cross_entropy_flops(tokens, vocab, hidden, recompute=tensor > 1) / (989e12 * 0.70)
+    moved = logit_bytes * tokens * vocab + 18 * tokens * hidden
+    slices = -(-tokens // max(256, min(4096, 2**28 // vocab // 128 * 128)))
+    moved += (slices - 1) * 10 * vocab * hidden  # gradients of the weight of all slices but the first are added
+    assert head_seconds(config, layout, H100, storage_of(config)) == pytest.approx(arithmetic + moved / bandwidth)
