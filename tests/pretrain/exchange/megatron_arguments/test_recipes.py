@@ -17,7 +17,7 @@ from amfm.pretrain.exchange.megatron_arguments.sources import read_arguments
 from amfm.pretrain.exchange.megatron_arguments.translation import translate
 from amfm.pretrain.exchange.megatron_arguments.write import write_yaml
 from amfm.pretrain.train import train
-from tests.pretrain.exchange.megatron_arguments.test_translation import scaled
+from tests.pretrain.exchange.megatron_arguments.test_translation import SMALL, scaled
 from tests.pretrain.tiny_run import tiny_data
 
 RECIPES = Path(__file__).with_name("recipes")
@@ -29,15 +29,6 @@ PUBLISHED = {
     "qwen3_next": (79.7, 32),
     "kimi_k2": (1027.0, 1024),
 }
-SMALL: dict[str, Any] = {
-    "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 8, "ffn_hidden_size": 48, "vocab_size": 448,
-    "seq_length": 48, "mamba_num_heads": 4, "mamba_head_dim": 16, "mamba_state_dim": 16, "mamba_num_groups": 2, "q_lora_rank": 16,
-    "kv_lora_rank": 16, "qk_head_dim": 8, "qk_pos_emb_head_dim": 8, "v_head_dim": 8, "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_moe_experts": 8,
-    "moe_ffn_hidden_size": 24, "moe_shared_expert_intermediate_size": 16, "moe_latent_size": 16, "moe_router_topk": 2,
-    "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "expert_model_parallel_size": 1, "sequence_parallel": False,
-    "cuda_graph_impl": "none",
-}  # fmt: skip
 
 
 def recipe(name: str) -> dict[str, dict[str, Any]]:
