@@ -188,6 +188,10 @@ def test_the_verdict_says_when_the_linear_branch_is_unused() -> None:
         ),
         ({"model__attention": MODEL["attention"] | {"bias": True}}, "model.attention.bias = true: adds biases"),
         ({"model__pattern": "--", "convert__keep_blocks": []}, "has no softmax attention"),
+        (
+            {"model__attention_residuals": {"blocks_per_source": 1}},
+            "model.attention_residuals: is a residual stream that no conversion was tried on",
+        ),
     ],
 )
 def test_what_cannot_be_converted_is_refused_before_it_starts(
