@@ -255,9 +255,9 @@ def test_a_study_of_rates_takes_no_tokens_of_a_size(tmp_path: Path) -> None:
 
 def test_shapes_follow_from_a_depth_and_leave_the_rest_of_the_task() -> None:
     folder = Path(__file__).parents[2] / "configs" / "studies"
-    cells = expand_ladder(load_ladder(folder / "ladder_1m.yaml"))
+    cells = expand_ladder(load_ladder(folder / "ladder_to_23m.yaml"))
     sizes = list(dict.fromkeys(count_parameters(entry.cell.config.model).active for entry in cells))
     assert sizes == sorted(sizes)
     model = cells[-1].cell.config.model
-    assert (model.hidden_size, model.vocab_size, model.tie_embeddings) == (96, 512, True)
-    assert model.mup is not None and model.mamba is not None and model.mamba.num_heads == 3
+    assert (model.hidden_size, model.vocab_size, model.tie_embeddings) == (192, 512, True)
+    assert model.mup is not None and model.mamba is not None and model.mamba.num_heads == 6

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from amfm_study.ladder.cells import LadderCell
 
 
-@study.command(epilog="Example: amfm study ladder configs/studies/ladder_1m.yaml --dry-run")
+@study.command(epilog="Example: amfm study ladder configs/studies/ladder_to_23m.yaml --dry-run")
 def ladder(
     path: StudyArgument,
     overrides: OverridesArgument = None,
