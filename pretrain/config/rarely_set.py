@@ -8,7 +8,7 @@ from __future__ import annotations
 
 RARELY_SET: dict[str, dict[str, str]] = {
     "docs/checkpoints.md": {
-        "train": "seed stop_after_minutes checkpoint_in_background checkpoint_store resume_step keep_every_steps replica_every_steps replica_folder timeout_seconds max_skipped_steps deterministic",
+        "train": "stop_after_minutes checkpoint_in_background checkpoint_store resume_step keep_every_steps replica_every_steps replica_folder timeout_seconds max_skipped_steps deterministic",
     },
     "docs/export.md": {"export": "every_steps max_position_embeddings"},
     "docs/conversion.md": {
@@ -84,10 +84,7 @@ RARELY_SET: dict[str, dict[str, str]] = {
     "docs/gpu.md": {
         "train": "cuda_graphs",
     },
-    "docs/distillation.md": {"distill": "teacher store weight temperature top_k kind"},
-    "docs/finetuning.md": {
-        "run": "initial_weights",
-    },
+    "docs/distillation.md": {"distill": "store temperature top_k kind"},
     "docs/moe_balance.md": {
         "model.moe": "bias_rule",
         "trace_choices": "every_steps max_mebibytes",

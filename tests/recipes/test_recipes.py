@@ -124,3 +124,13 @@ def test_a_softmax_model_is_converted_and_again(tmp_path: Path, environment: dic
     assert "window alone, tuned alike" in done.stdout and "verdict" in done.stdout
     report = json.loads((work / "runs" / "softmax_converted" / "result" / "conversion.json").read_text())
     assert report["converted_blocks"] == [0, 2, 6]
+
+
+@pytest.mark.slow
+def test_a_model_is_pruned_and_distilled_and_again(tmp_path: Path, environment: dict[str, str]) -> None:
+    for _ in range(2):
+        done = play("prune_and_distil.sh", str(tmp_path / "work"), "--toy", environment=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+    table = [line.split() for line in done.stdout.splitlines()[-4:]]
+    assert [line[0] for line in table] == ["teacher", "scratch", "pruned", "distilled"]
+    assert all(0 < float(line[1]) < 10 for line in table) and all(len(line) == 3 for line in table[1:])
