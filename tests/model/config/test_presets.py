@@ -60,7 +60,6 @@ PUBLIC = {
         "moe_shared_expert_intermediate_size": 10_240,
         "moe_latent_size": 2048,
         "routed_scaling_factor": 5.0,
-        "initializer_range": 0.0099,
     },
 }
 GRANITE_H_SMALL = {
@@ -87,6 +86,8 @@ GRANITE_H_SMALL = {
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": True,
 }
+# Initial values, which config.json has of the released class and our presets of the recipe that trained it.
+INITIAL = {"initializer_range": None, "megatron_init": None}
 # What an imported configuration does not know, because config.json does not say it.
 TRAINING_ONLY = {"bias_update_rate", "auxiliary_loss_weight", "sequence_loss_weight", "z_loss_weight"}
 
@@ -165,7 +166,7 @@ def test_nemotron_is_its_public_configuration_in_the_class_of_transformers(name)
     public = transformers.NemotronHConfig(**PUBLIC[name])
     preset = load(name).model
     read = model_config_from_huggingface(public.to_dict())
-    assert sizes_of(preset) == sizes_of(read)
+    assert sizes_of(preset) | INITIAL == sizes_of(read) | INITIAL
     # The depths of the release are one module, which training used twice.
     assert read.num_depths == preset.num_depth_modules
     assert read.parsed_pattern.depth_letters == preset.parsed_pattern.depth_letters
