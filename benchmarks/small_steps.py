@@ -20,9 +20,9 @@ from amfm.pretrain.checks.load import load_checked
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.engine import ZeroEngine, build_engine
 from amfm.pretrain.micro_batch import LossShare, MicroBatches
-from amfm.pretrain.opening.model import build_model, build_pipeline
 from amfm.pretrain.parallel import Parallel, initialize_parallel, set_determinism
 from amfm.pretrain.pipeline import Pipeline
+from amfm.pretrain.startup.model import build_model, build_pipeline
 from amfm.pretrain.step import count_valid_tokens
 from amfm.pretrain.step_sums import StepSums, empty_sums
 

@@ -2,7 +2,7 @@
 
 The order matters. Settings are checked before anything is opened, data before the model is built (a missing store
 should not cost minutes of initialisation), the checkpoint is loaded before the log is opened, and the run directory is
-written to (opening/log.py) only when everything fits: a rejected start leaves no trace in the run it was rejected for.
+written to (startup/log.py) only when everything fits: a rejected start leaves no trace in the run it was rejected for.
 
 Ranks compare what they were started with twice, before the model is built: configuration and versions first, then the
 identities of data and tokenizer. A rank that differed would hang the others in a collective, or train another model.
@@ -52,10 +52,6 @@ from amfm.pretrain.monitor.phases import PhaseClock
 from amfm.pretrain.monitor.profile import StepProfiler
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.monitor.starting import Starting
-from amfm.pretrain.opening.data import check_tokenizer, check_vocabulary, open_loader
-from amfm.pretrain.opening.first_passes import compile_first
-from amfm.pretrain.opening.log import gather_hosts, open_log
-from amfm.pretrain.opening.model import build_model, build_pipeline, choose_flash, share_tiles
 from amfm.pretrain.parallel import (
     initialize_parallel,
     launcher_goes_on,
@@ -67,6 +63,10 @@ from amfm.pretrain.ranks.group import RankGroup
 from amfm.pretrain.run import Run, identities_of, set_up_model
 from amfm.pretrain.saving import resume
 from amfm.pretrain.stages import Built, RunStage, data_of_stages, last_stage, resolve_stages, stage_of
+from amfm.pretrain.startup.data import check_tokenizer, check_vocabulary, open_loader
+from amfm.pretrain.startup.first_passes import compile_first
+from amfm.pretrain.startup.log import gather_hosts, open_log
+from amfm.pretrain.startup.model import build_model, build_pipeline, choose_flash, share_tiles
 from amfm.pretrain.versions import collect_versions
 
 SHOWN_RANKS = 4
@@ -211,7 +211,7 @@ def build_run(
     parallel = initialize_parallel(built.parallel, timeout_seconds=train.timeout_seconds, num_threads=train.num_threads)
     remarks: list[tuple[str, str]] = []
     if parallel.world_size > 1:
-        from amfm.pretrain.opening.communicators import make_communicators
+        from amfm.pretrain.startup.communicators import make_communicators
 
         report("making the communicators of all axes")
         slow = make_communicators(parallel, train.timeout_seconds)

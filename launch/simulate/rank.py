@@ -40,7 +40,7 @@ from amfm.launch.simulate.gpu import SimulatedGpu
 from amfm.launch.simulate.tracer import DeviceWords, Tracer
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.monitor.profile import StepProfiler
-from amfm.pretrain.opening.data import example_batch
+from amfm.pretrain.startup.data import example_batch
 
 DOCUMENTS = 3  # a row
 MORE_DOCUMENTS = 5  # a row of the step before those that are measured
@@ -198,9 +198,9 @@ def build_run(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
     from amfm.pretrain.engine.engine import build_engine
     from amfm.pretrain.hooks.quantization import build_kept_weights
     from amfm.pretrain.monitor.phases import PhaseClock
-    from amfm.pretrain.opening.model import build_model, build_pipeline
     from amfm.pretrain.run import Run
     from amfm.pretrain.stages import Built, resolve_stages
+    from amfm.pretrain.startup.model import build_model, build_pipeline
 
     model = build_model(config, parallel)
     for _, block in model.all_blocks():
@@ -281,7 +281,7 @@ def compile_first(run: Any, tracer: Tracer) -> None:
 
     Groups of a simulated cluster answer on their own already.
     """
-    from amfm.pretrain.opening.first_passes import pass_once
+    from amfm.pretrain.startup.first_passes import pass_once
 
     tracer.enter("first passes")
     shape = (run.config.train.micro_batch_size, run.config.train.sequence_length)

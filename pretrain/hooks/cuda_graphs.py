@@ -14,8 +14,8 @@ from amfm.pretrain.cuda_graphs.block import Capture, CudaCapture, GraphedBlock
 from amfm.pretrain.cuda_graphs.layout import FixedLayout
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.micro_batch import LossShare, MicroBatch
-from amfm.pretrain.opening.first_passes import pass_once
 from amfm.pretrain.run import Run
+from amfm.pretrain.startup.first_passes import pass_once
 
 _LOG = logging.getLogger(__name__)
 

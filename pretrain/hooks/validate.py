@@ -23,11 +23,11 @@ from amfm.pretrain.accuracy import Accuracy, count_correct, measure_accuracy
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.micro_batch import move_batch
 from amfm.pretrain.monitor.metrics import finite
-from amfm.pretrain.opening.data import open_validations
 from amfm.pretrain.parallel import Parallel
 from amfm.pretrain.run import Run
 from amfm.pretrain.source_losses import SourceLoss, bits_per_byte, losses_of, sum_by_source
 from amfm.pretrain.stages import data_of_stages, is_due
+from amfm.pretrain.startup.data import open_validations
 from amfm.pretrain.step import count_valid_tokens, forward_only
 from amfm.pretrain.step_sums import StepResult, empty_sums
 

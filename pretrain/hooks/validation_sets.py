@@ -15,9 +15,9 @@ from amfm.pretrain.hook import Hook
 from amfm.pretrain.hooks.validate import Validation, validate
 from amfm.pretrain.micro_batch import LossShare, MicroBatch
 from amfm.pretrain.monitor.metrics import finite
-from amfm.pretrain.opening.data import open_loader
 from amfm.pretrain.run import Run
 from amfm.pretrain.stages import is_due
+from amfm.pretrain.startup.data import open_loader
 from amfm.pretrain.step_sums import StepResult
 
 

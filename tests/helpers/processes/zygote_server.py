@@ -45,7 +45,7 @@ FOR_RUNS = (
 # What modules of tests import, which a fork imports to find the function that it calls: a fifth of its seconds.
 FOR_TESTS = (
     *("pytest", "tests.pretrain.tiny_run", "tests.parallel.layouts", "tests.model.small_models"),
-    *("amfm.pretrain.pipeline", "amfm.pretrain.checks.early", "amfm.pretrain.opening.kernels"),
+    *("amfm.pretrain.pipeline", "amfm.pretrain.checks.early", "amfm.pretrain.startup.kernels"),
     *("amfm.pretrain.engine.muon", "amfm.launch.simulate.count_collectives", "amfm.launch.plan.measured"),
 )
 

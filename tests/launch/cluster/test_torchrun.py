@@ -15,7 +15,7 @@ from amfm.launch.cluster.links import listen
 from amfm.launch.cluster.torchrun import run_here
 from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.opening.log import find_restart_cause
+from amfm.pretrain.startup.log import find_restart_cause
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 
 

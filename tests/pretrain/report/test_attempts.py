@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 from amfm.launch.cli import run
-from amfm.pretrain.opening.log import in_ranges
 from amfm.pretrain.report.attempts import list_attempts
 from amfm.pretrain.report.report import write_report
+from amfm.pretrain.startup.log import in_ranges
 from tests.helpers.json_output import one_object
 from tests.pretrain.report.test_report import line, make_run
 

@@ -14,9 +14,9 @@ from amfm.kernels.runtime.native import refuse_native
 from amfm.pretrain.checks.check_run import check_run
 from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.opening.kernels import find_earlier_kernels, share_native
-from amfm.pretrain.opening.model import choose_backend
 from amfm.pretrain.parallel import initialize_parallel
+from amfm.pretrain.startup.kernels import find_earlier_kernels, share_native
+from amfm.pretrain.startup.model import choose_backend
 from amfm.pretrain.train import train
 from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks

@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 
 from amfm.pretrain.monitor.signals import SignalWatch
-from amfm.pretrain.opening import first_passes
-from amfm.pretrain.opening.alike_group import alike_groups, destroy
-from amfm.pretrain.opening.first_passes import Part, compile_first
 from amfm.pretrain.parallel import initialize_parallel
 from amfm.pretrain.start import close_run, start_run
+from amfm.pretrain.startup import first_passes
+from amfm.pretrain.startup.alike_group import alike_groups, destroy
+from amfm.pretrain.startup.first_passes import Part, compile_first
 from amfm.pretrain.step import train_step
 from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks

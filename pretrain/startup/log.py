@@ -30,10 +30,10 @@ from amfm.pretrain.monitor.experts import describe_unbalanced
 from amfm.pretrain.monitor.live import Display
 from amfm.pretrain.monitor.metrics import RunLog
 from amfm.pretrain.monitor.panel import plural
-from amfm.pretrain.opening.data import check_tokenizer
 from amfm.pretrain.parallel import describe_environment
 from amfm.pretrain.ranks.group import RankGroup
 from amfm.pretrain.run import Run
+from amfm.pretrain.startup.data import check_tokenizer
 from amfm.pretrain.versions import OWN_CODE, collect_versions
 
 FOLDER = "starts"  # of configurations, below the run directory
@@ -83,7 +83,7 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None, origin: dict[str, Any]) 
     Drops lines of metrics.jsonl beyond the step that the run resumes from. Everything that loading passed over, warned
     of or found changed goes to the events too. origin: what else the event of the start records.
     """
-    from amfm.pretrain.opening import kernels  # of the main rank only
+    from amfm.pretrain.startup import kernels  # of the main rank only
 
     counts = count_parameters(run.model.config)
     length = run.stage.train.sequence_length

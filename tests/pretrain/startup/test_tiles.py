@@ -22,8 +22,8 @@ def test_rank_0_decides_among_equal_cards_and_nobody_among_different_ones() -> N
 
 def agree(tables: list[Table]) -> list[dict[str, dict[str, int]]]:
     """On one of two ranks: agree on its own table, then ask as a launch asks; default tiles come first among candidates."""
-    from amfm.pretrain.opening.kernels import agree_on_tiles
     from amfm.pretrain.parallel import start_process_group
+    from amfm.pretrain.startup.kernels import agree_on_tiles
 
     start_process_group(PATIENCE_SECONDS)
     agree_on_tiles(tables[torch.distributed.get_rank()])

@@ -46,7 +46,7 @@ def share_tiles(config: RunConfig, parallel: Parallel) -> None:
     if parallel.device.type != "cuda" or choose_backend(config, parallel) != "triton":
         return
     from amfm.kernels.runtime.tuning import load_table
-    from amfm.pretrain.opening.kernels import agree_on_tiles
+    from amfm.pretrain.startup.kernels import agree_on_tiles
 
     agree_on_tiles(load_table(parallel.device))
 
@@ -80,7 +80,7 @@ def build_model(
     `draws` there are none: a checkpoint will be loaded, and of a large model they take minutes. Every rank must call this.
     """
     if parallel.device.type == "cpu" and parallel.world_size > 1:
-        from amfm.pretrain.opening.kernels import share_native
+        from amfm.pretrain.startup.kernels import share_native
 
         share_native(config, parallel, choose_backend(config, parallel))
     backend = choose_backend(config, parallel)
@@ -113,7 +113,7 @@ def build_model(
 
         prepare_stage(model, config.convert, resumes=resumes)
     if config.train.freeze:
-        from amfm.pretrain.opening.freeze import freeze_parameters
+        from amfm.pretrain.startup.freeze import freeze_parameters
 
         freeze_parameters(model, config.train.freeze, parallel)
     attach_recipes(model, config.low_precision)

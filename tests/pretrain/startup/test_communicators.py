@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from amfm.pretrain.config.schema import ParallelConfig
-from amfm.pretrain.opening.communicators import describe_slow, list_communicators, make_communicators, time_sum
 from amfm.pretrain.parallel import initialize_parallel
+from amfm.pretrain.startup.communicators import describe_slow, list_communicators, make_communicators, time_sum
 from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
 

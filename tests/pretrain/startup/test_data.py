@@ -11,7 +11,7 @@ from amfm.pretrain.export.export import export_checkpoint
 from amfm.pretrain.export.import_huggingface import import_huggingface
 from amfm.pretrain.inference.generate import TextModel
 from amfm.pretrain.inference.weights import Weights, read_weights
-from amfm.pretrain.opening.data import check_tokenizer
+from amfm.pretrain.startup.data import check_tokenizer
 from tests.data_pipeline.prepare.test_id_vocabulary import of_ids, prepare_here, write_dataset
 from tests.pretrain.tiny_run import MODEL, tiny_config, train_and_collect
 

@@ -35,11 +35,11 @@ from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.cuda_graphs.layout import FixedLayout
 from amfm.pretrain.engine.engine import restore_buffers
 from amfm.pretrain.micro_batch import MicroBatch
-from amfm.pretrain.opening.alike_group import alike_groups, destroy
-from amfm.pretrain.opening.data import example_batch
-from amfm.pretrain.opening.model import choose_backend, held_pieces
 from amfm.pretrain.parallel import Parallel
 from amfm.pretrain.recompute import recomputed_letters
+from amfm.pretrain.startup.alike_group import alike_groups, destroy
+from amfm.pretrain.startup.data import example_batch
+from amfm.pretrain.startup.model import choose_backend, held_pieces
 
 _LOG = logging.getLogger(__name__)
 SEVERAL = ", sequences of several documents"
