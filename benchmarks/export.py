@@ -34,8 +34,8 @@ from amfm.model.on_demand import OnDemand, Shape, Source, on_demand
 from amfm.model.shapes import weight_shapes
 from amfm.pretrain.config.file import load_config
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.exchange.adopt import Expected, make_record
-from amfm.pretrain.exchange.state import TrainingState, write_run
+from amfm.pretrain.foreign_states.adopt import Expected, make_record
+from amfm.pretrain.foreign_states.state import TrainingState, write_run
 from amfm.pretrain.inference.weights import Weights, write_weights
 from benchmarks.command import main
 

@@ -23,7 +23,7 @@ def import_blend(source: Path, out: Path, *, as_json: bool) -> None:
     """Write the sources of a blend file, with its validation sets, and print how many there are."""
     import yaml
 
-    from amfm.pretrain.exchange.megatron_arguments.blend import read_blend
+    from amfm.pretrain.foreign_states.megatron_arguments.blend import read_blend
 
     blend = read_blend(source)
     tree: dict[str, object] = {"data": {"sources": blend.sources}}
@@ -54,9 +54,9 @@ def import_arguments(source: Path, out: Path, *, as_json: bool) -> None:
     Raises ValueError if the arguments describe no model.
     """
     from amfm.pretrain.config.file import load_config
-    from amfm.pretrain.exchange.megatron_arguments.sources import read_arguments
-    from amfm.pretrain.exchange.megatron_arguments.translation import translate
-    from amfm.pretrain.exchange.megatron_arguments.write import flag, summarize, write_yaml
+    from amfm.pretrain.foreign_states.megatron_arguments.sources import read_arguments
+    from amfm.pretrain.foreign_states.megatron_arguments.translation import translate
+    from amfm.pretrain.foreign_states.megatron_arguments.write import flag, summarize, write_yaml
 
     translated = translate(read_arguments(source))
     write_file_atomically(out, write_yaml(translated).encode())

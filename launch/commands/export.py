@@ -302,9 +302,9 @@ NAMES: dict[str, Literal["pipeline", "plain"] | None] = {
 
 def export_state(checkpoint: Path, out: Path, file_format: str, *, as_json: bool) -> None:
     """Write master weights and moments for torch Distributed Checkpoint or DeepSpeed's loader, and print what was written."""
-    from amfm.pretrain.exchange.dcp import export_dcp
-    from amfm.pretrain.exchange.megatron_write import export_megatron
-    from amfm.pretrain.exchange.universal import export_universal
+    from amfm.pretrain.foreign_states.dcp import export_dcp
+    from amfm.pretrain.foreign_states.megatron_write import export_megatron
+    from amfm.pretrain.foreign_states.universal import export_universal
 
     with Waiting("amfm export") as waiting:
         if file_format.startswith("torch-dist"):

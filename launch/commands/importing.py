@@ -143,8 +143,8 @@ def import_training_state(
 ) -> None:
     """Read a training state of another program, and print what it became."""
     from amfm.pretrain.config.file import load_config
-    from amfm.pretrain.exchange.adopt import import_state
-    from amfm.pretrain.exchange.state import WrittenRun
+    from amfm.pretrain.foreign_states.adopt import import_state
+    from amfm.pretrain.foreign_states.state import WrittenRun
 
     run = None if config is None else load_config(config)
     with Waiting("amfm import") as waiting:

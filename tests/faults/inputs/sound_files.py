@@ -15,9 +15,9 @@ import tokenizers
 
 from amfm.data_pipeline.store.megatron_files import HEADER, MAGIC
 from amfm.pretrain.config.file import resolved_yaml
-from amfm.pretrain.exchange.dcp import export_dcp
-from amfm.pretrain.exchange.universal import export_universal
 from amfm.pretrain.export.export import export_checkpoint
+from amfm.pretrain.foreign_states.dcp import export_dcp
+from amfm.pretrain.foreign_states.universal import export_universal
 from amfm.pretrain.train import train
 from tests.pretrain.export.exported_models import weights_folder
 from tests.pretrain.tiny_run import tiny_config, tiny_data

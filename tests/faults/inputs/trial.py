@@ -130,7 +130,12 @@ if __name__ == "__main__":
     for verb in VERBS:
         with suppress(ValueError):  # the package of a verb may not be installed
             load_verb(verb)
-    for module in ("torch", "transformers", "amfm.pretrain.exchange.adopt", "amfm.pretrain.export.import_huggingface"):
+    for module in (
+        "torch",
+        "transformers",
+        "amfm.pretrain.foreign_states.adopt",
+        "amfm.pretrain.export.import_huggingface",
+    ):
         importlib.import_module(module)
     for kind in sys.argv[2:]:
         print(json.dumps(run(kind, find_cases(kind, Path(sys.argv[1])), Path(sys.argv[1]))), flush=True)

@@ -19,8 +19,8 @@ from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.shapes import weight_shapes
 from amfm.model.streams.attention_residuals import AttentionResiduals
-from amfm.pretrain.exchange.megatron_blocks import check_fits
 from amfm.pretrain.export.vllm_plugin.vllm_amfm.served import unserved
+from amfm.pretrain.foreign_states.megatron_blocks import check_fits
 from tests.helpers.numbers import assert_near
 from tests.model.small_models import decode, loss_of, meta_of, packed_batch, small_config, small_model
 
