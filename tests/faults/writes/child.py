@@ -63,10 +63,10 @@ def preparing() -> Action:
 
 VERBS: dict[str, Callable[[], Action]] = {
     "export": lambda: of_torch("export.export", "export_checkpoint", "run", verify=False),
-    "dcp": lambda: of_torch("exchange.dcp", "export_dcp", "run"),
-    "universal": lambda: of_torch("exchange.universal", "export_universal", "run"),
+    "dcp": lambda: of_torch("foreign_states.dcp", "export_dcp", "run"),
+    "universal": lambda: of_torch("foreign_states.universal", "export_universal", "run"),
     "import": lambda: of_torch("export.import_huggingface", "import_huggingface", "exported"),
-    "state": lambda: of_torch("exchange.adopt", "import_state", "state"),
+    "state": lambda: of_torch("foreign_states.adopt", "import_state", "state"),
     "merge": merging,
     "tokens": writing_tokens,
     "prepare": preparing,
