@@ -2,8 +2,9 @@
 
 States of fixed size (recurrences, windows of convolutions) and blocks without one take all texts as rows. A state that grows with
 its text, as keys and values do, has another length in each, so such a block takes them one after the other; in a hybrid they are
-few. What a row gives does not depend on the rows next to it: products of FEWEST_ROWS rows and more give each row the same
-numbers, and fewer rows are filled up to that many.
+few. What a row gives does not depend on the rows next to it, but for rounding: most libraries add in one order in products of
+FEWEST_ROWS rows and more, and fewer rows are filled up to that many (MKL on processors without AVX2, and on several threads,
+may add in another order for another number of rows).
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def install_example(name: str, folder: Path) -> list[Path]:
 
 
 def amfm(*words: str | Path, packages: list[Path], cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command line of amfm with these packages, on one thread."""
+    """Run a command line of amfm with these packages."""
     return run_module("amfm.launch", *words, packages=packages, cwd=cwd)
 
 
@@ -43,10 +43,7 @@ def run_module(
     module: str, *words: str | Path, packages: list[Path], cwd: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
     """Run a module as a program, likewise."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, (*packages, ROOT / "src"))),
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (*packages, ROOT / "src")))}
     command = [sys.executable, "-W", "ignore", "-m", module, *map(str, words)]
     return run_program(command, env=environment, cwd=cwd, zygote=BARE)
 

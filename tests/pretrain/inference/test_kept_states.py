@@ -100,9 +100,10 @@ def test_a_row_of_a_pass_does_not_depend_on_the_others(data: DataConfig, name: s
     together = advance_rows(model, states, list(range(number)))
     for row, (state, logits_V) in enumerate(together):
         alone, alone_V = advance_rows(model, [states[row]], [row])[0]
-        assert torch.equal(logits_V, alone_V)
+        # Libraries may add in another order for another number of rows: float32, sums of at most 100 products.
+        torch.testing.assert_close(logits_V, alone_V)
         for one, other in zip(state_tensors(state.blocks), state_tensors(alone.blocks), strict=True):
-            assert torch.equal(one, other)
+            torch.testing.assert_close(one, other)
         assert torch.allclose(logits_V, advance(model, states[row], [row])[1], rtol=1e-4, atol=1e-4)
 
 
