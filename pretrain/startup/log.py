@@ -131,6 +131,18 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None, origin: dict[str, Any]) 
     )
     for event, text in run.remarks:
         run.tell(event, text, text=text)
+    warn_of_model(run)
+    cause = find_restart_cause(describe_environment([RESTART_CAUSE, TORCHRUN_RESTARTS]), last_event)
+    if cause is not None:
+        run.record_event("restarted", cause=cause)
+    for hook in run.hooks:
+        hook.at_start()
+    if loaded is not None:
+        report_resumed(run, loaded, changed_kernels)
+
+
+def warn_of_model(run: Run) -> None:
+    """Report settings of the model that train and that may not be meant. Main rank only."""
     ambiguous = explain_d(run.config.model.pattern)
     if ambiguous is not None:
         run.tell("pattern", f"warning: {ambiguous}", text=ambiguous)
@@ -148,26 +160,24 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None, origin: dict[str, Any]) 
 
         for reason in unfit_for_all(run.config.model):
             run.say(f"this model trains, and amfm export will reject it: {reason}")
-    cause = find_restart_cause(describe_environment([RESTART_CAUSE, TORCHRUN_RESTARTS]), last_event)
-    if cause is not None:
-        run.record_event("restarted", cause=cause)
-    for hook in run.hooks:
-        hook.at_start()
-    if loaded is not None:
-        if loaded.fetched is not None:
-            store = run.config.train.checkpoint_store
-            run.tell("fetched", f"{loaded.fetched} was fetched from {store}", checkpoint=loaded.fetched, store=store)
-        run.say(f"resumed from {loaded.path} at step {loaded.step}")
-        if loaded.step >= run.num_steps:
-            run.say("already finished: to continue, raise train.steps or declare another stage")
-        remarks = {
-            "passed over": loaded.skipped,
-            "warning": loaded.warnings,
-            "changed since the checkpoint": (*loaded.changes, *changed_kernels),
-        }
-        for kind, texts in remarks.items():
-            for text in texts:
-                run.tell("resume", f"{kind}: {text}", kind=kind, text=text)
+
+
+def report_resumed(run: Run, loaded: LoadedCheckpoint, changed_kernels: Sequence[str]) -> None:
+    """Report which checkpoint the run continues, and everything that loading passed over or found changed. Main rank only."""
+    if loaded.fetched is not None:
+        store = run.config.train.checkpoint_store
+        run.tell("fetched", f"{loaded.fetched} was fetched from {store}", checkpoint=loaded.fetched, store=store)
+    run.say(f"resumed from {loaded.path} at step {loaded.step}")
+    if loaded.step >= run.num_steps:
+        run.say("already finished: to continue, raise train.steps or declare another stage")
+    remarks = {
+        "passed over": loaded.skipped,
+        "warning": loaded.warnings,
+        "changed since the checkpoint": (*loaded.changes, *changed_kernels),
+    }
+    for kind, texts in remarks.items():
+        for text in texts:
+            run.tell("resume", f"{kind}: {text}", kind=kind, text=text)
 
 
 def keep_released(run: Run) -> None:

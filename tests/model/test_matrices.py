@@ -14,7 +14,7 @@ from amfm.model.parallel.groups import ProcessGroupCollection, single_rank_group
 from amfm.model.parallel.shards import Shard, ShardSpec, parameter_shards
 from amfm.pretrain.config.file import load_config
 from tests.model.mixers.samples import mixer_config, sample_names
-from tests.parallel.layouts import VARIANTS
+from tests.parallel.models import VARIANTS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PRESETS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))

@@ -17,7 +17,8 @@ from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.step import train_step
 from amfm.pretrain.train import run_steps
 from tests.helpers.spawn import run_ranks
-from tests.parallel.layouts import VARIANTS, Layout, layout_config
+from tests.parallel.layouts import Layout, layout_config
+from tests.parallel.models import VARIANTS
 from tests.pretrain.tiny_run import read_events, read_metrics
 
 STEPS = 2  # of a stage

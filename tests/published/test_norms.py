@@ -12,7 +12,7 @@ from amfm.pretrain.engine.grad_norm import GlobalNorm
 from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
-from tests.parallel.layouts import VARIANTS
+from tests.parallel.models import VARIANTS
 
 CONFIG = ModelConfig.model_validate(
     VARIANTS["latent"] | {"attention": VARIANTS["latent"]["attention"] | {"num_kv_heads": 1}}

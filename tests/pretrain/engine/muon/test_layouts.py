@@ -26,7 +26,7 @@ from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.shards import join_parts
 from tests.helpers.spawn import run_ranks
-from tests.parallel.layouts import VARIANTS
+from tests.parallel.models import VARIANTS
 from tests.pretrain.engine.muon.test_newton_schulz import plain_loop
 
 STEPS, RATE, DECAY = 3, 1e-2, 0.1
