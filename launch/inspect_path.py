@@ -1,9 +1,9 @@
 """Inspect a folder that amfm wrote: its kind, whether it is whole, and what it holds.
 
-How it works: the kind (store, checkpoint, run, import, export) follows from the files that are there; each kind has a
-function that reads everything, verifies the checksums it carries and returns an `Inspection`. Problems are collected
-and not raised, so that one damaged file does not hide the next. Two folders are compared by their inspections; two
-whole checkpoints number by number.
+How it works: the kind (token store, teacher's store, checkpoint, run, import, export) follows from the files that are
+there; each kind has a function that reads everything, verifies the checksums it carries and returns an `Inspection`.
+Problems are collected and not raised, so that one damaged file does not hide the next. Two folders are compared by
+their inspections; two whole checkpoints number by number.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Inspection:
 def inspect_path(path: str | Path, *, quick: bool = False, report: Report = silent) -> Inspection:
     """Inspect a folder, or a token store at a URL: read everything and verify checksums.
 
-    `quick`: of a token store only sizes, indices and document ends. Raises FileNotFoundError if it does not exist,
+    `quick`: of a store only sizes, and of a token store indices and document ends. Raises FileNotFoundError if it does not exist,
     ValueError if it is nothing that amfm writes, or for `quick` of anything but a store.
     """
     from amfm.data_pipeline.store.object_store import is_url
@@ -61,10 +61,12 @@ def inspect_path(path: str | Path, *, quick: bool = False, report: Report = sile
     if manifest.is_file():
         with manifest.open("rb") as file:
             head = file.read(200)
+        if b"amfm-teacher-store" in head:
+            return inspect_teacher(folder, quick=quick, report=report)
         if b"amfm-checkpoint" not in head:
             return inspect_store(str(folder), quick=quick, report=report)
     if quick:
-        raise ValueError(f"{folder} is not a token store, and --quick is for stores; leave it out")
+        raise ValueError(f"{folder} is not a store, and --quick is for stores; leave it out")
     if manifest.is_file():
         return inspect_checkpoint(folder, report)
     if (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir():
@@ -74,7 +76,7 @@ def inspect_path(path: str | Path, *, quick: bool = False, report: Report = sile
     if (folder / "config.json").is_file():
         return inspect_export(folder, report)
     raise ValueError(
-        f"{folder} is not a token store, checkpoint, run, import or export (none of manifest.json, config.yaml, "
+        f"{folder} is not a token store, teacher store, checkpoint, run, import or export (none of manifest.json, config.yaml, "
         "weights.json, config.json is in it); name such a folder"
     )
 
@@ -112,6 +114,14 @@ def inspect_store(path: str, *, quick: bool = False, report: Report = silent) ->
     }
     store.close()
     return Inspection("token store", tuple(problems), facts, {part.path: part.digest for _, _, part in parts})
+
+
+def inspect_teacher(folder: Path, *, quick: bool = False, report: Report = silent) -> Inspection:
+    """Inspect a store that `amfm distill store` wrote: whose probabilities it holds, and every sample's checksum."""
+    from amfm.pretrain.distillation.inspect import inspect_teacher_store
+
+    problems, facts, details = inspect_teacher_store(folder, quick=quick, report=report)
+    return Inspection("teacher store", tuple(problems), facts, details)
 
 
 def inspect_checkpoint(folder: Path, report: Report = silent) -> Inspection:

@@ -187,7 +187,7 @@ def describe_progress(now: Progress) -> tuple[int, int, str, float | None]:
 
 def inspect(
     path: Annotated[
-        str, typer.Argument(metavar="PATH", help="A token store (URL too), checkpoint, run, export or import.")
+        str, typer.Argument(metavar="PATH", help="A store (a URL too), checkpoint, run, export or import.")
     ],
     *,
     diff: Annotated[Path | None, typer.Option(metavar="OTHER", help="Show only what differs from OTHER.")] = None,

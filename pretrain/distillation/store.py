@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -75,10 +75,14 @@ class StoreLayout:
         stages = resolve_stages(config)
         phases = phases_of(data_of_stages(config, stages), stages[0].train.sequence_length)
         num_samples = stages[-1].first_sample + stages[-1].num_samples()
-        lengths = [(phase.start_sample, phase.sequence_length) for phase in phases if phase.start_sample < num_samples]
-        changes = [lengths[0], *(now for before, now in pairwise(lengths) if now[1] != before[1])]
-        narrow = config.model.vocab_size <= 1 << 16
-        return cls(num_samples, tuple(changes), config.distill.top_k, 2 if narrow else 4)
+        lengths = ((phase.start_sample, phase.sequence_length) for phase in phases if phase.start_sample < num_samples)
+        id_bytes = cls.id_bytes_of(config.model.vocab_size)
+        return cls(num_samples, when_changed(lengths), config.distill.top_k, id_bytes)
+
+    @staticmethod
+    def id_bytes_of(vocab_size: int) -> int:
+        """Bytes of the id of a token."""
+        return 2 if vocab_size <= 1 << 16 else 4
 
     def record_bytes(self, length: int) -> int:
         """Bytes of a sample."""
@@ -112,6 +116,17 @@ class StoreLayout:
         values = np.frombuffer(record[split:], "<i2").astype(np.int16)
         log_p = torch.from_numpy(values).view(torch.bfloat16).float().view(length, self.top_k + 1)
         return Outcomes(log_p.log_softmax(-1), torch.from_numpy(ids).view(length, self.top_k))
+
+
+def when_changed(lengths: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Of (first sample, tokens of a row), those whose rows are not as long as the ones before."""
+    listed = list(lengths)
+    return (listed[0], *(now for before, now in pairwise(listed) if now[1] != before[1]))
+
+
+def is_sound(record: bytes) -> bool:
+    """Whether a record has the bytes that `encode` wrote."""
+    return record[:CHECK_BYTES] == google_crc32c.value(record[CHECK_BYTES:]).to_bytes(CHECK_BYTES, "little")
 
 
 def describe(config: RunConfig, loader: PretrainLoader, teacher: Teacher) -> dict[str, Any]:
@@ -167,7 +182,7 @@ class TeacherStore:
     def _read_one(self, sample: int) -> Outcomes:
         file = self.files[int(self._firsts.searchsorted(sample, side="right")) - 1]
         record = os.pread(self._handle(file), file.record, (sample - file.first) * file.record)
-        if record[:CHECK_BYTES] != google_crc32c.value(record[CHECK_BYTES:]).to_bytes(CHECK_BYTES, "little"):
+        if not is_sound(record):
             raise RuntimeError(
                 f"{self.folder / file.name} is damaged at sample {sample}; delete the file and run `amfm distill store CONFIG`, "
                 "which writes it from the start"

@@ -54,7 +54,7 @@ def test_inspect_verifies_an_export_against_its_index(tmp_path, capsys):
 
 def test_inspect_names_what_it_can_read(tmp_path, capsys):
     assert run(["inspect", str(tmp_path)]) == 2
-    assert "is not a token store, checkpoint, run, import or export" in capsys.readouterr().err
+    assert "is not a token store, teacher store, checkpoint, run, import or export" in capsys.readouterr().err
     assert run(["inspect", str(tmp_path / "none")]) == 2
     assert "does not exist; name the folder of a store" in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,54 @@ def test_another_teacher_and_damage_are_refused(data: DataConfig, tmp_path: Path
     (tmp_path / "full/notes").touch()
     with pytest.raises(ValueError, match="holds other files; name a folder that is missing or empty"):
         write_store(stored(data, tmp_path, teacher, tmp_path / "full"), CPU, "torch")
+
+
+def test_inspect_shows_what_a_store_holds_and_names_what_is_damaged(
+    data: DataConfig,
+    tmp_path: Path,
+    teacher: str,
+    written: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def inspect(*arguments: str) -> dict[str, Any]:
+        code = run_cli(["inspect", *arguments, "--json"])
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        assert code == (0 if found["ok"] else 2)
+        return found
+
+    config = stored(data, tmp_path / "run", teacher, tmp_path / "store")
+    record = StoreLayout.of_run(config).record_bytes(48)
+    found = inspect(str(written))
+    assert (found["kind"], found["problems"], found["verified"]) == ("teacher store", [], "every sample")
+    assert (found["step"], found["teacher_digest"]) == (12, Teacher.find(teacher).digest)
+    assert (found["vocab_size"], found["top_k"], found["temperature"]) == (config.model.vocab_size, 20, 1.5)
+    assert (found["samples"], found["tokens"], found["bytes"]) == (16, 16 * 48, 16 * record)
+
+    monkeypatch.setattr(module, "FILE_BYTES", 5 * record)
+    folder = tmp_path / "store"
+    write_store(config, CPU, "torch")
+    (folder / "samples-000000000005.bin").unlink()
+    with (folder / "samples-000000000000.bin").open("r+b") as file:
+        file.seek(3 * record + 50)
+        file.write(b"\xff\xff\xff")
+    os.truncate(folder / "samples-000000000010.bin", 2 * record - 1)
+    missing, cut, gone, damaged = inspect(str(folder))["problems"]
+    assert missing.endswith("samples 5 to 9 are in no file before samples-000000000010.bin")
+    assert cut.endswith(f"{record - 1} bytes follow its 1 samples of {record:,}")
+    assert gone.endswith("samples 11 to 14 are in no file before samples-000000000015.bin")
+    assert "samples-000000000000.bin: 1 of 5 samples fail their CRC-32C, first 3; delete the file" in damaged
+    assert len(inspect(str(folder), "--quick")["problems"]) == 3
+
+    written_then = json.loads((folder / "manifest.json").read_text())
+    for change, message in (
+        ({"version": 2}, "is a teacher's store of version 2, this release reads 1"),
+        ({"top_k": "20"}, "top_k is '20', it must be int; the file was edited or damaged"),
+        ({"phases": []}, "is not as its format asks: list index out of range"),
+    ):
+        (folder / "manifest.json").write_text(json.dumps(written_then | change))
+        assert run_cli(["inspect", str(folder)]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_store_needs_to_know_how_many_tokens(data: DataConfig, tmp_path: Path) -> None:
