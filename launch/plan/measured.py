@@ -64,13 +64,15 @@ LOOPED_TOKENS, FEWEST_TOKENS = (
 )  # of the longest row on which a loop over tokens is counted, at first and at least
 
 
-def block_bytes(config: ModelConfig, symbol: str, storage: Storage, cut: Cut = WHOLE) -> BlockBytes:
+def block_bytes(
+    config: ModelConfig, symbol: str, storage: Storage, cut: Cut = WHOLE, *, tokens: int = COUNTED_TOKENS
+) -> BlockBytes:
     """Bytes per token of the micro-batch that one block keeps and works with, its norm and its residual stream included.
 
-    `symbol`: that of the block in `model.pattern`. Cached: a search asks for the same blocks again and again. Raises
-    ValueError for a mixer with an operation that has no fake function.
+    `symbol`: that of the block in `model.pattern`. `tokens`: of a rank's part of a row. Cached: a search asks for the same blocks
+    again and again. Raises ValueError for a mixer with an operation that has no fake function.
     """
-    return _block_bytes(without_stretch(config), symbol, storage, cut)
+    return _block_bytes(without_stretch(config), symbol, storage, cut, tokens)
 
 
 @lru_cache(maxsize=256)
@@ -84,7 +86,7 @@ def without_stretch(config: ModelConfig) -> ModelConfig:
 
 
 @lru_cache(maxsize=4096)
-def _block_bytes(config: ModelConfig, symbol: str, storage: Storage, cut: Cut) -> BlockBytes:
+def _block_bytes(config: ModelConfig, symbol: str, storage: Storage, cut: Cut, tokens: int) -> BlockBytes:
     dtype = torch.float32 if storage.element_bytes == 4 else torch.bfloat16
     # A run whose chunks or states Triton's kernels do not take has to ask for PyTorch's.
     backend = storage.backend if takes_kernels(config, symbol) else "torch"
@@ -92,9 +94,9 @@ def _block_bytes(config: ModelConfig, symbol: str, storage: Storage, cut: Cut) -
         cut = replace(cut, narrow=None)
     measure = partial(_measure, config, symbol, dtype, backend, cut)
     try:
-        return measure(most_operations=MOST_OPERATIONS)
+        return measure(tokens=tokens, most_operations=MOST_OPERATIONS)
     except LoopOverTokensError:
-        return _count_loop(symbol, measure)
+        return _count_loop(symbol, measure, tokens)
     except RuntimeError as error:
         if not lacks_fake(error):
             raise
@@ -108,8 +110,8 @@ class LoopOverTokensError(Exception):
     """A pass has more operations than one that does not loop over tokens."""
 
 
-def _count_loop(symbol: str, measure: Callable[..., BlockBytes]) -> BlockBytes:
-    """What a loop over tokens keeps, from rows of three lengths; says so, and where the longest does not follow from the others."""
+def _count_loop(symbol: str, measure: Callable[..., BlockBytes], wanted: int) -> BlockBytes:
+    """What a loop over `wanted` tokens keeps, from rows of three lengths; says so, and where the longest does not follow from the others."""
     tokens = LOOPED_TOKENS
     while tokens > FEWEST_TOKENS:
         try:
@@ -123,7 +125,7 @@ def _count_loop(symbol: str, measure: Callable[..., BlockBytes]) -> BlockBytes:
     guess, found = line_through(short, middle, tokens // 4, tokens), longest.kept
     differs = "" if abs(guess.kept - found) <= 0.05 * found else "; what it keeps is not in proportion to them"
     say_once(f"block {symbol} launches operations token by token: counted on {tokens} tokens{differs}")
-    return line_through(middle, longest, tokens // 2, COUNTED_TOKENS)
+    return line_through(middle, longest, tokens // 2, wanted)
 
 
 @lru_cache(maxsize=64)

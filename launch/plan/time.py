@@ -31,6 +31,7 @@ from amfm.launch.plan.layout import Layout, StageShare, distinct_stages, held_by
 from amfm.launch.plan.low_precision import kept_passes, narrow_kinds, planned_recipes
 from amfm.launch.plan.measured import block_bytes
 from amfm.launch.plan.roofline import Roofline, accumulates, depth_seconds, head_seconds
+from amfm.launch.plan.stand_ins import COUNTED_TOKENS, Cut
 from amfm.model.config.pattern import block_kind
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.bf16_adamw import STEP_BYTES
@@ -126,11 +127,18 @@ def block_seconds(
     if storage.backend == "triton":
         # Emulated a block takes what one without a recipe does.
         cut = cut_of(config, layout, symbol, imbalance, is_narrow=bool(line.recipes))
-        measured = block_bytes(
-            config.model.plain_stream(), symbol, storage, cut
-        )  # `mixture_bytes` has another stream's
-        line.moves(layout.tokens(config), measured.between)
+        line.moves(layout.tokens(config), bytes_between(config, symbol, layout, storage, cut))
     return line.seconds
+
+
+def bytes_between(config: RunConfig, symbol: str, layout: Layout, storage: Storage, cut: Cut) -> tuple[float, float]:
+    """Bytes per token of PyTorch's operations between kernels, forward and backward; without those of `mixture_bytes`.
+
+    On context ranks a block is measured at the length that a sequence has there: of states, and of a router's weight, bytes do not
+    grow with tokens, and such sequences may be short.
+    """
+    tokens = COUNTED_TOKENS if layout.context == 1 else config.train.sequence_length // layout.context
+    return block_bytes(config.model.plain_stream(), symbol, storage, cut, tokens=tokens).between
 
 
 def estimate_step(

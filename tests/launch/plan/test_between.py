@@ -13,20 +13,13 @@ import amfm.launch.plan.measured as measured
 from amfm.kernels.common.custom_op import find_body
 from amfm.launch.plan.blocks.cut import cut_of
 from amfm.launch.plan.layout import Layout
-from amfm.launch.plan.measured import LiveBytes, block_bytes
+from amfm.launch.plan.measured import LiveBytes
 from amfm.launch.plan.memory import storage_of
+from amfm.launch.plan.time import bytes_between
 from amfm.pretrain.stages import resolve_stages
 from tests.launch.plan.presets import PRESETS, headers, preset
 
 TOLERANCE = 0.05
-# On context ranks Mamba2 exchanges states: so many bytes per row, which the plan has per token, of rows of 4,608.
-WITH_STATES = (
-    "nemotron3_super_120b",
-    "nemotron3_super_nvfp4",
-    "nemotron3_ultra_550b",
-    "turbos_560b",
-    "turbos_560b_fp8",
-)
 QUICK = ("qwen3_next_80b", "granite4_h_small")
 PRODUCTS = {
     "mm",
@@ -95,11 +88,8 @@ def numbers(tensor: Tensor) -> int:
 
 
 def of_preset(name: str) -> Any:
-    """A preset as a parameter, expected to fail where the plan has too little of what does not grow with tokens."""
-    marks = [] if name in QUICK else [pytest.mark.slow]
-    if name in WITH_STATES:
-        marks.append(pytest.mark.xfail(strict=True, reason="states of Mamba2 on context ranks are bytes per row"))
-    return pytest.param(name, marks=marks)
+    """A preset as a parameter, slow but for two."""
+    return pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
 
 
 @pytest.mark.parametrize("name", map(of_preset, PRESETS))
@@ -112,7 +102,7 @@ def test_bytes_between_kernels_are_planned(name: str, monkeypatch: pytest.Monkey
     tokens = layout.one_sub_batch().tokens(config)
     for symbol in dict.fromkeys(config.model.built_letters):
         cut = cut_of(config, layout, symbol, 1.2)
-        planned = block_bytes(config.model, symbol, storage, cut)
+        planned = bytes_between(config, symbol, layout, storage, cut)
         with monkeypatch.context() as patched:
             patched.setattr(measured, "LiveBytes", Seen)
             patched.setattr(Seen, "passes", Counter())
@@ -120,6 +110,6 @@ def test_bytes_between_kernels_are_planned(name: str, monkeypatch: pytest.Monkey
                 measured.without_stretch(config.model), symbol, torch.bfloat16, "triton", cut, tokens=tokens
             )
             seen = Seen.passes
-        for way, per_token in zip(("forward", "backward"), planned.between):
+        for way, per_token in zip(("forward", "backward"), planned):
             # Up to 64 bytes per token are of what does not grow with them.
             assert tokens * per_token == pytest.approx(seen[way], rel=TOLERANCE, abs=64 * tokens), (symbol, way)

@@ -10,7 +10,7 @@ from amfm.launch.plan import measured
 from amfm.launch.plan.activations import Storage, up_rows
 from amfm.launch.plan.blocks.block import measured_sizes
 from amfm.launch.plan.measured import _block_bytes, block_bytes, id_of
-from amfm.launch.plan.stand_ins import Cut
+from amfm.launch.plan.stand_ins import COUNTED_TOKENS, Cut
 from amfm.model.block import Block
 from amfm.model.config.kinds import registered_kinds
 from amfm.model.config.mixer_options import HeadOptions
@@ -163,7 +163,7 @@ def test_what_is_counted_does_not_depend_on_the_threads_of_the_process(letter):
     config, threads, found = preset("tiny_cpu").model, torch.get_num_threads(), []
     for number in (1, 3):
         torch.set_num_threads(number)
-        found.append(_block_bytes.__wrapped__(config, letter, PLAIN, Cut()))
+        found.append(_block_bytes.__wrapped__(config, letter, PLAIN, Cut(), COUNTED_TOKENS))
     torch.set_num_threads(threads)
     assert found[0] == found[1]
 
@@ -196,11 +196,10 @@ def test_a_loop_over_tokens_is_counted_on_short_rows_as_on_long_ones(monkeypatch
     """What ends the first pass is a number of operations, so that no loop takes long; ours are far below it."""
     amfm.register(amfm.Kind("loop", LoopMixer, LoopOptions))
     config = small_config("{loop}", mixers={"loop": {"num_heads": 2, "head_dim": 8}})
-    monkeypatch.setattr(measured, "COUNTED_TOKENS", 1152)
     whole = measured._measure(config, "{loop}", torch.float32, "torch", Cut(), tokens=1152)
     monkeypatch.setattr(measured, "MOST_OPERATIONS", 1000)
     _block_bytes.cache_clear()
-    found = block_bytes(config, "{loop}", PLAIN)
+    found = block_bytes(config, "{loop}", PLAIN, tokens=1152)
     _block_bytes.cache_clear()
     assert found.kept == pytest.approx(whole.kept, rel=0.01)
     assert found.launches == pytest.approx(whole.launches, rel=0.02)
