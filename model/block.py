@@ -163,10 +163,10 @@ class Block(nn.Module):
             # The sum is made outside: it is what the checkpoint keeps, one tensor in place of residual and delta.
             residual_BTD, delta_BTD = self._add(residual_BTD, delta_BTD)
             # Keeping generators copies a state from the device in each recomputed block, for nothing if none draws.
-            mixed: MixerOutput = checkpoint(
+            done: tuple[Tensor, MixerOutput] = checkpoint(
                 self._mix, residual_BTD, delta_BTD, meta, use_reentrant=False, preserve_rng_state=self.has_dropout
             )
-            return self._finish(residual_BTD, delta_BTD, mixed)
+            return done
         normed_BTD, residual_BTD, delta_BTD = self._add_and_norm(residual_BTD, delta_BTD)
         with self._recomputed_norm(normed_BTD, residual_BTD, delta_BTD) or nullcontext():
             mixed = self._leave(self.mixer(normed_BTD, meta, state))
@@ -194,13 +194,13 @@ class Block(nn.Module):
             self.note(error)
             raise
 
-    def _mix(self, residual_BTD: Tensor, delta_BTD: Tensor | None, meta: PackMeta) -> MixerOutput:
+    def _mix(self, residual_BTD: Tensor, delta_BTD: Tensor | None, meta: PackMeta) -> tuple[Tensor, MixerOutput]:
         try:
             mixed: MixerOutput = self.mixer(self._norm(residual_BTD, delta_BTD), meta, None)
         except Exception as error:
             self.note(error)
             raise
-        return self._leave(mixed)
+        return self._finish(residual_BTD, delta_BTD, self._leave(mixed))
 
     def _leave(self, mixed: MixerOutput) -> MixerOutput:
         """The mixer's output, normed where its norm comes after it."""
@@ -211,7 +211,7 @@ class Block(nn.Module):
         """What the block returns; delta: what `_add` has left of it."""
         y_BTD = multiply(mixed.y_BTD, self.multiplier)
         if self.stream is not None:
-            y_BTD = self.stream.leave(y_BTD, delta_BTD, residual_BTD.dtype)
+            residual_BTD, y_BTD = self.stream.leave(y_BTD, residual_BTD, delta_BTD)
         return residual_BTD, mixed._replace(y_BTD=y_BTD)
 
     def _norm(self, residual_BTD: Tensor, delta_BTD: Tensor | None = None) -> Tensor:

@@ -45,7 +45,8 @@ def count_parameters(config: ModelConfig) -> Counts:
         counts["final_norm"] = len(config.norm_parts()) * config.hidden_size
         counts["head"] = 0 if config.tie_embeddings else _head_parameters(config)
         if config.stream is not None:
-            counts["residual_stream"] = (len(config.letters) + 1) * reader_parameters(config)
+            blocks = len(config.letters) * reader_parameters(config)
+            counts["residual_stream"] = blocks + reader_parameters(config, is_final=True)
     if config.num_depths:
         total["mtp"], active["mtp"] = _depth_parameters(config)
     return Counts(sum(total.values()), sum(active.values()), total, active)
@@ -61,6 +62,8 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, floa
     flops = {"head": head_flops(config)}
     for symbol, number in config.parsed_pattern.counts().items():
         flops[block_kind(symbol)] = number * block_flops(config, symbol, sequence_length)
+    if config.stream is not None and config.stream.flops(config.hidden_size):
+        flops["residual_stream"] = 3 * len(config.letters) * config.stream.flops(config.hidden_size)
     if config.num_depths:
         flops["mtp"] = depth_flops(config, sequence_length)
     return flops
@@ -91,9 +94,9 @@ def head_flops(config: ModelConfig) -> float:
     return 6.0 * _head_parameters(config)
 
 
-def reader_parameters(config: ModelConfig) -> int:
-    """Parameters with which one block reads the residual stream, and the final norm; none where it is a sum."""
-    shapes = {} if config.stream is None else config.stream.shapes(config.hidden_size)
+def reader_parameters(config: ModelConfig, *, is_final: bool = False) -> int:
+    """Parameters with which one block, or the final norm, reads the residual stream; none where it is a sum."""
+    shapes = {} if config.stream is None else config.stream.shapes(config.hidden_size, is_final=is_final)
     return sum(math.prod(shape) for shape in shapes.values())
 
 

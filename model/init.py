@@ -91,13 +91,16 @@ def fill_part(
 
 
 def _own_values(model: nn.Module, name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor | None:
-    """Ask a factored matrix or a mixer for the initial value of its parameter; None if that is this file's."""
+    """Ask a factored matrix, a stream's reader or a mixer for the initial value of its parameter; None if that is this file's."""
     place, _, own_name = name.rpartition(".")
     layer = model.get_submodule(place)
     if isinstance(layer, StructuredLinear):
         deviation = _deviation(f"{place}.weight", config)
         gain = deviation / config.initializer_range
         return layer.first_values(own_name, lambda own: _generator(seed, f"{place}.{own}"), deviation, gain)
+    first_value = getattr(layer, "first_value", None)  # of what reads a residual stream that is not a sum
+    if first_value is not None:
+        return cast(Tensor, first_value(own_name, shape))
     if isinstance(layer, Head):
         return layer.init_parameter(own_name, shape, _generator(seed, name))
     place, inside, own_name = name.partition(".mixer.")
@@ -161,13 +164,13 @@ def _normal_piece(
 def _special_values(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor | None:
     """The first value of a parameter that is not drawn from `_deviation`'s normal distribution; None for one that is."""
     generator = _generator(seed, name)
-    if name.endswith(("norm.weight", ".D", "stream.weight")):
+    if name.endswith(("norm.weight", ".D")):
         return torch.ones(shape)
     if name.endswith("conv.bias") and config.megatron_init:
         assert config.mamba is not None, "only Mamba2's convolution has a bias"
         bound = config.mamba.conv_kernel**-0.5
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-    if name.endswith(("conv.bias", "norm.bias", "up_proj.bias", "down_proj.bias", "lora.up", "stream.query")):
+    if name.endswith(("conv.bias", "norm.bias", "up_proj.bias", "down_proj.bias", "lora.up")):
         return torch.zeros(shape)
     if name.endswith("lora.down"):
         return torch.empty(shape).normal_(0.0, shape[-1] ** -0.5, generator=generator)

@@ -21,15 +21,16 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     def add_norm(name: str) -> None:
         shapes.update({f"{name}.{part}": (width,) for part in config.norm_parts()})
 
-    def add_reader(name: str) -> None:
+    def add_reader(name: str, *, is_final: bool) -> None:
         assert config.stream is not None, "the sum has none"
-        shapes.update({f"{name}.{part}": shape for part, shape in config.stream.shapes(width).items()})
+        found = config.stream.shapes(width, is_final=is_final)
+        shapes.update({f"{name}.{part}": shape for part, shape in found.items()})
 
     def add_blocks(prefix: str, letters: Sequence[str]) -> None:
         for index, letter in enumerate(letters):
             add_norm(f"{prefix}blocks.{index}.norm")
             if config.stream is not None and not prefix:
-                add_reader(f"blocks.{index}.stream")
+                add_reader(f"blocks.{index}.stream", is_final=False)
             if config.norms_per_block() == 2:
                 add_norm(f"{prefix}blocks.{index}.out_norm")
             place = index if not prefix and config.block_options(letter).differs_by_block() else None
@@ -41,7 +42,7 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     add_blocks("", config.letters)
     add_norm("final_norm")
     if config.stream is not None:
-        add_reader("final_stream")
+        add_reader("final_stream", is_final=True)
     if config.head is not None:
         shapes |= {f"head.{name}": shape for name, shape in head_shapes(config).items()}
     elif not config.tie_embeddings:

@@ -91,14 +91,14 @@ class PieceModule(nn.Module):
         if piece.is_last:
             assert output.loss is not None, "the last piece was given labels"
             return output.loss.total if share is None else share
-        delta_BTD = stream.delta_BTD
+        residual_BTD, delta_BTD = stream.residual_BTD, stream.delta_BTD
         assert delta_BTD is not None, "a piece has at least one block"
         if share is not None:
-            delta_BTD = AddLoss.apply(delta_BTD, share)
+            residual_BTD = AddLoss.apply(residual_BTD, share)
         reader = model.blocks[piece.stop - 1].stream
         if reader is not None:
-            return reader.send(stream.residual_BTD, delta_BTD)
-        return (stream.residual_BTD + delta_BTD.to(stream.residual_BTD.dtype)).contiguous()
+            return reader.send(residual_BTD, delta_BTD)
+        return (residual_BTD + delta_BTD.to(residual_BTD.dtype)).contiguous()
 
     def _enter(self, received: Tensor) -> Stream:
         """The residual stream of what the piece before has sent."""

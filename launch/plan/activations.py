@@ -13,7 +13,6 @@ from amfm.model.config.schema import ModelConfig
 from amfm.model.config.structure import Activation, matrices_of
 
 FLOAT32_BYTES = 4
-MIXTURE_PASSES = 14  # 5 of them forward: a copy in float32, the norm, the scores and the sum
 # Slices of the head's logits, in elements, and their least rows (kernels/linear_cross_entropy).
 LOGITS_SLICE = {"triton": 1 << 28, "torch": 1 << 21}
 LOGITS_LEAST_ROWS = {"triton": 256, "torch": 128}
@@ -68,24 +67,22 @@ def stream_bytes(config: ModelConfig, storage: Storage, stream_ranks: int = 1) -
 
 
 def made_bytes(config: ModelConfig, storage: Storage, stream_ranks: int, places: Sequence[int]) -> float:
-    """Bytes per token of what these blocks of a piece keep of another kind of residual stream than the sum, next to what each one keeps.
-
-    Tensors that a block makes of all before it serve those after it, and so does what a piece has received.
-    """
+    """Bytes per token of what these blocks of a piece keep of another kind of residual stream than the sum, next to what each one keeps."""
     if config.stream is None:
         return 0.0
-    received = config.stream.num_tensors(places[0]) if places[0] else 0
-    return (received + sum(map(config.stream.num_made, places))) * stream_bytes(config, storage, stream_ranks)
+    return config.stream.num_kept(places) * stream_bytes(config, storage, stream_ranks)
 
 
 def mixture_bytes(config: ModelConfig) -> float:
     """Bytes per token that pass through memory where a block reads another kind of residual stream than the sum, a mean over blocks.
 
-    PyTorch's operations in float32 read and write each of its tensors MIXTURE_PASSES times, forward and backward.
+    PyTorch's operations in float32 read and write each of its tensors `StreamConfig.passes` times, forward and backward.
     """
+    if config.stream is None:
+        return 0.0
     number = len(config.letters)
-    tensors = 0 if config.stream is None else sum(map(config.stream_tensors, range(number))) / number
-    return MIXTURE_PASSES * tensors * config.hidden_size * FLOAT32_BYTES
+    tensors = sum(map(config.stream_tensors, range(number))) / number
+    return config.stream.passes * tensors * config.hidden_size * FLOAT32_BYTES
 
 
 def depth_bytes(config: ModelConfig, storage: Storage, tensor: int, stream_ranks: int) -> float:

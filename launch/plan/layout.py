@@ -357,6 +357,7 @@ def _held(
     whole = {symbol: block_parameters(model, symbol)[0] for symbol in kinds}
     routed = {symbol: count_weights(model, symbol).routed for symbol in kinds}
     table, reader = model.vocab_size * model.hidden_size, reader_parameters(model)
+    final_reader = reader_parameters(model, is_final=True)
     cut = cut_pieces(model, layout.pipeline * layout.virtual_stages, sequence_length)
     held = []
     for stage in range(layout.pipeline):
@@ -367,7 +368,7 @@ def _held(
         depths = model.num_depths if is_last else 0
         # The last stage holds a copy of the table as its head where they are tied, and for MTP layers.
         embedding = table * (is_first or (is_last and (model.tie_embeddings or depths > 0)))
-        head = table * (is_last and not model.tie_embeddings) + (model.hidden_size + reader) * is_last
+        head = table * (is_last and not model.tie_embeddings) + (model.hidden_size + final_reader) * is_last
         built = own + (model.built_letters[len(letters) :] if is_last else ())
         joining = (2 * model.hidden_size + 3) * model.hidden_size * (model.num_depth_modules if is_last else 0)
         width_ranks = layout.expert * layout.width_ranks

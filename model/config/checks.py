@@ -19,6 +19,7 @@ from amfm.model.config.mup import check_mup
 from amfm.model.config.plugins import until_registered
 from amfm.model.config.schema import ModelConfig
 from amfm.model.config.section import Section
+from amfm.model.config.streams import STREAMS
 
 MOST = 2**31 - 1  # of any size in a section
 
@@ -48,6 +49,9 @@ def check_model(config: ModelConfig) -> None:
                     f"add model.{kind.section} or remove {symbol!r} out of the pattern"
                 )
             _check_wrapped(config, kind)
+    if sum(getattr(config, name) is not None for name in STREAMS) > 1:
+        keys = " and ".join(f"model.{name}" for name in STREAMS)
+        raise ValueError(f"{keys} are both set, and a model has one kind of residual stream; remove one of the two")
     if config.mup is not None:
         check_mup(config)
     if config.megatron_init and any(True for _ in config.variants.items()):

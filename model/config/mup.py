@@ -83,8 +83,8 @@ def check_mup(config: ModelConfig) -> None:
             f"model.mup was not shown to hold for blocks {', '.join(map(repr, unchecked))} of model.pattern, only for "
             f"{', '.join(map(repr, checked))} (docs/mup.md); remove model.mup, or use blocks of these kinds"
         )
-    if config.attention_residuals is not None:
-        raise ValueError("model.mup has no rule for the queries of model.attention_residuals; remove one of the two")
+    if config.stream is not None:
+        raise ValueError(f"model.mup has no rule for the weights of model.{config.stream_name}; remove one of the two")
     if has_indexer(config):
         raise ValueError("model.mup has no rule for an indexer; remove the indexer, or model.mup")
     for kind, options in config.sections():

@@ -22,6 +22,7 @@ from amfm.model.config.pattern import Pattern, parse_pattern
 from amfm.model.config.plugins import PluginSections, list_packages, read_saved_sections, with_sections
 from amfm.model.config.routers import RegisteredRouters
 from amfm.model.config.section import Section
+from amfm.model.config.streams import STREAMS, AttentionResidualsConfig, HyperConnectionsConfig, StreamConfig
 from amfm.model.config.structure import DENSE
 from amfm.model.config.variants import Variants
 
@@ -107,28 +108,6 @@ class MupConfig(Section):
     )
 
 
-class AttentionResidualsConfig(Section):
-    """Each block reads a mixture of the embedding and of earlier outputs, weighed by its query (arXiv 2603.15031); docs/mixers.md."""
-
-    blocks_per_source: int = Field(
-        gt=0,
-        description="Blocks whose outputs are added up to one source; 1: the output of every block is one.",
-    )
-    reader: ClassVar[str] = "amfm.model.streams.attention_residuals:AttentionResiduals"
-
-    def num_tensors(self, num_blocks: int) -> int:
-        """Tensors [B, T, D] that a pipeline stage sends on after so many blocks: the embedding and the groups begun."""
-        return 1 + math.ceil(num_blocks / self.blocks_per_source)
-
-    def num_made(self, index: int) -> int:
-        """Tensors [B, T, D] that block `index` makes of those before it: it begins a group, or adds to the one that runs."""
-        return self.num_tensors(index) if index and index % self.blocks_per_source == 0 else 0
-
-    def shapes(self, hidden_size: int) -> dict[str, tuple[int, ...]]:
-        """Weights with which a block reads, and the final norm, by name."""
-        return {"query": (hidden_size,), "weight": (hidden_size,)}
-
-
 class MtpConfig(Section):
     """Multi-token prediction: what the MTP layers after `/` in the pattern learn (DeepSeek-V3, arXiv 2412.19437, section 2.2)."""
 
@@ -201,6 +180,9 @@ class ModelConfig(Section):
     multipliers: MultipliersConfig = Field(MultipliersConfig(), description="Constant factors in the forward pass.")
     attention_residuals: AttentionResidualsConfig | None = Field(
         None, description="Blocks choose among earlier outputs what they read; null: they read the sum of all."
+    )
+    hyper_connections: HyperConnectionsConfig | None = Field(
+        None, description="Several residual streams that blocks mix, read and write; null: one, the sum of all outputs."
     )
     mup: MupConfig | None = Field(None, description="Carry the learning rate over widths; null: one rate for all.")
     mtp: MtpConfig | None = Field(
@@ -321,13 +303,19 @@ class ModelConfig(Section):
         return min(1, self.num_depths) if self.prediction.shared else self.num_depths
 
     @property
-    def stream(self) -> AttentionResidualsConfig | None:
+    def stream_name(self) -> str | None:
+        """The field of the kind of residual stream; None: the sum of all outputs. `check_model` rejects two."""
+        return next((name for name in STREAMS if getattr(self, name) is not None), None)
+
+    @property
+    def stream(self) -> StreamConfig | None:
         """The section of the kind of residual stream; None: the sum of all outputs."""
-        return self.attention_residuals
+        found: StreamConfig | None = None if self.stream_name is None else getattr(self, self.stream_name)
+        return found
 
     def plain_stream(self) -> ModelConfig:
         """The same model whose residual stream is the sum of all outputs."""
-        return self if self.stream is None else self.model_copy(update={"attention_residuals": None})
+        return self if self.stream is None else self.model_copy(update=dict.fromkeys(STREAMS))
 
     def stream_tensors(self, num_blocks: int) -> int:
         """Tensors [B, T, D] that the residual stream is after so many blocks."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from amfm.model.config.kinds import BUILT_IN, find_kind
 from amfm.model.config.schema import ModelConfig, read_saved_model
+from amfm.model.config.streams import STREAMS
 from amfm.model.huggingface.entries import WeightEntry, WeightMap
 from amfm.model.huggingface.fields import registered_mixers
 from amfm.model.huggingface.hf_class import HfTarget
@@ -82,7 +83,7 @@ def own_fields(config: ModelConfig) -> dict[str, Any]:
             for name in (*registered_mixers(config).values(), *([config.head] if config.head else []))
         },
         **({"head": config.head} if config.head else {}),
-        **({"attention_residuals": config.attention_residuals.model_dump()} if config.attention_residuals else {}),
+        **({config.stream_name: config.stream.model_dump()} if config.stream and config.stream_name else {}),
     }
 
 
@@ -102,7 +103,7 @@ def model_config_from_own(fields: Mapping[str, Any]) -> ModelConfig:
             "mixers": {name: options for name, options in mixers.items() if name not in variants},
             "variants": variants,
             "head": fields.get("head"),
-            "attention_residuals": fields.get("attention_residuals"),
+            **{name: fields.get(name) for name in STREAMS},
             "norm": fields.get("norm_kind") or "rmsnorm",
             "norm_placement": fields.get("norm_placement") or "before",
             "multipliers": fields.get("multipliers") or {},

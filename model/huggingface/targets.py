@@ -45,8 +45,8 @@ def explain_unfit(config: ModelConfig, target: str) -> list[str]:
     if config.norm_placement != "before" and not found.ships_code and "norm_placement" not in found.holds:
         rule = f"{target} norms what a block reads; use before, or target own"
         rare.append(f"model.norm_placement={config.norm_placement}: {rule}")
-    if config.attention_residuals is not None and not found.ships_code:
-        rare.append(f"model.attention_residuals: blocks of {target} read the sum of all outputs; use target own")
+    if config.stream is not None and not found.ships_code:
+        rare.append(f"model.{config.stream_name}: blocks of {target} read the sum of all outputs; use target own")
     if config.norm != "rmsnorm" and not found.ships_code:
         rare.append(f"model.norm={config.norm}: {target} has RMSNorms; use rmsnorm, or target own")
     return found.unfit(without_mup(config)) + rare

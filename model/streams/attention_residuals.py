@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amfm.model.config.schema import AttentionResidualsConfig, ModelConfig
+from amfm.model.config.schema import ModelConfig
+from amfm.model.config.streams import AttentionResidualsConfig
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.model.parallel.layers import stream_shard
 from amfm.model.parallel.shards import own_shapes
@@ -42,7 +43,7 @@ class AttentionResiduals(StreamReader):
         self, options: AttentionResidualsConfig, index: int, config: ModelConfig, groups: ProcessGroupCollection
     ) -> None:
         super().__init__()
-        self.begins_group = index % options.blocks_per_source == 0
+        self.begins_group = options.begins_group(index)
         self.epsilon = config.norm_epsilon
         self.query = nn.Parameter(torch.empty(config.hidden_size))
         self.weight = nn.Parameter(torch.empty(config.hidden_size))
@@ -66,10 +67,10 @@ class AttentionResiduals(StreamReader):
         )
         return mixed_BTD
 
-    def leave(self, y_BTD: Tensor, running_BTD: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The running sum with this block's output, in the dtype of the residual stream."""
-        y_BTD = y_BTD.to(dtype)
-        return y_BTD if running_BTD is None else running_BTD + y_BTD
+    def leave(self, y_BTD: Tensor, sources_BTND: Tensor, running_BTD: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The sources, and the running sum with this block's output in their dtype."""
+        y_BTD = y_BTD.to(sources_BTND.dtype)
+        return sources_BTND, y_BTD if running_BTD is None else running_BTD + y_BTD
 
     def send(self, sources_BTND: Tensor, running_BTD: Tensor) -> Tensor:
         """One tensor [B, T, n + 1, D] of both, for the next pipeline stage."""
@@ -78,6 +79,10 @@ class AttentionResiduals(StreamReader):
     def receive(self, sent_BTND: Tensor) -> tuple[Tensor, Tensor]:
         """Take apart what the stage before has sent."""
         return sent_BTND[:, :, :-1], sent_BTND[:, :, -1]
+
+    def first_value(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A query of zero weighs all sources alike."""
+        return torch.zeros(shape) if name == "query" else torch.ones(shape)
 
 
 class _Mixture(torch.autograd.Function):

@@ -2,13 +2,12 @@
 
 Between blocks flow two tensors, residual and delta (block.py). Plainly their sum is the residual stream. A kind decides
 itself what both hold: residual is [B, T, D] before the first block and may have more dimensions after T behind it, so that
-rows and tokens are cut as before. Its section of the configuration (`ModelConfig.stream`) names its class and counts what a
-pipeline stage sends.
+rows and tokens are cut as before. Its section of the configuration (model/config/streams.py) names its class and counts what
+a pipeline stage sends.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 
@@ -16,6 +15,8 @@ class StreamReader(nn.Module):
     """What one block, or the final norm, reads of the stream, and how the block's output joins it.
 
     In a block: `add`, `forward`, the mixer, `leave`; before the final norm only `forward`, of both tensors as they come.
+    ZeRO 3 gathers parameters where a module is called: those that another method than `forward` reads are a module's inside.
+    A module with parameters, in here or further inside, has `first_value` (init.py): a new model is the one whose stream is a sum.
     """
 
     def add(self, residual: Tensor, delta_BTD: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -25,8 +26,11 @@ class StreamReader(nn.Module):
         """
         raise NotImplementedError
 
-    def leave(self, y_BTD: Tensor, delta_BTD: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The delta after this block: its output y, with the delta that `add` returned; dtype: of the residual."""
+    def leave(self, y_BTD: Tensor, residual: Tensor, delta_BTD: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Residual and delta after this block, of its output y and of both as `add` returned them.
+
+        The delta is a tensor [B, T, any width]; one of no width where the residual has all.
+        """
         raise NotImplementedError
 
     def send(self, residual: Tensor, delta_BTD: Tensor) -> Tensor:

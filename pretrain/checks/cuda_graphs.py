@@ -31,7 +31,7 @@ def graph_problems(config: RunConfig) -> Iterator[Problem]:
             config.model.self_guided_training,
             "changes with the step, which a replay does not know",
         ),
-        "model.attention_residuals": (config.model.attention_residuals, "hands on more with every group of blocks"),
+        f"model.{config.model.stream_name}": (config.model.stream, "hands on another residual stream than graphs keep"),
         "model.lora_mixer": (config.model.lora_mixer, "changes with the step, which a replay does not know"),
     }
     if config.data.packing == "best_fit":

@@ -61,6 +61,7 @@ RARELY_SET: dict[str, dict[str, str]] = {
     "docs/mixers.md": {
         "model": "depth_scaled_init head norm norm_placement residual_in_fp32 logits_z_loss_weight",
         "model.attention_residuals": "blocks_per_source",
+        "model.hyper_connections": "streams sinkhorn_iterations",
         "model.mamba": "conv_kernel conv_bias a_init_min a_init_max time_step_min time_step_max time_step_floor",
         "stages.*": "indexer",
         "model.attention.indexer": "top_k num_heads head_dim rope_fraction loss_weight stage",

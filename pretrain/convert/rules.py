@@ -64,9 +64,9 @@ def rule_problems(config: RunConfig) -> Iterator[Problem]:
     if config.model.num_depths:
         rule = "has MTP layers, which a conversion does not tune"
         yield Problem("model.pattern", rule, "leave them out: the teacher's are ignored then", config.model.pattern)
-    if config.model.attention_residuals is not None:
+    if config.model.stream is not None:
         rule = "is a residual stream that no conversion was tried on"
-        yield Problem("model.attention_residuals", rule, "give a teacher without it")
+        yield Problem(f"model.{config.model.stream_name}", rule, "give a teacher without it")
     if config.convert.upcycle is not None:
         yield from upcycle_problems(config, config.convert.upcycle)
         yield from block_problems(config, FEED_FORWARD)

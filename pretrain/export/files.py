@@ -53,6 +53,7 @@ TEMPLATE_FILES = (
     "documents_amfm.py",
     "first_values_amfm.py",
     "blocks_amfm.py",
+    "streams_amfm.py",
     "rotary_amfm.py",
     "indexer_amfm.py",
     "attention_amfm.py",

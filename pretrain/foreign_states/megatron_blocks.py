@@ -219,7 +219,7 @@ def check_fits(model: ModelConfig, where: object) -> None:
         "biases next to a gate of attention": any(
             getattr(each, "bias", False) and getattr(each, "gate", "none") != "none" for each in used.values()
         ),
-        "model.attention_residuals": model.attention_residuals is not None,
+        f"model.{model.stream_name}": model.stream is not None,
         "norms after blocks": model.norm_placement != "before",
         "norms over all heads (qk_norm: wide)": any(getattr(each, "qk_norm", None) == "wide" for each in used.values()),
         "sinks": any(getattr(each, "sinks", False) for each in used.values()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
 import torch
@@ -13,19 +14,19 @@ from amfm.model.routed_updates import ENDS
 from amfm.pretrain.checkpoint.placement import place_shard, whole_dim
 
 DEPTH_PREFIX = "mtp."
-READS = ("stream.query", "stream.weight")  # of a residual stream that begins as the sum
+READER = re.compile(r"(blocks\.\d+\.|final_)stream\.")  # of a residual stream that begins as the sum
 
 
 @torch.no_grad()
 def take_own_part(model: HybridModel, state: OnDemand, names: Collection[str] | None = None) -> None:
     """Copy what this rank's model holds: its blocks, and of each parameter its shard, reading the rows that have a part in it.
 
-    Buffers, such as the router's balancing bias, are copied whole. MTP layers, routed updates and queries of attention residuals that
+    Buffers, such as the router's balancing bias, are copied whole. MTP layers, routed updates and readers of another residual stream that
     `state` lacks stay as they are, and so does all but `names` where these are given.
     """
     parameters = {name: (parameter, shard) for name, parameter, shard in parameter_shards(model)}
     for name, own in model.state_dict(keep_vars=True).items():
-        if name not in state and (name.startswith(DEPTH_PREFIX) or name.endswith((*ENDS, *READS))):
+        if name not in state and (name.startswith(DEPTH_PREFIX) or name.endswith(ENDS) or READER.match(name)):
             continue
         if names is not None and name not in names:
             continue

@@ -320,7 +320,7 @@ def load_initial_weights(model: HybridModel, path: str | Path, tokenizer_identit
         wanted = wanted.model_copy(update={"lora_mixer": None})
     if wanted.stream is not None and weights.model.stream is None:
         remarks.append(f"{weights.origin} has the sum of all outputs as its residual stream: ours begins as that sum")
-        wanted = wanted.model_copy(update={"attention_residuals": None})
+        wanted = wanted.plain_stream()
     require_same_function(weights, wanted, tokenizer_identity, f"run.initial_weights={path}")
     mine, theirs = depth_shapes(model.config), depth_shapes(weights.model)
     if mine != theirs:
@@ -376,8 +376,8 @@ def function_settings(config: ModelConfig) -> dict[str, object]:
     settings: dict[str, object] = {"pattern": "".join(letters)}
     for name in ("vocab_size", "hidden_size", "norm", "norm_epsilon", "norm_placement", "tie_embeddings"):
         settings[name] = getattr(config, name)
-    if config.attention_residuals is not None:
-        settings["attention_residuals"] = config.attention_residuals.model_dump()
+    if config.stream is not None:
+        settings[f"{config.stream_name}"] = config.stream.model_dump()
     settings |= {f"multipliers.{name}": value for name, value in config.multipliers}
     for kind, options in config.kinds_in_use():
         written = options.model_dump(exclude=set(options.training_only))

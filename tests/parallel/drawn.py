@@ -58,6 +58,14 @@ AXES: dict[int, list[dict[str, Any]]] = {
     ],
 }
 
+LEARNED = ("stream.query", "stream.maps.weight", "stream.maps.scale")
+STREAMS: list[dict[str, Any]] = [
+    {},
+    {"attention_residuals": {"blocks_per_source": 1}},
+    {"attention_residuals": {"blocks_per_source": 3}},
+    {"hyper_connections": {"streams": 3}},
+]
+
 
 @dataclass(frozen=True)
 class Case:
@@ -103,7 +111,7 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
         "hidden_size": draw(st.sampled_from([8, 12])),
         "initializer_range": 0.3,
         "tie_embeddings": draw(st.booleans()),
-        "attention_residuals": draw(st.sampled_from([None, {"blocks_per_source": 1}, {"blocks_per_source": 3}])),
+        **draw(st.sampled_from(STREAMS)),
         "logits_z_loss_weight": draw(st.sampled_from([0.0, 0.05])),
         "mamba": {
             "num_heads": 4,
@@ -161,8 +169,8 @@ def compute(case: Case, groups: ProcessGroupCollection, shares: range, num_share
     model = HybridModel(config, groups, seed=3).double().train()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("stream.query"):  # of zeros, sources would all count the same
-                parameter.copy_(torch.linspace(-1, 1, parameter.numel()))
+            if name.endswith(LEARNED):  # of zeros, sources would all count the same
+                parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
     total = torch.zeros((), dtype=torch.float64)
     for share in shares:
         tokens_BT, labels_BT, ids_BT = packed_batch(case.documents[share::num_shares], seed=share)

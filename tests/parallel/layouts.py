@@ -310,6 +310,13 @@ LAYOUTS = [
     Layout(4, {"tensor": 2, "sequence_parallel": True, "expert": 2, "expert_tensor": 2}, "muon"),
     Layout(4, {"context": 2, "pipeline": 2, "zero_stage": 2}, "muon"),
     Layout(8, {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "expert": 2, "zero_stage": 2}, "muon"),
+    # Hyper-connections: pieces send several tensors.
+    Layout(2, {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 3}, "streams", quick=True),
+    Layout(2, {"tensor": 2, "sequence_parallel": True, "zero_stage": 0}, "streams"),
+    Layout(2, {"expert": 2, "overlap_experts": "two_batch"}, "streams", {"train__micro_batch_size": 4}),
+    Layout(4, {"zero_stage": 3}, "streams"),
+    Layout(4, {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "schedule": "zero_bubble"}, "streams"),
+    Layout(4, {"context": 2, "expert": 2, "zero_stage": 2}, "streams", {"train__recompute": "full"}),
     # Attention residuals: pieces send several tensors, cut inside of groups and between them.
     Layout(2, {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 3}, "sources", quick=True),
     Layout(2, {"tensor": 2, "sequence_parallel": True, "zero_stage": 0}, "sources"),

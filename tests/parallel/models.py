@@ -97,6 +97,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "experts": MODEL | {"pattern": "*E"},
     "recycle": MODEL | {"moe": MODEL["moe"] | {"capacity_factor": 1.0, "overflow": "recycle"}},
     "sources": MODEL | {"attention_residuals": {"blocks_per_source": 2}},
+    "streams": MODEL | {"hyper_connections": {"streams": 3}},
     "quantile": MODEL | {"moe": MODEL["moe"] | {"bias_rule": "quantile"}},
 }
 VARIANTS["muon"] = VARIANTS["normuon"] = VARIANTS["latent"]

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import initialization as init
 
 from .cache_amfm import BlockState, empty_rows
 
@@ -45,45 +44,6 @@ def make_norm(config: Any) -> nn.Module:
     """Make a norm of the residual stream."""
     kind = nn.LayerNorm if config.norm_kind == "layernorm" else RMSNorm
     return kind(config.hidden_size, config.norm_epsilon)
-
-
-class AttentionResiduals(nn.Module):
-    """What a block reads of the embedding and of sums of earlier blocks' outputs (Kimi Team 2026, arXiv 2603.15031), in float32.
-
-    The stream is [B, T, n, D]: the embedding, sums of the outputs of `blocks_per_source` blocks each, the last as far as it
-    has come.
-    """
-
-    def __init__(self, config: Any, index: int) -> None:
-        super().__init__()
-        self.begins = index % config.attention_residuals["blocks_per_source"] == 0
-        self.epsilon = config.norm_epsilon
-        self.query = nn.Parameter(torch.zeros(config.hidden_size))
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, T, n, D], or the embedding [B, T, D] -> the mixture that is read, [B, T, D]: n times the mean by its weights."""
-        wide_BTND = (x if x.dim() == 4 else x.unsqueeze(2)).float()
-        keys_BTND = wide_BTND * torch.rsqrt(wide_BTND.pow(2).mean(-1, keepdim=True) + self.epsilon)
-        share_BTN = (keys_BTND @ (self.query.float() * self.weight.float())).softmax(dim=-1)
-        return (wide_BTND.shape[2] * (share_BTN.unsqueeze(-2) @ wide_BTND).squeeze(-2)).to(x.dtype)
-
-    def add(self, x: Tensor, y_BTD: Tensor) -> Tensor:
-        """The stream after the block, whose output y [B, T, D] begins a sum or joins the last one."""
-        x_BTND, y_BT1D = x if x.dim() == 4 else x.unsqueeze(2), y_BTD.unsqueeze(2)
-        if self.begins:
-            return torch.cat([x_BTND, y_BT1D], dim=2)
-        return torch.cat([x_BTND[:, :, :-1], x_BTND[:, :, -1:] + y_BT1D], dim=2)
-
-    def give_first_values(self, deviation: float) -> None:
-        """Queries of zero: a new model reads the sum."""
-        init.zeros_(self.query)
-        init.ones_(self.weight)
-
-
-def make_stream(config: Any, index: int) -> AttentionResiduals | None:
-    """What block `index` reads the residual stream with, or after all of them the final norm; None: the stream is a sum."""
-    return AttentionResiduals(config, index) if config.attention_residuals else None
 
 
 class GroupedRMSNorm(RMSNorm):

@@ -45,6 +45,7 @@ class AmfmConfig(PretrainedConfig):
         norm_placement: str = "before",
         norms_after: list[int] | None = None,
         attention_residuals: dict[str, Any] | None = None,
+        hyper_connections: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.pattern = pattern
@@ -61,7 +62,7 @@ class AmfmConfig(PretrainedConfig):
         self.mixers = mixers or {}
         self.norm_kind = norm_kind
         self.norm_placement, self.norms_after = norm_placement, norms_after or []
-        self.attention_residuals = attention_residuals
+        self.attention_residuals, self.hyper_connections = attention_residuals, hyper_connections
         # Exports of earlier versions have none.
         self.multipliers = {"embedding": 1.0, "residual": 1.0, "logits": 1.0} | (multipliers or {})
         self.modeling_version = MODELING_VERSION

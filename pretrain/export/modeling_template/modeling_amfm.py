@@ -20,12 +20,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from .attention_amfm import Attention
-from .blocks_amfm import FeedForward, Mamba2, MixtureOfExperts, make_feed_forward, make_norm, make_stream
+from .blocks_amfm import FeedForward, Mamba2, MixtureOfExperts, make_feed_forward, make_norm
 from .cache_amfm import AmfmCache, BlockState, as_own_cache
 from .configuration_amfm import AmfmConfig
 from .documents_amfm import Place, Stretch, by_document, count_positions, find_documents, read_text_mask
 from .first_values_amfm import give_first_values
 from .mixers_amfm import LETTERS, Mla, build_head, build_mixer
+from .streams_amfm import make_stream
 
 # Programs pass these to every model; `is_causal` true and the longest document say nothing that is not known.
 HARMLESS = ("is_causal", "max_length_q", "max_length_k", "cu_seq_lens_k")
@@ -110,7 +111,7 @@ class AmfmBlock(GradientCheckpointingLayer):
         return torch.cat(mixed).view(*x_BTD.shape[:2], *mixed[0].shape[1:]), None
 
     def _mix(self, x_BTD: Tensor, stretch: Stretch, state: BlockState) -> tuple[Tensor, BlockState]:
-        read_BTD = x_BTD if self.stream is None else self.stream(x_BTD)
+        read_BTD, weights = (x_BTD, None) if self.stream is None else self.stream(x_BTD)
         normed_BTD = read_BTD if self.norm_after else self.norm(read_BTD)
         if isinstance(self.mixer, ParallelMixers):
             y_BTD, state = self.mixer(normed_BTD, stretch, state)
@@ -118,7 +119,7 @@ class AmfmBlock(GradientCheckpointingLayer):
             y_BTD, state = run_mixer(self.mixer, normed_BTD, stretch, state)
         norm = self.norm if self.norm_after else self.out_norm
         y_BTD = (y_BTD if norm is None else norm(y_BTD)) * self.multiplier
-        return x_BTD + y_BTD if self.stream is None else self.stream.add(x_BTD, y_BTD), state
+        return x_BTD + y_BTD if self.stream is None else self.stream.add(x_BTD, y_BTD, weights), state
 
 
 class AmfmPreTrainedModel(PreTrainedModel):
@@ -234,10 +235,10 @@ class AmfmModel(AmfmPreTrainedModel):
             x_BTD, state = block(x_BTD, stretches, state, keeps_state=bool(use_cache))
             if use_cache and cache is not None:
                 cache.states[index] = state
-            streams += [x_BTD if self.final_stream is None else x_BTD.sum(2)] if keeps else []
+            streams += [x_BTD if self.final_stream is None else self.final_stream.total(x_BTD)] if keeps else []
         if use_cache and cache is not None:
             cache.num_tokens += x_BTD.shape[1]
-        read_BTD = x_BTD if self.final_stream is None else self.final_stream(x_BTD)
+        read_BTD = x_BTD if self.final_stream is None else self.final_stream(x_BTD)[0]
         hidden_BTD = self.norm(read_BTD) * self.config.multipliers["logits"]
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_BTD,

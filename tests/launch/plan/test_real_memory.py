@@ -30,6 +30,8 @@ TWO_THREADS = {**os.environ, "OMP_NUM_THREADS": "2"}  # as users do
         (2, ["parallel.expert=2"]),
         (1, ["export.target=own", "model.attention_residuals.blocks_per_source=3"]),
         (2, ["export.target=own", "parallel.pipeline=2", "model.attention_residuals.blocks_per_source=2"]),
+        (1, ["export.target=own", "model.hyper_connections.streams=4"]),
+        (2, ["export.target=own", "parallel.pipeline=2", "model.hyper_connections.streams=4", "train.recompute=full"]),
     ],
 )
 def test_predicted_memory_is_within_a_tenth_of_real_steps(ranks, overrides):

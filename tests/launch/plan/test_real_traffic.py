@@ -51,6 +51,7 @@ TWO_RANKS_MORE = [
     f"tensor=2 sequence_parallel=true model.moe.bias=true {INDEXER}",
     f"tensor=2 {WARM_UP}",
     "pipeline=2 schedule=interleaved virtual_stages=2 model.attention_residuals.blocks_per_source=2",
+    "pipeline=2 schedule=interleaved virtual_stages=2 model.hyper_connections.streams=3",
     f"context=2 {INDEXER}",
     f"context=2 {WARM_UP}",
 ]

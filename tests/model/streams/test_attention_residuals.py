@@ -11,7 +11,8 @@ from torch import Tensor
 from amfm.launch.plan.activations import Storage, made_bytes
 from amfm.launch.plan.measured import block_bytes
 from amfm.model.config.checks import check_model
-from amfm.model.config.schema import AttentionResidualsConfig, ModelConfig
+from amfm.model.config.schema import ModelConfig
+from amfm.model.config.streams import AttentionResidualsConfig
 from amfm.model.flops import count_parameters
 from amfm.model.huggingface.own import own_fields
 from amfm.model.huggingface.targets import explain_unfit
@@ -164,7 +165,7 @@ def test_counted_parameters_and_shapes_are_those_of_the_model() -> None:
 
 
 def test_mup_which_has_no_rule_for_queries_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"model.mup has no rule for the queries of model.attention_residuals; remove"):
+    with pytest.raises(ValueError, match=r"model.mup has no rule for the weights of model.attention_residuals; remove"):
         check_model(config_of(2, "M*", mup={"base_hidden_size": 12}))
 
 
@@ -172,7 +173,7 @@ def test_a_plan_counts_what_a_stage_sends_and_what_groups_copy() -> None:
     section = AttentionResidualsConfig(blocks_per_source=3)
     # After block 2 the embedding and one whole sum; block 3 begins the next one.
     assert [section.num_tensors(number) for number in range(8)] == [1, 2, 2, 2, 3, 3, 3, 4]
-    assert [section.num_made(index) for index in range(8)] == [0, 0, 0, 2, 0, 0, 3, 0]
+    assert [section.num_kept([0, index]) for index in range(1, 8)] == [0, 0, 2, 0, 0, 3, 0]
     config = config_of(3, "M*E-M-*")
     stream = config.hidden_size * 4
     # A piece of blocks 2 to 6 receives 2 tensors; blocks 3 and 6 make 2 and 3.

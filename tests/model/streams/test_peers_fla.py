@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from amfm.model.config.schema import AttentionResidualsConfig
+from amfm.model.config.streams import AttentionResidualsConfig
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.streams.attention_residuals import AttentionResiduals
 from tests.helpers.numbers import assert_all_near

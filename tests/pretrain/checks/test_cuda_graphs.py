@@ -45,7 +45,7 @@ def test_data_ranks_may_have_graphs(base: Path) -> None:
         ),
         (
             "model.attention_residuals.blocks_per_source=2",
-            "model.attention_residuals: .* it hands on more with every group of blocks",
+            "model.attention_residuals: .* it hands on another residual stream than graphs keep",
         ),
         ("health.check_state_every_steps=5", "health.check_state_every_steps: .* it computes its own gradients"),
     ],

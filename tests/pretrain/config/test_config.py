@@ -77,7 +77,7 @@ model.mixers.window_linear.rope_llama3.fast_turns
 model.self_guided_training.share model.self_guided_training.skip
 model.lora_mixer.num_experts model.lora_mixer.top_k model.lora_mixer.rank model.lora_mixer.alpha model.lora_mixer.targets
 model.lora_mixer.balance_weight model.lora_mixer.specialization_weight model.lora_mixer.hard_from_step
-model.multipliers.embedding model.multipliers.residual model.multipliers.logits model.attention_residuals.blocks_per_source model.mup.base_hidden_size
+model.multipliers.embedding model.multipliers.residual model.multipliers.logits model.attention_residuals.blocks_per_source model.hyper_connections.streams model.hyper_connections.sinkhorn_iterations model.mup.base_hidden_size
 model.mtp.loss_weight model.mtp.shared model.mtp.detach
 data.store data.skip data.skip_steps data.validation_fraction data.megatron_split data.packing data.shuffle data.mask_document_boundaries data.num_workers
 data.on_corruption

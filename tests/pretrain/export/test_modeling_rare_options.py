@@ -80,6 +80,7 @@ MODELS: dict[str, ModelConfig] = {
         moe=MOE.model_copy(update={"bias": True, "latent_size": 7, "activation": "gelu"}),
     ),
     "attention residuals": small_config("M*E-M(M&*)-", attention_residuals={"blocks_per_source": 3}),
+    "hyper-connections": small_config("M*E-M(M&*)-", hyper_connections={"streams": 3, "sinkhorn_iterations": 4}),
     "attention residuals of every block": small_config("M*-", attention_residuals={"blocks_per_source": 1}),
     "indexers": choosing(),
     "indexers without positions": small_config(
@@ -105,7 +106,7 @@ def both_models(name: str) -> tuple[HybridModel, AmfmForCausalLM]:
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for key, weight in ours.named_parameters():
-            if key.endswith((".bias", "down_bias", "stream.query", "stream.weight")):
+            if key.endswith((".bias", "down_bias")) or ".stream." in f".{key}":
                 weight += 0.3 * torch.randn(weight.shape, generator=generator)
             if key.endswith("experts.up") and config.moe is not None and config.moe.bias:
                 weight[..., -BIAS_CHANNELS] = 0.3 * torch.randn(weight.shape[:2], generator=generator)
@@ -169,7 +170,7 @@ def test_config_json_gives_the_model_back(name: str) -> None:
     fields = huggingface_config(MODELS[name], "own", NONE, max_position_embeddings=64)
     read = model_config_from_huggingface(fields)
     assert huggingface_config(read, "own", NONE, max_position_embeddings=64) == fields
-    assert read.attention_residuals == MODELS[name].attention_residuals
+    assert read.stream == MODELS[name].stream
     assert (read.attention, read.mixers) == (MODELS[name].attention, MODELS[name].mixers)
 
 

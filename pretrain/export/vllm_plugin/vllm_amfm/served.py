@@ -64,8 +64,9 @@ def unserved(fields: Mapping[str, Any]) -> list[str]:
         reasons.append("norm_kind=layernorm: the plug-in has RMSNorms; use rmsnorm")
     if fields.get("norms_after") or fields.get("norm_placement") == "both":
         reasons.append("norm_placement: the plug-in norms what blocks read; use before")
-    if fields.get("attention_residuals"):
-        reasons.append("attention_residuals: blocks of the plug-in read the sum of all outputs; train without it")
+    for name in ("attention_residuals", "hyper_connections"):
+        if fields.get(name):
+            reasons.append(f"{name}: blocks of the plug-in read the sum of all outputs; train without it")
     if "kda" in names:
         reasons.append("the block kda: vLLM's part for it needs a GPU, and was not tried")
     if "gated_deltanet" in names:

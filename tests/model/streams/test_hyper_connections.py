@@ -1,0 +1,215 @@
+"""Hyper-connections: the paper's equations in loops in float64, the plain model at first, decoding, recomputation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from amfm.launch.plan.activations import Storage, made_bytes
+from amfm.launch.plan.measured import block_bytes
+from amfm.launch.plan.stand_ins import default_dtype
+from amfm.model.config.checks import check_model
+from amfm.model.config.schema import ModelConfig
+from amfm.model.config.streams import HyperConnectionsConfig
+from amfm.model.flops import count_parameters, flops_per_token
+from amfm.model.huggingface.own import own_fields
+from amfm.model.huggingface.targets import explain_unfit
+from amfm.model.hybrid import HybridModel
+from amfm.model.matrices import is_matrix
+from amfm.model.parallel.groups import single_rank_groups
+from amfm.model.shapes import weight_shapes
+from amfm.model.streams.hyper_connections import read_streams, sinkhorn, write_streams
+from amfm.pretrain.export.vllm_plugin.vllm_amfm.served import unserved
+from amfm.pretrain.foreign_states.megatron_blocks import check_fits
+from tests.helpers.numbers import assert_near
+from tests.model.small_models import decode, loss_of, meta_of, packed_batch, small_config, small_model
+
+PATTERN = "M*E-M-*"
+FLOAT64 = 1e-11  # of sums in another order
+
+
+def config_of(streams: int, pattern: str = PATTERN, rounds: int = 20, **changes: Any) -> ModelConfig:
+    return small_config(pattern, hyper_connections={"streams": streams, "sinkhorn_iterations": rounds}, **changes)
+
+
+def trained_model(config: ModelConfig, dtype: torch.dtype = torch.float64) -> HybridModel:
+    """A model whose maps are not those that it began with."""
+    model = small_model(config, dtype=dtype)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if ".stream." in name:
+                value += 0.7 * torch.randn(value.shape, generator=generator).to(value.dtype)
+    return model
+
+
+def doubly_stochastic(logits: list[list[Tensor]], rounds: int) -> list[list[Tensor]]:
+    """Equation 9 of the paper: columns, then rows, divided by their sums."""
+    found, every = [[value.exp() for value in row] for row in logits], range(len(logits))
+    for _ in range(rounds):
+        columns = [sum(found[i][j] for i in every) for j in every]
+        found = [[found[i][j] / columns[j] for j in every] for i in every]
+        found = [[value / sum(row) for value in row] for row in found]
+    return found
+
+
+def reference_logits(model: HybridModel, tokens_BT: Tensor, ids_BT: Tensor) -> Tensor:
+    """Equations 1 and 7 to 9, stream by stream."""
+    config, section = model.config, model.config.hyper_connections
+    assert section is not None and model.embedding is not None and model.final_norm is not None
+    number, every = section.streams, range(section.streams)
+    streams = [model.embedding(tokens_BT) * config.multipliers.embedding for _ in every]
+    for block in model.blocks:
+        weight, scale, bias = (block.stream.maps.get_parameter(name) for name in ("weight", "scale", "bias"))
+        joined_BTX = torch.cat(streams, dim=-1)
+        normed_BTX = joined_BTX / (joined_BTX.square().mean(-1, keepdim=True) + config.norm_epsilon).sqrt()
+        h = [
+            scale[min(row // number, 2)] * (normed_BTX * weight[row]).sum(-1) + bias[row]
+            for row in range(number * (number + 2))
+        ]
+        read_BTD = sum(torch.sigmoid(h[i])[..., None] * streams[i] for i in every)
+        normed_BTD = read_BTD if block.norm_after else block.norm(read_BTD)
+        y_BTD = block.mixer(normed_BTD, meta_of(ids_BT), None).y_BTD
+        last = block.norm if block.norm_after else block.out_norm
+        y_BTD = (y_BTD if last is None else last(y_BTD)) * config.multipliers.residual
+        rows = [h[2 * number + i * number : 2 * number + (i + 1) * number] for i in every]
+        mix = doubly_stochastic(rows, section.sinkhorn_iterations)
+        streams = [
+            sum(mix[i][j][..., None] * streams[j] for j in every) + 2 * torch.sigmoid(h[number + i])[..., None] * y_BTD
+            for i in every
+        ]
+    return model.final_norm(sum(streams) / number) @ model.head_weight().T
+
+
+@pytest.mark.parametrize(
+    ("streams", "rounds", "changes"),
+    [(4, 20, {}), (2, 1, {"norm_placement": "after"}), (3, 5, {"norm_placement": "both"})],
+)
+def test_logits_and_gradients_are_those_of_the_equations(streams: int, rounds: int, changes: dict[str, Any]) -> None:
+    multipliers = {"embedding": 2.0, "residual": 0.7}
+    model = trained_model(config_of(streams, rounds=rounds, multipliers=multipliers, **changes)).eval()
+    tokens_BT, _, ids_BT = packed_batch(((7, 1, 55),))
+    logits_BTV = model(tokens_BT, meta_of(ids_BT)).logits_BTV
+    pull_BTV = torch.randn(logits_BTV.shape, dtype=torch.float64)
+    expected_BTV = reference_logits(model, tokens_BT, ids_BT)
+    assert_near(logits_BTV, expected_BTV, FLOAT64)
+    parameters = dict(model.named_parameters())
+    found = torch.autograd.grad((logits_BTV * pull_BTV).sum(), list(parameters.values()))
+    expected = torch.autograd.grad((expected_BTV * pull_BTV).sum(), list(parameters.values()))
+    for name, gradient, other in zip(parameters, found, expected, strict=True):
+        assert_near(gradient, other, FLOAT64, name)
+
+
+@pytest.mark.parametrize("streams", [2, 4])
+def test_a_new_model_is_the_plain_one_and_its_streams_part(streams: int) -> None:
+    with default_dtype(torch.float64):
+        plain, model = (
+            HybridModel(config, single_rank_groups(), seed=3) for config in (small_config(PATTERN), config_of(streams))
+        )
+    tokens_BT, labels_BT, ids_BT = packed_batch()
+    losses = [loss_of(each(tokens_BT, meta_of(ids_BT), labels_BT)) for each in (plain, model)]
+    for loss in losses:
+        loss.backward()
+    assert_near(losses[1], losses[0], FLOAT64)
+    gradients = {name: value.grad for name, value in model.named_parameters()}
+    for name, value in plain.named_parameters():
+        assert_near(gradients[name], value.grad, FLOAT64, name)
+    written_N = gradients["blocks.2.stream.maps.bias"][streams : 2 * streams]
+    assert float((written_N - written_N.mean()).abs().max()) > 1e-3 * float(written_N.abs().max()) > 0
+    assert float(gradients["blocks.2.stream.maps.weight"].norm()) > 0, "weights learn from the first step on"
+
+
+def test_any_logits_give_a_doubly_stochastic_matrix() -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits_BNN = torch.randn((50, 4, 4), generator=generator, dtype=torch.float64)
+    mix_BNN = sinkhorn(logits_BNN, 20)
+    assert_near(mix_BNN.sum(-1), torch.ones(50, 4, dtype=torch.float64), 1e-14)
+    assert_near(mix_BNN.sum(-2), torch.ones(50, 4, dtype=torch.float64), 1e-3)  # what 20 rounds leave
+    assert bool((mix_BNN > 0).all())
+    far_BNN = (1e4 * logits_BNN).float().requires_grad_()
+    mix_BNN = sinkhorn(far_BNN, 20)
+    (mix_BNN * logits_BNN).sum().backward()
+    assert bool(torch.isfinite(mix_BNN).all()) and bool(torch.isfinite(far_BNN.grad).all())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "dtype", "wide"), [(PATTERN, torch.float32, False), ("-E---", torch.bfloat16, True)]
+)
+def test_recomputed_blocks_and_norms_keep_every_bit(pattern: str, dtype: torch.dtype, wide: bool) -> None:
+    config = config_of(2, pattern, residual_in_fp32=wide)
+    kept, again, remade = (trained_model(config, dtype) for _ in range(3))
+    again.recompute_blocks("M*E-")
+    for _, block in remade.all_blocks():
+        block.keeps_norm = False
+    tokens_BT, labels_BT, ids_BT = packed_batch()
+    losses = [loss_of(each(tokens_BT, meta_of(ids_BT), labels_BT)) for each in (kept, again, remade)]
+    for loss in losses:
+        loss.backward()
+    for other, loss in ((again, losses[1]), (remade, losses[2])):
+        assert torch.equal(loss, losses[0])
+        for (name, value), same in zip(kept.named_parameters(), other.parameters(), strict=True):
+            assert (value.grad is None and same.grad is None) or torch.equal(value.grad, same.grad), name
+
+
+def test_prefill_then_steps_equal_the_full_forward() -> None:
+    model = trained_model(config_of(3)).eval()
+    tokens_BT, _, _ = packed_batch()
+    logits_BTV, _ = decode(model, tokens_BT, (1, 4))
+    assert_near(logits_BTV, model(tokens_BT).logits_BTV, FLOAT64)
+
+
+def test_in_bf16_streams_are_those_of_float32_rounded_once() -> None:
+    generator = torch.Generator().manual_seed(1)
+    streams_BTND, y_BTD = (torch.randn(shape, generator=generator).bfloat16() for shape in ((1, 5, 3, 12), (1, 5, 12)))
+    weights_BTX = torch.rand((1, 5, 15), generator=generator)
+    wide = (streams_BTND.double(), weights_BTX.double())
+    for found, expected in (
+        (read_streams(streams_BTND, weights_BTX), read_streams(*wide)),
+        (write_streams(streams_BTND, weights_BTX, y_BTD), write_streams(*wide, y_BTD.double())),
+    ):
+        assert found.dtype == torch.bfloat16
+        assert_near(found.double(), expected, 2**-8)
+
+
+def test_counted_parameters_flops_and_shapes_are_those_of_the_model() -> None:
+    config = config_of(3, "M*E-/*", tie_embeddings=True)
+    model = HybridModel(config, single_rank_groups(), device="meta")
+    assert count_parameters(config).total == sum(value.numel() for value in model.parameters())
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    assert weight_shapes(config) == shapes
+    # A matrix [3 + 3 + 9, 3 D], read 3 D, mix 9 D and write 3 D products, each twice, and twice more backward.
+    assert flops_per_token(config, 8)["residual_stream"] == 4 * 3 * 2 * (15 * 3 * 12 + 15 * 12)
+    # A map to numbers, not of the stream to the stream: not one that Muon steps.
+    assert not is_matrix("blocks.0.stream.maps.weight", shapes["blocks.0.stream.maps.weight"])
+
+
+def test_settings_that_do_not_go_together_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"model.mup has no rule for the weights of model.hyper_connections; remove"):
+        check_model(config_of(2, "M*", mup={"base_hidden_size": 12}))
+    with pytest.raises(ValueError, match=r"and model.hyper_connections are both set, and a model has one kind"):
+        check_model(config_of(2, "M*", attention_residuals={"blocks_per_source": 1}))
+    with pytest.raises(ValueError, match="greater than or equal to 2"):
+        config_of(1)
+    config = config_of(2, "*-*-")
+    (found,) = (reason for reason in explain_unfit(config, "qwen3") if "hyper_connections" in reason)
+    assert found == "model.hyper_connections: blocks of qwen3 read the sum of all outputs; use target own"
+    assert not explain_unfit(config, "own")
+    assert any("hyper_connections" in reason for reason in unserved(own_fields(config)))
+    with pytest.raises(ValueError, match=r"model\.hyper_connections"):
+        check_fits(config, "the checkpoint")
+
+
+def test_a_plan_counts_what_a_stage_sends_and_blocks_keep() -> None:
+    section = HyperConnectionsConfig(streams=4)
+    assert [section.num_tensors(number) for number in range(3)] == [1, 4, 4]
+    config = config_of(4, "-" * 16)
+    stream = config.hidden_size * 4
+    assert made_bytes(config, Storage(4, "torch"), 1, range(2, 7)) == 5 * 4 * stream
+    assert made_bytes(config, Storage(4, "torch"), 1, range(3)) == (1 + 4 + 4) * stream
+    mine, plain = (block_bytes(each, "-", Storage(4, "torch")) for each in (config, small_config("-" * 16)))
+    # 24 weights and the block's output next to what is read; the streams themselves are counted above.
+    assert mine.kept - plain.kept == pytest.approx(24 * 4 + stream, abs=stream)
+    assert mine.working > plain.working
