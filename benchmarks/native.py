@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from amfm.data_pipeline.memory import keep_freed_memory
 from amfm.kernels.cases.problem import Inputs
 from amfm.kernels.mamba2.case import mixer_problem
 from amfm.launch.arguments import JsonOption
@@ -82,12 +83,15 @@ def measure_operation(
     return {"what": text} | compare({way: partial(run, way) for way in WAYS}, rounds)
 
 
-def measure_step(path: Path, overrides: list[str], rounds: int) -> dict[str, Any]:
-    """A training step of a configuration, by models that differ in their kernels only."""
-    configs = {way: load_checked(path, [*overrides, f"kernels.backend={way}"], world_size=1) for way in WAYS}
-    parallel = begin_ranks(configs["torch"])
+def measure_step(
+    path: Path, overrides: list[str], rounds: int, *, setting: str = "kernels.backend", ways: Sequence[str] = WAYS
+) -> dict[str, Any]:
+    """A training step of a configuration, by models that differ in one setting, of which each way is a value."""
+    configs = {way: load_checked(path, [*overrides, f"{setting}={way}"], world_size=1) for way in ways}
+    parallel = begin_ranks(configs[ways[0]])
+    keep_freed_memory()  # as a run does
     engines = {way: build_for_steps(config, parallel)[0] for way, config in configs.items()}
-    steps = {way: partial(take_step, configs[way], parallel, engines[way], None) for way in WAYS}
+    steps = {way: partial(take_step, configs[way], parallel, engines[way], None) for way in ways}
     return {"what": f"training step of {path.stem}"} | compare(steps, rounds)
 
 

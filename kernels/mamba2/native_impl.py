@@ -1,4 +1,6 @@
-"""Mamba2's mixer up to its second projection on a CPU: one operation each way in C (native.c), for float32.
+"""Mamba2's mixer up to its second projection on a CPU: one operation each way in C (native.c), in float32.
+
+In bf16 inputs are widened for the C code and results rounded; what is kept between the two ways, but inputs, stays float32.
 
 It keeps the projection, the convolved channels, y before the norm, the states that enter chunks of 64 tokens, dt with its
 decays, and the norm's r; gradients of z, x, B, C and dt are slices of one buffer. Bits are the same for any number of threads.
@@ -7,6 +9,7 @@ Rows are the unit of work where they are two a thread; else blocks of tokens and
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,15 +44,15 @@ def mix_native(
     document_starts_BT: Tensor | None,
     chunk_size: int,
 ) -> Tensor:
-    """The normed rows [B, T, I] of `reference.mix_by_steps`, in float32.
+    """The normed rows [B, T, I] of `reference.mix_by_steps`, in the dtype of the projection: float32 or bf16.
 
     Raises ValueError for another dtype and for sizes that the code does not take.
     """
     refusal = refuse_native_sizes(chunk_size, sizes.state, sizes.head_dim)
     given = (projected_BTX, conv_weight_CW, conv_bias_C, A_log_H, D_H, dt_bias_H, norm_weight_I)
-    others = {x.dtype for x in given if x is not None} - {torch.float32}
+    others = {x.dtype for x in given if x is not None} - {torch.float32, torch.bfloat16}
     if refusal is None and others:
-        refusal = f"native code computes in float32; got {', '.join(sorted(map(str, others)))}"
+        refusal = f"native code takes float32 and bf16; got {', '.join(sorted(map(str, others)))}"
     if refusal is not None:
         raise ValueError(f'{refusal}: use backend "torch"')
     starts = None if document_starts_BT is None else document_starts_BT.int().contiguous()
@@ -160,12 +163,13 @@ def _forward(
     tensors = dict(zip(("out", "convolved", "y", "states", "gates", "reciprocal"), results))
     given = _inputs(projected, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, starts)
     _call("mix_forward", projected, sizes, {**given, **tensors})
-    return results
+    return (results[0].to(projected.dtype), *results[1:])
 
 
 @fake_of(_forward)
 def _(given: Any) -> tuple[Tensor, ...]:
-    return _results_like(given.projected, MixerSizes.of(given.numbers, given.epsilon))
+    results = _results_like(given.projected, MixerSizes.of(given.numbers, given.epsilon))
+    return (results[0].to(given.projected.dtype), *results[1:])
 
 
 @torch.library.custom_op("amfm::mamba2_native_backward", mutates_args=())
@@ -187,10 +191,10 @@ def _backward(
     numbers: list[int],
     epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the projection, of four taps and the bias of each channel [5, C], of A_log, dt_bias and D [3, H], of
-    the norm's weight.
+    """Gradients of the projection in its dtype; in float32 of four taps and the bias of each channel [5, C], of A_log,
+    dt_bias and D [3, H], of the norm's weight.
     """
-    sizes, new = MixerSizes.of(numbers, epsilon), projected.new_empty
+    sizes, new = MixerSizes.of(numbers, epsilon), y.new_empty
     rows, tokens, _ = projected.shape
     jobs, shared = rows * -(-tokens // _BLOCK), 2 * sizes.groups * sizes.state
     results = _gradients_like(projected, sizes)
@@ -204,33 +208,35 @@ def _backward(
         "norm_by_job": new(jobs, sizes.inner),
     }
     given = _inputs(projected, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, starts)
-    _call("mix_backward", projected, sizes, {**given, **kept, **made, "d_out": d_out.contiguous()})
-    return results
+    _call("mix_backward", projected, sizes, {**given, **kept, **made, "d_out": d_out.float().contiguous()})
+    return (results[0].to(projected.dtype), *results[1:])
 
 
 @fake_of(_backward)
 def _(given: Any) -> tuple[Tensor, ...]:
-    return _gradients_like(given.projected, MixerSizes.of(given.numbers, given.epsilon))
+    results = _gradients_like(given.projected, MixerSizes.of(given.numbers, given.epsilon))
+    return (results[0].to(given.projected.dtype), *results[1:])
 
 
 def _unpack(results: tuple[Tensor, ...], kept: Any) -> dict[str, Tensor | None]:
     d_projected, d_taps, d_heads, d_norm_weight = results
     width = kept.conv_weight.shape[1]
-    return {
+    found = {
         "projected": d_projected,
         "conv_weight": d_taps[4 - width : 4].t().contiguous(),
         "conv_bias": None if kept.conv_bias is None else d_taps[4],
         **dict(zip(("A_log", "dt_bias", "D"), d_heads)),
         "norm_weight": d_norm_weight,
     }
+    return {name: None if d is None else d.to(getattr(kept, name).dtype) for name, d in found.items()}
 
 
 differentiate(_forward, _backward, outputs=("out", "convolved", "y", "states", "gates", "reciprocal"), unpack=_unpack)
 
 
 def _results_like(projected: Tensor, sizes: MixerSizes) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Memory for what forward gives."""
-    (rows, tokens, _), new = projected.shape, projected.new_empty
+    """Memory for what forward gives, in float32."""
+    (rows, tokens, _), new = projected.shape, partial(projected.new_empty, dtype=torch.float32)
     return (
         new(rows, tokens, sizes.inner),
         new(rows, tokens, sizes.channels),
@@ -242,8 +248,8 @@ def _results_like(projected: Tensor, sizes: MixerSizes) -> tuple[Tensor, Tensor,
 
 
 def _gradients_like(projected: Tensor, sizes: MixerSizes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Memory for what backward gives."""
-    new = projected.new_empty
+    """Memory for what backward gives, in float32."""
+    new = partial(projected.new_empty, dtype=torch.float32)
     return new(projected.shape), new(5, sizes.channels), new(3, sizes.heads), new(sizes.inner)
 
 
@@ -257,13 +263,13 @@ def _inputs(
     norm_weight: Tensor,
     starts: Tensor | None,
 ) -> dict[str, Tensor | None]:
-    """What both ways read, by its name in native.c: taps as rows of channels, always four, the missing ones zero."""
+    """What both ways read, by its name in native.c, in float32: taps as rows of channels, always four, the missing ones zero."""
     channels, width = conv_weight.shape
-    taps = conv_weight.new_zeros(4, channels)
+    taps = conv_weight.new_zeros(4, channels, dtype=torch.float32)
     taps[4 - width :] = conv_weight.t()
     bias = conv_weight.new_zeros(channels) if conv_bias is None else conv_bias
-    names = ("projected", "taps", "conv_bias", "A_log", "D", "dt_bias", "norm_weight", "starts")
-    return dict(zip(names, (projected, taps, bias, A_log, D, dt_bias, norm_weight, starts)))
+    names = ("projected", "taps", "conv_bias", "A_log", "D", "dt_bias", "norm_weight")
+    return dict(zip(names, (x.float() for x in (projected, taps, bias, A_log, D, dt_bias, norm_weight))), starts=starts)
 
 
 def _count_parts(rows: int, sizes: MixerSizes) -> int:
@@ -276,7 +282,8 @@ def _call(function: str, projected: Tensor, sizes: MixerSizes, tensors: dict[str
     rows, tokens, _ = projected.shape
     N, P, threads = sizes.state, sizes.head_dim, torch.get_num_threads()
     scan = 4 * CHUNK * CHUNK + CHUNK * P + 3 * CHUNK * N + N * P + 3 * CHUNK + sizes.heads // sizes.groups * N * P
-    scratch = projected.new_empty(threads, -(-max(scan, sizes.channels) // MULTIPLE) * MULTIPLE)
+    length = -(-max(scan, sizes.channels) // MULTIPLE) * MULTIPLE
+    scratch = projected.new_empty(threads, length, dtype=torch.float32)
     integers = {
         "rows": rows,
         "tokens": tokens,

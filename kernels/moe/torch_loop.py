@@ -3,12 +3,16 @@
 Whole tensors of sorted rows would pass through memory between steps, and their pages be mapped again each time. What is
 kept: the hidden rows before the activation, in sorted order. Where products are taken in another dtype than the tensors
 have, weights and their gradients are converted an expert at a time too, and rows once, before they are gathered.
+
+oneDNN, which multiplies bf16 on a CPU, compiles code for each number of rows that it meets, and experts have new ones in
+every step. So there zeros fill an expert's rows up to one of few numbers (`filled`). Their products are zeros where the next
+expert's rows belong, which that one writes afterwards: memory of sorted rows is as long as the last product needs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import repeat
+from itertools import accumulate, repeat
 
 import torch
 import torch.nn.functional as F
@@ -37,16 +41,17 @@ def loop_forward(
     Rows without an expert do not exist; an expert without rows is skipped.
     """
     counts = count_rows(offsets_E)
-    y_SD = x_RD.new_empty(sum(counts), x_RD.shape[1], dtype=dtype)
-    hidden_SF = x_RD.new_empty(sum(counts), up_EFD.shape[1])
+    sizes = [filled(count, x_RD.device, dtype) for count in counts]
+    y_SD = empty_rows(counts, sizes, x_RD.shape[1], x_RD, dtype)
+    hidden_SF = empty_rows(counts, sizes, up_EFD.shape[1], x_RD, x_RD.dtype)
     for count, up, down, rows, weights, kept, y in zip(
         counts,
         up_EFD.unbind(0),
         down_EDF.unbind(0),
-        take_rows(x_RD.to(dtype), token_ids_S, counts),
+        take_rows(x_RD.to(dtype), token_ids_S, counts, sizes),
         take_weights(weights_S, counts),
-        hidden_SF.split(counts),
-        y_SD.split(counts),
+        windows(hidden_SF, counts, sizes),
+        windows(y_SD, counts, sizes),
         strict=True,
     ):
         if count == 0:
@@ -55,11 +60,11 @@ def loop_forward(
         steady_product(rows, up.to(dtype).T, hidden)
         active = activate(hidden, activation)
         if weights is not None:
-            active.mul_(weights)
+            active[:count].mul_(weights)
         steady_product(active, down.to(dtype).T, y)
         if hidden is not kept:
             kept.copy_(hidden)
-    return y_SD, hidden_SF
+    return y_SD[: sum(counts)], hidden_SF[: sum(counts)]
 
 
 def loop_backward(
@@ -87,26 +92,28 @@ def loop_backward(
     """
     wide = torch.promote_types(dtype, torch.float32)
     counts = count_rows(offsets_E)
-    dx_SD = x_RD.new_empty(hidden_SF.shape[0], x_RD.shape[1], dtype=dtype)
+    sizes = [filled(count, x_RD.device, dtype) for count in counts]
+    dx_SD = empty_rows(counts, sizes, x_RD.shape[1], x_RD, dtype)
     d_weights_S = x_RD.new_empty(0) if weights_S is None else torch.empty_like(weights_S)
     if later:
         d_up_EFD = torch.empty_like(hidden_SF, dtype=dtype)
         d_down_EDF = x_RD.new_empty(hidden_SF.shape[0], down_EDF.shape[2], dtype=dtype)
     else:
         d_up_EFD, d_down_EDF = into or (torch.empty_like(up_EFD), torch.empty_like(down_EDF))
-    for up, down, rows, dy, weights, kept, dx, d_weights, d_up, d_down in zip(
+    for count, up, down, rows, dy, weights, kept, dx, d_weights, d_up, d_down in zip(
+        counts,
         up_EFD.unbind(0),
         down_EDF.unbind(0),
-        take_rows(x_RD.to(dtype), token_ids_S, counts),
-        take_rows(dy_RD.to(dtype), token_ids_S, counts),
+        take_rows(x_RD.to(dtype), token_ids_S, counts, sizes),
+        take_rows(dy_RD.to(dtype), token_ids_S, counts, sizes),
         take_weights(weights_S, counts),
-        hidden_SF.split(counts),
-        dx_SD.split(counts),
+        take_rows(hidden_SF, None, counts, sizes),
+        windows(dx_SD, counts, sizes),
         repeat(None) if weights_S is None else d_weights_S.split(counts),
         d_up_EFD.split(counts) if later else d_up_EFD.unbind(0),
         d_down_EDF.split(counts) if later else d_down_EDF.unbind(0),
     ):
-        if rows.shape[0] == 0:
+        if count == 0:
             # Its memory is not cleared otherwise.
             d_up.zero_()
             d_down.zero_()
@@ -115,20 +122,21 @@ def loop_backward(
         active, factor = open_activation(hidden, activation)
         d_active = steady_product(dy, down.to(dtype), torch.empty_like(active))
         if weights is not None and d_weights is not None:
-            d_weights.copy_(torch.linalg.vecdot(d_active.to(wide), active.to(wide)))
-            d_active.mul_(weights)
-            active.mul_(weights)
+            own, own_active = d_active[:count], active[:count]
+            d_weights.copy_(torch.linalg.vecdot(own.to(wide), own_active.to(wide)))
+            own.mul_(weights)
+            own_active.mul_(weights)
         if later:
-            d_down.copy_(active)
+            d_down.copy_(active[:count])
         else:
             _multiply_outer(dy, active, d_down)
         d_hidden = activation_backward(d_active, hidden, factor, activation)
         if later:
-            d_up.copy_(d_hidden)
+            d_up.copy_(d_hidden[:count])
         else:
             _multiply_outer(d_hidden, rows, d_up)
         steady_product(d_hidden, up.to(dtype), dx)
-    return dx_SD, d_weights_S, d_up_EFD, d_down_EDF
+    return dx_SD[: len(hidden_SF)], d_weights_S, d_up_EFD, d_down_EDF
 
 
 def loop_weight_gradients(
@@ -147,13 +155,14 @@ def loop_weight_gradients(
     `outer`: how up's and how down's are multiplied, if not as they are (low_precision.py). Zeros for an expert without rows.
     """
     counts = count_rows(offsets_E)
+    sizes = counts if outer else [filled(count, x_RD.device, active_SF.dtype) for count in counts]
     d_up_EFD, d_down_EDF = into
     outer_up, outer_down = outer or (_multiply_outer, _multiply_outer)
     for rows, dy, d_hidden, active, d_up, d_down in zip(
-        take_rows(x_RD.to(active_SF.dtype), token_ids_S, counts),
-        take_rows(dy_RD.to(active_SF.dtype), token_ids_S, counts),
-        d_hidden_SF.split(counts),
-        active_SF.split(counts),
+        take_rows(x_RD.to(active_SF.dtype), token_ids_S, counts, sizes),
+        take_rows(dy_RD.to(active_SF.dtype), token_ids_S, counts, sizes),
+        take_rows(d_hidden_SF, None, counts, sizes),
+        take_rows(active_SF, None, counts, sizes),
         d_up_EFD.unbind(0),
         d_down_EDF.unbind(0),
     ):
@@ -222,13 +231,42 @@ def count_rows(offsets_E: Tensor) -> list[int]:
     return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
 
 
-def take_rows(x_RD: Tensor, token_ids_S: Tensor | None, counts: list[int]) -> Iterator[Tensor]:
-    """Each expert's rows, gathered when it is their turn."""
-    if token_ids_S is None:
-        yield from x_RD.split(counts)
-    else:
-        for token_ids in token_ids_S.split(counts):
-            yield x_RD.index_select(0, token_ids)
+def filled(count: int, device: torch.device, dtype: torch.dtype) -> int:
+    """Rows of a product for `count` of an expert: in bf16 on a CPU at most an eighth or 15 more, one of eight numbers an octave."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return count
+    multiple = max(16, 1 << count.bit_length() >> 4)
+    return -(-count // multiple) * multiple
+
+
+def empty_rows(counts: list[int], sizes: list[int], width: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory of sorted rows, with as many after the last one as products of these sizes write there."""
+    room = max((end - count + size for end, count, size in zip(accumulate(counts), counts, sizes)), default=0)
+    return like.new_empty(room, width, dtype=dtype)
+
+
+def windows(rows_SF: Tensor, counts: list[int], sizes: list[int]) -> Iterator[Tensor]:
+    """Where each expert's product is written, experts in order."""
+    for end, count, size in zip(accumulate(counts), counts, sizes):
+        yield rows_SF[end - count : end - count + size]
+
+
+def take_rows(
+    x_RD: Tensor, token_ids_S: Tensor | None, counts: list[int], sizes: list[int] | None = None
+) -> Iterator[Tensor]:
+    """Each expert's rows, gathered when it is their turn, with zeros up to its size."""
+    parts = (x_RD if token_ids_S is None else token_ids_S).split(counts)
+    for part, size in zip(parts, sizes or counts, strict=True):
+        if size == len(part):
+            yield part if token_ids_S is None else x_RD.index_select(0, part)
+            continue
+        rows = x_RD.new_empty(size, x_RD.shape[1])
+        if token_ids_S is None:
+            rows[: len(part)] = part
+        else:
+            torch.index_select(x_RD, 0, part, out=rows[: len(part)])
+        rows[len(part) :] = 0
+        yield rows
 
 
 def take_weights(weights_S: Tensor | None, counts: list[int]) -> Iterable[Tensor | None]:

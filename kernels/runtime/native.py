@@ -89,10 +89,10 @@ def _try_native() -> str | None:
 
 def choose_on_cpu(dtype: torch.dtype, unfit: str | None) -> tuple[str, str]:
     """The backend of a run on a CPU, "native" or "torch", with the reason; unfit: why no block of the model runs native code."""
-    if unfit is None and dtype != torch.float32:
-        unfit = f"native code computes in float32, and the run in {str(dtype).removeprefix('torch.')}"
+    if unfit is None and dtype not in (torch.float32, torch.bfloat16):
+        unfit = f"native code takes float32 and bf16, and the run computes in {str(dtype).removeprefix('torch.')}"
     reason = refuse_native(torch.device("cpu")) if unfit is None else unfit
-    return ("native", "float32 on a CPU, and its C code runs here") if reason is None else ("torch", reason)
+    return ("native", "the device is a CPU, and its C code runs here") if reason is None else ("torch", reason)
 
 
 def check_native(device: torch.device) -> None:

@@ -109,7 +109,7 @@ class Mamba2Mixer(Mixer):
 
     def can_be_one_operation(self, dtype: torch.dtype, meta: PackMeta) -> bool:
         """Whether rows without a state take the one operation of the backend, not its parts."""
-        is_taken = self.backend == "triton" or (dtype == torch.float32 and meta.segments is None)
+        is_taken = self.backend == "triton" or (dtype in (torch.float32, torch.bfloat16) and meta.segments is None)
         return self.is_one_operation and is_taken and self.out_proj.lora is None
 
     def _mix(self, projected_BTX: Tensor, meta: PackMeta) -> Tensor:

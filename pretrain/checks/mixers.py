@@ -75,9 +75,7 @@ def kernel_problems(config: RunConfig, backend: str) -> Iterator[Problem]:
         where = f"all operations run in kernels.backend={backend}" if has_experts else "the model has no experts"
         yield Problem("kernels.experts", f"has no effect if {where}", "leave it out", experts)
     if backend == "native":
-        reason, rule = refuse_native_model(config.model), f"computes in float32, not in {config.train.precision}"
-        if config.train.precision != "float32":
-            yield Problem("kernels.backend", rule, "use auto", backend)
+        reason = refuse_native_model(config.model)
         if reason is not None:
             yield Problem("kernels.backend", f"has no block to run: {reason}", "use auto", backend)
     if backend != "triton":

@@ -267,7 +267,7 @@ class KernelsConfig(Section):
 
     backend: Literal["auto", "triton", "native", "torch", "reference"] = Field(
         "auto",
-        description="auto: on CUDA triton in bf16 and torch in float32; on a CPU native (Mamba2 in C, float32) where a C compiler and a block for it are, else torch. A backend that cannot run here is an error.",
+        description="auto: on CUDA triton in bf16 and torch in float32; on a CPU native (Mamba2 in C) where a C compiler and a block for it are, else torch. A backend that cannot run here is an error.",
     )
     experts: Literal["auto", "triton", "torch"] = Field(
         "auto",

@@ -30,7 +30,7 @@ _LOG = logging.getLogger(__name__)
 
 def describe_kernels(config: RunConfig, backend: str) -> str:
     """The kernels of a run in words, and why `auto` is not native code where this machine is the reason."""
-    wanted = config.kernels.backend == "auto" and config.train.precision == "float32" and backend == "torch"
+    wanted = config.kernels.backend == "auto" and backend == "torch"
     if wanted and not torch.cuda.is_available() and refuse_native_model(config.model) is None:
         return f"torch kernels ({refuse_native(torch.device('cpu'))})"
     return f"{backend} kernels"

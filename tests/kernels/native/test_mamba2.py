@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(refuse_native(torch.device("cpu")) is not None, 
 FLOAT32 = 1e-5
 # One number per head, a sum over all tokens that cancels: float32 keeps fewer digits of it (docs/kernels.md).
 SUMS = 4e-5
+BF16 = 6e-3  # half of its last bit, 2^-9, for results, and as much for the normed rows and their gradient on the way
 BASE = MixerCase(chunk=64)
 CASES = {
     "one_token": replace(BASE, T=1),
@@ -66,6 +67,18 @@ def test_outputs_and_gradients_equal_the_definition_by_any_number_of_threads(
         with use_threads(threads):
             for name, value in mix(case, leaves, case.starts()).items():
                 assert_bitwise(value, by_one[name], f"{name} by {threads} threads")
+
+
+@pytest.mark.parametrize("name", ["a_token_less_than_a_chunk", "documents_over_chunks", "groups"])
+def test_bf16_rounds_results_once(name: str) -> None:
+    case = CASES[name]
+    leaves = make_leaves(case, torch.bfloat16)
+    widened = {each: leaf.detach().double().requires_grad_() for each, leaf in leaves.items()}
+    expected = run_mixer(case, widened, "reference")
+    for each, value in run_mixer(case, leaves, "native").items():
+        assert value.dtype == torch.bfloat16
+        is_sum = each in ("d_A_log", "d_dt_bias", "d_D")  # over tokens, of numbers that cancel, as above
+        assert_near(value, expected[each], 4 * BF16 if is_sum else BF16, each)
 
 
 def test_rows_are_worked_on_whole_or_in_parts_to_the_same_bits() -> None:
@@ -113,8 +126,7 @@ def test_small_numbers_stay_what_they_are() -> None:
     [
         ({"chunk": 32}, torch.float32, "in chunks of 64; got 16 x 16 in 32: use backend"),
         ({"N": 24}, torch.float32, "of multiples of 16 in chunks of 64; got 24 x 16 in 64: use backend"),
-        ({}, torch.bfloat16, "native code computes in float32; got torch.bfloat16: use backend"),
-        ({}, torch.float64, "native code computes in float32; got torch.float64: use backend"),
+        ({}, torch.float64, "native code takes float32 and bf16; got torch.float64: use backend"),
     ],
 )
 def test_what_the_code_does_not_take_is_an_error(change: dict[str, int], dtype: torch.dtype, message: str) -> None:

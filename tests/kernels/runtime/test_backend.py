@@ -50,15 +50,16 @@ def test_a_run_in_float32_takes_pytorchs_products_on_a_card_unless_it_names_a_ba
     gpu = torch.device("cuda")
     assert resolve_for_run("auto", gpu, torch.float32, unfit=None) == "torch"
     assert resolve_for_run("reference", gpu, torch.float32, unfit=None) == "reference"
-    assert resolve_for_run("auto", CPU, torch.bfloat16, unfit=None) == "torch"
+    assert resolve_for_run("auto", CPU, torch.float16, unfit=None) == "torch"
 
 
-def test_auto_in_float32_on_a_cpu_is_native_code_where_a_block_has_it_and_it_runs(
+def test_auto_on_a_cpu_is_native_code_where_a_block_has_it_and_it_runs(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     answers: list[str | None] = [None, "there is no C compiler (cc, gcc, clang)"]
     monkeypatch.setattr(native, "_try_native", lambda: answers[0])
     assert resolve_for_run("auto", CPU, torch.float32, unfit=None) == "native"
+    assert resolve_for_run("auto", CPU, torch.bfloat16, unfit=None) == "native"
     assert resolve_for_run("auto", CPU, torch.float32, unfit="no block has native code") == "torch"
     assert [resolve_backend("native", CPU, name) for name in ("mamba2", "attention", None)] == [
         "native",

@@ -74,7 +74,6 @@ def test_all_ranks_compute_in_pytorch_where_one_has_no_compiler(data: DataConfig
             "kernels.backend = native: has no block to run: native code takes states x heads of multiples of 16 in chunks of 64; got 16 x 16 in 16",
         ),
         ({"model__pattern": "*-"}, "kernels.backend = native: has no block to run: no block has native code"),
-        ({"train__precision": "bf16"}, "kernels.backend = native: computes in float32, not in bf16"),
     ],
 )
 def test_native_code_that_a_run_asks_for_and_does_not_fit_is_an_error(
