@@ -23,10 +23,10 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -164,7 +164,32 @@ def call_native(
             f"{source} takes {library.given_size()} bytes; got {ctypes.sizeof(kind)}: {[*integers, *tensors]}"
         )
     addresses = (None if tensor is None else tensor.data_ptr() for tensor in tensors.values())
-    getattr(library, function)(ctypes.byref(kind(*integers.values(), *doubles.values(), parallel, *addresses)))
+    given = kind(*integers.values(), *doubles.values(), parallel, *addresses)
+    called = getattr(library, function)
+    for note in _NOTES:
+        note(NativeCall(called, given, [*tensors.values()]))
+    called(ctypes.byref(given))
+
+
+class NativeCall(NamedTuple):
+    """A call of C code that is about to run: the function, the structure that it is given, and the tensors that it points to."""
+
+    function: Any
+    given: ctypes.Structure
+    tensors: list[Tensor | None]
+
+
+_NOTES: list[Callable[[NativeCall], None]] = []
+
+
+@contextmanager
+def note_native_calls(note: Callable[[NativeCall], None]) -> Iterator[None]:
+    """Inside, `note` gets each call of C code before it runs; of any thread."""
+    _NOTES.append(note)
+    try:
+        yield
+    finally:
+        _NOTES.remove(note)
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from torch import Tensor
 from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
 from amfm.model.hybrid import HybridModel
-from amfm.pretrain.inference.rows import advance
+from amfm.pretrain.inference.replay import OneText
 from amfm.pretrain.inference.weights import Weights, read_weights
 
 # A character has at most four bytes, so never more byte pieces have to wait for one.
@@ -135,9 +135,9 @@ def generate_tokens(
     Ids from `vocab_size` on, which the tokenizer does not have, are never chosen.
     """
     generator = torch.Generator().manual_seed(sampling.seed)
-    state, ids = model.empty_state(1), list(prompt)
+    text, ids = OneText(model), list(prompt)
     for _ in range(max_new_tokens):
-        state, logits_V = advance(model, state, ids)
+        logits_V = text.read(ids)
         token = choose_token(logits_V[:vocab_size], sampling, generator)
         if token == eos_id:
             return

@@ -1,0 +1,211 @@
+"""One more token of one text without the Python of its model: what blocks compute is recorded once, and repeated for each token.
+
+A token of a small model costs a processor some thousand calls of Python that decide the same each time: which branch, which
+shapes, which memory. So the first token after the prompt records the operations of each block, PyTorch's and those in C
+(`amfm.kernels.runtime.native`), with the memory that they read and write. Later tokens repeat them there, as a GPU repeats a
+graph: the same operations on the same shapes, whose results are bitwise identical.
+
+A block is recorded if that cannot go wrong: its state keeps its size, each operation reads only weights, the residual
+stream, the state or what it made itself, draws nothing, gives no number to Python, and can write over its result. Attention,
+whose keys grow, and every other block run as always.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from amfm.kernels.runtime.native import NativeCall, note_native_calls
+from amfm.model.block import Block, Stream, use_at_once
+from amfm.model.hybrid import HybridModel
+from amfm.model.mixers.interface import BlockState, DecodeState
+from amfm.model.packing import PackMeta
+from amfm.pretrain.inference.rows import advance, has_fixed_size, read_logits
+
+Repeat = Callable[[], object]
+_UNFILLED = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
+_ZEROS = ("zeros", "new_zeros", "zeros_like")
+_FILLED = ("new_full", "full_like", "new_ones", "ones_like")
+
+
+class OneText:
+    """A text that a model reads on: a prompt of any length, then tokens one by one. For one thread at a time."""
+
+    def __init__(self, model: HybridModel) -> None:
+        self.model, self.state = model, model.empty_state(1)
+        self.blocks: list[RecordedBlock | None] = []  # by index, once a token has been recorded
+        self.is_repeatable = can_repeat(model)
+
+    @torch.inference_mode()
+    def read(self, ids: Sequence[int]) -> Tensor:
+        """Read more tokens; logits [V] after the last one, float32 on the CPU."""
+        if self.state.length == 0 or len(ids) > 1 or not self.is_repeatable:
+            assert not self.blocks, "tokens follow one by one once a text is recorded"
+            self.state, logits_V = advance(self.model, self.state, ids)
+            return logits_V
+        meta = PackMeta.one_document_a_row(1, 1, start=self.state.length)
+        residual_BTD, delta_BTD = self.model.embed(torch.tensor([list(ids)])).residual_BTD, None
+        is_first, states = not self.blocks, list(self.state.blocks)
+        for index, block in enumerate(self.model.blocks):
+            if is_first:
+                made, after = record(block, residual_BTD, delta_BTD, meta.of_block(index), states[index])
+                self.blocks.append(made)
+                residual_BTD, delta_BTD, states[index] = after
+            elif (recorded := self.blocks[index]) is not None:
+                residual_BTD, delta_BTD = recorded.repeat(residual_BTD, delta_BTD)
+            else:
+                residual_BTD, mixed = block(residual_BTD, delta_BTD, meta.of_block(index), states[index])
+                delta_BTD, states[index] = mixed.y_BTD, mixed.state
+        self.state = DecodeState(tuple(states), self.state.length + 1)
+        return read_logits(self.model, Stream(residual_BTD, delta_BTD))[0]
+
+
+def can_repeat(model: HybridModel) -> bool:
+    """Whether tokens of a model may be recorded: all of it is here, on a CPU, and no one is called inside of it."""
+    if model.embedding is None or model.final_norm is None or model.before_use is not use_at_once or model.training:
+        return False
+    has_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    is_alone = model.groups.tp.size() == model.groups.ep.size() == 1
+    return is_alone and not has_hooks and model.embedding.weight.device.type == "cpu"
+
+
+class RecordedBlock:
+    """What a block computes for one token, in memory that it keeps."""
+
+    def __init__(
+        self, given: tuple[Tensor, Tensor | None], left: tuple[Tensor, Tensor], repeats: list[Repeat], kept: object
+    ) -> None:
+        self.given, self.left, self.repeats, self.kept = given, left, repeats, kept
+
+    def repeat(self, residual_BTD: Tensor, delta_BTD: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Residual and delta after the block for the next token; its state is kept here."""
+        for place, value in zip(self.given, (residual_BTD, delta_BTD)):
+            if place is not None and value is not None and value is not place:
+                place.copy_(value)
+        for each in self.repeats:
+            each()
+        return self.left
+
+
+Passed = tuple[Tensor, Tensor, BlockState]
+
+
+def record(
+    block: Block, residual_BTD: Tensor, delta_BTD: Tensor | None, meta: PackMeta, state: BlockState
+) -> tuple[RecordedBlock | None, Passed]:
+    """Pass a block and record it, None if it cannot be: also residual, delta and state after it."""
+    before = [leaf for leaf in tree_leaves(state) if leaf is not None]
+    if not all(isinstance(leaf, Tensor) for leaf in before) or not has_fixed_size(block, [state]):
+        residual_BTD, mixed = block(residual_BTD, delta_BTD, meta, state)
+        return None, (residual_BTD, mixed.y_BTD, mixed.state)
+    own_state = tree_map_only(Tensor, Tensor.clone, state)
+    own = [leaf for leaf in tree_leaves(own_state) if leaf is not None]
+    tensors = [residual_BTD, *([] if delta_BTD is None else [delta_BTD]), *own]
+    recorder = Recorder([*block.parameters(), *block.buffers(), *tensors])
+    with note_native_calls(recorder.note), recorder:
+        left_BTD, mixed = block(residual_BTD, delta_BTD, meta, own_state)
+    after = [leaf for leaf in tree_leaves(mixed.state) if leaf is not None]
+    passed = left_BTD, mixed.y_BTD, mixed.state
+    if recorder.is_spoiled() or [leaf.shape for leaf in after] != [leaf.shape for leaf in own]:
+        return None, passed
+    for place, value in zip(own, after, strict=True):
+        place.copy_(value)  # the state that the next token reads
+        recorder.repeats.append(partial(place.copy_, value))
+    kept = (recorder.kept, own, after)
+    return RecordedBlock((residual_BTD, delta_BTD), (left_BTD, mixed.y_BTD), recorder.repeats, kept), passed
+
+
+class Recorder(TorchDispatchMode):
+    """Notes operations, each as a call that writes the same results to the same memory; `known`: what they may read."""
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.repeats: list[Repeat] = []
+        self.kept: list[object] = [*known]  # so that no memory is given to another tensor
+        self._known = {_memory(tensor) for tensor in known}
+        self._constants: set[int] = set()
+        self._fault = False
+
+    def is_spoiled(self) -> bool:
+        """Whether something was computed that cannot be repeated."""
+        return self._fault
+
+    def note(self, call: NativeCall) -> None:
+        """Note a call of C code."""
+        self._check(call.tensors)
+        function, pristine, size = call.function, bytes(call.given), ctypes.sizeof(call.given)
+        place = ctypes.byref(call.given)
+
+        def repeat() -> None:
+            ctypes.memmove(place, pristine, size)  # C code counts in it
+            function(place)
+
+        self.kept.append(call)
+        self.repeats.append(repeat)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Compute an operation and note it."""
+        kwargs = kwargs or {}
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self._check(read)
+        result = func(*args, **kwargs)
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        memories = {_memory(tensor) for tensor in read}
+        name, tags = func._overloadpacket.__name__, func.tags
+        self.kept.append((args, kwargs, result))
+        if not made and not read:
+            return result  # of types or numbers
+        if not made or torch.Tag.nondeterministic_seeded in tags or torch.Tag.data_dependent_output in tags:
+            self._fault = True
+        elif func._schema.is_mutable:
+            self._fault |= any(_memory(tensor) in self._constants for tensor in made)
+            self.repeats.append(lambda: func(*args, **kwargs))
+        elif all(_memory(tensor) in memories for tensor in made):
+            pass  # a view
+        elif name in _ZEROS:
+            self.repeats.append(result.zero_)
+        elif (not read and name not in _UNFILLED) or name in _FILLED:
+            self._constants.update(map(_memory, made))
+        elif name not in _UNFILLED:
+            self._note_result(func, args, kwargs, result)
+        self._known.update(map(_memory, made))
+        return result
+
+    def _note_result(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Note an operation that makes a tensor by its form that writes to a given one."""
+        form = find_form(func) if isinstance(result, Tensor) else None
+        if form is None:
+            self._fault = True
+        else:
+            self.repeats.append(lambda: form(*args, **kwargs, out=result))
+
+    def _check(self, read: Sequence[Tensor | None]) -> None:
+        self._fault |= any(tensor is not None and _memory(tensor) not in self._known for tensor in read)
+
+
+def find_form(func: Any) -> Any:
+    """The overload of an operation that writes its one result to `out`, None if there is none with the same arguments."""
+    wanted = [(argument.name, str(argument.type)) for argument in func._schema.arguments]
+    for overload in _overloads(func._overloadpacket):
+        *arguments, last = overload._schema.arguments or (None,)
+        if last is not None and last.name == "out" and last.is_out:
+            found = [(argument.name, str(argument.type)) for argument in arguments]
+            if found == wanted:
+                return overload
+    return None
+
+
+def _overloads(packet: Any) -> Iterator[Any]:
+    for name in packet.overloads():
+        yield getattr(packet, name)
+
+
+def _memory(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
