@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import sys
@@ -69,11 +70,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Garbage is collected again, and what imports and collection made is left out of its rounds: it stays to the end."""
+    """Garbage is collected again, and what imports and collection made is left out of its rounds: it stays to the end.
+
+    At the interpreter's end it joins again, or libraries would report it as leaked; not before, as pytest's last rounds would
+    take as long as many a file of tests.
+    """
     gc.freeze()
     gc.enable()
-
-
-def pytest_unconfigure() -> None:
-    """What was left out joins again, or libraries would find it leaked at the interpreter's end."""
-    gc.unfreeze()
+    atexit.register(gc.unfreeze)
