@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.clients.families import FAMILIES
+
 EXPERTS = {"num_experts": 4, "top_k": 2, "expert_hidden_size": 64, "shared_expert_hidden_size": 64}
 SWIGLU_EXPERTS = EXPERTS | {"activation": "swiglu", "router": "softmax"}
 MAMBA = {"num_heads": 4, "head_dim": 32, "state_size": 16, "num_groups": 1}
@@ -106,6 +108,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "feed_forward": {"hidden_size": 128, "activation": "swiglu"},
         "moe": EXPERTS | {"activation": "swiglu", "router": "sigmoid", "expert_bias": True},
     },
+    **FAMILIES,
     # What no native class holds: gates and norms in attention together with Mamba2, then blocks of four kinds, then
     # mixers that no program has.
     "own": {

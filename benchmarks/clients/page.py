@@ -18,6 +18,7 @@ EXPLANATION = (
     "The number is the largest difference from transformers in float32, in nats; *equal* is at most 1e-3 (2e-2 in bf16), the "
     "same continuation, and texts of as many tokens. peft is a fresh LoRA by trl, then trained, merged, saved and loaded."
 )
+NOT_TRIED = "not tried"
 NOTED = ("refused", "misread", "failed")
 
 
@@ -57,12 +58,16 @@ def to_row(pattern: str, reports: Mapping[ClientName, ClientReport]) -> Row:
     """What the page shows of a model."""
     words: dict[str, str] = {}
     notes: dict[str, str] = {}
-    for client, report in reports.items():
+    for client in CLIENTS:
+        report = reports.get(client)
+        if report is None:
+            words[client] = NOT_TRIED
+            continue
         words[client] = report.outcome if report.outcome in NOTED else describe(report)
         if report.outcome in NOTED:
             known = f"{report.expected}. " if report.expected else ""
             notes[client] = known + (describe(report) if report.error is None else f"Its words: `{report.error}`")
-    details = reports["peft"].details
+    details = reports["peft"].details if "peft" in reports else None
     if not details:
         return Row(pattern, words, notes)
     losses = ", ".join(f"{loss:.2f}" for loss in details["losses"])

@@ -30,6 +30,7 @@ NUM_NEW = 16
 TOLERANCE = 1e-3
 # Two roundings to bf16 of everything on the way, 2^-8 each of numbers of a few units; 1.1e-2 is the largest seen.
 BF16_TOLERANCE = 2e-2
+DELTA_NETS = ("qwen3_next", "qwen3_5", "olmo_hybrid")  # with Gated DeltaNet
 TIMEOUT_SECONDS = 900.0
 # Letters and signs that any vocabulary has: what a program does with others is its own affair (docs/checkpoints.md).
 TEXTS = (
@@ -156,7 +157,7 @@ def check_export(export: str | Path, name: ClientName, *, python: str | None = N
 
 def needs_bf16(config: dict[str, Any]) -> bool:
     """Whether the model has blocks that vLLM runs only in bf16 on a CPU: Gated DeltaNet, of a native class or ours."""
-    return config["model_type"].startswith("qwen3") or "gated_deltanet" in (config.get("mixers") or {})
+    return config["model_type"].startswith(DELTA_NETS) or "gated_deltanet" in (config.get("mixers") or {})
 
 
 def read_export(folder: Path) -> dict[str, Any]:
