@@ -185,7 +185,7 @@ def gradients_kernel(
         mixed = (scores * fall).to(DOT)
         d_b = tl.zeros((Q,), tl.float32)
         d_u = tl.zeros((Q,), tl.float32)
-        carried, d_through = 0.0, 0.0
+        carried = 0.0
         if TILES == 2:
             b_o, b_end_o, u_o, _, first_o, last_o, keep_o = tile_gates(
                 g, scale, A_log, bias, firsts, batch, other, T, h, H, stride_gb, stride_gt, Q, DOCUMENTS, SCALE, RAW
@@ -227,7 +227,6 @@ def gradients_kernel(
             dv_tile = across * u[:, None] + tl.dot(mixed, dy_tile, input_precision="tf32x3") * u[:, None]
             if SKIP:
                 through = tl.load(skip + h).to(tl.float32)
-                d_through += tl.sum(tl.sum(dy_tile.to(tl.float32) * v_tile.to(tl.float32), axis=1), axis=0)
                 dv_tile += dy_tile.to(tl.float32) * through
             where = d_v + (row + start) * stride_dv + h * V + v_first + (lane[:, None] * stride_dv + v_lane[None, :])
             tl.store(where, dv_tile.to(d_v.dtype.element_ty), mask=(t < T)[:, None] & (v_lane < width)[None, :])
@@ -239,6 +238,9 @@ def gradients_kernel(
         d_mixed = value_scores(
             v + batch * stride_vb + h * V, d_y + row * H * V + h * V, start, T, stride_vt, H * V, V, Q, BLOCK_V, DOT
         )
+        if SKIP:
+            # <v, dy> of each token is on the diagonal: summed in the loop above it would spill.
+            d_through = tl.sum(tl.sum(tl.where(lane[:, None] == lane[None, :], d_mixed, 0.0), axis=1), axis=0)
         # The same mask and factor as of `fall`, made again: held through the loop above they would spill.
         reads = reading_tokens(firsts, row, start, T, Q, DOCUMENTS)
         d_mixed = tl.where(reads, d_mixed * tl.exp(tl.minimum(b[None, :] - b[:, None], 0.0)), 0.0)
