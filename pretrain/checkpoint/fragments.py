@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from torch import Tensor
 from amfm.pretrain.engine.moments import AVERAGE, AdamW, moments_of
 from amfm.pretrain.engine.parts import Part
 from amfm.pretrain.parallel import set_deepspeed_accelerator
+
+if TYPE_CHECKING:
+    from amfm.pretrain.engine.engine import ZeroEngine
 
 set_deepspeed_accelerator()
 
@@ -164,11 +167,12 @@ def create_state(engine: Any, part: Part, optimizer_step: int) -> dict[str, Tens
 
 
 @torch.no_grad()
-def refresh_working_weights(engine: Any) -> None:
+def refresh_working_weights(engine: ZeroEngine) -> None:
     """Derive the weights that the model computes with from the restored master weights, as DeepSpeed does after a step.
 
-    All data ranks must call it: ZeRO gathers the ranges.
+    All data ranks must call it: ZeRO gathers the ranges, after what is left of the gathers of the step before.
     """
+    engine.wait_for_weights()
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         for index in range(len(optimizer.fp16_groups)):

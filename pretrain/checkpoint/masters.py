@@ -100,7 +100,7 @@ class MasterView:
 
     def refresh(self) -> None:
         """Let the model weights follow the master weights; data ranks gather them."""
-        refresh_working_weights(self.layout.engine.deepspeed)
+        refresh_working_weights(self.layout.engine)
 
     def _by_group(
         self, groupings: Mapping[str, Grouping], values: Tensor

@@ -106,7 +106,7 @@ class Restore:
         for number, average in layout.averages.items():
             if not all(has_average(self.manifest, span.name) for span in layout.parts[number].spans):
                 average.copy_(layout.parts[number].master.detach().reshape(-1))  # the average begins here
-        refresh_working_weights(engine)
+        refresh_working_weights(layout.engine)
         return self._restore_random_state()
 
     def _list_needs(self) -> list[tuple[Tensor, str, str, int]]:

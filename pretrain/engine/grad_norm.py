@@ -96,6 +96,8 @@ class GlobalNorm:
             optimizer._get_norm_groups = lambda: [self.of_ranges(list(_ranges_of_stage3(optimizer)))]
         elif isinstance(optimizer, DeepSpeedZeroOptimizer):
             optimizer.scaled_global_norm = lambda norm_type=2: self.of_ranges(list(_ranges_of_partitions(optimizer)))
+            # DeepSpeed rejects a norm that is not finite, and this one is of all ranks: it need not look for such gradients before.
+            optimizer.check_overflow = lambda partition_gradients=True: None
         elif isinstance(optimizer, FP16_UnfusedOptimizer):
             optimizer.unscale_and_clip_grads = self._clip_after(optimizer, optimizer.unscale_and_clip_grads)
         else:

@@ -79,7 +79,6 @@ def put_back(stage: int, precision: str) -> list[str]:
     parallel = initialize_parallel(timeout_seconds=PATIENCE_SECONDS, num_threads=1)
     engine = make_engine(parallel, stage=stage, precision=precision)
     run_steps(engine, 0, 1)
-    engine.wait_for_weights()  # as those who restore do: gathers of the step's weights may be under way
     sizes = {name: getattr(weight, "ds_numel", weight.numel()) for name, weight in engine.module.named_parameters()}
     parts = list_parts(engine.deepspeed)
     for part in parts:
@@ -87,7 +86,9 @@ def put_back(stage: int, precision: str) -> list[str]:
         for span in part.spans:
             own = wanted(span.name, sizes[span.name])[span.start : span.start + span.numel]
             flat[span.flat_start : span.flat_start + span.numel] = own
-    refresh_working_weights(engine.deepspeed)
+    assert engine.buckets is None or engine.buckets.gathers, "gathers of the step's weights are under way"
+    refresh_working_weights(engine)
+    assert engine.buckets is None or not engine.buckets.gathers, "they would land on top of the restored weights"
     assert {fragment.optimizer_step for fragment in collect_fragments(engine.deepspeed, parts)} == {5}
     wrong = []
     for name, weight in engine.module.named_parameters():

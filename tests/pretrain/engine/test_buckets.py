@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import deepspeed
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
@@ -225,6 +227,33 @@ def test_no_compiler_of_deepspeed_is_asked_for_its_passes(monkeypatch: pytest.Mo
     monkeypatch.setattr(deepspeed.runtime.engine, "is_deepcompile_supported", lambda: True)
     monkeypatch.setattr(deepspeed.DeepSpeedEngine, "register_compile_pass", lambda *_: pytest.fail("it was asked"))
     build(1, 1, [])
+
+
+class Names(TorchDispatchMode):
+    """Notes the operations inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_norm_finds_gradients_that_are_not_finite_without_a_pass_before_it() -> None:
+    engine = build(1, 1, [])
+    rows = torch.zeros(ROWS, TOKENS, dtype=torch.int64)
+    before = [weight.detach().clone() for weight in engine.module.parameters()]
+    for factor in (torch.nan, -torch.inf, 1.0):
+        with engine.accumulate(1):
+            output = engine.forward(rows, PackMeta.one_document_a_row(ROWS, TOKENS), rows)
+            engine.backward(output.loss.total * factor)
+        with Names() as names:
+            assert engine.step(LEARNING_RATE).applied == math.isfinite(factor)
+        assert "_foreach_norm" in names.seen and not {"amax", "amin"} & names.seen
+        after = list(engine.module.parameters())
+        assert all(map(torch.equal, before, after)) == (not math.isfinite(factor))
 
 
 def test_a_group_is_closed_behind_a_whole_block() -> None:
