@@ -104,7 +104,7 @@ class TrainConfig(Section):
     )
     cuda_graphs: Literal["none", "blocks"] = Field(
         "none",
-        description="Passes that a GPU replays without the host: none, or those of blocks, only on data ranks.",
+        description="Passes that a GPU replays without the host: none, or those of blocks, only on data and tensor ranks.",
     )
     recompute: Literal["none", "selective", "full"] = Field(
         "none",

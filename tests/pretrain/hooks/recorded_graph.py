@@ -2,7 +2,7 @@
 
 What PyTorch dispatches is recorded: operations of its own, and ours whole. Python is not run again. A result is written where
 the result of the recorded run is, so that whoever reads another place reads what was there before. A number that is read
-from a tensor ends a recording, as it does a capture.
+from a tensor ends a recording, as it does a capture. Collectives are run again too, with the other ranks' replays, and waited for.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._distributed_c10d import Work
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -44,6 +45,9 @@ class Recorder(TorchDispatchMode):
     def replay(self) -> None:
         """Run what was recorded again, on the same memory."""
         for func, args, kwargs, made in self.calls:
+            if func.namespace == "c10d":
+                wait(func(*args, **kwargs))
+                continue
             memory = {tensor.untyped_storage().data_ptr() for tensor in tensors_of((args, kwargs))}
             places = [place for place in tensors_of(made) if place.untyped_storage().data_ptr() not in memory]
             if tensors_of(made) and not places and not func._schema.is_mutable:
@@ -52,6 +56,13 @@ class Recorder(TorchDispatchMode):
             for place, result in zip(tensors_of(made), results, strict=True):
                 if any(place is one for one in places):
                     place.copy_(result)
+
+
+def wait(made: Any) -> None:
+    """Wait for what a collective gave: its work, or tensors and its work."""
+    works = [leaf for leaf in tree_leaves(made) if isinstance(leaf, torch.ScriptObject)]
+    for work in works:
+        Work.unbox(work).wait()
 
 
 def functions_above() -> Iterator[str]:
