@@ -67,8 +67,14 @@ $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 	rm -rf $(UNPACKED)
 	touch $(VENV)/.installed $@
 
+# Once per environment and by one process: what each worker, and the process that they fork from, would compile at the same time.
+$(VENV)/.compiled: $(VENV)/.installed-dev
+	@echo "compiling what the tests import, once: about a minute"
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest --collect-only --quiet -p no:cacheprovider > /dev/null
+	touch $@
+
 # Whole files, longest first; processor seconds are printed, and fail CI where they grew. RECORD=1 records them instead.
-test: $(VENV)/.installed-dev
+test: $(VENV)/.compiled
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --junitxml=build/test.xml \
 		--processor-seconds $(if $(RECORD),record,compare)
 
