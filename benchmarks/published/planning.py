@@ -4,6 +4,7 @@ How it works: a published run becomes a configuration and a layout once; the pla
 hardware. What differs from a plan of amfm is in the run's row (`runs.py`) and here. Kernels are theirs (`THEIRS`): CUTLASS and
 Transformer Engine multiply experts, FlashAttention-3 attends, and DeepEP sends. The published systems dispatch with DeepEP or
 HybridEP, which send a token once to each node that has some of its experts (to each rank inside a node, as amfm always does).
+A stand-in for a router counts tokens off to experts, whose experts are next to each other (`counted_off`).
 What is computed meanwhile, what recomputation sends again, how often a pipeline drains and to what experts are padded follow from
 the recipe and the code of the run. And natural routing is planned with the most loaded rank at 1.2 times the mean.
 
@@ -158,7 +159,7 @@ def load_anchor(run: PublishedRun, presets: Path) -> Anchor:
     is_padded = run.padding > 1.0  # to a capacity, over which choices are lost
     assumptions = Assumptions(
         imbalance=NATURAL_IMBALANCE if run.routing == "natural" and not is_padded else run.padding,
-        sent_rows=sent_rows(config.model.moe, layout.expert, HARDWARE["h100"].gpus_per_node),
+        sent_rows=sent_rows(config.model.moe, layout.expert, HARDWARE["h100"].gpus_per_node, has_router=run.has_router),
         meanwhile=run.meanwhile,
         repeats=run.repeats,
         drains=run.drains,
@@ -174,11 +175,23 @@ def with_depths(model: ModelConfig, depths: str) -> ModelConfig:
     return main.model_copy(update={"pattern": main.pattern + depths, "mtp": shared})
 
 
-def sent_rows(moe: MoeConfig, expert_ranks: int, gpus_per_node: int) -> float:
-    """Of rows sent once to each rank, the part that is sent where a token is sent once per node; all of them inside a node."""
-    if expert_ranks <= gpus_per_node:
-        return 1.0
-    return expected_ranks(moe, expert_ranks // gpus_per_node) / expected_ranks(moe, expert_ranks)
+def sent_rows(moe: MoeConfig, expert_ranks: int, gpus_per_node: int, *, has_router: bool = True) -> float:
+    """Of rows sent once to each rank, as a router expects, the part that is sent where a token is sent once per node, inside a
+    node once per rank.
+    """
+    places = expert_ranks if expert_ranks <= gpus_per_node else expert_ranks // gpus_per_node
+    reached = expected_ranks(moe, places) if has_router else counted_off(moe, places)
+    return reached / expected_ranks(moe, expert_ranks)
+
+
+def counted_off(moe: MoeConfig, places: int) -> float:
+    """Of equal `places` of all experts, those with experts of a token to which experts are counted off: token t gets the K from
+    number t K on, and after the last expert the first again. The mean over tokens.
+    """
+    held, top_k = moe.num_experts // places, moe.top_k
+    tokens = moe.num_experts // math.gcd(moe.num_experts, top_k)  # after which the numbers are the same again
+    reached = ({(token * top_k + k) % moe.num_experts // held for k in range(top_k)} for token in range(tokens))
+    return sum(map(len, reached)) / tokens
 
 
 def fit_halves(anchors: list[Anchor]) -> tuple[tuple[Hardware, Hardware], list[float]]:

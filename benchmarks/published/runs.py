@@ -10,7 +10,8 @@ performance recipes, read in November 2026. Automodel's rows are planned by its 
 was published (its git history), since both changed later: whole blocks are recomputed, the shared expert runs on a separate
 stream next to the dispatch, and gradient accumulation fills and drains the pipeline each time. Its FSDP cuts weights and gradients
 over data ranks; here these rows are planned with ZeRO 1, whose compute is the same. Its rows of forced routing have
-`fake_balanced_gate: true`, in place of a router (`FakeBalancedGate` in nemo_automodel/components/moe/layers.py).
+`fake_balanced_gate: true`, in place of a router (`FakeBalancedGate` in nemo_automodel/components/moe/layers.py, without noise in
+all of them: token t takes the K experts from number t K on).
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class PublishedRun:
     makes again: 1, the dispatch, where it stops at the last saved tensor; 2 where something is saved after the combine.
     `drains`: times that its pipeline drains in a step. `padding`: rows of an expert over the mean to which all are padded, 1.0
     where they are not.
-    `has_router`: False where routing is balanced by a stand-in that has no logits and no losses. `multiprocessors`: that the
+    `has_router`: False where routing is balanced by a stand-in that has no logits and no losses, and counts tokens off to experts:
+    those of a token are next to each other, on one node or two. `multiprocessors`: that the
     dispatcher takes, of 132; None: as many as the plan assumes.
     `cause`: what the publication says, or does not say, that the plan does not count; for rows that are planned more than a
     fifth off.
@@ -104,7 +106,6 @@ PUBLISHED = (
         meanwhile="shared",
         repeats=2,
         has_router=False,
-        cause="not known: its row with two pipeline stages, recomputation of only the experts and MTP is a third slower",
     ),
     PublishedRun(
         "Nemotron 3 Ultra, MTP",
@@ -120,6 +121,7 @@ PUBLISHED = (
         meanwhile="shared",
         repeats=2,
         has_router=False,
+        cause="not counted: FSDP gathers weights in both passes, its loss makes logits again; the rest is not known",
     ),
     PublishedRun(
         "Nemotron 3 Super, MTP",
@@ -221,6 +223,7 @@ PUBLISHED = (
         repeats=1,
         drains=4,
         has_router=False,
+        cause="not counted: FSDP cuts experts over 4 ranks, and gathers and reduces in 4 rounds a step; the rest is not known",
     ),
     PublishedRun(
         "Kimi K2",
@@ -236,6 +239,7 @@ PUBLISHED = (
         repeats=1,
         drains=2,
         has_router=False,
+        cause="not known: its layers are cut by number, and its head is in the last stage",
     ),
     PublishedRun(
         "Qwen3-30B-A3B", QWEN, 8, 12_040, 277 * TERA, {"expert": 8}, 4, 512, "full", repeats=1, has_router=False

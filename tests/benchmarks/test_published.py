@@ -16,6 +16,7 @@ from benchmarks.published.__main__ import LARGE_ERROR, published
 from benchmarks.published.planning import (
     THEIRS,
     anchor_as_dict,
+    counted_off,
     fit_anchors,
     load_anchor,
     load_anchors,
@@ -72,6 +73,18 @@ def test_a_dispatcher_sends_a_token_once_a_node(anchors):
     assert sent_rows(moe, 64, 8) == pytest.approx(nodes / (64 * (1 - comb(512 - 8, 22) / comb(512, 22))))
     # Inside one node once per rank, as amfm sends.
     assert sent_rows(moe, 8, 8) == 1.0
+
+
+def test_tokens_that_are_counted_off_reach_the_places_of_neighboring_experts(anchors):
+    models = {anchor.published.preset: anchor.config.model.moe for anchor in anchors}
+    # 22 of 512: a token starts at an even number. Of 32 such in a node of 64 experts the last ten reach the next one.
+    assert counted_off(models["nemotron3_super_120b"], 8) == 1 + 10 / 32
+    # Of the 4 starts in a rank of 8, 0 and 2 reach the two ranks after it and 4 and 6 three.
+    assert counted_off(models["nemotron3_super_120b"], 64) == 3.5
+    assert counted_off(models["anchors/qwen3_30b"], 8) == 1  # 8 of a rank's 16
+    assert counted_off(models["anchors/deepseek_v3"], 64) == 2  # 8, of ranks of 4
+    assert counted_off(models["anchors/kimi_k2"], 32) == (1 + 2 + 1) / 3  # 8, of ranks of 12: from 0, 8 and 4
+    assert sent_rows(models["anchors/qwen3_30b"], 8, 8, has_router=False) < 0.2
 
 
 def test_a_padded_row_has_its_padding_and_no_luck_of_routing(anchors):
