@@ -24,7 +24,14 @@ from amfm.kernels.cases.problem import (
 from amfm.kernels.cases.trial import Sized
 from amfm.kernels.linear.op import linear
 from amfm.kernels.moe.capacity import drop_overflow, expert_capacity, recycle_overflow
-from amfm.kernels.moe.op import expert_feed_forward, feed_forward_bytes, feed_forward_flops, grouped_feed_forward, route
+from amfm.kernels.moe.op import (
+    expert_feed_forward,
+    feed_forward_bytes,
+    feed_forward_flops,
+    grouped_feed_forward,
+    only_expert_feed_forward,
+    route,
+)
 from amfm.kernels.moe.rows.op import (
     add_choices,
     choose_ranks,
@@ -206,6 +213,16 @@ def trials() -> Iterator[Sized]:
 
         return Problem(leaves, run)
 
+    def only(inputs: Inputs, tokens: int, model: int, width: int) -> Problem:
+        """Rows of a rank's only expert."""
+
+        def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
+            x, weights, up, down = given.values()
+            y = only_expert_feed_forward(x, weights.squeeze(1), up, down, activation="swiglu", backend=backend)
+            return {"y": y}
+
+        return Problem(experts_problem(inputs, tokens, model, 1, width, 1).leaves, run)
+
     def limited(inputs: Inputs, tokens: int, experts: int, top_k: int, *, draws: bool = True) -> Problem:
         """Choices over a capacity are lost, or draw seats, by numbers that depend on who got one.
 
@@ -234,6 +251,7 @@ def trials() -> Iterator[Sized]:
     yield Sized("limited choices", "first", partial(limited, tokens=90, experts=12, top_k=2, draws=False))
     yield Sized("rows in slots", "first", partial(sent, tokens=40, model=50, experts=4, width=37, slots=40))
     yield Sized("one expert", "small", partial(experts_problem, tokens=7, model=50, experts=1, width=37, top_k=1))
+    yield Sized("rows of the only expert", "first", partial(only, tokens=70, model=50, width=37))
     yield Sized("4096 recycled choices of 128 experts", "long", partial(limited, tokens=4096, experts=128, top_k=1))
     long = partial(experts_problem, tokens=8205, model=1024, top_k=8, exact="torch")
     yield Sized("128 experts, 28 of them empty", "long", partial(long, experts=128, width=512, chosen=100))

@@ -3,8 +3,8 @@
 How: three steps that can be used apart. `route` chooses experts and their weights; `group_by_expert` sorts
 (token, choice) pairs so that an expert's rows are together; the feed-forward runs over sorted rows as grouped
 products. `expert_feed_forward` joins the last two and gathers rows inside the product, without a sorted copy of
-x; `grouped_feed_forward` takes rows that expert parallelism has already sorted and exchanged. No ranks
-communicate here. Ties go to the lower id in every backend, so that all choose alike.
+x; `grouped_feed_forward` takes rows that expert parallelism has already sorted and exchanged, `only_expert_feed_forward` those
+of a rank with one expert, whose products need no groups. No ranks communicate here. Ties go to the lower id in every backend, so that all choose alike.
 """
 
 from __future__ import annotations
@@ -33,7 +33,15 @@ from amfm.kernels.moe.torch_impl import (
 from amfm.kernels.runtime.backend import resolve_backend
 from amfm.kernels.swiglu.gate import find_gate
 
-__all__ = ["Grouping", "Routing", "expert_feed_forward", "group_by_expert", "grouped_feed_forward", "route"]
+__all__ = [
+    "Grouping",
+    "Routing",
+    "expert_feed_forward",
+    "group_by_expert",
+    "grouped_feed_forward",
+    "only_expert_feed_forward",
+    "route",
+]
 
 SCORES = ("softmax", "sigmoid", "sqrt_softplus")
 
@@ -260,6 +268,40 @@ def expert_feed_forward(
 
         return low_precision.feed_forward(x_RD, weights_S, *places, up_EFD, down_EDF, activation, recipes)
     return expert_feed_forward_torch(x_RD, weights_S, *places, up_EFD, down_EDF, activation)
+
+
+def only_expert_feed_forward(
+    x_SD: Tensor, weights_S: Tensor, up_EFD: Tensor, down_EDF: Tensor, *, activation: str, backend: str = "torch"
+) -> Tensor:
+    """weight * feed-forward of each row by the only expert that there is: products of whole matrices, of rows as they are.
+
+    Shapes: x [S, D]; weights [S]; up [1, F, D] and down [1, D, hidden] as `grouped_feed_forward` -> [S, D]. Saves x and the hidden
+    rows before the activation. Without rows weights get zero gradients. Raises ValueError for wrong shapes, dtypes, or an unknown
+    activation.
+    """
+    _check_experts(x_SD, up_EFD, down_EDF, activation)
+    check_shape("up_EFD", up_EFD, (1, *up_EFD.shape[1:]), x_SD)
+    check_shape("weights_S", weights_S, (len(x_SD),), x_SD)
+    recipes = recipes_of(up_EFD, down_EDF)
+    backend = resolve_backend(backend, x_SD.device, "moe")
+    if recipes is not None and multiplies_codes(recipes.up, x_SD.device):
+        from amfm.kernels.moe import triton_codes
+
+        return triton_codes.only(x_SD, weights_S[:, None], up_EFD, down_EDF, activation, recipes)
+    if recipes is None and backend == "triton":
+        from amfm.kernels.moe.triton_only_expert import only_expert_triton
+
+        return only_expert_triton(x_SD, weights_S[:, None], up_EFD, down_EDF, activation)
+    if recipes is None and backend == "reference":
+        first_S1 = torch.zeros(len(x_SD), 1, dtype=torch.int64, device=x_SD.device)
+        given = x_SD, first_S1, weights_S[:, None], up_EFD, down_EDF
+        return expert_feed_forward_reference(*given, activation=activation)
+    end_1 = torch.full((1,), len(x_SD), dtype=torch.int32, device=x_SD.device)
+    if recipes is not None:
+        from amfm.kernels.moe import low_precision
+
+        return low_precision.feed_forward(x_SD, weights_S, None, end_1, up_EFD, down_EDF, activation, recipes)
+    return expert_feed_forward_torch(x_SD, weights_S, None, end_1, up_EFD, down_EDF, activation)
 
 
 def _fill_up(offsets_E: Tensor, rows: int) -> Tensor:

@@ -245,11 +245,11 @@ def grouped_feed_forward_torch(
 def expert_feed_forward_torch(
     x_RD: Tensor,
     weights_S: Tensor,
-    token_ids_S: Tensor,
+    token_ids_S: Tensor | None,
     offsets_E: Tensor,
     up_EFD: Tensor,
     down_EDF: Tensor,
     activation: str,
 ) -> Tensor:
-    """Weighted sum of each token's experts: [R, D]; weights and token ids in sorted order."""
+    """Weighted sum of each token's experts: [R, D]; weights and token ids in sorted order, without ids of rows that are sorted."""
     return _forward(x_RD, weights_S, token_ids_S, offsets_E, up_EFD, down_EDF, activation)[0]

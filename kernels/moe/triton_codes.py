@@ -95,19 +95,19 @@ def open_kernel(
 
 
 @torch.library.custom_op("amfm::fp8_list_tiles_triton", mutates_args=())
-def _list_tiles(offsets_E: Tensor, rows: int) -> Tensor:
+def list_code_tiles(offsets_E: Tensor, rows: int) -> Tensor:
     """Tiles of 128 rows, as many as `rows` rows can need."""
     return list_tiles(offsets_E.contiguous(), rows, codes.RUN)
 
 
-@fake_of(_list_tiles)
+@fake_of(list_code_tiles)
 def _(given: Any) -> Tensor:
     tiles: Tensor = given.offsets_E.new_empty(tile_bound(given.rows, len(given.offsets_E), codes.RUN), 3)
     return tiles
 
 
 @torch.library.custom_op("amfm::fp8_open_triton", mutates_args=())
-def _open(
+def open_rows(
     v_SW: Tensor,
     hidden_SF: Tensor,
     weights_RK: Tensor | None,
@@ -134,7 +134,7 @@ def _open(
     return d_hidden, active, d_weights.view_as(weights_RK)
 
 
-@fake_of(_open)
+@fake_of(open_rows)
 def _(given: Any) -> tuple[Tensor, ...]:
     weights = given.v_SW.new_empty(0) if given.weights_RK is None else torch.empty_like(given.weights_RK)
     return torch.empty_like(given.hidden_SF), torch.empty_like(given.v_SW), weights
@@ -155,7 +155,7 @@ class _Experts(torch.autograd.Function):
         recipes: ExpertRecipes,
         totals: Sequence[GradientSum] | None,
     ) -> Tensor:
-        tiles = codes.Tiles(_list_tiles(offsets_E, rows), offsets_E)
+        tiles = codes.Tiles(list_code_tiles(offsets_E, rows), offsets_E)
         x_RD, weights_RK = x_RD.contiguous(), None if weights_RK is None else weights_RK.contiguous()
         up, down = codes_of(recipes.up), codes_of(recipes.down)
         x_codes, _ = up.quantize_rows(x_RD, tiles, given.sources, rows=True)
@@ -192,7 +192,7 @@ class _Experts(torch.autograd.Function):
         if keep and makes_codes(ctx.recipes.up.name, down_EDF.shape[2], ctx.activation) and not is_watched():
             hidden_rows, *columns, d_weights = epilogues.open_codes(v_SW, kept, *choice, tiles, ctx.activation)
         else:
-            d_hidden, active, d_weights = _open(
+            d_hidden, active, d_weights = open_rows(
                 v_SW, _restore(dtype, *kept), *choice, listed, len(offsets_E), ctx.activation
             )
             note_operands(ctx.recipes.down, input=active)
@@ -283,3 +283,22 @@ def chosen(
     given = Places(pairs.tokens[:rows], pairs.pairs[:rows], pairs.places)
     offsets_E = pairs.offsets_E[: len(up_EFD)]
     return feed_forward(x_RD, weights_RK, given, offsets_E, rows, up_EFD, down_EDF, activation, recipes)
+
+
+def only(
+    x_SD: Tensor, weights_S1: Tensor, up_EFD: Tensor, down_EDF: Tensor, activation: str, recipes: ExpertRecipes
+) -> Tensor:
+    """As `triton_only_expert.only_expert_triton`, weights [S, 1]."""
+    every_S, offsets_E = all_rows(x_SD)
+    return feed_forward(
+        x_SD, weights_S1, Places(None, every_S), offsets_E, len(x_SD), up_EFD, down_EDF, activation, recipes
+    )
+
+
+def all_rows(x_SD: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row as its own pair, [S], and the end of the only expert's rows, [1]; int32."""
+    rows = len(x_SD)
+    return (
+        torch.arange(rows, dtype=torch.int32, device=x_SD.device),
+        torch.full((1,), rows, dtype=torch.int32, device=x_SD.device),
+    )

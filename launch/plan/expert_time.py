@@ -229,7 +229,7 @@ def computed_around(
         else:
             up.seconds = whole.seconds / 2
         down.seconds = whole.seconds - up.seconds
-    add_experts(experts, moe, moe.expert_width(model.hidden_size), tokens, layout, imbalance)
+    add_experts(experts, config, moe, tokens, layout, imbalance)
     return up.seconds / 3, down.seconds / 3, experts.seconds / 3
 
 

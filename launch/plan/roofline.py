@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
+from typing import Any
 
 from amfm.kernels.moe.low_precision import makes_codes
 from amfm.launch.plan.activations import FLOAT32_BYTES, Storage, slice_rows, up_rows
@@ -64,21 +65,25 @@ class Roofline:
         *,
         groups: int = 1,
         grouped: bool = False,
+        is_only: bool = False,
         weight: str = "",
         made: Collection[str] = (),
     ) -> None:
         """Add [rows, in] x [in, out] and the two products of its backward pass; `groups` matrices share the rows.
 
-        `grouped`: by a grouped kernel though it be of one matrix, as experts are. `weight`: its name below the mixer, by which
+        `grouped`: by a grouped kernel though it be of one matrix, as experts are; `is_only`: of a rank's only expert, as fast as others
+        are. `weight`: its name below the mixer, by which
         it may have a recipe. `made`: which of "input", "output" and "gradient" of a product by a recipe are codes where they are
         made, and never wide in memory.
         """
         recipe = self.recipes.get(weight)
         if recipe is not None:
-            self._narrow_product(rows, inputs, outputs, groups, recipe, made, grouped=grouped or groups > 1)
+            how = {"grouped": grouped or groups > 1, "is_only": is_only}
+            self._narrow_product(rows, inputs, outputs, groups, recipe, made, **how)
             return
         hardware = self.hardware
-        efficiency = hardware.grouped_efficiency if grouped or groups > 1 else hardware.product_efficiency
+        is_grouped = (grouped or groups > 1) and not is_only
+        efficiency = hardware.grouped_efficiency if is_grouped else hardware.product_efficiency
         size = self.element_bytes
         arithmetic, weights = 2 * rows * inputs * outputs / (self.peak * efficiency), groups * inputs * outputs
         for times, bytes_each in (
@@ -118,11 +123,12 @@ class Roofline:
         made: Collection[str],
         *,
         grouped: bool,
+        is_only: bool,
     ) -> None:
         """`product` by a recipe, with the passes that quantise its operands."""
         hardware, e, b = self.hardware, self.element_bytes, OPERAND_BYTES[recipe]
         flops, weights = 2 * rows * inputs * outputs, groups * inputs * outputs
-        rate = hardware.recipe_peak(recipe) * hardware.recipe_efficiency(recipe, grouped=grouped)
+        rate = hardware.recipe_peak(recipe) * hardware.recipe_efficiency(recipe, grouped=grouped and not is_only)
         wide = self.peak * (hardware.grouped_efficiency if grouped else hardware.product_efficiency)
         sums = 2 * FLOAT32_BYTES if self.accumulates else e
         third = e if self.wide_gradient else b
@@ -184,24 +190,30 @@ def add_feed_forward(
     groups: int = 1,
     *,
     grouped: bool = False,
+    is_only: bool = False,
     weights: tuple[str, str] = ("", ""),
 ) -> None:
-    """Up and down projection with the activation between them, `units` hidden units wide on this rank; `weights`: their names."""
+    """Up and down projection with the activation between them, `units` hidden units wide on this rank; `weights`: their names.
+
+    `grouped`, `is_only`: as `Roofline.product` has them.
+    """
     up, recipe, e = up_rows(1, activation) * units, line.recipes.get(weights[0]), line.element_bytes
+    how: dict[str, Any] = {"groups": groups, "grouped": grouped, "is_only": is_only}
     if recipe is not None and grouped and makes_codes(recipe, int(units), activation):
         # The activation is in the first product's epilogue; its gradient reads what was kept of the hidden rows.
         b = OPERAND_BYTES[recipe]
         first = ["output"] * line.saves_codes + ["gradient"] * (not line.wide_gradient)
-        line.product(rows, width, up, groups=groups, grouped=True, weight=weights[0], made=first)
-        line.product(rows, units, width, groups=groups, grouped=True, weight=weights[1], made=["input"])
+        line.product(rows, width, up, weight=weights[0], made=first, **how)
+        line.product(rows, units, width, weight=weights[1], made=["input"], **how)
         line.backward_passes(rows * ((b if line.saves_codes else e) * up + e * units))
         if line.wide_gradient:  # which takes the gradient and the activation wide
             line.backward_passes(rows * e * (up + units))
         return
-    line.product(rows, width, up, groups=groups, grouped=grouped, weight=weights[0])
-    line.product(rows, units, width, groups=groups, grouped=grouped, weight=weights[1])
-    # Experts by a recipe quantise the activation as they make it, and make it again in backward.
-    line.passes(rows * (3 * up + (1 if recipe is not None and grouped else 2) * units) * e)
+    line.product(rows, width, up, weight=weights[0], **how)
+    line.product(rows, units, width, weight=weights[1], **how)
+    # Experts by a recipe quantise the activation as they make it, and make it again in backward; a rank's only expert stores it twice.
+    written = 1 if recipe is not None and grouped else 3 if is_only else 2
+    line.passes(rows * (3 * up + written * units) * e)
     if recipe is not None and not grouped and line.saves_codes:
         # Codes of hidden rows are a pass of their own; backward makes of them the rows, their activation and its codes.
         packed = line.forwards * (e + OPERAND_BYTES[CODES]) + OPERAND_BYTES[CODES] + e

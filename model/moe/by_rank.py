@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from amfm.kernels.moe.grouping import count_experts
-from amfm.kernels.moe.op import expert_feed_forward
+from amfm.kernels.moe.op import expert_feed_forward, only_expert_feed_forward
 from amfm.kernels.moe.rows.op import (
     SortedChoices,
     add_choices,
@@ -205,6 +205,17 @@ class _Part:
             capacity.note(is_here_SK.sum() > self.plan.num_choices)
             # What an empty place has for a weight, and for its gradient, is anything.
             weights_SK = torch.where(is_here_SK, weights_SK, 0.0)
+        if num_local == 1:
+            # All rows are this expert's, each for one choice; empty places have a weight of 0.
+            weights_S = torch.where(is_here_SK, weights_SK, 0.0).sum(1)
+            return only_expert_feed_forward(
+                rows_SD,
+                weights_S,
+                up_eFD,
+                self.experts.down_eDF,
+                activation=self.experts.activation,
+                backend=self.experts.backend,
+            )
         return expert_feed_forward(
             rows_SD,
             torch.where(is_here_SK, local_SK, num_local),

@@ -104,6 +104,7 @@ COUNTS = {
     "route_backward_kernel": "rows",
     "down_backward_kernel": "rows",
     "sum_choices_kernel": "tokens rows",
+    "weigh_activation_kernel": "rows",
     "spread_rows_kernel": "tokens rows",
     "combine_backward_kernel": "tokens rows",
     "persistent_product_kernel": "works",

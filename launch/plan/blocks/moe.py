@@ -17,6 +17,7 @@ from amfm.launch.plan.roofline import Roofline, add_feed_forward, add_part
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.structure import matrices_of
 from amfm.model.moe.transfer import expected_ranks
+from amfm.pretrain.config.schema import RunConfig
 
 
 class PlannedMoe(PlannedBlock):
@@ -37,7 +38,7 @@ class PlannedMoe(PlannedBlock):
         if moe.latent_size is not None:
             line.product(routed, hidden, width)
             line.product(routed, width, hidden)
-        add_experts(line, moe, moe.expert_width(hidden), tokens, layout, imbalance)
+        add_experts(line, self.config, moe, tokens, layout, imbalance)
         self._add_moves(line, layout, storage, imbalance, routed, width)
         for part in moe.feed_forwards():
             add_part(line, self.model, layout, tokens, part)
@@ -55,7 +56,9 @@ class PlannedMoe(PlannedBlock):
             sent, reached = sent_rows(self.config, layout), expected_ranks(moe, layout.expert)
             # Places are as many on every rank, and empty ones are cleared.
             uneven, empty = (imbalance, 0.0) if layout.expert_buffer_factor is None else (1.0, sent - reached)
-            arrived = layout.expert_tensor * (imbalance * moe.top_k + uneven * sent)
+            # A rank's only expert gives the row that is sent back.
+            gives_rows = has_only_expert(self.config, layout)
+            arrived = 0.0 if gives_rows else layout.expert_tensor * (imbalance * moe.top_k + uneven * sent)
             line.passes(2 * routed * (3 * sent + empty + arrived + 1) * width * e)
         elif not is_spread and storage.backend == "triton":
             # Sums over choices of products in expert order, of results and of gradients; rows are read where they are.
@@ -98,12 +101,22 @@ class PlannedMoe(PlannedBlock):
         yield Exchange("cp", "all_reduce", "int64", times * sum(map(bool, weights)), counted)
 
 
-def add_experts(line: Roofline, moe: MoeConfig, width: int, tokens: float, layout: Layout, imbalance: float) -> None:
-    """Add the grouped products of this rank's rows; in halves weights are read twice, and their gradients made and added."""
-    rows, experts = tokens * moe.top_k, moe.num_experts // layout.expert
+def add_experts(
+    line: Roofline, config: RunConfig, moe: MoeConfig, tokens: float, layout: Layout, imbalance: float
+) -> None:
+    """Add the products of this rank's rows, grouped by expert; in halves weights are read twice, and their gradients made and added.
+
+    A rank's only expert has products as dense ones are (kernels/moe `only_expert_feed_forward`), and computes empty places too.
+    """
+    width, experts = moe.expert_width(config.model.hidden_size), moe.num_experts // layout.expert
+    rows, is_only = tokens * moe.top_k, has_only_expert(config, layout)
     if layout.expert > 1:
         # This rank's tokens' worth of rows, gathered over the ranks that cut an expert's width.
-        rows *= imbalance * layout.expert_tensor / layout.tensor
+        rows *= layout.expert_tensor / layout.tensor
+        if is_only and layout.expert_buffer_factor is not None:
+            rows *= sent_rows(config, layout) / moe.top_k
+        else:
+            rows *= imbalance
     units, parts = moe.expert_hidden_size / layout.width_ranks, layout.expert_parts
     for _ in range(parts):
         add_feed_forward(
@@ -114,9 +127,18 @@ def add_experts(line: Roofline, moe: MoeConfig, width: int, tokens: float, layou
             moe.activation,
             groups=experts,
             grouped=True,
+            is_only=is_only,
             weights=("experts.up", "experts.down"),
         )
     if parts > 1:
         # Of the two gradients one is read and added to, which is read and written.
         weights = experts * units * width * matrices_of(moe.activation)
         line.seconds += 3 * weights * line.element_bytes / line.bandwidth
+
+
+def has_only_expert(config: RunConfig, layout: Layout) -> bool:
+    """Whether all rows that a rank gets are those of its only expert (model/moe/by_rank.py); slots are sorted still."""
+    moe = config.model.moe
+    if moe is None or layout.expert == 1 or moe.num_experts > layout.expert:
+        return False
+    return static_slots(config, layout) is None

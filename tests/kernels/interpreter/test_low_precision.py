@@ -10,15 +10,18 @@ from amfm.kernels.low_precision.formats import quantize, to_e8m0
 from amfm.kernels.low_precision.kept_weights import keep_weights
 from amfm.kernels.low_precision.products import multiplies_codes
 from amfm.kernels.low_precision.recipe import NAMES, Recipe
-from amfm.kernels.moe import triton_codes, triton_epilogues
+from amfm.kernels.moe import triton_codes, triton_epilogues, triton_only_expert
 from amfm.kernels.moe.counting_sort import list_tiles
 from amfm.kernels.moe.low_precision import makes_codes
 from amfm.kernels.moe.op import expert_feed_forward, grouped_feed_forward
 from amfm.kernels.swiglu.gate import PLAIN
+from benchmarks.kernels.counting import count_launches
 from tests.helpers.gradient_place import Place
-from tests.helpers.numbers import assert_bitwise, assert_near
+from tests.helpers.numbers import assert_all_near, assert_bitwise, assert_near
 from tests.helpers.registration import assert_registered
 from tests.kernels.interpreter.products import scaled_products
+from tests.kernels.moe.test_only_expert import NAMES as ONLY_NAMES
+from tests.kernels.moe.test_only_expert import check_sums_and_split, only_leaves, run_only
 
 EXACT = 1e-6  # float32 products of decoded operands
 
@@ -316,7 +319,9 @@ def test_codes_made_in_epilogues_are_those_of_passes_afterwards_to_the_bit(
         (*kept, *active), (*wide, *triton_impl.quantize_rows(hidden, tiles, rows=True, **how)[0]), strict=True
     ):
         assert_bitwise(ours, passed)
-    opened = triton_codes._open(v, triton_codes._restore(dtype, *kept), *choice, tiles.tiles, len(COUNTS), activation)
+    opened = triton_codes.open_rows(
+        v, triton_codes._restore(dtype, *kept), *choice, tiles.tiles, len(COUNTS), activation
+    )
     made = triton_impl.quantize_rows(opened[0], tiles, rows=True, columns=True)
     made += triton_impl.quantize_rows(opened[1], tiles, columns=True)[1:]
     used = sum(-(-count // 128) for count in COUNTS)  # of the tiles that there is room for
@@ -344,3 +349,34 @@ def test_packed_rows_are_those_of_the_definition_to_the_bit(poisoned_memory):
     assert found[4, 7].isnan() and torch.equal(found.nan_to_num(7.0), wanted.values().nan_to_num(7.0))
     assert_registered(triton_impl.pack_rows, x)
     assert_registered(triton_impl.unpack_rows, packed, found)
+
+
+@pytest.mark.parametrize(
+    ("rows", "activation"), [(63, "swiglu"), (1, "squared_relu"), (0, "swiglu"), (20, "swiglu_oai@1.5"), (5, "gelu")]
+)
+def test_the_only_expert_is_the_definition_twice_bitwise_without_groups(rows, activation, twice, poisoned_memory):
+    wanted = run_only(only_leaves(rows, activation=activation), activation=activation, backend="reference")
+    leaves = only_leaves(rows, torch.float32, activation=activation)
+    with count_launches() as launches:
+        once = twice(lambda: run_only(leaves, activation=activation, backend="triton"))
+    # Products over some fifty terms.
+    assert_all_near(once, wanted, 1e-5, ONLY_NAMES)
+    allowed = {"weigh_activation_kernel", "open_kernel", "list_tiles_kernel", "sum_parts_kernel"}
+    assert {launch.kernel for launch in launches} <= allowed
+
+
+def test_gradients_of_the_only_expert_land_and_split_to_the_bit(poisoned_memory):
+    check_sums_and_split("triton", torch.float32)
+
+
+def test_products_by_codes_are_those_of_the_grouped_form_to_the_bit(poisoned_memory):
+    leaves = only_leaves(40, torch.float32, model=40)
+    for weight in leaves[2:]:
+        weight.recipe = Recipe("fp8_block")
+    found = [each.clone() for each in run_only(leaves, backend="triton")]
+    for one, other in zip(found, run_only(leaves, backend="triton", grouped=True), strict=True):
+        assert_bitwise(one, other)
+
+
+def test_registration_of_the_only_expert_is_complete():
+    assert_registered(triton_only_expert._weigh, torch.randn(5, 18), torch.randn(5, 1), "swiglu")

@@ -116,13 +116,14 @@ def test_hardware_without_a_recipes_products_is_named_and_emulation_is_planned_w
     assert estimate(emulated, Layout(64, 1, 1), H100, EVEN).step == plain.step
 
 
-def test_turbos_is_planned_faster_by_at_least_a_quarter():
+def test_turbos_is_planned_faster_by_at_least_a_twentieth():
     found = [
         estimate(config, Layout.of(config, 2048), H100, Assumptions()).step.total()
         for config in (preset("turbos_560b"), preset("turbos_560b", FP8), preset("turbos_560b_fp8"))
     ]
-    assert 1.25 < found[0] / found[1] < 1.4, "a prediction, of the code as it is"
-    assert 1.35 < found[0] / found[2] < 1.6
+    # Both have one expert per rank, in bf16 by the library and in FP8 by our kernels.
+    assert 1.05 < found[0] / found[1] < 1.2, "a prediction, of the code as it is"
+    assert 1.15 < found[0] / found[2] < 1.35
 
 
 def test_turbos_keeps_fewer_activations_as_codes_of_inputs_and_of_hidden_rows():

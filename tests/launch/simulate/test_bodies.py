@@ -33,7 +33,7 @@ from amfm.kernels.low_precision.recipe import ExpertRecipes, Recipe
 from amfm.kernels.mamba2 import native_impl, segments
 from amfm.kernels.mamba2 import triton_impl as mamba2
 from amfm.kernels.mamba2.sizes import MixerSizes
-from amfm.kernels.moe import counting_sort, recycling, triton_codes, triton_experts, triton_router
+from amfm.kernels.moe import counting_sort, recycling, triton_codes, triton_experts, triton_only_expert, triton_router
 from amfm.kernels.moe import torch_impl as experts_torch
 from amfm.kernels.moe.rows import triton_impl as rows_triton
 from amfm.kernels.norm import heads as head_norm
@@ -229,6 +229,7 @@ TRITON = (
     lambda rows: fed(rows, True),
     lambda rows: fed(rows, True, kept=10),
     lambda rows: fed(rows, False),
+    lambda rows: triton_only_expert.only_expert_triton(rows(6, 8), leaf(6, 1), leaf(1, 16, 8), leaf(1, 8, 8), "swiglu"),
     lambda rows: counting_sort.limit_pairs(numbers(8, 2, below=4), 4, 3),
     lambda rows: recycling.recycle_pairs(numbers(8, 2, below=4), 4, 3, torch.tensor(3), 4),
     lambda rows: triton_router._forward(float32(6, 4), None, "sigmoid", 2, True, 1.0, 2, 1, 2),

@@ -62,6 +62,7 @@ CONFIGS = {
     "drop": config_of(capacity_factor=1.0),
     "recycle": config_of(capacity_factor=1.0, overflow="recycle"),
     "roomy": config_of(capacity_factor=2.0),  # nothing is over it
+    "one each": config_of(num_experts=4, top_k=2),  # of four ranks each has one expert
 }
 
 
@@ -79,7 +80,7 @@ class Layout:
 
 LAYOUTS = {
     "ep2": Layout(ParallelConfig(expert=2), ("dropless", "recycle", "roomy"), ("latent", "drop"), shunned=(1,)),
-    "ep4, a rank gets nothing": Layout(ParallelConfig(expert=4), ("dropless",), ("latent",), shunned=(2, 3)),
+    "ep4, a rank gets nothing": Layout(ParallelConfig(expert=4), ("dropless", "one each"), ("latent",), shunned=(2, 3)),
     "tp2 ep2": Layout(ParallelConfig(tensor=2, expert=2), ("latent",), ("dropless", "drop")),
     "tp2 sp ep4": Layout(
         ParallelConfig(tensor=2, sequence_parallel=True, expert=4), ("recycle",), ("dropless", "latent")
