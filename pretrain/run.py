@@ -32,13 +32,14 @@ if TYPE_CHECKING:
 
 from amfm.model.config.indexer import IndexerStage
 from amfm.model.config.schema import in_indexer_stage
-from amfm.model.mixers.sparse.indexer import Indexer
 
 
 def set_indexer_stage(model: HybridModel, stage: IndexerStage | None) -> None:
     """Set what all indexers of a model do; None changes nothing. Parameters stay as they are; changes `config` too."""
     if stage is None:
         return
+    from amfm.model.mixers.sparse.indexer import Indexer  # of few models
+
     model.config = in_indexer_stage(model.config, stage)
     for module in model.modules():
         if isinstance(module, Indexer):
