@@ -4,14 +4,9 @@ The order matters. Settings are checked before anything is opened, data before t
 should not cost minutes of initialisation), the checkpoint is loaded before the log is opened, and the run directory is
 written to (startup/log.py) only when everything fits: a rejected start leaves no trace in the run it was rejected for.
 
-Ranks compare what they were started with twice, before the model is built: configuration and versions first, then the
-identities of data and tokenizer. A rank that differed would hang the others in a collective, or train another model.
-
-What a run is made of, in one record: settings, store, tokenizer, our own code, and versions of libraries.
-
-All ranks compare it at the start: ranks that were started by hand or by a scheduler with other settings, another store
-or another checkout would train together without a word. Every checkpoint carries it (`config`, `identities`,
-`versions`), and a start that continues from one says what changed.
+Ranks compare what they were started with twice, before the model is built: configuration, versions and our own code first,
+then the identities of data and tokenizer. A rank that differed would hang the others in a collective, or train another model
+without a word. Every checkpoint carries this record, and a start that continues from one says what changed.
 """
 
 from __future__ import annotations
@@ -131,6 +126,9 @@ def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent, 
     record_collectives(Path(config.run.dir) / "flight")
     rank, world_size, _, _ = start_process_group(config.train.timeout_seconds)
     require_same_on_all_ranks(describe_start(config))
+    from amfm.pretrain.startup.precision import settle_precision
+
+    config, notes = settle_precision(config, RankGroup(rank, world_size))
     newest = RankGroup(rank, world_size).broadcast(continued_step(config) if rank == 0 else None)
     steps_done = max(0, newest)
     check_run(config, world_size, steps_done=steps_done, goes_on=launcher_goes_on())
@@ -158,6 +156,7 @@ def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent, 
         run = build_run(config, signals, stages, run.progress.step, report, draws=False, hooks=hooks)
         loaded = resume(run, report)
     run.files.lock = lock
+    run.remarks = (*notes, *run.remarks)
     # The checkpoint may have been saved in another stage than the model was built for.
     run.stage = last_stage(stages, run.progress.step)
     set_up_model(run.model, run.stage)
@@ -200,9 +199,7 @@ def build_run(
     draws: bool,
     hooks: Sequence[HookMaker],
 ) -> Run:
-    """Build ranks, data, model and engine as the step after `steps_done` needs them, telling `report`.
-
-    Every rank must call this.
+    """Build ranks, data, model and engine as the step after `steps_done` needs them. Every rank must call this.
 
     draws: the model gets first values; else a checkpoint must be loaded into it. hooks: of a program, built from the run.
     """

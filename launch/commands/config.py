@@ -48,7 +48,9 @@ def config(
     if show_precision and diff is not None:
         raise ValueError("--show-precision and --diff print different things; give one of them")
     if show_precision:
-        print_precision(resolved, str(path), as_json=as_json)
+        from amfm.pretrain.startup.precision import settle_precision
+
+        print_precision(settle_precision(resolved)[0], str(path), as_json=as_json)
     elif diff is not None:
         differences = diff_configs(load_config(diff), resolved)
         if as_json:

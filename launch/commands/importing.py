@@ -145,8 +145,9 @@ def import_training_state(
     from amfm.pretrain.config.file import load_config
     from amfm.pretrain.foreign_states.adopt import import_state
     from amfm.pretrain.foreign_states.state import WrittenRun
+    from amfm.pretrain.startup.precision import settle_precision
 
-    run = None if config is None else load_config(config)
+    run = None if config is None else settle_precision(load_config(config))[0]
     with Waiting("amfm import") as waiting:
         written = import_state(source, out, run, step=step, changed=changed, report=waiting)
     if not isinstance(written, WrittenRun):

@@ -17,9 +17,7 @@ import os
 import platform
 import shutil
 import sys
-import timeit
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,14 +147,16 @@ def examine_devices() -> list[Finding]:
 
     from amfm.kernels.runtime.backend import refuse_triton
     from amfm.kernels.runtime.native import refuse_native
+    from amfm.pretrain.startup.precision import faster_on_processor
 
     if not torch.cuda.is_available():
         waits = "sleep" if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive" else "spin"
         reason = refuse_native(torch.device("cpu"))
+        precision, measured = faster_on_processor()
         threads = (
             f"CPU only, {torch.get_num_threads()} threads, which {waits} while they wait (torch {torch.__version__}); "
             f"kernels.backend auto is {f'torch: {reason}' if reason else 'native (Mamba2 in C)'}; "
-            f"train.precision: {describe_products()}"
+            f"train.precision auto is {precision} ({measured})"
         )
         return [Finding("devices", "ok", threads)]
     findings = []
@@ -170,23 +170,6 @@ def examine_devices() -> list[Finding]:
     refusals = {refuse_triton(torch.device("cuda", index)) for index in range(torch.cuda.device_count())}
     findings += [Finding("triton on this GPU", "warn", refusal, "see docs/gpu.md") for refusal in refusals if refusal]
     return findings
-
-
-def describe_products() -> str:
-    """Whether bf16 is the faster precision of steps on this processor, by the least time of one product in each, one thread."""
-    import torch
-
-    threads, seconds = torch.get_num_threads(), {}
-    torch.set_num_threads(1)
-    try:
-        for dtype in (torch.float32, torch.bfloat16):
-            left, right = torch.ones(512, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-            seconds[dtype] = min(timeit.repeat(partial(torch.mm, left, right), number=1, repeat=9))
-    finally:
-        torch.set_num_threads(threads)
-    ratio = seconds[torch.float32] / seconds[torch.bfloat16]
-    faster = "bf16 is faster here" if ratio > 1.2 else "float32 is faster here"
-    return f"{faster} (products in bf16 run at {ratio:.1f} times the speed of float32)"
 
 
 def describe_gpu(properties: Any) -> str:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from amfm.model.config.low_precision import RecipeName
 from amfm.pretrain.config.file import read_schema
+from amfm.pretrain.config.schema import RunConfig
 
 GIB = 2**30
 
@@ -81,6 +82,13 @@ class Hardware(BaseModel):
     def peak_flops(self, precision: str) -> float:
         """Dense peak of matrix products in the training precision, operations per second."""
         return self.bf16_flops if precision == "bf16" else self.float32_flops
+
+    def settle(self, config: RunConfig) -> RunConfig:
+        """The configuration with the precision of the higher peak, if `train.precision` is to be chosen."""
+        if config.train.precision != "auto":
+            return config
+        precision = "bf16" if self.bf16_flops >= self.float32_flops else "float32"
+        return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
 
     def recipe_peak(self, recipe: RecipeName) -> float:
         """Dense peak of products by a recipe of low precision, operations per second. Raises ValueError if it has none."""

@@ -48,8 +48,9 @@ class TrainConfig(Section):
         None, description="Start with smaller batches; null: full from the start."
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Of weights, data order and every other random draw.")
-    precision: Literal["float32", "bf16"] = Field(
-        "bf16", description="Of weights and activations; master weights and moments are float32 always."
+    precision: Literal["auto", "float32", "bf16"] = Field(
+        "bf16",
+        description="Of weights and activations; master weights and moments are float32 always. auto: bf16 on a GPU, on a CPU the faster by a measurement at the first start; a resume keeps it.",
     )
     checkpoint_every_steps: int | None = Field(
         None, gt=0, description="Save every N steps; null: only at the end and on signals."

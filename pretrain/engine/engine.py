@@ -270,7 +270,7 @@ def build_engine(
     module: nn.Module,
     *,
     optimizer: OptimizerConfig,
-    precision: Precision,
+    precision: Literal["auto", "float32", "bf16"],
     zero_stage: int,
     parallel: Parallel,
     offload_optimizer: bool = False,
@@ -286,6 +286,7 @@ def build_engine(
     reduced together, at least, `sums_in_products`: products add their weights' gradients to those sums, and `record` is told
     of the reductions and gathers (`GradientBuckets`).
     """
+    assert precision != "auto", "train.precision is settled at the start of a run"
     quiet_deepspeed()
     if parallel.device.type == "cpu":
         # The shared-memory collectives need a compiler at first use; gloo does the work without them.

@@ -33,12 +33,13 @@ def numerics(
     """
     from amfm.launch.bench.numerics import RECIPES, compare_recipes, find_excess
     from amfm.pretrain.config.file import load_config
+    from amfm.pretrain.startup.precision import settle_precision
 
     names = [name for name in RECIPES if name in recipes.split(",")]
     unknown = [word for word in recipes.split(",") if word not in RECIPES]
     if unknown:
         raise ValueError(f"--recipes {recipes}: there is no recipe {unknown[0]!r}; use some of {','.join(RECIPES)}")
-    config = load_config(path, overrides or [])
+    config = settle_precision(load_config(path, overrides or []))[0]
     with tempfile.TemporaryDirectory(prefix="amfm_numerics_") as folder:
         result = compare_recipes(config, names, steps=steps, seeds=seeds, folder=Path(folder), report=say)
     if as_json:

@@ -208,4 +208,4 @@ def test_the_schema_accepts_partial_files_and_knows_every_section():
     schema = config_schema()
     assert "required" not in schema
     assert set(schema["properties"]) == {"extends", *RunConfig.model_fields}
-    assert schema["$defs"]["TrainConfig"]["properties"]["precision"]["enum"] == ["float32", "bf16"]
+    assert schema["$defs"]["TrainConfig"]["properties"]["precision"]["enum"] == ["auto", "float32", "bf16"]

@@ -77,7 +77,7 @@ def test_a_value_of_the_wrong_kind_names_rule_and_remedy(base, override, rule):
 
 def test_a_wrong_choice_lists_the_allowed_and_the_nearest(base, tmp_path):
     path = written(tmp_path, "extends: base.yaml\ntrain:\n  precision: bf61\n")
-    assert message_of(path) == f'{path}:3: train.precision = "bf61": must be one of: float32, bf16; use bf16'
+    assert message_of(path) == f'{path}:3: train.precision = "bf61": must be one of: auto, float32, bf16; use bf16'
     assert "must be one of: 0, 1, 2, 3" in message_of(base, "parallel.zero_stage=4")
 
 
