@@ -70,7 +70,9 @@ $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 # Once per environment and by one process: what each worker, and the process that they fork from, would compile at the same time.
 $(VENV)/.compiled: $(VENV)/.installed-dev
 	@echo "compiling what the tests import, once: about a minute"
-	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest --collect-only --quiet -p no:cacheprovider > /dev/null
+	@mkdir -p build
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest --collect-only --quiet -p no:cacheprovider > build/collected.txt || \
+		{ tail -n 40 build/collected.txt; exit 1; }
 	touch $@
 
 # Whole files, longest first; processor seconds are printed, and fail CI where they grew. RECORD=1 records them instead.

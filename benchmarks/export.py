@@ -22,7 +22,7 @@ import typer
 from torch import Tensor
 
 from amfm.data_pipeline.config import TokenizerConfig
-from amfm.data_pipeline.tokenizer.training import train_tokenizer
+from amfm.data_pipeline.tokenizer.sentencepiece_model import train_tokenizer
 from amfm.launch.arguments import JsonOption
 from amfm.launch.bench.hardware import describe_hardware
 from amfm.launch.console import print_json, print_rows, say

@@ -18,13 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from amfm.data_pipeline.config import DataConfig
-from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.samples.loss_spans import describe_disorder
 from amfm.data_pipeline.samples.packing import IGNORED_LABEL
 from amfm.data_pipeline.samples.samples import SampleReader, SampleSettings
 from amfm.data_pipeline.store.manifest import Part, Split
 from amfm.data_pipeline.store.shards import DamagedError
 from amfm.data_pipeline.store.store import TokenStore, check_part_files
+from amfm.data_pipeline.terminal import Report, silent
 from amfm.data_pipeline.tokenizer.id_vocabulary import IdVocabulary
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer, load_tokenizer, require_marking
 

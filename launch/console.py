@@ -18,8 +18,7 @@ from rich.measure import Measurement
 from rich.padding import Padding
 from rich.table import Column, Table
 
-from amfm.data_pipeline.progress import format_seconds
-from amfm.data_pipeline.terminal import printable
+from amfm.data_pipeline.terminal import format_seconds, printable
 
 # How a warning of megatron-core begins, at each import, about libraries that we do not use.
 UNUSED_LIBRARIES = "Transformer Engine and Apex are not installed"

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from amfm.data_pipeline.progress import Waiting
+from amfm.data_pipeline.terminal import Waiting
 from amfm.launch.wait_policy import choose_wait_policy
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from amfm.data_pipeline.durable.foreign_files import read_object, take
-from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.terminal import Report, silent
 
 # Events that someone who looks at a run should know of.
 WARNINGS = {"experts_collapsed", "unbalanced_experts", "rolled_back", "gave_up", "failed"}

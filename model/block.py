@@ -27,7 +27,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
-from amfm.kernels.common.split_backward import is_splitting
+from amfm.kernels.common.weight_gradients import is_splitting
 from amfm.model.build import build_mixer, build_norm, build_stream
 from amfm.model.config.schema import ModelConfig
 from amfm.model.mixers.interface import BlockState, MixerOutput, as_mixer

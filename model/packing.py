@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from amfm.kernels.attention.varlen import DocumentEnds
-from amfm.kernels.common.strides import first_tokens
+from amfm.kernels.common.inputs import first_tokens
 from amfm.model.segments import Segments
 
 Mean = Callable[[Tensor], Tensor]

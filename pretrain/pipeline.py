@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed import pipelining
 from torch.distributed.pipelining import schedules
 
-from amfm.kernels.common.split_backward import Later, compute_now, split_backward
+from amfm.kernels.common.weight_gradients import Later, compute_now, split_backward
 from amfm.model.block import Stream
 from amfm.model.hybrid import HybridModel, ModelOutput
 from amfm.model.parallel.waits import waiting
@@ -144,7 +144,7 @@ class PieceStage(pipelining.PipelineStage):
     torch keeps a buffer for each micro-batch of a step both ways, and steps of large models have hundreds: here one is
     made where its receive is posted, and let go where the pass that reads it is over. `received`: the stream that comes
     in, and `sent`: that which goes out, on the meta device. `collect`: of a schedule that cuts backward passes in two; called with each weight whose gradient
-    the weights' half of a pass has added, past autograd's accumulation (kernels/common/split_backward.py).
+    the weights' half of a pass has added, past autograd's accumulation (kernels/common/weight_gradients.py).
     """
 
     def __init__(

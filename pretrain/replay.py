@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from amfm.data_pipeline.durable.files import check_free
-from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.terminal import Report, silent
 from amfm.pretrain.checkpoint.fork import copy_teacher, fork_run
 from amfm.pretrain.checkpoint.inspect import require_sound
 from amfm.pretrain.checkpoint.names import checkpoint_name, list_checkpoints, step_of

@@ -19,9 +19,9 @@ from amfm.pretrain.monitor.heartbeat import Heartbeat
 from amfm.pretrain.monitor.live import Display
 from amfm.pretrain.monitor.metrics import RunLog
 from amfm.pretrain.monitor.ownership import Ownership
-from amfm.pretrain.monitor.phases import UNTIL_UPDATE, PhaseClock
 from amfm.pretrain.monitor.profile import StepProfiler
 from amfm.pretrain.monitor.signals import SignalWatch
+from amfm.pretrain.monitor.stragglers import UNTIL_UPDATE, PhaseClock
 from amfm.pretrain.parallel import Parallel
 from amfm.pretrain.recompute import recomputed_letters
 from amfm.pretrain.stages import Built, RunStage, in_layout, stage_of

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.terminal import Report, silent
 from amfm.pretrain.checkpoint.background import Saved
 from amfm.pretrain.checkpoint.commit import RankFailure, SavedCheckpoint
 from amfm.pretrain.checkpoint.load import LoadedCheckpoint, load_newest

@@ -7,6 +7,8 @@ written to (startup/log.py) only when everything fits: a rejected start leaves n
 Ranks compare what they were started with twice, before the model is built: configuration, versions and our own code first,
 then the identities of data and tokenizer. A rank that differed would hang the others in a collective, or train another model
 without a word. Every checkpoint carries this record, and a start that continues from one says what changed.
+
+Within a run the ranks are rebuilt when the next stage has its own layout, or when its guides are no longer needed.
 """
 
 from __future__ import annotations
@@ -23,30 +25,29 @@ import torch
 import torch.distributed
 
 from amfm.data_pipeline.memory import keep_freed_memory
-from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.terminal import Report, silent
 from amfm.pretrain.checkpoint.background import BackgroundSaver
 from amfm.pretrain.checkpoint.commit import make_checkpoints_folder
 from amfm.pretrain.checkpoint.names import continued_step
 from amfm.pretrain.checkpoint.remote import RemoteCheckpoints
 from amfm.pretrain.checkpoint.replicas.memory import NodeMemory
 from amfm.pretrain.checks.check_run import check_run
+from amfm.pretrain.checks.ranks import describe_parallel
 from amfm.pretrain.config.fields import flatten_settings
 from amfm.pretrain.config.file import without_secrets
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.engine import build_engine
-from amfm.pretrain.fresh_start import needed_now
 from amfm.pretrain.hook import HookMaker
 from amfm.pretrain.hooks.build import build_hooks
-from amfm.pretrain.monitor.beats import clear_beats
+from amfm.pretrain.monitor.beats import NodeBoard, clear_beats
 from amfm.pretrain.monitor.environment import find_peak
 from amfm.pretrain.monitor.heartbeat import Heartbeat
+from amfm.pretrain.monitor.held import Starting
 from amfm.pretrain.monitor.metrics import check_plot_services
-from amfm.pretrain.monitor.node_board import NodeBoard
 from amfm.pretrain.monitor.ownership import Ownership, lock_directory
-from amfm.pretrain.monitor.phases import PhaseClock
 from amfm.pretrain.monitor.profile import StepProfiler
 from amfm.pretrain.monitor.signals import SignalWatch
-from amfm.pretrain.monitor.starting import Starting
+from amfm.pretrain.monitor.stragglers import PhaseClock
 from amfm.pretrain.parallel import (
     initialize_parallel,
     launcher_goes_on,
@@ -274,3 +275,23 @@ def close_run(run: Run) -> None:
     for hook in run.hooks:
         hook.close()
     run.files.close()
+
+
+def needed_now(run: Run) -> Built:
+    """What the next step is to be built by."""
+    return Built.for_step_after(run.progress.step, run.config, run.stages)
+
+
+def announce_fresh_start(run: Run) -> None:
+    """Record and say that the ranks restart for the next step, and why; everything is saved."""
+    saved, needed = f"saved at step {run.progress.step}", needed_now(run)
+    if needed.parallel == run.built.parallel:
+        run.tell("guide_removed", f"{saved}: the factored matrices continue without guides; ranks restart")
+        return
+    stage = stage_of(run.stages, run.progress.step)
+    run.tell(
+        "next_layout",
+        f"{saved}: stage {stage.name} has its own layout, {describe_parallel(needed.parallel)}; its ranks restart",
+        stage=stage.name,
+        parallel=needed.parallel.model_dump(mode="json"),
+    )

@@ -21,10 +21,9 @@ import os
 import signal
 from collections.abc import Sequence
 
-from amfm.data_pipeline.progress import Waiting
+from amfm.data_pipeline.terminal import Waiting
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.failures import describe, is_bug, while_running
-from amfm.pretrain.fresh_start import announce_fresh_start, needed_now
 from amfm.pretrain.hook import HookMaker
 from amfm.pretrain.launcher_protocol import DONE, INTERRUPTED, NEXT_LAYOUT, RUN_FAILED
 from amfm.pretrain.monitor.beats import describe_lost
@@ -34,7 +33,7 @@ from amfm.pretrain.parallel import is_first_rank
 from amfm.pretrain.recovery import handle_anomaly
 from amfm.pretrain.run import Run, apply_stage
 from amfm.pretrain.saving import finish_copies, finish_saving, save, save_if_due, send_missing_copy
-from amfm.pretrain.start import close_run, start_run
+from amfm.pretrain.start import announce_fresh_start, close_run, needed_now, start_run
 from amfm.pretrain.step import train_step
 
 

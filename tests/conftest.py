@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from amfm.data_pipeline.prepare.corpus import fetch_corpus
+from amfm.data_pipeline.prepare.sample_text import fetch_corpus
 
 
 @pytest.fixture(scope="session")

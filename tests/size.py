@@ -23,7 +23,8 @@ MOST_FILES = 25  # of a folder, __init__.py apart
 TRAINING_PATH = PurePosixPath("pretrain/train.py")
 MOST_REACHED = 32_700  # lines that TRAINING_PATH reaches; lower it when it can be
 LONG, MOST_LONG = 400, 0  # lines of a file of the product, and files that have more: split them by idea
-SMALL, MOST_SMALL = 60, 101  # files with fewer, which are read only with a neighbour: join it
+SMALL, MOST_SMALL = 60, 90  # files with fewer, which are read only with a neighbour: join it
+MOST_PRODUCT_FILES, LEAST_MEDIAN = 828, 142  # of the product, the second in lines of a file: joins move both
 # Branches on a block's symbol or on a mixer's class, where a question to its options or its mixer would do. Loops are none.
 BRANCH = re.compile(r"""(==|in) *["'(]+[ME*-]["',)]|(letter|symbol) *(==|in) |isinstance\([^)]*Mixer""")
 LOOP = re.compile(r"\bfor [^:]*(letter|symbol) in ")
@@ -110,12 +111,18 @@ def branches_on_blocks(lines: dict[PurePosixPath, int]) -> list[str]:
 
 
 def odd_files(lines: dict[PurePosixPath, int]) -> list[str]:
-    """Print the median of the product's files; problems where more are long, or more are small, than there were."""
+    """Print the median of the product's files; problems where they are more, or more are long or small, than there were."""
     sizes = {path: number for path, number in lines.items() if path.parts[0] in PRODUCT and path.name != "__init__.py"}
     long = sorted(str(path) for path, number in sizes.items() if number > LONG)
     small = sum(number < SMALL for number in sizes.values())
-    print(f"median of a file {median(sizes.values()):.0f} lines, {len(long)} above {LONG}, {small} below {SMALL}")
+    middle, number = median(sizes.values()), sum(path.parts[0] in PRODUCT for path in lines)
+    print(f"median of a file {middle:.0f} lines, {len(long)} above {LONG}, {small} below {SMALL}")
     problems = []
+    if number > MOST_PRODUCT_FILES or middle < LEAST_MEDIAN:
+        problems.append(
+            f"{number} files of the product (at most {MOST_PRODUCT_FILES}) with a median of {middle:.0f} lines (at least "
+            f"{LEAST_MEDIAN}); join what is read only with a neighbour"
+        )
     if len(long) > MOST_LONG:
         problems.append(f"{', '.join(long)} have more than {LONG} lines, at most {MOST_LONG} may; split one by idea")
     if small > MOST_SMALL:

@@ -26,10 +26,10 @@ from amfm.data_pipeline.config import SourceConfig
 from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.data_pipeline.prepare.documents import SegmentReader
 from amfm.data_pipeline.prepare.plan import plan_source
-from amfm.data_pipeline.prepare.python_sources import collect_python_sources
 from amfm.data_pipeline.prepare.records import Document
+from amfm.data_pipeline.prepare.sample_text import collect_python_sources
 from amfm.data_pipeline.store.store import TokenStore
-from amfm.data_pipeline.tokenizer.training import train_tokenizer
+from amfm.data_pipeline.tokenizer.sentencepiece_model import train_tokenizer
 from amfm.pretrain.monitor.environment import read_processor_name
 from benchmarks.data.cold import measure_cold_reads
 from benchmarks.data.files import PRESETS, BenchData, export_for_megatron, make_huge_store, recode_store

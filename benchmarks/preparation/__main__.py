@@ -13,7 +13,7 @@ from amfm.data_pipeline.config import DataConfig, PrepareConfig, TokenizerConfig
 from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.data_pipeline.prepare.choose_tokenizer import training_texts
 from amfm.data_pipeline.prepare.plan import plan_source
-from amfm.data_pipeline.tokenizer.training import train_tokenizer
+from amfm.data_pipeline.tokenizer.sentencepiece_model import train_tokenizer
 from amfm.launch.arguments import JsonOption
 from amfm.launch.console import print_json, print_pairs, print_rows, say
 from benchmarks.command import main

@@ -20,7 +20,7 @@ import pyarrow.parquet
 
 from amfm.data_pipeline.config import SourceConfig
 from amfm.data_pipeline.durable.files import write_file_atomically
-from amfm.data_pipeline.prepare.python_sources import collect_python_sources
+from amfm.data_pipeline.prepare.sample_text import collect_python_sources
 
 REAL_MEGABYTES = 120  # at most: what every installation has
 REAL_SHARE = 4  # at most one byte in so many is real

@@ -23,8 +23,8 @@ import torch
 from amfm.data_pipeline.batch import Batch
 from amfm.data_pipeline.config import DataConfig
 from amfm.data_pipeline.loader.reader_process import ReadingProcess
+from amfm.data_pipeline.samples.mixture import phases_of
 from amfm.data_pipeline.samples.packing import BufferPool, Row, assemble_rows
-from amfm.data_pipeline.samples.phases import phases_of
 from amfm.data_pipeline.samples.samples import CorruptSample, SampleReader, SampleSettings
 from amfm.data_pipeline.store.manifest import Part, Split
 from amfm.data_pipeline.store.store import TokenStore

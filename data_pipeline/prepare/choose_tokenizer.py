@@ -15,14 +15,12 @@ from typing import Any
 from amfm.data_pipeline.config import DataConfig, SourceConfig
 from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.data_pipeline.durable.foreign_files import read_object
-from amfm.data_pipeline.prepare.columns import holds_tokens
 from amfm.data_pipeline.prepare.dialogues import describe_columns, dialogues_of
 from amfm.data_pipeline.prepare.documents import NAME_TOKENIZER, SegmentReader
-from amfm.data_pipeline.prepare.filters import make_filter
-from amfm.data_pipeline.prepare.reading import reading_of
+from amfm.data_pipeline.prepare.reading import make_filter, reading_of
 from amfm.data_pipeline.prepare.records import Document, Reject, TokenDocument
 from amfm.data_pipeline.prepare.rejects import place_of
-from amfm.data_pipeline.prepare.segments import Segment
+from amfm.data_pipeline.prepare.segments import Segment, holds_tokens
 from amfm.data_pipeline.prepare.sources import KIND_BY_SUFFIX, TOKEN_KINDS
 from amfm.data_pipeline.tokenizer.id_vocabulary import IdVocabulary
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer, read_tokenizer_file, tokenizer_files
@@ -121,7 +119,7 @@ def choose_tokenizer(
     if given is None:
         begin_training()
         require_training_text(config, plans)
-        from amfm.data_pipeline.tokenizer.training import train_tokenizer  # needs protobuf
+        from amfm.data_pipeline.tokenizer.sentencepiece_model import train_tokenizer  # needs protobuf
 
         given = train_tokenizer(training_texts(config, plans), wanted)
     return given, settings

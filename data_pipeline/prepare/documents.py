@@ -18,16 +18,10 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
-from amfm.data_pipeline.prepare.columns import (
-    check_offsets,
-    column_problem,
-    holds_ids,
-    is_of_the_disk,
-)
 from amfm.data_pipeline.prepare.dialogues import Dialogues
-from amfm.data_pipeline.prepare.filters import Filter
 from amfm.data_pipeline.prepare.reading import (
     AS_IT_IS,
+    Filter,
     Reading,
     cut_stream,
     find_field,
@@ -51,7 +45,13 @@ from amfm.data_pipeline.prepare.records import (
     read_at_most,
     read_line,
 )
-from amfm.data_pipeline.prepare.segments import Segment
+from amfm.data_pipeline.prepare.segments import (
+    Segment,
+    check_offsets,
+    column_problem,
+    holds_ids,
+    is_of_the_disk,
+)
 from amfm.data_pipeline.prepare.sources import TOKEN_KINDS
 from amfm.data_pipeline.store.mds_files import DamagedShardError, MdsShard, read_mds_shard
 from amfm.data_pipeline.store.megatron_files import read_megatron_documents, read_megatron_index

@@ -18,11 +18,10 @@ from typing import Literal
 
 from amfm.data_pipeline.config import DataConfig, FilterConfig, SourceConfig
 from amfm.data_pipeline.memory import no_garbage_collection
-from amfm.data_pipeline.prepare.columns import check_column, holds_tokens
 from amfm.data_pipeline.prepare.dialogues import Dialogues, columns_of
 from amfm.data_pipeline.prepare.documents import NO_FILTERS
 from amfm.data_pipeline.prepare.reading import AS_IT_IS, Reading, Template, check_reading
-from amfm.data_pipeline.prepare.segments import Segment, cut_segments
+from amfm.data_pipeline.prepare.segments import Segment, check_column, cut_segments, holds_tokens
 from amfm.data_pipeline.prepare.sources import TOKEN_KINDS, InputFile, list_files
 from amfm.data_pipeline.samples.permutation import derive_key, permute
 from amfm.data_pipeline.store.manifest import MAX_PARTS, Layout

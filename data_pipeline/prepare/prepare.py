@@ -31,7 +31,6 @@ from amfm.data_pipeline.prepare.report import PrepareReport, Progress, ShowProgr
 from amfm.data_pipeline.prepare.segments import Segment
 from amfm.data_pipeline.prepare.token_limit import run_units, take_tokens
 from amfm.data_pipeline.prepare.unit import UnitFailure, UnitReport
-from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.store.manifest import (
     PART_NAME,
     SPLITS,
@@ -42,6 +41,7 @@ from amfm.data_pipeline.store.manifest import (
     write_manifest,
 )
 from amfm.data_pipeline.store.object_store import is_url
+from amfm.data_pipeline.terminal import Report, silent
 from amfm.data_pipeline.tokenizer.chat_template import NOTHING_LEARNED
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
 

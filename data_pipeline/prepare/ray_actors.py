@@ -30,8 +30,8 @@ from amfm.data_pipeline.prepare.own_code import local_modules
 from amfm.data_pipeline.prepare.plan import Unit
 from amfm.data_pipeline.prepare.ray_token import START_RAY, choose_token, must_answer
 from amfm.data_pipeline.prepare.unit import UnitFailure, UnitReport, run_unit
-from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.store.part_writer import import_zarr
+from amfm.data_pipeline.terminal import Report, silent
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
 
 START_SECONDS = 900  # most of them for one process that lives: a core that serves thirty others gives it half a minute

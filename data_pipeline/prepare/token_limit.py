@@ -18,8 +18,8 @@ from amfm.data_pipeline.config import DataConfig
 from amfm.data_pipeline.prepare.plan import BYTES_A_TOKEN, Unit
 from amfm.data_pipeline.prepare.ray_actors import run_on_ray
 from amfm.data_pipeline.prepare.unit import UnitFailure, UnitReport, run_unit
-from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.store.part_writer import import_zarr
+from amfm.data_pipeline.terminal import Report, silent
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
 
 SMALL_BYTES = 50_000_000  # of text: one process has written it by the time that Ray and its actors have started

@@ -21,8 +21,8 @@ import numpy.typing as npt
 
 from amfm.data_pipeline.prepare.documents import SegmentReader
 from amfm.data_pipeline.prepare.duplicates import hash_text, load_skips, write_hashes
-from amfm.data_pipeline.prepare.filters import make_filter
 from amfm.data_pipeline.prepare.plan import Unit
+from amfm.data_pipeline.prepare.reading import make_filter
 from amfm.data_pipeline.prepare.records import Document, Reject, TokenDocument
 from amfm.data_pipeline.prepare.rejects import RejectList, listing_rejects
 from amfm.data_pipeline.samples.loss_spans import find_runs

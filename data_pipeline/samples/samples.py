@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from amfm.data_pipeline.samples.bins import BinIndex
 from amfm.data_pipeline.samples.loss_spans import is_counted, label_counted
-from amfm.data_pipeline.samples.mixture import Mixture, Shift
+from amfm.data_pipeline.samples.mixture import EpochSpan, Mixture, PhaseSettings, Shift, phases_of
 from amfm.data_pipeline.samples.packing import Row, count_windows, starts_in_window
 from amfm.data_pipeline.samples.permutation import (
     BLOCK_WINDOWS,
@@ -34,7 +34,6 @@ from amfm.data_pipeline.samples.permutation import (
     permute,
     permute_in_blocks,
 )
-from amfm.data_pipeline.samples.phases import EpochSpan, PhaseSettings, phases_of
 from amfm.data_pipeline.store.manifest import Part, Split
 from amfm.data_pipeline.store.node_cache import CacheSettings
 from amfm.data_pipeline.store.shards import DamagedError

@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from amfm.data_pipeline.durable.files import replacing
-from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.store.manifest import Split
 from amfm.data_pipeline.store.store import TokenStore
 from amfm.data_pipeline.store.token_files import Open
+from amfm.data_pipeline.terminal import Report, silent
 
 MAGIC = b"MMIDIDX\x00\x00"
 DTYPE_BY_CODE = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}

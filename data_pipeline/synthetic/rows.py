@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amfm.data_pipeline.samples.mixture import Mixture
+from amfm.data_pipeline.samples.mixture import EpochSpan, Mixture, PhaseSettings
 from amfm.data_pipeline.samples.packing import Row
 from amfm.data_pipeline.samples.permutation import derive_key
-from amfm.data_pipeline.samples.phases import EpochSpan, PhaseSettings
 from amfm.data_pipeline.samples.samples import CorruptSample
 from amfm.data_pipeline.store.manifest import Split
-from amfm.data_pipeline.synthetic.build import build_task
-from amfm.data_pipeline.synthetic.draws import NOISE, Draws, Int64, SyntheticRow, SyntheticTask
+from amfm.data_pipeline.synthetic.tasks import NOISE, Draws, Int64, SyntheticRow, SyntheticTask, build_task
 
 if TYPE_CHECKING:
     from amfm.data_pipeline.config import SyntheticConfig  # pydantic takes longer to import than everything here

@@ -1,15 +1,18 @@
-"""The synthetic tasks: associative recall, copying, and state tracking.
+"""The synthetic tasks: associative recall, copying, and state tracking, of random numbers that are a function of a row's key.
 
-Associative recall: keys with values, then only keys, to be completed by their values.
+The numbers of a row are equal on every machine and under every release of numpy, and any row can be made without those before
+it.
 
-It asks for what attention does exactly and a recurrence must fit into its state, so accuracy against the number of pairs
-measures the capacity of a mixer's state.
+Associative recall has keys with values, then only keys, to be completed by their values. It asks for what attention does
+exactly and a recurrence must fit into its state, so accuracy against the number of pairs measures the capacity of a mixer's
+state.
 
-State tracking: the running product of a sequence of group elements. Parity is the group of two elements.
+State tracking is the running product of a sequence of group elements. Parity is the group of two elements. A uniform element
+times anything is uniform, so every label is equally likely at every place and no shorter context gives a hint: a model that is
+right above chance has tracked the product. Tables are small enough (120 elements at most) to be computed in Python once.
 
-A uniform element times anything is uniform, so every label is equally likely at every place and no shorter context gives a
-hint: a model that is right above chance has tracked the product. Tables are small enough (120 elements at most) to be
-computed in Python once.
+All tasks share one flat section, so that a benchmark can vary the task by one key. A setting that the chosen task does not
+read is rejected, because a run with it would look like another experiment than it is.
 """
 
 from __future__ import annotations
@@ -17,11 +20,82 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, permutations
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
-from amfm.data_pipeline.synthetic.draws import NOISE, Draws, SyntheticRow, empty_row
+from amfm.data_pipeline.samples.packing import IGNORED_LABEL
+
+if TYPE_CHECKING:
+    # pydantic takes longer to import than reading processes start.
+    from amfm.data_pipeline.config import SyntheticConfig
+
+
+Int64 = npt.NDArray[np.int64]
+
+
+class Draws:
+    """Stream of random numbers from a key of at least 16 bytes, of which the first 16 are used.
+
+    Built on the raw words of Philox (Salmon et al. 2011): numpy guarantees the words of a bit generator for ever, but
+    may change what its distributions derive from them (NEP 19).
+    """
+
+    def __init__(self, key: bytes) -> None:
+        self._bits = np.random.Philox(key=int.from_bytes(key[:16], "little"))
+
+    def below(self, bound: int, count: int) -> Int64:
+        """Draw `count` independent integers in [0, bound); the bias of a value is at most bound / 2^63."""
+        return (self._words(count) >> np.uint64(1)).astype(np.int64) % bound
+
+    def choose(self, bound: int, count: int) -> Int64:
+        """Draw `count` different integers in [0, bound), in random order."""
+        assert count <= bound, f"{count} different numbers of {bound}"
+        return np.argsort(self._words(bound), kind="stable")[:count]
+
+    def shuffle(self, values: Int64) -> Int64:
+        """Return the values in random order."""
+        return values[self.choose(len(values), len(values))]
+
+    def _words(self, count: int) -> npt.NDArray[np.uint64]:
+        words: npt.NDArray[np.uint64] = self._bits.random_raw(count)
+        return words
+
+
+NOISE = 0  # the token of places that hold nothing
+
+
+class SyntheticRow(NamedTuple):
+    """One row: tokens_T [T] int64, the input; labels_T [T] int64, the right prediction at each judged place, else -100."""
+
+    tokens_T: Int64
+    labels_T: Int64
+
+
+class SyntheticTask(Protocol):
+    """A task with its settings: a frozen dataclass, whose repr is part of the data's identity. Equal tasks give equal rows."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids; tokens and labels are below it."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of different labels, all equally frequent: predicting always the same one has accuracy 1 / num_classes."""
+
+    @property
+    def shortest(self) -> int:
+        """Fewest tokens that a row can have."""
+
+    def make_row(self, draws: Draws, length: int) -> SyntheticRow:
+        """Make a row of `length` tokens, a function of only the draws."""
+
+
+def empty_row(length: int) -> SyntheticRow:
+    """Make a row of noise without labels, to be filled in."""
+    return SyntheticRow(np.full(length, NOISE, np.int64), np.full(length, IGNORED_LABEL, np.int64))
+
 
 GroupName = Literal["parity", "s3", "s4", "a5", "s5"]
 
@@ -176,3 +250,41 @@ class AssociativeRecall:
         places = begin + draws.choose(length - begin, self.num_pairs)
         tokens_T[places], labels_T[places] = keys, [last_values[number] for number in range(self.num_pairs)]
         return row
+
+
+# Which settings of `data.synthetic` each task reads, next to its name.
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "mqar": ("num_pairs", "num_keys", "num_values"),
+    "overwriting": ("num_pairs", "num_writes", "num_keys", "num_values"),
+    "selective_copying": ("num_copied", "num_symbols"),
+    "parity": (),
+    "s3": (),
+    "s4": (),
+    "a5": (),
+    "s5": (),
+}
+
+
+def build_task(config: SyntheticConfig) -> SyntheticTask:
+    """Build the task of a configuration.
+
+    Raises ValueError for settings that do not fit together, and for one that is set but not read by the task.
+    """
+    unread = [
+        name
+        for name, field in type(config).model_fields.items()
+        if name not in ("task", *SETTINGS[config.task]) and getattr(config, name) != field.default
+    ]
+    if unread:
+        known = ", ".join(SETTINGS[config.task]) or "none"
+        raise ValueError(
+            f"{unread[0]}={getattr(config, unread[0])} has no effect on the synthetic task {config.task}, whose settings are: "
+            f"{known}; remove it"
+        )
+    if config.task == "mqar":
+        return AssociativeRecall(config.num_pairs, 1, config.num_keys, config.num_values)
+    if config.task == "overwriting":
+        return AssociativeRecall(config.num_pairs, config.num_writes, config.num_keys, config.num_values)
+    if config.task == "selective_copying":
+        return SelectiveCopying(config.num_copied, config.num_symbols)
+    return WordProblem(config.task)

@@ -17,12 +17,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from amfm.kernels.acceptance import report as shown
 from amfm.kernels.acceptance.process import Finished, run_child
 from amfm.kernels.acceptance.report import STAGES, Report
 from amfm.kernels.cases.trial import KINDS
+from amfm.kernels.runtime.backend import REQUIREMENTS, refuse_triton, triton_version
 from amfm.kernels.runtime.first_use import DEFAULT_CASES
-from amfm.kernels.runtime.machine import find_obstacle
 
 BAD_MACHINE, FAULTY = 2, 3
 # Without a GPU the kernels are compiled for Hopper.
@@ -87,6 +89,30 @@ def read_arguments(words: list[str]) -> argparse.Namespace:
         if kind not in KINDS:
             parser.error(f"--kinds {kind}: there is no such kind of trial; use {', '.join(KINDS)}")
     return given
+
+
+def find_obstacle(device: str) -> str | None:
+    """What keeps kernels from running on a CUDA device: versions found, versions that work, what pip can install.
+
+    None if nothing does.
+    """
+    version = triton_version()
+    found = f"found torch {torch.__version__}, Triton {'.'.join(map(str, version)) if version else 'none'}"
+    if torch.version.cuda is None:
+        return f"this torch is built without CUDA ({found}): `pip install 'torch>=2.15'` brings one with it. {REQUIREMENTS}"
+    try:
+        torch.cuda.init()
+        gpu = torch.device(device)
+        properties = torch.cuda.get_device_properties(gpu)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return (
+            f"there is no CUDA GPU that answers ({reason}; {found}, CUDA {torch.version.cuda}): see whether nvidia-smi lists "
+            f"one; a driver too old for this CUDA wants a newer driver, or a torch of an older CUDA (`pip install torch "
+            f"--index-url https://download.pytorch.org/whl/cu126`). {REQUIREMENTS}"
+        )
+    refusal = refuse_triton(gpu)
+    return f"{properties.name}: {refusal}" if refusal else None
 
 
 def _operations(given: argparse.Namespace) -> list[str]:

@@ -4,12 +4,10 @@ Writes a line of JSON before and after each step, so that what had been found st
 Settings: `do` (describe, check, run, time, tune), `operation`, `device`; of `check` and `run` the `kinds` of trials, of `time`
 and `tune` the `names` of problems, all if there are none; `cases` is the module that has them.
 
-Times an operation on a GPU vs. PyTorch and the public packages that are installed, each variant judged first.
-
-A peer that cannot run is a warning; one of our own kernels that cannot run, or has a tensor that is too far from float32, is a
-fault. Figures are medians of forward, of backward and of both, and shares of an H100's roofline.
-
-The GPU and the versions of what runs on it, and whether they can serve.
+An operation is timed next to PyTorch and the public packages that are installed, each variant compared with float32 first. A peer
+that cannot run is a warning; one of our own kernels that cannot run, or has a tensor that is too far from float32, is a fault.
+Figures are medians of forward, of backward and of both, and shares of an H100's roofline. Tiles are chosen in the same way, each
+candidate verified before it is timed.
 """
 
 from __future__ import annotations
@@ -30,9 +28,17 @@ from torch import Tensor
 from amfm.kernels.attention.varlen import activate_newest, restore
 from amfm.kernels.cases.problem import Compute, GpuSizes, Inputs, Problem
 from amfm.kernels.cases.trial import evaluate
-from amfm.kernels.proof.check import REFUSALS, check_trial
-from amfm.kernels.proof.verdict import TensorVerdict, finite, judge, narrowest
+from amfm.kernels.proof.check import (
+    REFUSALS,
+    TensorVerdict,
+    check_trial,
+    finite,
+    judge,
+    measure_milliseconds,
+    narrowest,
+)
 from amfm.kernels.runtime.launch_failure import describe_launch_failure
+from amfm.kernels.runtime.tuning import Table, find_environment, tune
 
 FIRST_FP8 = 89  # compute capability from which products take FP8
 PACKAGES = (
@@ -45,6 +51,8 @@ PACKAGES = (
     "flash_attn",
     "liger_kernel",
 )
+# Relative RMS of any output or gradient in bfloat16 against float32 that a tuned kernel may have.
+LARGEST_ERROR = 5e-2
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -237,11 +245,6 @@ def _run(settings: dict[str, Any], device: torch.device, answer: Answer) -> None
 
 def _measure(settings: dict[str, Any], device: torch.device, answer: Answer) -> None:
     """Time the operation's problems for a GPU vs. PyTorch and installed packages, or choose its kernels' tiles."""
-    from amfm.kernels.acceptance.child import time_problem
-    from amfm.kernels.acceptance.choose_tiles import choose_tiles
-    from amfm.kernels.cases.problem import GpuSizes
-    from amfm.kernels.proof.check import measure_milliseconds
-
     problems = importlib.import_module(settings["cases"]).OPERATIONS[settings["operation"]].on_gpu
     sizes = GpuSizes(**settings.get("sizes", {}))
     for name in settings.get("names") or problems:
@@ -264,6 +267,29 @@ def _open_answers() -> Answer:
         lines.flush()
 
     return answer
+
+
+def choose_tiles(
+    build: Callable[[Inputs, GpuSizes], Problem],
+    device: torch.device,
+    sizes: GpuSizes,
+    report: Callable[[str], None],
+) -> Table:
+    """Tune the kernels that a problem launches, forward and backward together, and save this GPU's table; returns it.
+
+    Raises RuntimeError if this compiler miscompiles a kernel as it stands.
+    """
+    torch.manual_seed(0)
+    problem = build(Inputs(device, torch.bfloat16), sizes)
+    wide = tuple(leaf.detach().float().requires_grad_() for leaf in problem.tensors)
+    exact = list(_results(problem.on("torch"), wide).values())
+    table = Table.load(find_environment(device))
+    tune(
+        lambda: list(_results(problem.on("triton"), problem.tensors).values()), exact, measure_milliseconds, table,
+        tolerance=LARGEST_ERROR, report=report,
+    )  # fmt: skip
+    table.save()
+    return table
 
 
 if __name__ == "__main__":

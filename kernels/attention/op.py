@@ -1,7 +1,7 @@
 """Causal grouped-query attention inside documents.
 
-How: this file checks shapes and dispatches; `reference.py` is the definition, `torch_impl.py` and
-`window_torch.py` call PyTorch's scaled_dot_product_attention, `varlen.py` its FlashAttention over documents on a GPU,
+How: this file checks shapes and dispatches; `reference.py` is the definition, `torch_impl.py` calls
+PyTorch's scaled_dot_product_attention, `varlen.py` its FlashAttention over documents on a GPU,
 `triton_impl.py` launches our kernels. Documents
 and windows come as ids and a width rather than as a mask, because a mask of [T, S] grows with the square of the
 row and keeps PyTorch from its flash kernels; from ids the Triton kernels derive exact loop bounds.
@@ -17,10 +17,9 @@ from torch import Tensor
 
 from amfm.kernels.attention.log_sums import note_log_sums
 from amfm.kernels.attention.reference import attention_reference, window_sums_reference
-from amfm.kernels.attention.torch_impl import attention_torch
+from amfm.kernels.attention.torch_impl import WindowSums, attention_torch, window_attention_torch, window_sums_torch
 from amfm.kernels.attention.varlen import DocumentEnds, attention_varlen, refuse_varlen
-from amfm.kernels.attention.window_torch import WindowSums, window_attention_torch, window_sums_torch
-from amfm.kernels.common.shapes import check_documents, check_float, check_shape
+from amfm.kernels.common.inputs import check_documents, check_float, check_shape
 from amfm.kernels.runtime.backend import resolve_backend
 from amfm.kernels.runtime.compiling import assume_constant
 

@@ -23,7 +23,7 @@ from amfm.kernels.attention.triton_kernels import (
     attention_query_gradient_kernel,
 )
 from amfm.kernels.common.custom_op import differentiate, fake_of
-from amfm.kernels.common.strides import first_tokens
+from amfm.kernels.common.inputs import first_tokens
 from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.runtime.interpreter import dot_dtype
 from amfm.kernels.runtime.tuning import Config, config_for

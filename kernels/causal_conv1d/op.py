@@ -16,7 +16,7 @@ from torch import Tensor
 
 from amfm.kernels.causal_conv1d.reference import convolve_by_steps
 from amfm.kernels.causal_conv1d.torch_impl import convolve
-from amfm.kernels.common.shapes import check_documents, check_float, check_shape, drop_single_document
+from amfm.kernels.common.inputs import check_documents, check_float, check_shape, drop_single_document
 from amfm.kernels.runtime.backend import resolve_backend
 
 WIDTHS = (2, 3, 4)

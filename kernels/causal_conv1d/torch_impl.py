@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amfm.kernels.common.custom_op import differentiate, fake_of
-from amfm.kernels.common.shapes import drop_single_document
+from amfm.kernels.common.inputs import drop_single_document
 
 # Numbers of a block of `_correlate`: enough that a call costs little compared with its work, few enough to stay in the
 # cache.

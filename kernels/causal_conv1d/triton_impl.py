@@ -16,8 +16,8 @@ from torch import Tensor
 
 from amfm.kernels.causal_conv1d.triton_kernels import convolution_backward_kernel, convolution_forward_kernel
 from amfm.kernels.common.custom_op import differentiate, fake_of
-from amfm.kernels.common.partial_sums import sum_first
-from amfm.kernels.common.strides import pack, stride_unit, token_stride
+from amfm.kernels.common.inputs import pack, stride_unit, token_stride
+from amfm.kernels.common.tiles import sum_first
 from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.runtime.interpreter import count_programs, dot_dtype
 from amfm.kernels.runtime.tuning import Config, config_for

@@ -1,1 +1,1 @@
-"""Helpers of kernels: chunks, tiles, gates, partial sums, strides, what a shape may be."""
+"""Helpers of kernels: chunks, tiles, gates, weight gradients, what the tensors of an operation may be."""

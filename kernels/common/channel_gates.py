@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from amfm.kernels.common.powers import LOG2_E
+from amfm.kernels.common.chunks import LOG2_E
 
 
 def cut_gates(g_BTHK: Tensor, document_ids_BT: Tensor | None) -> Tensor:
@@ -67,7 +67,7 @@ def walk_levels(g_NQK: Tensor) -> Iterator[tuple[int, Tensor]]:
     second from its start. Last comes (Q, factors [N, 2, Q, K]): the same for the whole chunk, queries from its start at
     1 and keys to its end at 0.
 
-    Uses powers of 2 (`amfm.kernels.common.powers`). The factors of a level are fresh memory; the sums they came from are
+    Uses powers of 2 (`amfm.kernels.common.chunks`). The factors of a level are fresh memory; the sums they came from are
     updated in place, so a caller that goes through the levels backward collects them in a list first.
     """
     starts, ends = g_NQK * LOG2_E, torch.zeros_like(g_NQK)

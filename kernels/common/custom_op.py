@@ -3,7 +3,7 @@
 A backward operation says by its parameters what it needs: `d_y` is the gradient of the output y, a name of the forward
 operation's inputs is that input, and the name of another output is that output. So `differentiate` knows what to keep, which
 outputs take a gradient, and whose gradients the results are; a gradient is packed, in shape and dtype like its input. One that
-may land in a sum (gradient_sum.py) has two more arguments there: `weight_sum`, which backward overwrites, or adds to where
+may land in a sum (weight_gradients.py) has two more arguments there: `weight_sum`, which backward overwrites, or adds to where
 `weight_adds` says so; its result is empty then.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS, CustomOpDef
 
-from amfm.kernels.common.gradient_sum import gradient_sum_of
+from amfm.kernels.common.weight_gradients import gradient_sum_of
 from amfm.kernels.runtime import compiling  # noqa: F401  # first: it marks the custom operations
 
 # Of backward's results and of what was kept, by name: gradients by the names of the inputs.

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from amfm.kernels.common.chunks import LOG2_E
 from amfm.kernels.common.gemm_precision import gemm_dtype
-from amfm.kernels.common.powers import LOG2_E
-from amfm.kernels.common.shapes import check_documents, check_float, check_row, check_shape
+from amfm.kernels.common.inputs import check_documents, check_float, check_row, check_shape
 from amfm.kernels.decay_scan.op import check_mamba2
 
 

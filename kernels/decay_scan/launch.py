@@ -14,8 +14,8 @@ import torch
 import triton
 from torch import Tensor
 
+from amfm.kernels.common.inputs import outer_strides, token_stride
 from amfm.kernels.common.scan_launch import ScanLaunch, cut_segments, padded
-from amfm.kernels.common.strides import outer_strides, token_stride
 from amfm.kernels.decay_scan.triton_backward import gradients_kernel, walk_back_kernel
 from amfm.kernels.decay_scan.triton_forward import chunk_state_kernel
 

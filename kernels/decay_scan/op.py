@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amfm.kernels.common.shapes import agreed, check_float, check_row, check_shape, drop_single_document
+from amfm.kernels.common.inputs import agreed, check_float, check_row, check_shape, drop_single_document
 from amfm.kernels.decay_scan.reference import mamba2_by_steps, scan_by_steps
 from amfm.kernels.decay_scan.torch_impl import chunked_scan
 from amfm.kernels.decay_scan.vector.torch_impl import chunked_vector_scan

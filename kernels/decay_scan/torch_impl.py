@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from amfm.kernels.common.chunks import Chunks, Documents, cut_documents, heads_first, tokens_first
+from amfm.kernels.common.chunks import LOG2_E, Chunks, Documents, cut_documents, heads_first, tokens_first
 from amfm.kernels.common.gemm_precision import gemm_dtype
-from amfm.kernels.common.powers import LOG2_E
 
 _TINY = 1e-30
 

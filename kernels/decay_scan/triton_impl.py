@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from amfm.kernels.common.custom_op import differentiate, fake_of
+from amfm.kernels.common.inputs import first_tokens, pack, pack_inner
 from amfm.kernels.common.limits import DECAY_LIMITS
 from amfm.kernels.common.scan_launch import differentiated
-from amfm.kernels.common.strides import first_tokens, pack, pack_inner
 from amfm.kernels.decay_scan.launch import DecayLaunch, Gates, find_gradients, walk, walk_back
 from amfm.kernels.runtime.interpreter import dot_dtype
 

@@ -21,7 +21,7 @@ from amfm.kernels.cases.problem import (
     formula_goals,
 )
 from amfm.kernels.cases.trial import Sized, documents
-from amfm.kernels.common.strides import first_tokens
+from amfm.kernels.common.inputs import first_tokens
 from amfm.kernels.delta_block.op import DeltaSizes, block_bytes, delta_mix, scan_bytes
 from amfm.kernels.delta_scan.op import delta_flops
 from amfm.kernels.mamba2.exchange import SegmentsInOrder

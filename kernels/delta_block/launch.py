@@ -6,10 +6,14 @@ import torch
 import triton
 from torch import Tensor
 
-from amfm.kernels.common.partial_sums import sum_first, sum_parts
-from amfm.kernels.common.strides import stride_unit, token_stride
-from amfm.kernels.delta_block.triton_gates import gates_backward_kernel, gates_forward_kernel
-from amfm.kernels.delta_block.triton_open import open_backward_kernel, open_forward_kernel
+from amfm.kernels.common.inputs import stride_unit, token_stride
+from amfm.kernels.common.tiles import sum_first, sum_parts
+from amfm.kernels.delta_block.triton_open import (
+    gates_backward_kernel,
+    gates_forward_kernel,
+    open_backward_kernel,
+    open_forward_kernel,
+)
 from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.runtime.interpreter import count_programs
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from amfm.kernels.causal_conv1d.op import WIDTHS
-from amfm.kernels.common.shapes import check_documents, check_float, check_shape
+from amfm.kernels.common.inputs import check_documents, check_float, check_shape
 from amfm.kernels.delta_block.sizes import DeltaSizes
 from amfm.kernels.linear.op import linear
 from amfm.kernels.low_precision.recipe import recipe_of

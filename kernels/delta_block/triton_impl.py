@@ -2,8 +2,7 @@
 
 Forward: q, k and v opened, gates, the scan, o closed, the output's product. Kept: the inputs and o. Backward: the product, o
 closed back, which makes the normed rows once more for the weight of the product; q, k, v and gates opened once more; the scan's
-kernels of backward; and what they give taken back to the projection (passes.py). Segments of rows take another way
-(segments.py).
+kernels of backward; and what they give taken back to the projection (passes.py), as segments of rows do another way.
 """
 
 from __future__ import annotations
@@ -14,11 +13,10 @@ import torch
 from torch import Tensor
 
 from amfm.kernels.common.custom_op import differentiate, fake_of, is_accumulated
+from amfm.kernels.common.inputs import pack_tokens
 from amfm.kernels.common.limits import DELTA_LIMITS, VECTOR_DELTA_LIMITS
-from amfm.kernels.common.strides import pack_tokens
 from amfm.kernels.delta_block.launch import split_gates
-from amfm.kernels.delta_block.passes import Rows
-from amfm.kernels.delta_block.segments import mix_segments
+from amfm.kernels.delta_block.passes import Rows, mix_segments
 from amfm.kernels.delta_block.sizes import DeltaSizes
 from amfm.kernels.mamba2.exchange import Exchange
 from amfm.kernels.runtime.interpreter import dot_dtype

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from amfm.kernels.common.shapes import agreed, check_float, check_row, check_shape, drop_single_document
+from amfm.kernels.common.inputs import agreed, check_float, check_row, check_shape, drop_single_document
 from amfm.kernels.delta_scan.reference import delta_by_steps
 from amfm.kernels.delta_scan.torch_impl import chunked_delta
 from amfm.kernels.runtime.backend import resolve_backend

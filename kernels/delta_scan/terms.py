@@ -18,8 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amfm.kernels.common.chunks import Chunks, Documents, cut_documents, heads_first, pad_tokens, tokens_first
-from amfm.kernels.common.powers import LOG2_E
+from amfm.kernels.common.chunks import LOG2_E, Chunks, Documents, cut_documents, heads_first, pad_tokens, tokens_first
 
 # Rows that are eliminated one after another; larger blocks are joined by products.
 _LEAF = 16

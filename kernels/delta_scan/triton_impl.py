@@ -15,9 +15,9 @@ import triton
 from torch import Tensor
 
 from amfm.kernels.common.custom_op import differentiate, fake_of
+from amfm.kernels.common.inputs import first_tokens, outer_strides, pack, pack_inner
 from amfm.kernels.common.limits import DELTA_LIMITS
 from amfm.kernels.common.scan_launch import ScanLaunch, padded
-from amfm.kernels.common.strides import first_tokens, outer_strides, pack, pack_inner
 from amfm.kernels.delta_scan.triton_backward import gradients_kernel, walk_back_kernel
 from amfm.kernels.delta_scan.triton_forward import chunk_state_kernel, prepare_kernel
 from amfm.kernels.delta_scan.vector.triton_impl import delta_vector_triton

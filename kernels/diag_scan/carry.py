@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from amfm.kernels.common.powers import LOG2_E
-from amfm.kernels.common.shapes import check_documents, check_float, check_shape
+from amfm.kernels.common.chunks import LOG2_E
+from amfm.kernels.common.inputs import check_documents, check_float, check_shape
 
 # Rows times tokens times channels that are taken at once: few on a CPU, where their decays stay near the cache.
 _PIECE_ON_CPU, _PIECE = 1 << 15, 1 << 22
@@ -106,6 +106,6 @@ def _pieces(elapsed_BTC: Tensor) -> list[slice]:
 def _decays(elapsed_BLC: Tensor, A_NC: Tensor) -> Tensor:
     """Factors [B, L, N, C] of the entering state at each token.
 
-    In powers of 2 (`amfm.kernels.common.powers`).
+    In powers of 2 (`amfm.kernels.common.chunks`).
     """
     return (elapsed_BLC[:, :, None] * (A_NC * LOG2_E)).exp2_()

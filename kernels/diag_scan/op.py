@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amfm.kernels.common.shapes import agreed, check_float, check_row, check_shape, drop_single_document
+from amfm.kernels.common.inputs import agreed, check_float, check_row, check_shape, drop_single_document
 from amfm.kernels.diag_scan.reference import diag_by_steps
 from amfm.kernels.diag_scan.torch_impl import chunked_diag_scan
 from amfm.kernels.runtime.backend import resolve_backend

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amfm.kernels.common.chunks import LOG2_E
 from amfm.kernels.common.custom_op import differentiate, fake_of
-from amfm.kernels.common.powers import LOG2_E
 
 # Rows times tokens times channels of a tile: with 16 state numbers 2 MiB of float32 decays, and as much of states.
 _TILE = 32768

@@ -14,9 +14,9 @@ import triton
 from torch import Tensor
 
 from amfm.kernels.common.custom_op import differentiate, fake_of
+from amfm.kernels.common.inputs import first_tokens, outer_strides, pack, pack_inner
 from amfm.kernels.common.limits import DIAG_LIMITS
 from amfm.kernels.common.scan_launch import differentiated
-from amfm.kernels.common.strides import first_tokens, outer_strides, pack, pack_inner
 from amfm.kernels.diag_scan.triton_kernels import diag_backward_kernel, diag_forward_kernel
 from amfm.kernels.runtime.interpreter import dot_dtype
 from amfm.kernels.runtime.tuning import Config, config_for

@@ -1,4 +1,4 @@
-"""Rows of an embedding table by token, whose gradient may land in the table's sum (kernels/common/gradient_sum.py).
+"""Rows of an embedding table by token, whose gradient may land in the table's sum (kernels/common/weight_gradients.py).
 
 torch makes a table of zeros for the gradient of each micro-batch, adds to the rows of its tokens, and whoever sums gradients
 reads the whole of it. Here the rows are added to the sum itself.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from amfm.kernels.common.gradient_sum import GradientSum, gradient_sum_of
+from amfm.kernels.common.weight_gradients import GradientSum, gradient_sum_of
 
 
 def embedding(ids: Tensor, weight_VD: Tensor) -> Tensor:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amfm.kernels.common.gradient_sum import GradientSum
-from amfm.kernels.common.split_backward import compute_later, is_split
+from amfm.kernels.common.weight_gradients import GradientSum, compute_later, is_split
 from amfm.kernels.linear import weight_gradient as wide
 from amfm.kernels.low_precision.products import (
     Kept,

@@ -14,8 +14,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from amfm.kernels.common.gemm_precision import gemm_dtype
-from amfm.kernels.common.gradient_sum import GradientSum, add_outer, gradient_sum_of, multiplies_as_gpu
-from amfm.kernels.common.split_backward import compute_later, is_split
+from amfm.kernels.common.weight_gradients import (
+    GradientSum,
+    add_outer,
+    compute_later,
+    gradient_sum_of,
+    is_split,
+    multiplies_as_gpu,
+)
 from amfm.kernels.linear.low_precision import low_precision_gradients, low_precision_linear
 from amfm.kernels.linear.weight_gradient import weight_gradient
 from amfm.kernels.low_precision.recipe import Recipe, recipe_of
@@ -26,7 +32,7 @@ def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
 
     On processors that only emulate bfloat16 products the operands are widened to float32, in both passes, and the
     results rounded once; elsewhere this is torch's own linear. Where a schedule splits the backward pass, the weight's
-    gradient is computed later (kernels/common/split_backward.py); where it has a sum, it lands there (gradient_sum.py). A weight
+    gradient is computed later (kernels/common/weight_gradients.py); where it has a sum, it lands there. A weight
     with a recipe is multiplied by it (kernels/low_precision).
     """
     total, recipe = gradient_sum_of(weight_OI), recipe_of(weight_OI)

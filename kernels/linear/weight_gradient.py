@@ -1,5 +1,5 @@
 """The gradient of a weight [O, I] from wide operands, as a separate tensor or in its sum
-(kernels/common/gradient_sum.py).
+(kernels/common/weight_gradients.py).
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from amfm.kernels.common.gemm_precision import gemm_dtype
-from amfm.kernels.common.gradient_sum import GradientSum, add_outer
+from amfm.kernels.common.weight_gradients import GradientSum, add_outer
 
 
 def weight_gradient(x: Tensor, weight_OI: Tensor, grad: Tensor, total: GradientSum | None) -> Tensor | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amfm.kernels.common.shapes import check_float, check_shape
+from amfm.kernels.common.inputs import check_float, check_shape
 from amfm.kernels.linear_cross_entropy.reference import linear_cross_entropy_reference, linear_statistics_reference
 from amfm.kernels.linear_cross_entropy.torch_impl import linear_cross_entropy_torch, linear_statistics_torch
 from amfm.kernels.runtime.backend import resolve_backend

@@ -15,8 +15,8 @@ import torch
 import triton
 from torch import Tensor
 
-from amfm.kernels.common.gradient_sum import add_outer
-from amfm.kernels.linear_cross_entropy.autograd import register_loss, register_statistics
+from amfm.kernels.common.weight_gradients import add_outer
+from amfm.kernels.linear_cross_entropy.torch_impl import register_loss, register_statistics
 from amfm.kernels.linear_cross_entropy.triton_kernels import gradient_kernel, statistics_kernel, stored_gradient_kernel
 from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.runtime.interpreter import count_programs, dot_dtype

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amfm.kernels.common.gradient_sum import GradientSum, accumulate_product
+from amfm.kernels.common.weight_gradients import GradientSum, accumulate_product
 from amfm.kernels.low_precision import emulated
 from amfm.kernels.low_precision.formats import Quantized
 from amfm.kernels.low_precision.recipe import FIRST_CAPABILITY, Recipe, note_operands

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from amfm.kernels.common.custom_op import fake_of
-from amfm.kernels.common.gradient_sum import GradientSum
-from amfm.kernels.common.shapes import check_matrix
+from amfm.kernels.common.inputs import check_matrix
+from amfm.kernels.common.weight_gradients import GradientSum
 from amfm.kernels.low_precision.formats import E2M1_MAX, E4M3_MAX, RUN, SMALLEST_SCALE
 from amfm.kernels.low_precision.kept_weights import keeps_weights, made_once
 from amfm.kernels.low_precision.recipe import Recipe

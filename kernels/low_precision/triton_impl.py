@@ -13,8 +13,8 @@ import triton
 from torch import Tensor
 
 from amfm.kernels.common.custom_op import fake_of
-from amfm.kernels.common.gradient_sum import GradientSum
-from amfm.kernels.common.shapes import check_matrix
+from amfm.kernels.common.inputs import check_matrix
+from amfm.kernels.common.weight_gradients import GradientSum
 from amfm.kernels.low_precision.formats import packed_width
 from amfm.kernels.low_precision.kept_weights import keeps_weights, made_once
 from amfm.kernels.low_precision.triton_kernels import (

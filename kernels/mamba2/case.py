@@ -24,7 +24,7 @@ from amfm.kernels.cases.problem import (
     find_package,
 )
 from amfm.kernels.cases.trial import Sized, documents
-from amfm.kernels.common.strides import first_tokens
+from amfm.kernels.common.inputs import first_tokens
 from amfm.kernels.decay_scan.case import HEAD_DIM, STATE_SIZE
 from amfm.kernels.decay_scan.op import scan_flops
 from amfm.kernels.mamba2.exchange import SegmentsInOrder

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from amfm.kernels.common.strides import first_tokens
+from amfm.kernels.common.inputs import first_tokens
 
 
 class Exchange(Protocol):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from amfm.kernels.causal_conv1d.op import WIDTHS, causal_conv1d
-from amfm.kernels.common.shapes import check_documents, check_float, check_shape
+from amfm.kernels.common.inputs import check_documents, check_float, check_shape
 from amfm.kernels.decay_scan.op import mamba2_scan
 from amfm.kernels.linear.op import linear
 from amfm.kernels.low_precision.recipe import recipe_of
@@ -49,7 +49,7 @@ def mamba2_mix(
     projected [B, T, X], X = 2 I + 2 G N + H in the order z, x, B, C, dt; conv weight [C, W], bias [C] or None; A_log, D and
     the bias of dt [H]; norm weight [I]; out weight [D, I]. Each row begins from zeros, and so does each document:
     `document_starts_BT` [B, T] int32 is the place in the row of the first token of each token's document
-    (`amfm.kernels.common.strides.first_tokens`), None if rows hold one document.
+    (`amfm.kernels.common.inputs.first_tokens`), None if rows hold one document.
 
     keep_states and chunk_size as in `mamba2_scan`, but that without states, as by default, y is made again too. "native"
     keeps both; it takes float32 and the sizes of `amfm.kernels.common.limits.refuse_native_sizes`.

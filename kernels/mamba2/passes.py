@@ -13,8 +13,8 @@ from torch import Tensor
 
 from amfm.kernels.causal_conv1d.triton_impl import convolve_rows, convolve_rows_backward
 from amfm.kernels.common.custom_op import is_accumulated
-from amfm.kernels.common.gradient_sum import add_outer
-from amfm.kernels.common.partial_sums import sum_first, sum_parts
+from amfm.kernels.common.tiles import sum_first, sum_parts
+from amfm.kernels.common.weight_gradients import add_outer
 from amfm.kernels.decay_scan.launch import (
     DecayLaunch,
     Gates,

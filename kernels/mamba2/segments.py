@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from amfm.kernels.causal_conv1d.triton_impl import split_taps
 from amfm.kernels.common.custom_op import fake_of
-from amfm.kernels.common.gradient_sum import GradientSum, gradient_sum_of
+from amfm.kernels.common.weight_gradients import GradientSum, gradient_sum_of
 from amfm.kernels.mamba2.exchange import Exchange
 from amfm.kernels.mamba2.passes import (
     Rows,

@@ -20,8 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amfm.kernels.common.gradient_sum import GradientSum, gradient_sums_of, make_or_accumulate
-from amfm.kernels.common.split_backward import compute_later, is_split
+from amfm.kernels.common.weight_gradients import (
+    GradientSum,
+    compute_later,
+    gradient_sums_of,
+    is_split,
+    make_or_accumulate,
+)
 from amfm.kernels.low_precision.emulated import input_gradient, output, quantize_columns, weight_gradient
 from amfm.kernels.low_precision.formats import RUN, Quantized, quantize
 from amfm.kernels.low_precision.recipe import ExpertRecipes, Recipe, RecipeName

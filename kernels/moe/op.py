@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amfm.kernels.common.shapes import check_float, check_matrix, check_shape
+from amfm.kernels.common.inputs import check_float, check_matrix, check_shape
 from amfm.kernels.low_precision.products import multiplies_codes
 from amfm.kernels.low_precision.recipe import recipes_of
 from amfm.kernels.moe.grouping import Grouping, count_experts, group_by_expert

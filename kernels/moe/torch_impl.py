@@ -18,8 +18,14 @@ from torch import Tensor
 
 from amfm.kernels.common.custom_op import fake_of, gradients_like
 from amfm.kernels.common.gemm_precision import gemm_dtype
-from amfm.kernels.common.gradient_sum import GradientSum, accumulate, gradient_sums_of, make_or_accumulate
-from amfm.kernels.common.split_backward import compute_later, is_split
+from amfm.kernels.common.weight_gradients import (
+    GradientSum,
+    accumulate,
+    compute_later,
+    gradient_sums_of,
+    is_split,
+    make_or_accumulate,
+)
 from amfm.kernels.moe.reference import score_logits
 from amfm.kernels.moe.torch_grouped import (
     grouped_backward,
@@ -190,7 +196,7 @@ def _leave_weights(
     down_EDF: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x [R, D] and of weights [S]; those of up and down are computed later (kernels/common/split_backward.py)."""
+    """Gradients of x [R, D] and of weights [S]; those of up and down are computed later (kernels/common/weight_gradients.py)."""
     given = (dy_RD, x_RD, hidden_SF, weights_S, token_ids_S, offsets_E, up_EFD, down_EDF, activation)
     places = token_ids_S, offsets_E
     weights_half: Callable[[], Sequence[Tensor | None]]

@@ -25,9 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from amfm.kernels.common.custom_op import fake_of
-from amfm.kernels.common.gradient_sum import GradientSum, gradient_sums_of
-from amfm.kernels.common.partial_sums import sum_first
-from amfm.kernels.common.split_backward import compute_later, is_split
+from amfm.kernels.common.tiles import sum_first
+from amfm.kernels.common.weight_gradients import GradientSum, compute_later, gradient_sums_of, is_split
 from amfm.kernels.low_precision import triton_impl as codes
 from amfm.kernels.low_precision.formats import Quantized
 from amfm.kernels.low_precision.products import codes_of

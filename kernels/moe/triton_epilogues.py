@@ -23,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from amfm.kernels.common.custom_op import fake_of
-from amfm.kernels.common.partial_sums import sum_first
 from amfm.kernels.common.silu import limit_gate, pass_limit, plain_backward, plain_unit, sigmoid, silu_backward
+from amfm.kernels.common.tiles import sum_first
 from amfm.kernels.low_precision.triton_impl import E4M3, RUN, ColumnCodes, RowCodes, Tiles, WeightCodes
 from amfm.kernels.low_precision.triton_kernels import (
     activate,

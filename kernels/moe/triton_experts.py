@@ -22,9 +22,8 @@ import triton
 from torch import Tensor
 
 from amfm.kernels.common.custom_op import fake_of, gradients_like
-from amfm.kernels.common.gradient_sum import GradientSum, gradient_sums_of
-from amfm.kernels.common.partial_sums import sum_first
-from amfm.kernels.common.split_backward import compute_later, is_split
+from amfm.kernels.common.tiles import sum_first
+from amfm.kernels.common.weight_gradients import GradientSum, compute_later, gradient_sums_of, is_split
 from amfm.kernels.moe.counting_sort import SortedPairs, list_tiles, tile_bound
 from amfm.kernels.moe.triton_kernels import down_backward_kernel, up_kernel
 from amfm.kernels.moe.triton_products import (

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from amfm.kernels.common.custom_op import fake_of
 from amfm.kernels.common.gemm_precision import gemm_dtype
-from amfm.kernels.common.gradient_sum import GradientSum, add_outer, gradient_sums_of
-from amfm.kernels.common.split_backward import compute_later, is_split
+from amfm.kernels.common.weight_gradients import GradientSum, add_outer, compute_later, gradient_sums_of, is_split
 from amfm.kernels.low_precision.triton_kernels import activate
 from amfm.kernels.moe import triton_codes
 from amfm.kernels.runtime.backend import INTERPRETED

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from amfm.kernels.common.shapes import check_float, check_shape
+from amfm.kernels.common.inputs import check_float, check_shape
 from amfm.kernels.norm.op import check_rows
 from amfm.kernels.norm.reference import normalize
 from amfm.kernels.runtime.backend import resolve_backend

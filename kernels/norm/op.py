@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from amfm.kernels.common.shapes import check_float, check_shape
+from amfm.kernels.common.inputs import check_float, check_shape
 from amfm.kernels.norm.reference import normalize, normalize_gated
 from amfm.kernels.norm.torch_impl import gated_rms_norm_torch, rms_norm_torch
 from amfm.kernels.runtime.backend import resolve_backend

@@ -16,8 +16,8 @@ import triton
 from torch import Tensor
 
 from amfm.kernels.common.custom_op import fake_of, gradients_like
-from amfm.kernels.common.partial_sums import sum_first
-from amfm.kernels.common.strides import pack_inner, stride_unit
+from amfm.kernels.common.inputs import pack_inner, stride_unit
+from amfm.kernels.common.tiles import sum_first
 from amfm.kernels.norm.triton_kernels import norm_backward_kernel, norm_forward_kernel
 from amfm.kernels.runtime.interpreter import count_programs, dot_dtype
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from amfm.kernels.common.shapes import check_float, check_shape
+from amfm.kernels.common.inputs import check_float, check_shape
 from amfm.kernels.rope.frequencies import rope_frequencies
 from amfm.kernels.rope.reference import norm_rope_reference
 from amfm.kernels.rope.torch_impl import angles_of, norm_rope_torch

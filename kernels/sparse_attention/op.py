@@ -16,7 +16,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from amfm.kernels.attention.log_sums import raise_highest
-from amfm.kernels.common.shapes import check_documents, check_float, check_shape
+from amfm.kernels.common.inputs import check_documents, check_float, check_shape
 from amfm.kernels.runtime.backend import BACKENDS, resolve_backend
 from amfm.kernels.sparse_attention import reference, torch_impl
 from amfm.kernels.sparse_attention.rows import IndexRows, keep

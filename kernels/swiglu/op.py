@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from amfm.kernels.common.shapes import check_float
+from amfm.kernels.common.inputs import check_float
 from amfm.kernels.runtime.backend import resolve_backend
 from amfm.kernels.swiglu.gate import PLAIN, SWIGLU, Gate
 from amfm.kernels.swiglu.reference import plain_unit_reference, swiglu_reference

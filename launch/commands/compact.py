@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from amfm.data_pipeline.progress import Waiting
+from amfm.data_pipeline.terminal import Waiting
 from amfm.launch.arguments import CheckpointArgument, JsonOption
 from amfm.launch.console import print_json, print_pairs
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from amfm.data_pipeline.durable.files import write_file_atomically
-from amfm.data_pipeline.progress import Waiting
+from amfm.data_pipeline.terminal import Waiting
 from amfm.launch.arguments import ConfigArgument, JsonOption, OverridesArgument
 from amfm.launch.console import print_json, print_pairs, print_rows, say
 from amfm.pretrain.extras import require_extra

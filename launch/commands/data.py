@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from amfm.data_pipeline.progress import Waiting
-from amfm.data_pipeline.terminal import printable
+from amfm.data_pipeline.terminal import Waiting, printable
 from amfm.launch.arguments import ConfigOrPreset, JsonOption, OverridesArgument, PresetOption
 from amfm.launch.commands.synthetic import show_synthetic_row
 from amfm.launch.console import print_json, print_pairs, print_rows, say, show_progress
@@ -47,8 +46,7 @@ def sample_data(
     as_json: JsonOption = False,
 ) -> None:
     """The verb `sample-data`."""
-    from amfm.data_pipeline.prepare.corpus import fetch_corpus
-    from amfm.data_pipeline.prepare.python_sources import collect_python_sources
+    from amfm.data_pipeline.prepare.sample_text import collect_python_sources, fetch_corpus
 
     target = folder or Path("data/corpus") / name
     if name == "python-sources":

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from amfm.data_pipeline.progress import Waiting
+from amfm.data_pipeline.terminal import Waiting
 from amfm.launch.arguments import CheckpointArgument, JsonOption, Place, WeightsOption, choose_device
 from amfm.launch.commands.synthetic import TaskChoice, evaluate_on_synthetic
 from amfm.launch.commands.tasks import (
@@ -26,7 +26,7 @@ from amfm.launch.heavy_imports import loading
 
 if TYPE_CHECKING:
     from amfm.pretrain.inference.evaluate import Evaluation
-    from amfm.pretrain.source_losses import SourceLoss
+    from amfm.pretrain.scores import SourceLoss
 
 DeviceOption = Annotated[
     Literal["auto", "cpu", "cuda"], typer.Option(help="Device; auto: cuda if available, else cpu.")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from amfm.data_pipeline.durable.files import check_free
-from amfm.data_pipeline.progress import Waiting
+from amfm.data_pipeline.terminal import Waiting
 from amfm.launch.arguments import CheckpointArgument, JsonOption, WeightsOption
 from amfm.launch.console import print_json, print_pairs, say
 from amfm.launch.heavy_imports import loading

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from amfm.data_pipeline.durable.files import check_free, write_file_atomically
-from amfm.data_pipeline.progress import Waiting
+from amfm.data_pipeline.terminal import Waiting
 from amfm.launch.arguments import JsonOption
 from amfm.launch.console import print_json, print_pairs
 from amfm.launch.existing import require_exists, require_model

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from amfm.data_pipeline.progress import Waiting
+from amfm.data_pipeline.terminal import Waiting
 from amfm.launch.arguments import JsonOption
 from amfm.launch.console import print_json, print_pairs, say
 from amfm.launch.heavy_imports import loading

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from amfm.data_pipeline.progress import Waiting
+from amfm.data_pipeline.terminal import Waiting
 from amfm.launch.arguments import JsonOption, choose_device
 from amfm.launch.commands.evaluate import DeviceOption
 from amfm.launch.console import print_json, print_pairs, print_rows

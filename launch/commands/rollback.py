@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from amfm.data_pipeline.progress import Waiting
+from amfm.data_pipeline.terminal import Waiting
 from amfm.launch.arguments import JsonOption, OverridesArgument
 from amfm.launch.console import print_json, print_pairs, print_rows
 from amfm.launch.existing import require_exists

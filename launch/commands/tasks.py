@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from amfm.data_pipeline.progress import Waiting
+from amfm.data_pipeline.terminal import Waiting
 from amfm.launch.arguments import JsonOption, Place
 from amfm.launch.console import print_json, print_pairs
 from amfm.launch.existing import require_exists

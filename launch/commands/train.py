@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from amfm.data_pipeline.progress import Waiting
+from amfm.data_pipeline.terminal import Waiting
 from amfm.launch.arguments import (
     ConfigOrPreset,
     HelpAllOption,

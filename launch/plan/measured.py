@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from amfm.kernels.common.custom_op import find_body
-from amfm.kernels.common.split_backward import Later, split_backward
+from amfm.kernels.common.weight_gradients import Later, split_backward
 from amfm.kernels.low_precision.kept_weights import keep_weights
 from amfm.kernels.low_precision.products import codes_of
 from amfm.kernels.low_precision.recipe import recipe_of

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amfm.data_pipeline.progress import format_bytes
+from amfm.data_pipeline.terminal import format_bytes
 from amfm.launch.profile.trace import StepTrace, read_trace
 from amfm.model.config.kinds import describe_symbol
 from amfm.pretrain.report.data import read_run

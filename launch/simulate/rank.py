@@ -197,7 +197,7 @@ def build_run(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
     """A `Run` as `start_run` builds it, with simulated batches and without files."""
     from amfm.pretrain.engine.engine import build_engine
     from amfm.pretrain.hooks.quantization import build_kept_weights
-    from amfm.pretrain.monitor.phases import PhaseClock
+    from amfm.pretrain.monitor.stragglers import PhaseClock
     from amfm.pretrain.run import Run
     from amfm.pretrain.stages import Built, resolve_stages
     from amfm.pretrain.startup.model import build_model, build_pipeline

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from amfm.kernels.attention.op import window_sums
-from amfm.kernels.attention.window_torch import WindowSums
+from amfm.kernels.attention.torch_impl import WindowSums
 from amfm.kernels.rope.frequencies import rope_frequencies
 from amfm.kernels.rope.op import qk_norm_rope
 from amfm.model.config.window_linear import WindowLinearOptions

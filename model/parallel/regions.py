@@ -15,7 +15,7 @@ import torch
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 
-from amfm.kernels.common.gradient_sum import gradient_sum_of
+from amfm.kernels.common.weight_gradients import gradient_sum_of
 from amfm.kernels.linear.op import linear, linear_gradients
 from amfm.kernels.low_precision.recipe import recipe_of
 from amfm.kernels.runtime.compiling import disable_compile

@@ -30,7 +30,7 @@ class EngineLayout:
     buffer_names: of the buffers that belong to the state (router bias and the like), and of the states of whole matrices that
     this rank owns. frozen: parameters that nothing
     steps, with the ranks that hold the same shard of each. averages: flat float32 averages of the master weights of parts, by the
-    part's number, which a hook keeps (hooks/ema.py); saved and restored like moments.
+    part's number, which a hook keeps (hooks/weight_averages.py); saved and restored like moments.
     """
 
     engine: ZeroEngine

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from amfm.data_pipeline.durable.files import named, sync
-from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.terminal import Report, silent
 from amfm.pretrain.checkpoint.manifest_file import MANIFEST_NAME, MARK_NAME, StorageError, read_manifest, read_patiently
 from amfm.pretrain.tensor_files import TensorFile, encode_header, tensor_bytes
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from amfm.data_pipeline.durable.files import check_free, named, sync
 from amfm.data_pipeline.durable.lines import read_lines
-from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.terminal import Report, silent
 from amfm.pretrain.checkpoint.commit import mark
 from amfm.pretrain.checkpoint.compatibility import check_resumable
 from amfm.pretrain.checkpoint.inspect import require_sound

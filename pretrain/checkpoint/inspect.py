@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.terminal import Report, silent
 from amfm.model.on_demand import OnDemand, source_of
 from amfm.pretrain.checkpoint.commit import is_marked
 from amfm.pretrain.checkpoint.compatibility import compare_settings

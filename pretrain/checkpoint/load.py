@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.terminal import Report, silent
 from amfm.pretrain.checkpoint.commit import RankFailure, examine_latest
 from amfm.pretrain.checkpoint.compatibility import check_resumable, describe_raised_rate, understand_config
 from amfm.pretrain.checkpoint.engine_layout import EngineLayout

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.terminal import Report, silent
 from amfm.pretrain.checkpoint.commit import RankFailure
 from amfm.pretrain.checkpoint.engine_layout import EngineLayout
 from amfm.pretrain.checkpoint.files import file_names_by_rank, verify_file

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from amfm.data_pipeline.config import DataConfig, SyntheticConfig
-from amfm.data_pipeline.synthetic.build import build_task
+from amfm.data_pipeline.synthetic.tasks import build_task
 from amfm.pretrain.config.errors import Problem
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.stages import RunStage

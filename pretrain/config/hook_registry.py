@@ -86,7 +86,7 @@ BUILT_IN = (
     HookSpec("qk_clip", "amfm.pretrain.hooks.qk_clip:QkClip", QkClipConfig, INTERFACE),
     HookSpec("distill", "amfm.pretrain.hooks.distill:Distill", DistillConfig, INTERFACE),
     HookSpec("trace_choices", "amfm.pretrain.hooks.trace_choices:TraceChoices", TraceConfig, INTERFACE),
-    HookSpec("ema", "amfm.pretrain.hooks.ema:Ema", EmaConfig, INTERFACE),
+    HookSpec("ema", "amfm.pretrain.hooks.weight_averages:Ema", EmaConfig, INTERFACE),
 )
 
 

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import torch
 
-from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.terminal import Report, silent
 from amfm.model.hybrid import HybridModel
 from amfm.model.mixers.window_linear import WindowLinearMixer
 from amfm.pretrain.config.convert import StageName

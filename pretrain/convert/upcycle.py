@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from amfm.data_pipeline.durable.files import check_free
-from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.terminal import Report, silent
 from amfm.model.config.checks import check_model
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig

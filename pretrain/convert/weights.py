@@ -12,8 +12,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.terminal import Report, silent
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.lora import merge_lora

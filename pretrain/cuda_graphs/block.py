@@ -76,7 +76,7 @@ class CudaCapture:
 
 @dataclass
 class SumInGraph:
-    """The sum of one weight's gradients, as products see it while they are captured (kernels/common/gradient_sum.py).
+    """The sum of one weight's gradients, as products see it while they are captured (kernels/common/weight_gradients.py).
 
     is_taken: whether one adds to it.
     """

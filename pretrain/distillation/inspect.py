@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from amfm.data_pipeline.durable.foreign_files import read_object, take, understood
-from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.terminal import Report, silent
 from amfm.pretrain.checkpoint.names import CHECKPOINT_NAME, step_of
 from amfm.pretrain.distillation.store import MANIFEST, VERSION, File, StoreLayout, is_sound, when_changed
 

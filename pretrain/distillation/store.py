@@ -21,7 +21,7 @@ import torch
 
 from amfm.data_pipeline.durable.foreign_files import read_object, take
 from amfm.data_pipeline.loader.loader import PretrainLoader
-from amfm.data_pipeline.samples.phases import phases_of
+from amfm.data_pipeline.samples.mixture import phases_of
 from amfm.model.divergence import Outcomes
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.distillation.teacher import Teacher

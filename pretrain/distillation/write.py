@@ -12,7 +12,7 @@ import torch
 from amfm.data_pipeline.durable.files import replacing, take_lock, write_file_atomically
 from amfm.data_pipeline.durable.foreign_files import read_object
 from amfm.data_pipeline.loader.loader import PretrainLoader
-from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.terminal import Report, silent
 from amfm.model.divergence import SLICE, Divergence, HeadRows, Outcomes
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups

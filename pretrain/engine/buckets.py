@@ -4,7 +4,7 @@ DeepSpeed cuts the flat weights of each parameter group over the ranks that shar
 with one group for some blocks (`group_parameters`), a reduce-scatter of that group's gradients leaves every rank exactly
 what it steps, and can start as soon as the last backward pass has left those blocks:
 
-    product of a weight      adds the weight's gradient to one float32 sum a group (kernels/common/gradient_sum.py)
+    product of a weight      adds the weight's gradient to one float32 sum a group (kernels/common/weight_gradients.py)
     hook of a parameter      learns that a pass has; what autograd was given it adds itself, and frees it
     last gradient in         the group's reduce-scatter starts, while earlier blocks are still differentiated. ZeRO 2 starts
                              one after every micro-batch and keeps only this rank's range
@@ -128,7 +128,7 @@ class Bucket:
 
 @dataclass(frozen=True, eq=False)
 class BucketPlace:
-    """The sum of one parameter, as the products that make its gradient see it (kernels/common/gradient_sum.py)."""
+    """The sum of one parameter, as the products that make its gradient see it (kernels/common/weight_gradients.py)."""
 
     buckets: GradientBuckets
     bucket: Bucket

@@ -28,7 +28,7 @@ MATRICES = (
     "matrices"  # of groups whose matrices a rule steps that keeps its state at their owners (engine/muon/rules.py)
 )
 OWNED = "optimizer/"  # begins the names of such states among a checkpoint's buffers
-AVERAGE = "ema"  # kind of the moving average of master weights, which no optimizer reads (hooks/ema.py)
+AVERAGE = "ema"  # kind of the moving average of master weights, which no optimizer reads (hooks/weight_averages.py)
 FROZEN = "frozen"  # of parameters that no optimizer steps: their weights are saved, without moments
 
 

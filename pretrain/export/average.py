@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from amfm.data_pipeline.durable.files import check_free
-from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.terminal import Report, silent
 from amfm.pretrain.checkpoint.names import list_checkpoints, step_of
 from amfm.pretrain.export.import_huggingface import write_model
 from amfm.pretrain.inference.evaluate import evaluate_checkpoint

@@ -29,8 +29,8 @@ from torch import Tensor
 
 import amfm.pretrain.export.verify
 from amfm.data_pipeline.durable.files import check_free
-from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.terminal import Report, silent
 from amfm.data_pipeline.tokenizer.id_vocabulary import IdVocabulary
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
 from amfm.model.huggingface.hf_class import Target

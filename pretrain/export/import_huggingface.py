@@ -21,7 +21,7 @@ from torch import Tensor
 
 from amfm.data_pipeline.durable.files import check_free, named
 from amfm.data_pipeline.durable.foreign_files import inside, read_object, take, understood
-from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.terminal import Report, silent
 from amfm.data_pipeline.tokenizer.id_vocabulary import IdVocabulary
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer, read_tokenizer_file
 from amfm.model.config.checks import check_model

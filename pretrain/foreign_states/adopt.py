@@ -23,7 +23,7 @@ from torch import nn
 
 from amfm.data_pipeline.durable.files import check_free
 from amfm.data_pipeline.loader.loader import PretrainLoader, SourceUse
-from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.terminal import Report, silent
 from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
 from amfm.model.hybrid import HybridModel
 from amfm.model.on_demand import OnDemand, Shape, Source

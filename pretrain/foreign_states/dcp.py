@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.terminal import Report, silent
 from amfm.model.on_demand import OnDemand, Shape, Source, cut_rows, source_of
 from amfm.pretrain.engine.moments import FROZEN, MATRICES, MUON
 from amfm.pretrain.foreign_states.common_file import BUFFER, Fitted, fit_tensors, one_step, shapes_of

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from amfm.data_pipeline.durable.files import check_free
 from amfm.data_pipeline.durable.foreign_files import take
-from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.terminal import Report, silent
 from amfm.model.on_demand import Shape, Source, cut_rows, source_of
 from amfm.pretrain.checkpoint.commit import commit, make_temporary
 from amfm.pretrain.checkpoint.files import FileEntry

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from amfm.data_pipeline.durable.foreign_files import inside, read_object, read_word
-from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.terminal import Report, silent
 from amfm.model.config.schema import ModelConfig
 from amfm.model.on_demand import OnDemand, Shape, Source, source_of
 from amfm.pretrain.config.saved import read_saved_config

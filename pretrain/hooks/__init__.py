@@ -1,1 +1,1 @@
-"""What a run does besides training: one hook a file, in the order of build.py."""
+"""What a run does besides training: hooks by subject; build.py has their order."""

@@ -107,15 +107,15 @@ def build_hooks(run: Run, suite: TaskSuite | None, makers: Sequence[HookMaker] =
 
         sets.append(ValidationSets(run))
     if run.config.evaluate.merge_last is not None:
-        from amfm.pretrain.hooks.merge import MergedValidation
+        from amfm.pretrain.hooks.weight_averages import MergedValidation
 
         sets.append(MergedValidation(run, validations, run.config.evaluate.merge_last))
     if run.config.evaluate.prompts:
-        from amfm.pretrain.hooks.samples import Samples
+        from amfm.pretrain.hooks.tasks import Samples
 
         sets.append(Samples(run))
     if run.config.health.spike_sigma is not None:
-        from amfm.pretrain.hooks.spikes import Spikes
+        from amfm.pretrain.hooks.lost_losses import Spikes
 
         sets.append(Spikes(run, run.config.health.spike_sigma))
     if run.config.train.inspect_every_steps is not None:
@@ -130,7 +130,7 @@ def build_hooks(run: Run, suite: TaskSuite | None, makers: Sequence[HookMaker] =
         from amfm.pretrain.hooks.energy import Energy
 
         sets.append(Energy(run))
-    from amfm.pretrain.hooks.diverged import Divergence, FirstNonfinite
+    from amfm.pretrain.hooks.lost_losses import Divergence, FirstNonfinite
 
     watched = [
         FirstNonfinite(run),

@@ -1,6 +1,6 @@
 """The log of a step: its line of metrics.jsonl, the display, and the event of a step that was skipped.
 
-Now and then, the MoE blocks in which the same experts take nearly every token (monitor/experts.py).
+Now and then, the MoE blocks in which the same experts take nearly every token (monitor/anomalies.py).
 
 Now and then, the ranks that compute much longer than the others (monitor/stragglers.py).
 """
@@ -19,8 +19,8 @@ from amfm.model.flops import flops_per_token
 from amfm.model.megatron_flops import mean_auxiliary, megatron_flops_per_token
 from amfm.pretrain.event_log import log_time
 from amfm.pretrain.hook import Hook
+from amfm.pretrain.monitor.anomalies import EXPERT_STEPS, find_collapsed
 from amfm.pretrain.monitor.environment import describe_allocator, read_peak_memory
-from amfm.pretrain.monitor.experts import EXPERT_STEPS, find_collapsed
 from amfm.pretrain.monitor.metrics import finite
 from amfm.pretrain.monitor.stragglers import STRAGGLER_STEPS, StepTimes
 from amfm.pretrain.run import Run

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval while the model trains: rank 0 asks, all ranks answer.
+"""What the model answers while it trains: tasks of lm-eval, where rank 0 asks and all ranks answer, and continuations of prompts.
 
 Only rank 0 has lm-eval, the tasks and their data: a thousand ranks that each downloaded a data set would be a storm.
 A task that cannot be measured is said, recorded (`tasks_failed` in events.jsonl) and tried again the next time; the run
@@ -7,6 +7,10 @@ continues. An error of the model ends the run like one in a step.
 Weights are the run's own, in its precision and on its layout of ranks, whatever it is: log-likelihoods take the pass that
 validation takes. Tasks that generate text need whole rows, a token at a time: pipeline and context ranks, and tensor ranks
 that share the tokens of a row, reject them.
+
+Samples continue the texts of `evaluate.prompts` after each validation, always by the likeliest token: nothing shows sooner what
+a model has learned, and what a change of data does to it. The texts are in the step's line of metrics.jsonl, and in the report
+next to each other.
 """
 
 from __future__ import annotations
@@ -28,8 +32,10 @@ from amfm.pretrain.run import Run
 from amfm.pretrain.stages import is_due
 from amfm.pretrain.step import forward_only
 from amfm.pretrain.step_sums import StepResult
-from amfm.pretrain.tasks.scoring import Scorer
+from amfm.pretrain.tasks.scoring import GreedyJob, Scorer
 from amfm.pretrain.tasks.suite import TaskChoice, TaskSuite, measure_together, open_on_first
+
+NEW_TOKENS = 60
 
 
 def open_tasks(config: RunConfig, parallel: Parallel) -> TaskSuite | None:
@@ -138,3 +144,28 @@ def generation_problem(names: Sequence[str], kinds: set[str], parallel: Parallel
         f"{SETTING}: a task of {', '.join(names)} {rule}; leave the task out, and run "
         "`amfm evaluate RUN --tasks NAMES` on the checkpoints"
     )
+
+
+class Samples(Hook):
+    """Adds `samples` to the line of a step that was validated: a text for each prompt. Raises ValueError for a layout that cannot."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.prompts = run, run.config.evaluate.prompts
+        rule = generation_rule(run.built.parallel)
+        if rule is not None:
+            raise ValueError(f"evaluate.prompts {rule}; remove it, and run `amfm generate RUN` on the checkpoints")
+
+    def after_step(self, result: StepResult) -> None:
+        """Continue each prompt where the run was just validated."""
+        if "validation_loss" not in result.found:
+            return
+        began, module = time.perf_counter(), self.run.engine.module
+        scorer = build_scorer(self.run)
+        ids = tuple(tuple(scorer.tokenizer.encode(prompt)) for prompt in self.prompts)
+        module.eval()
+        new = scorer.run(GreedyJob(ids, (NEW_TOKENS,) * len(ids), ((),) * len(ids)))
+        module.train()
+        decode = scorer.tokenizer.decode
+        texts = [decode([*given, *more])[len(decode(list(given))) :] for given, more in zip(ids, new, strict=True)]
+        result.found["samples"] = dict(zip(self.prompts, texts, strict=True))
+        result.found["validation_seconds"] += time.perf_counter() - began

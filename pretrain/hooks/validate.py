@@ -19,13 +19,20 @@ from amfm.data_pipeline.loader.loader import PretrainLoader
 from amfm.data_pipeline.samples.samples import NoRowsError
 from amfm.data_pipeline.store.store import TokenStore
 from amfm.model.loss import IGNORE_INDEX
-from amfm.pretrain.accuracy import Accuracy, count_correct, measure_accuracy
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.micro_batch import move_batch
 from amfm.pretrain.monitor.metrics import finite
 from amfm.pretrain.parallel import Parallel
 from amfm.pretrain.run import Run
-from amfm.pretrain.source_losses import SourceLoss, bits_per_byte, losses_of, sum_by_source
+from amfm.pretrain.scores import (
+    Accuracy,
+    SourceLoss,
+    bits_per_byte,
+    count_correct,
+    losses_of,
+    measure_accuracy,
+    sum_by_source,
+)
 from amfm.pretrain.stages import data_of_stages, is_due
 from amfm.pretrain.startup.data import open_validations
 from amfm.pretrain.step import count_valid_tokens, forward_only

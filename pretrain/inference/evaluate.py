@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.samples.packing import Int64, Row, starts_in_window
 from amfm.data_pipeline.store.manifest import SPLITS, Part, Split
 from amfm.data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.terminal import Report, silent
 from amfm.pretrain.inference.over_ranks import Precision, Work, join_ranks, open_model
 from amfm.pretrain.inference.passes import RowPasses
 from amfm.pretrain.inference.weights import Weights, read_weights
-from amfm.pretrain.source_losses import SourceLoss, bits_per_byte, losses_of
+from amfm.pretrain.scores import SourceLoss, bits_per_byte, losses_of
 
 IGNORED = -100
 DEFAULT_SEQUENCE_LENGTH = 1024

@@ -14,11 +14,11 @@ import torch
 
 from amfm.data_pipeline.config import DataConfig, SyntheticConfig, TaskName
 from amfm.data_pipeline.loader.loader import PretrainLoader
-from amfm.data_pipeline.synthetic.build import SETTINGS, build_task
+from amfm.data_pipeline.synthetic.tasks import SETTINGS, build_task
 from amfm.model.packing import PackMeta
-from amfm.pretrain.accuracy import Accuracy, count_correct, measure_accuracy
 from amfm.pretrain.config.file import change_section
 from amfm.pretrain.inference.weights import Weights, read_weights
+from amfm.pretrain.scores import Accuracy, count_correct, measure_accuracy
 
 DEFAULT_LENGTH = 256
 DEFAULT_ROWS = 256

@@ -15,7 +15,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.terminal import Report, silent
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
 from amfm.model.hybrid import HybridModel
 from amfm.pretrain.inference.replay import OneText

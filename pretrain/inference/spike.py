@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.samples.packing import Row, assemble_rows
 from amfm.data_pipeline.samples.samples import SampleLocation, SampleReader, SampleSettings
+from amfm.data_pipeline.terminal import Report, silent
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
 from amfm.model.hybrid import HybridModel
 from amfm.model.loss import IGNORE_INDEX

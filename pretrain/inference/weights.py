@@ -23,8 +23,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from amfm.data_pipeline.durable.foreign_files import inside, read_object, take
-from amfm.data_pipeline.progress import Report, silent
 from amfm.data_pipeline.synthetic.rows import NO_TOKENIZER
+from amfm.data_pipeline.terminal import Report, silent
 from amfm.data_pipeline.tokenizer.id_vocabulary import require_text
 from amfm.data_pipeline.tokenizer.tokenizer import (
     KEPT_FOLDER,

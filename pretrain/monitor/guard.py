@@ -77,7 +77,7 @@ class Guard:
                 os.write(self._pipe, b"%.3f\n" % (seconds or 0.0))
 
     def hearing(self, report: Callable[..., None]) -> Callable[..., None]:
-        """A report (progress.py) of a start that counts as a sign of life."""
+        """A report (terminal.py) of a start that counts as a sign of life."""
 
         def note(what: str, done: int = 0, total: int = 0) -> None:
             self.expect(self.start_seconds)

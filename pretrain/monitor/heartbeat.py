@@ -1,7 +1,7 @@
 """Each rank tells where it is, and a rank that gets no further for too long ends itself and names who holds it up.
 
 A hung collective makes no noise: the rank that hangs may be stopped, asleep or waiting for data, and all others wait for
-it. Every rank therefore has a thread that notes its step and phase on the board of its node (node_board.py), of which one
+it. Every rank therefore has a thread that notes its step and phase on the board of its node (beats.py), of which one
 rank writes a small file for all, `run.dir/heartbeats/rank-N.json` by the first of them, a line per rank; and another
 thread that ends the process when the phase has not changed for `launch.heartbeat_seconds`. The launcher then ends
 the attempt and starts the next one from the newest checkpoint. They are two, because storage may hang as well: the one
@@ -31,12 +31,12 @@ from amfm.pretrain.monitor.beats import (
     SILENT_SECONDS,
     Beat,
     Neighbours,
+    NodeBoard,
     describe_unseen,
     name_laggards,
     read_beats,
 )
 from amfm.pretrain.monitor.guard import Guard
-from amfm.pretrain.monitor.node_board import NodeBoard
 
 HUNG = 3  # the exit code: the run failed and can be resumed
 WRITE_SECONDS = 2.0

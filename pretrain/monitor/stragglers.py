@@ -1,10 +1,13 @@
 """Straggler detection: each rank times its own work between collectives, and the times are compared.
 
-A host that queues work for a GPU runs ahead of it, so its clock tells how fast it queues. On a GPU the passes are
-therefore timed by two events in the stream that computes: a GPU that is slow, or that its host lets starve, is seen by
-them. They are read after the step's report, for which the host has waited anyway. What a rank waits for others inside its
-passes (model/parallel/waits.py: rows of experts, reductions and gathers, receives of a pipeline) is left out. Tensor and context
+A host that queues work for a GPU runs ahead of it, so its clock tells how fast it queues. On a GPU the passes are therefore
+timed by two events in the stream that computes: a GPU that is slow, or that its host lets starve, is seen by them. They are
+read after the step's report, for which the host has waited anyway. What a rank waits for others inside its passes
+(model/parallel/waits.py: rows of experts, reductions and gathers, receives of a pipeline) is left out. Tensor and context
 collectives and ZeRO 3's gathers are in: ranks that share them still look alike.
+
+A `PhaseClock` tells the heartbeat where this rank is in a step, and times what keeps it busy: reading data and the passes are a
+rank's own work, what it waits for in between, other ranks, is not.
 """
 
 from __future__ import annotations
@@ -13,14 +16,23 @@ import socket
 import statistics
 import time
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 
 from amfm.model.parallel.waits import DeviceWaits, HostWaits
+from amfm.pretrain.monitor.heartbeat import Heartbeat
 from amfm.pretrain.parallel import Parallel
 
 STRAGGLER_STEPS = 20
+UNTIL_UPDATE = (
+    "data",
+    "count",  # of valid tokens, over all ranks
+    "forward",
+    "reduce",
+    "optimizer",
+)  # phases of the step that is under way, not of the last one done
 
 
 @dataclass(frozen=True)
@@ -137,3 +149,23 @@ def compare_ranks(reports: list[tuple[str, float]], percent: float) -> list[Stra
     median = statistics.median(seconds for _, seconds in reports)
     excess = [(100 * (seconds / median - 1), rank, host) for rank, (host, seconds) in enumerate(reports)]
     return [Straggler(rank, host, slower) for slower, rank, host in sorted(excess, reverse=True) if slower > percent]
+
+
+class PhaseClock:
+    """Enters phases of steps on this rank."""
+
+    def __init__(self, heartbeat: Heartbeat, device: torch.device) -> None:
+        self.heartbeat = heartbeat
+        self._timers = {"data": HostClock(), "forward": clock_of(device)}
+
+    def enter(self, step: int, phase: str) -> AbstractContextManager[object]:
+        """Note a phase, which is a sign of life each time.
+
+        As a context it is timed, where it is this rank's own work.
+        """
+        self.heartbeat.at(step, phase)
+        return self._timers.get(phase, nullcontext())
+
+    def busy_seconds(self) -> float:
+        """Seconds of this rank's own work in the newest step; waits for its passes on a device."""
+        return sum(timer.seconds() for timer in self._timers.values())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from amfm.data_pipeline.durable.files import check_free
-from amfm.data_pipeline.progress import Report, silent
+from amfm.data_pipeline.terminal import Report, silent
 from amfm.model.config.checks import check_model
 from amfm.model.config.kinds import kind_of
 from amfm.model.config.schema import ModelConfig

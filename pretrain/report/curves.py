@@ -1,24 +1,98 @@
-"""What a plot is: curves over steps or a map, the ends of its axes, and how curves differ from each other.
+"""What a plot is: curves over steps or a map, the ends of its axes, how curves differ, and marks of what happened to the run.
 
 A `Plot` draws nothing. The page's script (page.js) draws it where a reader can point and zoom, and matplotlib (draw.py)
 for pictures and for readers whose browser runs no script; so both show the same curves.
+
+Marks are by kind, and a long run may have skipped thousands of steps: marks of one kind in the same of SPANS spans of its steps
+are one with a count. The page gathers further, as far as its pixels go.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
-from amfm.pretrain.report.marks import Mark, Stage
+from amfm.pretrain.report.data import RunRecord
 from amfm.pretrain.report.numbers import smooth
 
+Kind = Literal["failure", "trouble", "other"]
+SPANS = 600
+FAILURES = {"failed", "gave_up", "tensorboard_failed", "tasks_failed"}
+TROUBLE = {
+    "skipped_step",
+    "spike",
+    "rolled_back",
+    "rolled_back_to",
+    "experts_collapsed",
+    "unbalanced_experts",
+    "stragglers",
+}
+# Of every run: what would cover the others.
+QUIET = {"checkpoint", "validation", "tasks", "replicas", "resume", "initial_weights", "distill", "pattern", "low_precision", "end", "stage"}  # fmt: skip
 MAX_COLUMNS, LEAST_COLUMNS, MAX_CELLS = 240, 60, 6000  # of a map, and its cells
 MIN_SMOOTHED = 20
 NUM_COLOURS, NUM_DASHES = 6, 3
 MIN_USUAL = 500  # values of a curve whose axis leaves out what is unusual
 BEGIN, UNUSUAL = 0.05, 0.005  # shares of a run's steps: its first ones, and on either side of the others
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Events of one kind at or near a step: how many, and what they were."""
+
+    step: int
+    kind: Kind
+    number: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A training stage as plots shade it; last: of its steps."""
+
+    name: str
+    first: int
+    last: int
+
+
+def kind_of(event: Mapping[str, Any]) -> Kind | None:
+    """Which kind of mark an event is; None for one of every run."""
+    name = str(event.get("event"))
+    if name in QUIET:
+        return None
+    return "failure" if name in FAILURES else "trouble" if name in TROUBLE else "other"
+
+
+def make_marks(record: RunRecord) -> tuple[Mark, ...]:
+    """Collect what happened to a run while it did the steps that are logged: all events but those of a quiet run."""
+    first, last = int(record.metrics[0]["step"]), record.last_step()
+    gathered: dict[tuple[Kind, int], list[tuple[int, str]]] = {}
+    for event in record.events:
+        name, step, kind = str(event.get("event")), event.get("step"), kind_of(event)
+        if not isinstance(step, int) or not first <= step <= last or kind is None:
+            continue
+        span = (step - first) * SPANS // max(SPANS, last - first + 1)
+        gathered.setdefault((kind, span), []).append((step, name.replace("_", " ")))
+    return tuple(
+        Mark(found[0][0], kind, len(found), ", ".join(dict.fromkeys(name for _, name in found)))
+        for (kind, _), found in sorted(gathered.items(), key=lambda item: item[1][0])
+    )
+
+
+def make_stages(record: RunRecord) -> tuple[Stage, ...]:
+    """List the stages that the run has come to; none for a run of one stage."""
+    if not record.config.stages:
+        return ()
+    ends = [stage.last_step for stage in record.stages]
+    firsts = [1, *(end + 1 for end in ends[:-1])]
+    return tuple(
+        Stage(stage.name, first, min(end, record.last_step()))
+        for stage, first, end in zip(record.stages, firsts, ends)
+        if first <= record.last_step()
+    )
 
 
 @dataclass(frozen=True)

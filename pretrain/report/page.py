@@ -17,13 +17,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from amfm.pretrain.monitor.health import Verdict
-from amfm.pretrain.report.curves import Plot
+from amfm.pretrain.report.curves import Plot, kind_of
 from amfm.pretrain.report.draw import draw_svg
-from amfm.pretrain.report.goodput import USES
-from amfm.pretrain.report.marks import kind_of
+from amfm.pretrain.report.goodput import COLUMNS, USES, Timeline
 from amfm.pretrain.report.numbers import DARK, LIGHT, plain
-from amfm.pretrain.report.timeline import COLUMNS, Timeline
+from amfm.pretrain.report.verdict import Verdict
 
 # A long run logs thousands of checkpoints; older events stay in events.jsonl.
 MAX_EVENTS = 200

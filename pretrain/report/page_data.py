@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from amfm.pretrain.report.curves import Curve, HeatMap, Plot, curve_style
+from amfm.pretrain.report.curves import Curve, HeatMap, Plot, curve_style, make_marks, make_stages
 from amfm.pretrain.report.data import RunRecord, is_number
-from amfm.pretrain.report.marks import make_marks, make_stages
 from amfm.pretrain.report.numbers import keep_extremes, make_columns
 from amfm.pretrain.report.page import Table
 

@@ -20,12 +20,13 @@ from amfm.pretrain.report.curves import (
     Plot,
     cap_outliers,
     curve_style,
+    make_marks,
+    make_stages,
     most_columns,
     noisy_curve,
     usual_range,
 )
 from amfm.pretrain.report.data import RunRecord
-from amfm.pretrain.report.marks import make_marks, make_stages
 from amfm.pretrain.report.numbers import mean_of_spans
 
 

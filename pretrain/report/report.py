@@ -16,9 +16,9 @@ from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.monitor.follow import FollowedRun
 from amfm.pretrain.monitor.panel import plural
 from amfm.pretrain.report.attempts import HEADER, list_attempts
+from amfm.pretrain.report.curves import make_stages
 from amfm.pretrain.report.data import RunRecord, read_run
-from amfm.pretrain.report.goodput import USES, measure_goodput
-from amfm.pretrain.report.marks import make_stages
+from amfm.pretrain.report.goodput import USES, make_timeline, measure_goodput
 from amfm.pretrain.report.numbers import count, duration, perplexity
 from amfm.pretrain.report.overlay import MAX_RUNS, compare_configs, compare_numbers, overlay_plots, render_runs
 from amfm.pretrain.report.page import (
@@ -44,7 +44,6 @@ from amfm.pretrain.report.page import (
 )
 from amfm.pretrain.report.page_data import describe_page, describe_tasks, tasks_plot
 from amfm.pretrain.report.plots import make_plots
-from amfm.pretrain.report.timeline import make_timeline
 from amfm.pretrain.report.verdict import describe_state, judge_run
 
 MAX_STARTS = 100

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from amfm.pretrain.monitor.follow import FollowedRun, to_seconds
-from amfm.pretrain.monitor.health import number
 from amfm.pretrain.report.data import RunRecord, read_run
 from amfm.pretrain.report.goodput import measure_goodput
-from amfm.pretrain.report.verdict import describe_state, judge_run
+from amfm.pretrain.report.verdict import describe_state, judge_run, number
 
 LOGS = {"events.jsonl", "metrics.jsonl"}
 

@@ -1,21 +1,28 @@
-"""The verdict on a run directory: what the rules of health.py find in its logs, and what its state, time, ranks and disk show.
+"""Whether a run is well: what rules find in its logs, and what its state, time, ranks and disk show.
 
 The same for every reader: report, watch, Prometheus, `amfm runs`, and the last lines of `amfm train`. What only a running
 run can lack (ranks, room for the next checkpoint) is asked only of a running one.
+
+Each rule is a function of the lines of metrics and of the events, and gives what it found, what to do, and the page that
+explains it. Compared is the newest hundredth of the steps (at least MIN_LINES) with the run's own past; nothing is asked of the
+run.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import fmean, median
+from typing import Any, Literal
 
 from amfm.pretrain.checkpoint.names import checkpoint_name
+from amfm.pretrain.event_log import IN_ORDER
 from amfm.pretrain.monitor.beats import Beat, describe_lost
 from amfm.pretrain.monitor.follow import FollowedRun, Seen
-from amfm.pretrain.monitor.health import Finding, Verdict, judge, number
 from amfm.pretrain.monitor.panel import plural
 from amfm.pretrain.report.data import RunRecord, read_run
 from amfm.pretrain.report.goodput import USES, measure_goodput
@@ -25,6 +32,15 @@ LOW_GOODPUT = 0.75
 JUDGED_SECONDS = 1800.0  # of machines held: before that, starting is most of a run
 ROOM = 1.1  # times the newest checkpoint must be free for the next one
 LAUNCHING = "docs/launching.md"
+Line = Mapping[str, Any]
+Lines = Sequence[Line]
+
+MIN_LINES = 10  # fewer say nothing about what is usual
+MOST_SKIPPED = 0.001  # of all steps
+LOSS_ABOVE_BEST = 1.05
+GRAD_NORM_ABOVE_USUAL = 5.0
+STEP_ABOVE_USUAL = 1.5
+DEBUGGING = "docs/debugging.md"
 
 
 class Verdicts:
@@ -115,3 +131,133 @@ def judge_disk(directory: Path, checkpoint_step: int | None) -> Iterator[Finding
     if free < ROOM * size:
         text = f"{free / 1e9:.1f} GB are free, and a checkpoint needs {size / 1e9:.1f} GB"
         yield Finding("disk", text, "free the disk, or lower train.keep_last", "docs/checkpoints.md")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a rule found: in words, what to do, and the page to read."""
+
+    rule: str
+    text: str
+    remedy: str
+    page: str = DEBUGGING
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a run is well, and else why not."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def level(self) -> Literal["well", "needs a look"]:
+        """One word or three, the same on every screen."""
+        return "needs a look" if self.findings else "well"
+
+    def words(self) -> str:
+        """The verdict in one line."""
+        texts = "; ".join(finding.text for finding in self.findings)
+        return f"{self.level}: {texts}" if texts else self.level
+
+    def to_json(self) -> dict[str, Any]:
+        """The verdict as JSON values."""
+        return {"level": self.level, "findings": [vars(finding) for finding in self.findings]}
+
+
+def judge(metrics: Lines, events: Lines) -> Verdict:
+    """Apply every rule to a run's lines of metrics, by step, and to its events."""
+    size = max(MIN_LINES, len(metrics) // 100)
+    newest = metrics[-size:]
+    rules = (
+        *judge_skips(metrics, events, newest),
+        *judge_loss(metrics, size),
+        *compare(metrics, newest, "grad_norm", GRAD_NORM_ABOVE_USUAL),
+        *compare(metrics, newest, "seconds", STEP_ABOVE_USUAL),
+        *judge_events(events),
+    )
+    return Verdict(rules)
+
+
+def judge_skips(metrics: Lines, events: Lines, newest: Lines) -> Iterator[Finding]:
+    """Steps that no rank applied, by their lines or else their events; spikes; and a loss that is not finite."""
+    by_event = {number(event, "step") for event in events if event.get("event") == "skipped_step"}
+    skipped = [line["step"] for line in metrics if line.get("skipped", line["step"] in by_event) is True]
+    recent = sum(step >= newest[0]["step"] for step in skipped)
+    if recent or len(skipped) > MOST_SKIPPED * len(metrics):
+        text = f"{recent} of the newest {len(newest)}" if recent else f"{len(skipped):,} of {len(metrics):,}"
+        remedy = "look at the events skipped_step: they name samples and parameters"
+        yield Finding("skips", f"{text} steps were skipped", remedy)
+    spikes = sum("spike" in line for line in newest)
+    if spikes:
+        remedy = "amfm inspect --spike names the documents of a step"
+        yield Finding("spikes", f"{spikes} of the newest {len(newest)} steps are far above those before", remedy)
+    if newest and newest[-1].get("loss", 0.0) is None:
+        yield Finding("loss", "the newest loss is not finite", "go back with amfm rollback, or lower the learning rate")
+
+
+def judge_loss(metrics: Lines, size: int) -> Iterator[Finding]:
+    """A loss above the lowest that the run had, means over equal spans of steps."""
+    pairs = [(int(line["step"]), value) for line in metrics if (value := number(line, "loss")) is not None]
+    if len(pairs) < 2 * size:
+        return
+    spans = [pairs[end - size : end] for end in range(len(pairs), size - 1, -size)]
+    means = [(fmean(value for _, value in span), span[-1][0]) for span in spans]
+    best, step = min(means)
+    if means[0][0] > LOSS_ABOVE_BEST * best:
+        text = f"the loss is {means[0][0] / best - 1:.0%} above its lowest ({best:.4g} at step {step:,})"
+        yield Finding(
+            "loss", text, "compare text and learning rate since then; amfm rollback goes back to a checkpoint"
+        )
+
+
+def compare(metrics: Lines, newest: Lines, key: str, limit: float) -> Iterator[Finding]:
+    """A median that is above what the run itself had, by a factor."""
+    usual, now = ([value for line in lines if (value := number(line, key)) is not None] for lines in (metrics, newest))
+    if len(usual) < 2 * MIN_LINES or not now or median(now) <= limit * median(usual):
+        return
+    name, remedy = {
+        "grad_norm": ("the gradient norm", "lower optimizer.learning_rate, or look at the text of these steps"),
+        "seconds": (
+            "a step",
+            "slow ranks: amfm watch; other programs on a CPU: end them, or start with OMP_WAIT_POLICY=passive",
+        ),
+    }[key]
+    yield Finding(key, f"{name} is {median(now) / median(usual):.1f} times its median over the run", remedy)
+
+
+def judge_events(events: Lines) -> Iterator[Finding]:
+    """What the run itself reported: collapsed experts, rollbacks, failures, copies that were not sent, slow ranks."""
+    kinds = [event.get("event") for event in events]
+    collapsed = next((event for event in reversed(events) if event.get("event") == "experts_collapsed"), None)
+    if collapsed is not None:
+        blocks = ", ".join(map(str, collapsed.get("token_share") or ()))
+        text = f"routing collapsed in block {blocks} at step {collapsed.get('step')}"
+        yield Finding("experts", text, "raise the balance of experts", "docs/moe_balance.md")
+    if kinds.count("rolled_back"):
+        text = f"{plural(kinds.count('rolled_back'), 'rollback')} after spikes"
+        yield Finding("rollbacks", text, "lower optimizer.learning_rate, or look at the text of these steps")
+    failures = count_failures(kinds)
+    if failures:
+        yield Finding("failures", plural(failures, "failure"), "amfm report names the cause of each")
+    newest = next((event for event in reversed(events) if event.get("event") == "checkpoint"), {})
+    if newest.get("remarks"):
+        yield Finding("storage", f"the newest checkpoint: {newest['remarks'][0]}", "free the disk, or reach the store")
+    last = max((place for place, kind in enumerate(kinds) if kind == "start"), default=0)
+    if "stragglers" in kinds[last:]:
+        yield Finding("stragglers", "slow ranks since the newest start", "look at the events stragglers for the hosts")
+
+
+def count_failures(kinds: Sequence[object]) -> int:
+    """Starts that did not end as they were asked to, whoever started the run again; a newest one that is open is none."""
+    failures, is_open = 0, False
+    for kind in kinds:
+        failures += kind == "start" and is_open
+        is_open = kind == "start" or (is_open and kind not in IN_ORDER)
+    return failures + (kinds[-1:] in (["failed"], ["gave_up"]))
+
+
+def number(line: Line, key: str) -> float | None:
+    """A finite number of a line; None if it has none."""
+    value = line.get(key)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if is_number and value is not None else None

@@ -22,8 +22,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from amfm.data_pipeline.progress import format_seconds
-from amfm.kernels.common.split_backward import Later, compute_now, split_backward
+from amfm.data_pipeline.terminal import format_seconds
+from amfm.kernels.common.weight_gradients import Later, compute_now, split_backward
 from amfm.kernels.low_precision.kept_weights import keep_weights
 from amfm.model.block import Stream
 from amfm.model.hybrid import HybridModel
@@ -195,7 +195,7 @@ def kind_of(config: RunConfig, index: int) -> tuple[str, bool, bool]:
 
 @dataclass
 class SumAlone:
-    """The sum of one weight's gradients, as products of a run find one in its buckets (kernels/common/gradient_sum.py).
+    """The sum of one weight's gradients, as products of a run find one in its buckets (kernels/common/weight_gradients.py).
 
     The first pass overwrites it and those after add to it, which are two kernels.
     """

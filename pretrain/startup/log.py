@@ -25,8 +25,8 @@ from amfm.pretrain.checkpoint.load import LoadedCheckpoint
 from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.event_log import FRESH_START_EVENTS, read_events
 from amfm.pretrain.launcher_protocol import RESTART_CAUSE, TORCHRUN_RESTARTS
+from amfm.pretrain.monitor.anomalies import describe_unbalanced
 from amfm.pretrain.monitor.environment import record_environment
-from amfm.pretrain.monitor.experts import describe_unbalanced
 from amfm.pretrain.monitor.live import Display
 from amfm.pretrain.monitor.metrics import RunLog
 from amfm.pretrain.monitor.panel import plural

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from amfm.data_pipeline.samples.phases import PhaseSettings
+from amfm.data_pipeline.samples.mixture import PhaseSettings
 from amfm.data_pipeline.store.manifest import Split
 from amfm.data_pipeline.synthetic.rows import SyntheticSettings
 from amfm.model.hybrid import HybridModel

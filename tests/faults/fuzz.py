@@ -26,15 +26,14 @@ from hypothesis import strategies as st
 
 from amfm.data_pipeline.config import FilterConfig, SourceConfig, TokenizerConfig
 from amfm.data_pipeline.durable.foreign_files import read_object
-from amfm.data_pipeline.prepare.columns import check_column
 from amfm.data_pipeline.prepare.dialogues import dialogues_of
 from amfm.data_pipeline.prepare.documents import SegmentReader
 from amfm.data_pipeline.prepare.duplicates import mark_duplicates
-from amfm.data_pipeline.prepare.filters import make_filter
 from amfm.data_pipeline.prepare.journal import Journal
 from amfm.data_pipeline.prepare.plan import Unit, UnitSettings
+from amfm.data_pipeline.prepare.reading import make_filter
 from amfm.data_pipeline.prepare.rejects import place_of
-from amfm.data_pipeline.prepare.segments import cut_segments
+from amfm.data_pipeline.prepare.segments import check_column, cut_segments
 from amfm.data_pipeline.prepare.sources import list_files
 from amfm.data_pipeline.store.manifest import Layout
 from amfm.data_pipeline.store.store import TokenStore

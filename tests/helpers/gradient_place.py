@@ -1,4 +1,4 @@
-"""A place in which weight gradients land, as an optimizer hangs it on a parameter (kernels/common/gradient_sum.py)."""
+"""A place in which weight gradients land, as an optimizer hangs it on a parameter (kernels/common/weight_gradients.py)."""
 
 from __future__ import annotations
 

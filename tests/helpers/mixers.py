@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amfm.kernels.common.strides import first_tokens
+from amfm.kernels.common.inputs import first_tokens
 from amfm.kernels.mamba2.exchange import SegmentsInOrder
 from amfm.kernels.mamba2.op import MixerSizes, mamba2_mix
 from tests.helpers.scans import ScanCase, make_documents

@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from amfm.kernels.attention import sinks, varlen
+from amfm.kernels.attention import torch_impl, varlen
 from amfm.kernels.attention.op import _log_choice, attention, fastest_backend, window_sums
 from amfm.kernels.attention.varlen import DocumentEnds, refuse_varlen
 from tests.helpers.determinism import without_determinism
@@ -121,7 +121,7 @@ SINKS = [
 def test_sinks_equal_the_reference_in_outputs_and_gradients(shape, lengths, window, by_wider_heads, monkeypatch):
     """Through PyTorch's own backward on processors, and as it is done on other devices."""
     if by_wider_heads:
-        monkeypatch.setattr(sinks, "_has_log_sums", lambda q: False)
+        monkeypatch.setattr(torch_impl, "_has_log_sums", lambda q: False)
     inputs = make_inputs_with_sinks(*shape)
     documents = None if lengths is None else make_documents(shape[0], lengths)
     wanted = run("reference", torch.float64, inputs, documents, scale=0.3, window=window)

@@ -9,8 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from amfm.kernels.common import gemm_precision
-from amfm.kernels.common.gradient_sum import gradients_by_autograd
-from amfm.kernels.common.split_backward import Later, compute_now, split_backward
+from amfm.kernels.common.weight_gradients import Later, compute_now, gradients_by_autograd, split_backward
 from amfm.kernels.linear.op import _Float32Linear, linear, linear_float32, split_in_halves
 from tests.helpers.gradient_place import Place
 

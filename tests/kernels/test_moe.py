@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from amfm.kernels.common.split_backward import compute_now, split_backward
+from amfm.kernels.common.weight_gradients import compute_now, split_backward
 from amfm.kernels.moe import torch_impl
 from amfm.kernels.moe.grouping import sort_stably
 from amfm.kernels.moe.op import expert_feed_forward, group_by_expert, grouped_feed_forward, route

@@ -22,19 +22,19 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "1",
     ): "empty like another rank's part, of one shape",
     (
-        "pretrain/monitor/corruption.py",
+        "pretrain/hooks/state_watch.py",
         "CHUNK_ELEMENTS = 1 << 22",
         "22",
         "23",
     ): "another size of the pieces: the same sum of integers",
     (
-        "pretrain/monitor/corruption.py",
+        "pretrain/hooks/state_watch.py",
         "if self.at_rest:",
         "self.at_rest",
         "(True)",
     ): "if nothing is noted nothing has changed: a pass over the state for nothing",
     (
-        "pretrain/monitor/corruption.py",
+        "pretrain/hooks/state_watch.py",
         "self.layout.engine.wait_for_weights()",
         "self.layout.engine.wait_for_weights()",
         "pass",

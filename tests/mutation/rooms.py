@@ -70,8 +70,8 @@ ROOMS: dict[str, Room] = {
         ("tests/model/moe/test_dispatch.py",), ("tests/model/moe", "tests/launch/simulate/test_trace.py"),
     ),
     "corruption": Room(
-        ("pretrain/monitor/corruption.py",), ("tests/pretrain/monitor/test_corruption.py",),
-        ("tests/pretrain/monitor/test_corruption.py", *SLOW),
+        ("pretrain/hooks/state_watch.py",), ("tests/pretrain/hooks/test_state_watch.py",),
+        ("tests/pretrain/hooks/test_state_watch.py", *SLOW),
     ),
     "verify": Room(
         ("pretrain/export/verify.py",), ("tests/pretrain/export/test_verify.py",),

@@ -14,13 +14,13 @@ from amfm.data_pipeline.config import DataConfig, SyntheticConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups
-from amfm.pretrain.accuracy import count_correct, measure_accuracy
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.hooks.validate import Validation
 from amfm.pretrain.inference.evaluate_synthetic import evaluate_synthetic
 from amfm.pretrain.inference.weights import load_initial_weights, read_weights
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.run import Run
+from amfm.pretrain.scores import count_correct, measure_accuracy
 from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.train import train
 from tests.helpers.spawn import run_ranks

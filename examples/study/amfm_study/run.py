@@ -23,7 +23,7 @@ from ray.exceptions import RayError
 
 from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.data_pipeline.prepare.ray_actors import start_ray
-from amfm.data_pipeline.progress import Waiting
+from amfm.data_pipeline.terminal import Waiting
 from amfm.launch.cluster.local import forward_signals
 from amfm.launch.cluster.node_logs import last_words
 from amfm.launch.cluster.ray import RankHost, first_line

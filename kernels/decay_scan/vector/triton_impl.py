@@ -15,9 +15,9 @@ import triton
 from torch import Tensor
 
 from amfm.kernels.common.custom_op import differentiate, fake_of
+from amfm.kernels.common.inputs import first_tokens, outer_strides, pack, pack_inner
 from amfm.kernels.common.limits import VECTOR_GATE_LIMITS
 from amfm.kernels.common.scan_launch import ScanLaunch, cut_segments, differentiated
-from amfm.kernels.common.strides import first_tokens, outer_strides, pack, pack_inner
 from amfm.kernels.decay_scan.vector.triton_backward import (
     score_gradients_kernel,
     vector_gradients_kernel,

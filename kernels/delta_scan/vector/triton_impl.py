@@ -13,9 +13,9 @@ import triton
 from torch import Tensor
 
 from amfm.kernels.common.custom_op import differentiate, fake_of
+from amfm.kernels.common.inputs import first_tokens, outer_strides, pack, pack_inner
 from amfm.kernels.common.limits import VECTOR_DELTA_LIMITS
 from amfm.kernels.common.scan_launch import ScanLaunch
-from amfm.kernels.common.strides import first_tokens, outer_strides, pack, pack_inner
 from amfm.kernels.delta_scan.vector.triton_backward import (
     vector_gradients_kernel,
     vector_pairs_kernel,

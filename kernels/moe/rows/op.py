@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amfm.kernels.common.shapes import check_shape
+from amfm.kernels.common.inputs import check_shape
 from amfm.kernels.moe.grouping import group_by_expert
 from amfm.kernels.moe.rows.torch_impl import add_rows, combine_rows, gather_rows
 from amfm.kernels.runtime.backend import resolve_backend

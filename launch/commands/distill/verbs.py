@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from amfm.data_pipeline.progress import Waiting, format_bytes
+from amfm.data_pipeline.terminal import Waiting, format_bytes
 from amfm.launch.arguments import ConfigArgument, JsonOption, OverridesArgument, choose_device
 from amfm.launch.commands.evaluate import BackendOption, DeviceOption
 from amfm.launch.console import print_json, print_pairs

@@ -10,11 +10,10 @@ import pytest
 
 from amfm.data_pipeline.config import SourceConfig
 from amfm.data_pipeline.prepare import documents, records
-from amfm.data_pipeline.prepare.columns import check_column
 from amfm.data_pipeline.prepare.documents import SegmentReader
 from amfm.data_pipeline.prepare.records import Document, Reject
 from amfm.data_pipeline.prepare.rejects import place_of
-from amfm.data_pipeline.prepare.segments import Segment, cut_segments
+from amfm.data_pipeline.prepare.segments import Segment, check_column, cut_segments
 from amfm.data_pipeline.prepare.sources import list_files
 from amfm.data_pipeline.store.megatron_files import HEADER, MAGIC
 

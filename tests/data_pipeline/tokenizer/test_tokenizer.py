@@ -8,8 +8,8 @@ import pytest
 from amfm.data_pipeline.config import TokenizerConfig
 from amfm.data_pipeline.prepare.prepare import prepare
 from amfm.data_pipeline.store.store import TokenStore
+from amfm.data_pipeline.tokenizer.sentencepiece_model import train_tokenizer
 from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer, read_tokenizer_file
-from amfm.data_pipeline.tokenizer.training import train_tokenizer
 from tests.helpers.tiny_store import make_text, make_tiny_store, run_in_process
 
 HARD_TEXTS = [

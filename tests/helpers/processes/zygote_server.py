@@ -38,7 +38,7 @@ FULL_MODULES = ("amfm.launch.cli", "amfm.launch.cluster.local", "amfm.pretrain.t
 # What a first run imports where it needs it: a third of the seconds of a fork that trains for a few steps.
 FOR_RUNS = (
     *("amfm.model.mixers.attention", "amfm.model.mixers.mamba2", "amfm.model.moe.block", "amfm.model.feed_forward"),
-    *("amfm.model.huggingface.classes", "amfm.pretrain.hooks.diverged", "amfm.pretrain.hooks.spikes"),
+    *("amfm.model.huggingface.classes", "amfm.pretrain.hooks.lost_losses", "amfm.pretrain.hooks.lost_losses"),
     *("deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.zero.muon.muon_optimizer", "numpy.ma"),
     *("torch.nested._internal.nested_tensor", "torch.fx.experimental._constant_symnode", "rich._emoji_codes"),
 )

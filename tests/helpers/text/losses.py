@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from amfm.data_pipeline.prepare.corpus import fetch_corpus
+from amfm.data_pipeline.prepare.sample_text import fetch_corpus
 from tests.helpers.examples import ROOT, run_module
 
 # Two blocks of each half, as wide as in test_attention_free.py.

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from amfm.data_pipeline.prepare.corpus import fetch_corpus
+from amfm.data_pipeline.prepare.sample_text import fetch_corpus
 from amfm.model.hybrid import HybridModel, ModelOutput
 from amfm.model.packing import PackMeta
 from amfm.model.scheduled import set_step

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from amfm.kernels.cases.trial import evaluate
+from amfm.kernels.proof.check import judge
 from amfm.kernels.proof.operations import OPERATIONS
-from amfm.kernels.proof.verdict import judge
 
 CPU = torch.device("cpu")
 

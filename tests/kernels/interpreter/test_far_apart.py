@@ -22,8 +22,8 @@ from amfm.kernels.attention.op import attention
 from amfm.kernels.cases.problem import Problem
 from amfm.kernels.cases.trial import Sized, evaluate
 from amfm.kernels.causal_conv1d.op import causal_conv1d
+from amfm.kernels.common.inputs import check_matrix
 from amfm.kernels.common.scan_launch import pass_states
-from amfm.kernels.common.shapes import check_matrix
 from amfm.kernels.decay_scan.op import mamba2_scan
 from amfm.kernels.mamba2.case import mixer_problem
 from amfm.kernels.norm.op import gated_rms_norm, rms_norm

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from amfm.kernels.common.split_backward import Later, compute_now, split_backward
+from amfm.kernels.common.weight_gradients import Later, compute_now, split_backward
 from amfm.kernels.linear.op import linear
 from amfm.kernels.low_precision import triton_impl
 from amfm.kernels.low_precision.formats import quantize, to_e8m0

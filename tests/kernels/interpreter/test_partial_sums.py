@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from amfm.kernels.common.partial_sums import grid_of, sum_first, sum_parts
+from amfm.kernels.common.tiles import grid_of, sum_first, sum_parts
 
 
 def test_parts_are_added_in_float32_into_rows_that_lie_apart() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from amfm.kernels.common.split_backward import Later, compute_now, split_backward
+from amfm.kernels.common.weight_gradients import Later, compute_now, split_backward
 from amfm.kernels.linear.activated import activated_linear, keeps_codes
 from amfm.kernels.linear.op import linear
 from amfm.kernels.low_precision.formats import quantize

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from amfm.kernels.common.split_backward import Later, compute_now, split_backward
+from amfm.kernels.common.weight_gradients import Later, compute_now, split_backward
 from amfm.kernels.low_precision.formats import draw_noise, quantize, turn
 from amfm.kernels.low_precision.recipe import NAMES, Recipe
 from amfm.kernels.moe.op import expert_feed_forward, grouped_feed_forward

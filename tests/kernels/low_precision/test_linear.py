@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from amfm.kernels.common.split_backward import Later, compute_now, split_backward
+from amfm.kernels.common.weight_gradients import Later, compute_now, split_backward
 from amfm.kernels.linear.op import linear, linear_gradients
 from amfm.kernels.low_precision.formats import draw_noise, quantize, turn
 from amfm.kernels.low_precision.recipe import NAMES, Recipe, recipe_of, seed_of

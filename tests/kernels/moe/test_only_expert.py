@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from amfm.kernels.common.split_backward import compute_now, split_backward
+from amfm.kernels.common.weight_gradients import compute_now, split_backward
 from amfm.kernels.low_precision.recipe import Recipe
 from amfm.kernels.moe.op import expert_feed_forward, only_expert_feed_forward
 from amfm.kernels.swiglu.gate import PLAIN

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import pytest
 import torch
 from torch import Tensor
 
 from amfm.kernels.cases.problem import Inputs, Problem
 from amfm.kernels.cases.trial import Sized
-from amfm.kernels.proof.check import check_trial
+from amfm.kernels.proof.check import FACTOR, FLOORS, check_trial, judge
+
+EXACT = {"y": torch.linspace(1, 2, 100, dtype=torch.float64), "d_x": torch.linspace(-1, 1, 100, dtype=torch.float64)}
+NEAR = {name: value.bfloat16() for name, value in EXACT.items()}
 
 
 def sized(failing: str) -> Sized:
@@ -33,3 +37,36 @@ def test_what_does_not_run_is_a_fault_with_its_reason_and_raises_nothing() -> No
         result = check_trial(sized(failing), torch.device("cpu"), torch.float32)
         assert result.faults == said
         assert bool(result.tensors) == (failing == "nothing")
+
+
+def test_rounding_passes_and_one_wrong_tensor_fails() -> None:
+    assert all(each.holds for each in judge(NEAR, NEAR, EXACT, torch.bfloat16))
+    wrong = NEAR | {"d_x": NEAR["d_x"].clone().index_fill_(0, torch.tensor([99]), 0.0)}
+    verdicts = judge(wrong, NEAR, EXACT, torch.bfloat16)
+    assert verdicts[0].name == "d_x" and not verdicts[0].holds
+    assert verdicts[1].holds
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_come_first_and_fail(value: float) -> None:
+    wrong = NEAR | {"y": NEAR["y"].clone().index_fill_(0, torch.tensor([3]), value)}
+    verdicts = judge(wrong, NEAR, EXACT, torch.bfloat16)
+    assert verdicts[0].name == "y" and not verdicts[0].holds
+    assert verdicts[0].as_json()["error"] is None
+
+
+def test_a_bound_follows_pytorch_where_that_is_far_off_and_never_falls_below_rounding() -> None:
+    rough = {name: value * 1.04 for name, value in EXACT.items()}
+    assert judge(rough, rough, EXACT, torch.bfloat16)[0].bound == pytest.approx(FACTOR * 0.04)
+    assert judge(NEAR, EXACT, EXACT, torch.bfloat16)[0].bound == FLOORS[torch.bfloat16]
+    assert (
+        judge(rough, {name: value * float("inf") for name, value in EXACT.items()}, EXACT, torch.bfloat16)[0].holds
+        is False
+    )
+
+
+def test_a_sum_that_cancels_is_held_against_what_is_summed() -> None:
+    exact = {"d_dt": torch.ones(100, dtype=torch.float64), "d_A_log": torch.tensor([0.5], dtype=torch.float64)}
+    ours = {"d_dt": exact["d_dt"], "d_A_log": torch.tensor([0.54], dtype=torch.float64)}
+    assert not judge(ours, exact, exact, torch.bfloat16)[0].holds
+    assert judge(ours, exact, exact, torch.bfloat16, {"A_log": "dt"})[0].holds

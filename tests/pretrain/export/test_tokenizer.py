@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from amfm.data_pipeline.config import TokenizerConfig
-from amfm.data_pipeline.tokenizer.sentencepiece_model import SCORE_STEP, read_sentencepiece_model
+from amfm.data_pipeline.tokenizer.sentencepiece_model import SCORE_STEP, read_sentencepiece_model, train_tokenizer
 from amfm.data_pipeline.tokenizer.tokenizer import read_tokenizer_file
-from amfm.data_pipeline.tokenizer.training import train_tokenizer
 from amfm.pretrain.export.export import ODD_TEXTS
 from amfm.pretrain.export.tokenizer import write_tokenizer
 from tests.helpers.tiny_store import make_text

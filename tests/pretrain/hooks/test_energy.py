@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from amfm.data_pipeline.config import DataConfig
-from amfm.pretrain.hooks.energy import ENERGY_STEPS, Energy
-from amfm.pretrain.monitor.energy import EnergyMeter
+from amfm.pretrain.hooks.energy import ENERGY_STEPS, Energy, EnergyMeter
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.step import train_step

@@ -12,9 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from amfm.pretrain.monitor.beats import Beat, Neighbours, clear_beats, describe_lost, name_laggards, read_beats
+from amfm.pretrain.monitor.beats import (
+    Beat,
+    Neighbours,
+    NodeBoard,
+    clear_beats,
+    describe_lost,
+    name_laggards,
+    read_beats,
+)
 from amfm.pretrain.monitor.heartbeat import HUNG, Heartbeat, Stall
-from amfm.pretrain.monitor.node_board import NodeBoard
 from tests.helpers.full_disk import largest_file
 from tests.helpers.patience import PATIENCE_SECONDS
 
@@ -203,7 +210,7 @@ WRITER = (
     "import sys, time\n"
     "from pathlib import Path\n"
     "from amfm.pretrain.monitor.heartbeat import Heartbeat\n"
-    "from amfm.pretrain.monitor.node_board import NodeBoard\n"
+    "from amfm.pretrain.monitor.beats import NodeBoard\n"
     "heartbeat = Heartbeat(Path(sys.argv[1]), rank=0, timeout_seconds=None)\n"
     "heartbeat.interval, heartbeat.board = 0.4, NodeBoard.of_start(Path(sys.argv[1]), 'token', 0, 3)\n"
     "heartbeat.start()\n"

@@ -18,7 +18,7 @@ from amfm.pretrain.config.hook_sections import PRUNED_GROUPS, PruneConfig
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.inference.weights import read_weights
 from amfm.pretrain.launcher_protocol import DONE
-from amfm.pretrain.monitor.experts import EXPERT_STEPS
+from amfm.pretrain.monitor.anomalies import EXPERT_STEPS
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.pruning.groups import plan_groups, pruned_share, prunes_after
 from amfm.pretrain.start import close_run, start_run

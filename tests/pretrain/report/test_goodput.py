@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from amfm.data_pipeline.progress import silent
-from amfm.pretrain.monitor.held import extend_held, holding, overlap, read_held
-from amfm.pretrain.monitor.starting import Starting, read_failed
+from amfm.data_pipeline.terminal import silent
+from amfm.pretrain.monitor.held import Starting, extend_held, holding, overlap, read_failed, read_held
 from amfm.pretrain.report.data import read_run
 from amfm.pretrain.report.goodput import measure_goodput
 from amfm.pretrain.report.report import write_report

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from amfm.pretrain.report.data import read_run
-from amfm.pretrain.report.goodput import measure_goodput
+from amfm.pretrain.report.goodput import COLUMNS, find_stretches, make_timeline, measure_goodput
 from amfm.pretrain.report.report import write_report
-from amfm.pretrain.report.timeline import COLUMNS, find_stretches, make_timeline
 from tests.pretrain.report.synthetic import ORIGIN, one_step, sick, staged
 from tests.pretrain.report.test_report import line, make_run
 

@@ -2,7 +2,7 @@
 
 import time
 
-from amfm.data_pipeline.progress import Waiting, format_bytes, format_seconds
+from amfm.data_pipeline.terminal import Waiting, format_bytes, format_seconds
 from tests.helpers.patience import PATIENCE_SECONDS
 
 

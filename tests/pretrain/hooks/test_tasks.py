@@ -10,7 +10,7 @@ import pytest
 from amfm.data_pipeline.config import DataConfig
 from amfm.pretrain.checks.check_run import check_run
 from amfm.pretrain.config.errors import ConfigError
-from amfm.pretrain.hooks.samples import NEW_TOKENS
+from amfm.pretrain.hooks.tasks import NEW_TOKENS
 from amfm.pretrain.inference.generate import Sampling, generate
 from amfm.pretrain.report.report import write_report
 from tests.helpers.spawn import run_ranks

@@ -1,4 +1,7 @@
-"""Validation of the mean of the last checkpoints next to the run (`evaluate.merge_last`)."""
+"""Averages of weights: a moving one (section `ema`), kept on each rank for the master weights that it steps, and of checkpoints.
+
+The mean of the last checkpoints is validated next to the run (`evaluate.merge_last`).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import torch
 from amfm.model.hybrid import HybridModel
 from amfm.model.on_demand import OnDemand, on_demand
 from amfm.pretrain.checkpoint.names import list_checkpoints, step_of
+from amfm.pretrain.config.hook_sections import EmaConfig
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.hooks.validate import Validations, validate
 from amfm.pretrain.inference.mean import average
@@ -21,7 +25,34 @@ from amfm.pretrain.monitor.metrics import finite
 from amfm.pretrain.ranks.group import RankGroup
 from amfm.pretrain.run import Run
 from amfm.pretrain.saving import finish_saving
+from amfm.pretrain.stages import is_due
 from amfm.pretrain.step_sums import StepResult
+
+
+class Ema(Hook):
+    """average = decay * average + (1 - decay) * weight, after every `every_steps` steps; until `start`, the weight itself.
+
+    Averages are where the master weights are and are cut as they are, whatever layout and ZeRO stage; checkpoints hold them like
+    moments (`EngineLayout.averages`). One that a checkpoint lacks begins as the weights.
+    """
+
+    def __init__(self, options: EmaConfig, run: Run) -> None:
+        self.options, self.run, self.layout = options, run, run.saver.layout
+        for number, part in enumerate(self.layout.parts):
+            self.layout.averages[number] = part.master.detach().reshape(-1).float().clone()
+
+    @torch.no_grad()
+    def after_step(self, result: StepResult) -> None:
+        """Take the step's weights in, where that is due."""
+        step, options = self.run.progress.step, self.options
+        if step > options.start and not is_due(step, options.every_steps):
+            return
+        for number, averaged in self.layout.averages.items():
+            weights = self.layout.parts[number].master.detach().reshape(-1).float()
+            if step <= options.start:
+                averaged.copy_(weights)
+            else:
+                averaged.lerp_(weights, 1 - options.decay)
 
 
 class MergedValidation(Hook):

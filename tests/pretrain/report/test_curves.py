@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
+from amfm.pretrain.report.curves import SPANS
 from amfm.pretrain.report.data import read_run
-from amfm.pretrain.report.marks import SPANS
 from amfm.pretrain.report.plots import make_plots
 from amfm.pretrain.report.report import write_report
 from tests.pretrain.report.test_report import data_of, line, make_run

