@@ -234,11 +234,12 @@ def memory_lines(given: Arguments, pattern: str) -> Iterator[Line]:
             yield approximated("train.recompute", "selective", note, "recompute_granularity", "recompute_modules")
             yield approximated("train.recompute_blocks", blocks, note, "recompute_modules")
     impl = given["cuda_graph_impl"] or "none"
-    sizes = [given[f"{axis}_model_parallel_size"] or 1 for axis in ("tensor", "expert", "pipeline")]
-    if impl != "none" and max(sizes) == 1 and (given["context_parallel_size"] or 1) == 1:
+    names = ("expert_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    if impl != "none" and max(given[name] or 1 for name in names) == 1:
         yield line("train.cuda_graphs", "blocks", "cuda_graph_impl")
     elif impl != "none":
-        yield approximated("train.cuda_graphs", "none", "graphs are there only with data ranks", "cuda_graph_impl")
+        note = "graphs are there only with data and tensor ranks"
+        yield approximated("train.cuda_graphs", "none", note, "cuda_graph_impl")
 
 
 def data_lines(given: Arguments) -> Iterator[Line]:

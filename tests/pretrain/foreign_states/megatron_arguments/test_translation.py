@@ -204,6 +204,20 @@ def test_norms_biases_and_gelu_are_those_that_the_program_computes(
     assert not any(line.is_approximate for line in found.values())
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--tensor-model-parallel-size 2 --sequence-parallel", "blocks"),
+        ("--pipeline-model-parallel-size 2", "none"),
+        ("--context-parallel-size 2", "none"),
+    ],
+)
+def test_graphs_stay_with_data_and_tensor_ranks(flags: str, expected: str, tmp_path: Path) -> None:
+    given = f"--num-layers 2 --hidden-size 32 --num-attention-heads 4 --cuda-graph-impl local {flags}"
+    found = of(given, tmp_path).lines["train.cuda_graphs"]
+    assert (found.value, found.is_approximate) == (expected, expected == "none")
+
+
 def test_no_validation_is_none(tmp_path: Path) -> None:
     found = values(
         of("--num-layers 2 --hidden-size 32 --num-attention-heads 4 --eval-iters 0 --eval-interval 10", tmp_path)
