@@ -60,8 +60,8 @@ def graph_bytes(
 
     And what flows in, if no graph made it; and the gradients of what flows out, if no graph makes them.
     """
-    residual = stream_bytes(config.model, storage)
-    delta = config.model.hidden_size * storage.element_bytes
+    residual = stream_bytes(config.model, storage, layout.stream_ranks)
+    delta = config.model.hidden_size * storage.element_bytes / layout.stream_ranks
     captured = [sizes[symbol].is_graphable for symbol in held.main_letters]
     total = 0.0
     for place, is_graph in enumerate(captured):

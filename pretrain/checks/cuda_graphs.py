@@ -65,8 +65,6 @@ def excluded_settings(config: RunConfig) -> Iterator[tuple[str, object, tuple[ob
         (1,),
         "counts rows for other ranks on the host, or sends them inside a block",
     )
-    cuts = "cuts what flows between blocks, and replays with gathers and scatters were found to differ"
-    yield "parallel.sequence_parallel", parallel.sequence_parallel, (False,), cuts
     yield "parallel.context", parallel.context, (1,), "cuts sequences into segments, whose sizes a replay does not know"
     recipe = "keeps codes of weights, whose memory changes with each step"
     yield "low_precision.recipe", config.low_precision.recipe, ("none",), recipe

@@ -55,12 +55,13 @@ class CudaGraphs(Hook):
 
     def capture_blocks(self, batch: MicroBatch) -> None:
         """Capture all forward passes in order, then all backward passes in reverse: the order of every step."""
-        model, buckets = self.run.model, self.run.engine.buckets
+        model, buckets, groups = self.run.model, self.run.engine.buckets, self.run.model.groups
         assert buckets is not None, "checked: graphs are for ZeRO 1"
         buckets.keep_sums()
         capture = self.capture or CudaCapture(self.run.parallel.device)
         layout = FixedLayout(batch.meta)
-        shape = (*batch.tokens_BT.shape, model.config.hidden_size)
+        rows, tokens = batch.tokens_BT.shape
+        shape = (rows, tokens // (groups.tp.size() if groups.sequence_parallel else 1), model.config.hidden_size)
         before: GraphedBlock | None = None
         for index in model.blocks.indices():
             block = model.blocks[index]

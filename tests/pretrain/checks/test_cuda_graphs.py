@@ -15,6 +15,7 @@ GRAPHS = ["train.cuda_graphs=blocks", "train.precision=bf16", "kernels.backend=a
 
 def test_data_and_tensor_ranks_may_have_graphs(base: Path) -> None:
     check_run(load_config(base, [*GRAPHS, "parallel.tensor=2"]))
+    check_run(load_config(base, [*GRAPHS, "parallel.tensor=2", "parallel.sequence_parallel=true"]))
     check_run(load_config(base, GRAPHS))
     check_run(load_config(base, [*GRAPHS, "kernels.backend=triton", "train.precision=float32"]))
 
@@ -35,10 +36,6 @@ def test_data_and_tensor_ranks_may_have_graphs(base: Path) -> None:
         ("parallel.zero_stage=2", "parallel.zero_stage = 2: .* it sends the sum of each pass"),
         ("parallel.zero_stage=3", "parallel.zero_stage = 3: .* it gathers weights to other memory"),
         ("parallel.pipeline=2", "parallel.pipeline = 2: .* it has several micro-batches in flight"),
-        (
-            ["parallel.tensor=2", "parallel.sequence_parallel=true"],
-            "parallel.sequence_parallel = true: .* replays with gathers and scatters were found to differ",
-        ),
         ("parallel.context=2", "parallel.context = 2: .* it cuts sequences into segments"),
         ("parallel.expert=2", "parallel.expert = 2: .* it counts rows for other ranks on the host"),
         ("low_precision.recipe=fp8_block", "low_precision.recipe = fp8_block: .* it keeps codes of weights"),
@@ -54,6 +51,6 @@ def test_data_and_tensor_ranks_may_have_graphs(base: Path) -> None:
         ("health.check_state_every_steps=5", "health.check_state_every_steps: .* it computes its own gradients"),
     ],
 )
-def test_what_excludes_graphs_is_refused(base: Path, change: str | list[str], message: str) -> None:
+def test_what_excludes_graphs_is_refused(base: Path, change: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_run(load_config(base, [*GRAPHS, *([change] if isinstance(change, str) else change)]))
+        check_run(load_config(base, [*GRAPHS, change]))

@@ -98,9 +98,12 @@ def train_both(data: DataConfig, directory: Path, overrides: dict[str, Any]) -> 
     return [train(data, directory / str(graphs), graphs=graphs, **overrides)[0] for graphs in (False, True)]
 
 
-def test_tensor_ranks_replay_what_they_sum_to_the_bit(data: DataConfig, tmp_path: Path) -> None:
-    given = {"parallel__tensor": 2, "model__pattern": "MG-*-M", "model__mixers": DENSE["model__mixers"]}
-    main, other = run_ranks(train_both, data, tmp_path, {"model__moe": None} | LONG | given)
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_tensor_ranks_replay_what_they_sum_to_the_bit(
+    sequence_parallel: bool, data: DataConfig, tmp_path: Path
+) -> None:
+    given = {"parallel__tensor": 2, "parallel__sequence_parallel": sequence_parallel, "model__pattern": "MG-*-M"}
+    main, other = run_ranks(train_both, data, tmp_path, DENSE | LONG | given)
     assert_equal_to_the_bit(*main)
     assert len(set(main[1].series("loss"))) == 4
     for name, weight in other[0].weights.items():
