@@ -14,6 +14,7 @@ import torch
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.kernels.runtime.backend import INTERPRETED
+from amfm.model.mixers.window import WindowMixer
 from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.hooks.cuda_graphs import CudaGraphs
@@ -33,6 +34,9 @@ DENSE = {
     "model__mixers": {"gated_deltanet": {"num_heads": 2, "head_dim": 16}},
     "model__moe": None,
 }
+
+# Scores above the limit, which a graph notes in the run's one tensor.
+HIGH_SCORES = {"model__initializer_range": 0.5, "qk_clip__limit": 8.0}
 
 
 def train(
@@ -85,6 +89,11 @@ def assert_equal_to_the_bit(one: Trained, other: Trained) -> None:
         assert torch.equal(weight, other.weights[name]), name
 
 
+def clips(trained: Trained) -> list[dict[str, Any]]:
+    """What QK-clip found in each step."""
+    return [line["qk_clip"] for line in trained.metrics]
+
+
 def test_replayed_blocks_train_to_the_bit_as_blocks_do(data: DataConfig, tmp_path: Path) -> None:
     plain, _ = train(data, tmp_path / "plain", graphs=False, **DENSE, **LONG)
     replayed, captured = train(data, tmp_path / "graphs", graphs=True, **DENSE, **LONG)
@@ -117,6 +126,21 @@ def test_data_ranks_replay_blocks_and_share_their_sums_to_the_bit(data: DataConf
     assert len(set(main[1].series("loss"))) == 4
     for name, weight in main[1].weights.items():
         assert torch.equal(weight, other[1].weights[name]), name
+
+
+def test_heads_are_clipped_by_the_scores_that_replays_note(
+    data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A window by PyTorch's operations reads no number on a CPU; attention by Triton's is in the interpreter's test below.
+    monkeypatch.setattr(WindowMixer, "is_graphable", True)
+    window = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "window": 9}
+    given = {"model__pattern": "MW-", "model__mixers": {"window": window}, "model__moe": None} | LONG | HIGH_SCORES
+    plain, _ = train(data, tmp_path / "plain", graphs=False, **given)
+    replayed, captured = train(data, tmp_path / "graphs", graphs=True, **given)
+    assert captured == [[0, 1, 2]]
+    assert_equal_to_the_bit(plain, replayed)
+    assert all(found["clipped_heads"] for found in clips(plain))
+    assert clips(replayed) == clips(plain)
 
 
 def test_rows_of_one_document_are_replayed_as_rows_of_several(data: DataConfig, tmp_path: Path) -> None:
@@ -199,11 +223,13 @@ def test_experts_and_attention_by_tritons_kernels_are_replayed_to_the_bit(data: 
         "kernels__backend": "triton",
         "train__steps": 2,
         "schedule__warmup_steps": 1,
-    } | LONG
+    }
+    given |= LONG | HIGH_SCORES
     plain, _ = train(data, tmp_path / "plain", graphs=False, **given)
     replayed, captured = train(data, tmp_path / "graphs", graphs=True, **given)
     assert captured == [[0, 1, 2, 3]]
     assert_equal_to_the_bit(plain, replayed)
+    assert clips(replayed) == clips(plain)
 
 
 @pytest.mark.gpu
