@@ -133,16 +133,18 @@ def count_weights(config: ModelConfig, symbol: str) -> Weights:
     from amfm.model.build import sample_mixer
     from amfm.model.parallel.shards import parameter_shards
 
-    total = matrices = routed = 0
+    total = matrices = routed = unread = 0
     for name, weight, shard in parameter_shards(sample_mixer(config, symbol)):
         total += weight.numel()
-        if weight.dim() > 1 and not name.endswith("bias"):  # the taps of a convolution are a matrix, too
+        if name.endswith("tables"):
+            unread += weight.numel() - config.block_options(symbol).rows_read() * weight.shape[1]
+        elif weight.dim() > 1 and not name.endswith("bias"):  # the taps of a convolution are a matrix, too
             matrices += weight.numel()
             routed += weight.numel() * shard.per_expert
     options = config.block_options(symbol)
     chosen = options.routed_experts()
     idle = routed - routed * getattr(options, "top_k", chosen) // chosen if chosen else 0
-    return Weights(total, total - idle, matrices - idle, routed)
+    return Weights(total, total - idle - unread, matrices - idle, routed)
 
 
 def block_parameters(config: ModelConfig, symbol: str) -> tuple[int, int]:

@@ -190,7 +190,7 @@ class HybridModel(nn.Module):
             meta = PackMeta.one_document_a_row(*tokens_BT.shape, start=start, device=tokens_BT.device)
         if state is not None:
             _check_continues(meta, state)
-        stream = self.pass_blocks(self.embed(tokens_BT), self.blocks.indices(), meta, state)
+        stream = self.pass_blocks(self.embed(tokens_BT), self.blocks.indices(), meta.with_tokens(tokens_BT), state)
         output = self.finish(stream, labels, predicts=predicts, ahead=ahead, meta=meta)
         if state is None:
             return output
@@ -291,7 +291,7 @@ class HybridModel(nn.Module):
             depth = self.mtp[number % len(self.mtp)]
             embedded_BTD = self.embed(given.tokens_BT).residual_BTD
             start = Stream(embedded_BTD.detach() if detaches else embedded_BTD, None, auxiliary, expert_counts)
-            stream, hidden_BTD = depth(start, hidden_BTD, meta)
+            stream, hidden_BTD = depth(start, hidden_BTD, meta.with_tokens(given.tokens_BT))
             auxiliary, expert_counts = stream.auxiliary, stream.expert_counts
             read_BTD = self._enter_head(hidden_BTD)
             # Asked for each time: under ZeRO 3 a tied one is let go of where it embeds.

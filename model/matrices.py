@@ -25,7 +25,7 @@ from amfm.model.parallel.shards import Axis, Shard, ShardSpec, parameter_shards
 # Parts of a model whose matrices map the residual stream between blocks; embedding and head read or write one row per token.
 INSIDE = ("blocks", "mtp")
 # Inside them, by the end of the name, after a dot or _: numbers in the shape of a matrix that are not.
-NO_MATRICES = ("bias", "A_log", "conv.weight", "router", "router.weight", "stream.maps.weight")
+NO_MATRICES = ("bias", "A_log", "conv.weight", "router", "router.weight", "tables", "stream.maps.weight")
 
 
 @dataclass(frozen=True)

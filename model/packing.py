@@ -77,6 +77,7 @@ class PackMeta:
     holds.
     segments: where ids and positions are those of this rank's part of the rows, T its tokens, and starts_BT counts places in each
     of its segments; the other fields stay those of whole rows. halves: the layouts of the first and second half of the rows, if these alternate through the blocks (`with_halves`). padding: where rows may be padded; None: nowhere.
+    tokens_BT: int64, for blocks that look tokens up, once a model has both (`with_tokens`).
     choices: of experts that were made elsewhere, [B, T, K] int64 by the index of a block, which its router then replays; a block
     without any chooses itself. own_choices_BTK: those of the block that reads the layout (`of_block`).
     """
@@ -90,6 +91,7 @@ class PackMeta:
     document_ends: DocumentEnds | None = None
     halves: tuple[PackMeta, ...] = ()
     padding: Padding | None = None
+    tokens_BT: Tensor | None = None
     choices: Mapping[int, Tensor] | None = None
     own_choices_BTK: Tensor | None = None
 
@@ -144,8 +146,15 @@ class PackMeta:
             starts_BT=None,
             document_ends=None,
             padding=padding,
+            tokens_BT=None,
             choices=_map_choices(self.choices, segments.take),
         )
+
+    def with_tokens(self, tokens_BT: Tensor) -> PackMeta:
+        """The same layout with the tokens that it lays out, of this rank where rows are cut; nothing is copied."""
+        parts = tokens_BT.chunk(max(1, len(self.halves)))
+        halves = tuple(half.with_tokens(part) for half, part in zip(self.halves, parts))
+        return replace(self, tokens_BT=tokens_BT, halves=halves)
 
     def of_block(self, index: int) -> PackMeta:
         """The layout as the block of this index reads it."""
@@ -200,6 +209,7 @@ class PackMeta:
             starts_BT=None if self.starts_BT is None else change(self.starts_BT),
             document_ends=None if ends is None else ends.map_tensors(change),
             halves=tuple(half.map_tensors(change) for half in self.halves),
+            tokens_BT=None if self.tokens_BT is None else change(self.tokens_BT),
             padding=None if self.padding is None else self.padding.map_tensors(change),
             choices=_map_choices(self.choices, change),
         )

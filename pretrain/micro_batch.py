@@ -63,9 +63,9 @@ class MicroBatch:
 
         Kernels on CUDA want to know where documents begin and end, which is found here, once for all blocks.
         """
-        if device.type == "cuda":
-            return replace(self, meta=self.meta.find_bounds()).map_tensors(lambda tensor: send(tensor, device))
-        return self.map_tensors(lambda tensor: send(tensor, device))
+        found = replace(self, meta=self.meta.find_bounds()) if device.type == "cuda" else self
+        moved = found.map_tensors(lambda tensor: send(tensor, device))
+        return replace(moved, meta=moved.meta.with_tokens(moved.tokens_BT))
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
         """Apply a function to every tensor."""

@@ -88,6 +88,10 @@ class MixerOptions(Section):
         """Experts among which its router chooses for each token, and whose choices it counts; 0: none."""
         return 0
 
+    def rows_read(self) -> int:
+        """Rows that a token looks up in its parameter `tables`, which nothing is multiplied by; 0: there is none."""
+        return 0
+
     def lookback(self) -> tuple[int, str]:
         """Tokens before a context rank's segment that its first token reads, and the field that says so."""
         return 0, ""

@@ -32,6 +32,7 @@ MORE_MIXERS = (
     "mamba3",
     "mesa",
     "mom",
+    "ngram_memory",
     "plstm",
     "retnet",
     "transnormer",

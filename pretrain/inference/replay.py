@@ -50,8 +50,9 @@ class OneText:
             assert not self.blocks, "tokens follow one by one once a text is recorded"
             self.state, logits_V = advance(self.model, self.state, ids)
             return logits_V
-        meta = PackMeta.one_document_a_row(1, 1, start=self.state.length)
-        residual_BTD, delta_BTD = self.model.embed(torch.tensor([list(ids)])).residual_BTD, None
+        tokens_BT = torch.tensor([list(ids)])
+        meta = PackMeta.one_document_a_row(1, 1, start=self.state.length).with_tokens(tokens_BT)
+        residual_BTD, delta_BTD = self.model.embed(tokens_BT).residual_BTD, None
         is_first, states = not self.blocks, list(self.state.blocks)
         for index, block in enumerate(self.model.blocks):
             if is_first:

@@ -31,7 +31,7 @@ def advance(model: HybridModel, state: DecodeState, ids: Sequence[int]) -> tuple
     device = model.head_weight().device
     meta = PackMeta.one_document_a_row(1, len(ids), start=state.length, device=device)
     tokens_BT = torch.tensor([list(ids)], device=device)
-    stream = model.pass_blocks(model.embed(tokens_BT), model.blocks.indices(), meta, state)
+    stream = model.pass_blocks(model.embed(tokens_BT), model.blocks.indices(), meta.with_tokens(tokens_BT), state)
     assert stream.delta_BTD is not None, "a model has blocks"
     last = Stream(stream.residual_BTD[:, -1:], stream.delta_BTD[:, -1:])
     return DecodeState(tuple(stream.states), state.length + len(ids)), read_logits(model, last)[0]
@@ -50,7 +50,8 @@ def advance_rows(
         document_ids_BT=torch.cat([each.document_ids_BT for each in metas]),
         positions_BT=torch.cat([each.positions_BT for each in metas]),
     )
-    stream, after = model.embed(torch.tensor(ids, device=device)[:, None]), []
+    tokens_BT = torch.tensor(ids, device=device)[:, None]
+    meta, stream, after = meta.with_tokens(tokens_BT), model.embed(tokens_BT), []
     for index, block in enumerate(model.blocks):
         parts = [state.blocks[index] for state in filled]
         if has_fixed_size(block, parts):

@@ -37,7 +37,19 @@ def small_model(config, *, dtype=torch.float64, seed=1, backend="torch"):
     with torch.no_grad():
         for name, value in [*model.named_parameters(), *model.named_buffers()]:
             # Norms of one, biases of zero and D of one would hide mistakes.
-            if name.endswith(("norm.weight", "norm.bias", "conv.bias", "_proj.bias", ".D", "expert_bias", ".sinks")):
+            if name.endswith(
+                (
+                    "norm.weight",
+                    "norm.bias",
+                    "conv.bias",
+                    "_proj.bias",
+                    ".D",
+                    "expert_bias",
+                    ".sinks",
+                    "value_proj.weight",
+                    "conv_weight",
+                )
+            ):
                 value += 0.2 * torch.randn(value.shape, generator=generator).to(value.dtype)
     return model
 

@@ -325,6 +325,11 @@ LAYOUTS = [
     Layout(4, {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "schedule": "zero_bubble"}, "sources"),
     Layout(4, {"pipeline": 4, "zero_stage": 2}, "sources", {"train__recompute": "full"}),
     Layout(4, {"context": 2, "expert": 2, "zero_stage": 2}, "sources", {"train__recompute": "full"}),
+    # N-gram memory: blocks read tokens, of neighbours too.
+    Layout(2, {"context": 2, "zero_stage": 3}, "ngrams", quick=True),
+    Layout(2, {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 3}, "ngrams"),
+    Layout(2, {"expert": 2, "overlap_experts": "two_batch"}, "ngrams", {"train__micro_batch_size": 4}),
+    Layout(4, {"context": 2, "pipeline": 2, "zero_stage": 2}, "ngrams", {"train__recompute": "full"}),
     # Multi-token prediction.
     Layout(2, {"pipeline": 2}, "mtp", quick=True),
     Layout(4, {"context": 2, "tensor": 2, "sequence_parallel": True}, "mtp_shared"),

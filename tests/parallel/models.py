@@ -98,6 +98,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "recycle": MODEL | {"moe": MODEL["moe"] | {"capacity_factor": 1.0, "overflow": "recycle"}},
     "sources": MODEL | {"attention_residuals": {"blocks_per_source": 2}},
     "streams": MODEL | {"hyper_connections": {"streams": 3}},
+    "ngrams": MODEL
+    | {
+        "pattern": "M{ngram_memory}E*{ngram_memory}-/{ngram_memory}*",
+        "mixers": {"ngram_memory": {"num_heads": 2, "head_dim": 4, "table_size": 50}},
+    },
     "quantile": MODEL | {"moe": MODEL["moe"] | {"bias_rule": "quantile"}},
 }
 VARIANTS["muon"] = VARIANTS["normuon"] = VARIANTS["latent"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import isqrt
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -290,6 +291,42 @@ class MomOptions(MixerOptions):
         return ("memory_balance",) if self.balance_loss_weight else ()
 
 
+class NgramMemoryOptions(MixerOptions):
+    """N-gram memory (Cheng et al. 2026, arXiv 2601.07372): tables that hashes of the last tokens look up."""
+
+    max_n: int = Field(3, ge=2, le=8, description="Tokens of the longest n-gram; tables are for 2 to this many.")
+    num_heads: int = Field(8, gt=0, description="Tables for each length of n-grams, each with its own hash.")
+    head_dim: int = Field(32, gt=0, description="Width of a row of a table.")
+    table_size: int = Field(
+        65_536,
+        gt=1,
+        description="Least rows of a table; each has another prime from here on, so that few n-grams meet in all.",
+    )
+    conv_kernel: int = Field(4, ge=2, description="Taps of the convolution after the look-up, max_n tokens apart.")
+
+    def table_sizes(self) -> tuple[int, ...]:
+        """Rows of each table, those of the shortest n-grams first."""
+        sizes: list[int] = []
+        number = self.table_size
+        while len(sizes) < (self.max_n - 1) * self.num_heads:
+            if all(number % part for part in range(2, isqrt(number) + 1)):
+                sizes.append(number)
+            number += 1
+        return tuple(sizes)
+
+    def rows_read(self) -> int:
+        """One of each table."""
+        return (self.max_n - 1) * self.num_heads
+
+    def reach(self) -> int:
+        """Tokens before one that the convolution reads."""
+        return (self.conv_kernel - 1) * self.max_n
+
+    def lookback(self) -> tuple[int, str]:
+        """What the convolution reads, which is more than an n-gram."""
+        return self.reach(), "conv_kernel"
+
+
 def _linear(name: str, module: str, mixer: str, options: type[MixerOptions], form: str, **fields: Any) -> Kind:
     """A linear mixer of a module of this package, with its form in plain PyTorch in a module of `modeling`."""
     place = f"amfm_mixers.modeling.{form}"
@@ -335,6 +372,13 @@ MOM = Kind(
     refuses={"context": "its memories do not pass between ranks yet"},
     modeling="amfm_mixers.modeling.memories_amfm:Memories",
 )
+NGRAM_MEMORY = Kind(
+    "ngram_memory",
+    "amfm_mixers.ngram_memory:NgramMemoryMixer",
+    NgramMemoryOptions,
+    refuses={"tensor": "its tables are not cut yet"},
+    modeling="amfm_mixers.modeling.ngram_memory_amfm:NgramMemory",
+)
 PLSTM = _linear("plstm", "retention", "PlstmMixer", PlstmOptions, "linear_forms_amfm:Plstm")
 RETNET = _linear("retnet", "retention", "RetentionMixer", RetentionOptions, "linear_forms_amfm:Retention")
 TRANSNORMER = _linear(
@@ -353,6 +397,7 @@ SPECS = (
     MAMBA3,
     MESA,
     MOM,
+    NGRAM_MEMORY,
     PLSTM,
     RETNET,
     TRANSNORMER,

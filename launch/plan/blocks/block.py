@@ -102,7 +102,7 @@ def measured_sizes(config: ModelConfig, symbol: str, sequence_length: int) -> Me
     matrices = tuple(
         (name, weight.shape[-2], weight.numel() // weight.shape[-2])
         for name, weight in mixer.named_parameters()
-        if weight.dim() > 1
+        if weight.dim() > 1 and not name.endswith("tables")  # looked up
     )
     numbers = sum(tensor.numel() for tensor in state_tensors(state))
     return MeasuredSizes(matrices, mixer.sequence_flops(sequence_length), numbers)

@@ -23,13 +23,15 @@ class Stretch:
     """Tokens that mix with each other and no others.
 
     place: their index in [B, T]. positions_BT: for rotary embeddings. text_BS: True at text, of all tokens so far; None if
-    all are text. attention_mask: the same with causality, as the attention backend takes it.
+    all are text. attention_mask: the same with causality, as the attention backend takes it. tokens_BT: ids of the
+    new tokens, None where embeddings were given.
     """
 
     place: Place
     positions_BT: Tensor
     text_BS: Tensor | None
     attention_mask: Any
+    tokens_BT: Tensor | None = None
 
     @property
     def text_BT(self) -> Tensor | None:

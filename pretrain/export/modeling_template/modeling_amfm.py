@@ -66,7 +66,7 @@ def run_mixer(mixer: nn.Module, x_BTD: Tensor, stretch: Stretch, state: BlockSta
         return mixer(x_BTD), state
     if isinstance(mixer, Mamba2):
         found = mixer(x_BTD, stretch.text_BT, state)
-    elif isinstance(mixer, Attention | Mla):
+    elif isinstance(mixer, Attention | Mla) or getattr(mixer, "reads_tokens", False):
         found = mixer(x_BTD, stretch, state)
     else:
         found = mixer(x_BTD, stretch.text_BT, stretch.positions_BT, state)
@@ -217,7 +217,7 @@ class AmfmModel(AmfmPreTrainedModel):
         if cache is not None:
             cache = as_own_cache(cache, len(self.layers))
         x_BTD = inputs_embeds * self.config.multipliers["embedding"]
-        stretches = self._find_stretches(x_BTD, attention_mask, cache, position_ids, seq_idx, cu_seq_lens_q)
+        stretches = self._find_stretches(x_BTD, input_ids, attention_mask, cache, position_ids, seq_idx, cu_seq_lens_q)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and len(stretches) == 1
         elif use_cache and len(stretches) > 1:
@@ -249,6 +249,7 @@ class AmfmModel(AmfmPreTrainedModel):
     def _find_stretches(
         self,
         x_BTD: Tensor,
+        input_ids: Tensor | None,
         attention_mask: Tensor | None,
         cache: AmfmCache | None,
         position_ids: Tensor | None,
@@ -277,7 +278,8 @@ class AmfmModel(AmfmPreTrainedModel):
             else:
                 positions = position_ids.expand(rows, -1)[place] if places else position_ids
             mask = create_causal_mask(self.config, x_BTD[place], text, cache)
-            stretches.append(Stretch(place, positions, text, mask))
+            tokens_BT = None if input_ids is None else input_ids[place]
+            stretches.append(Stretch(place, positions, text, mask, tokens_BT))
         return stretches
 
 

@@ -16,6 +16,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deltaproduct": {"num_key_heads": 2, "allow_negative_eigenvalues": True},
     "log_linear": {"state_size": 6, "num_groups": 2, "max_tokens": 16},
     "mesa": {"num_iterations": 10},
+    "ngram_memory": {"num_heads": 2, "head_dim": 3, "table_size": 20},
     "mamba1": {"inner_size": 10, "state_size": 4},
     "mamba3": {"state_size": 8, "num_groups": 2},
     "mla": {

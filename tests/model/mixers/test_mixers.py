@@ -112,7 +112,8 @@ def test_no_output_depends_on_a_later_token(name: str) -> None:
 def test_no_gradient_reaches_another_document_row_or_later_token(name: str) -> None:
     mixer = small_model(mixer_config(name, blocks=1)).train().blocks[0].mixer
     x_BTD = torch.randn(2, 24, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(5), requires_grad=True)
-    meta = meta_of(packed_batch(DOCUMENTS)[2])
+    tokens_BT, _, ids_BT = packed_batch(DOCUMENTS)
+    meta = meta_of(ids_BT).with_tokens(tokens_BT)
     mixer(x_BTD, meta).y_BTD[0, 8:15].sum().backward()
     reached_BT = x_BTD.grad.abs().sum(-1) > LEAST_GRADIENT.get(name, 0.0)
     assert not bool(reached_BT[1].any()), "the other row"
