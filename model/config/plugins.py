@@ -21,6 +21,7 @@ from amfm.model.config.section import Section
 
 MORE_MIXERS = (
     "comba",
+    "fox",
     "gla",
     "gdn2",
     "hedgehog",

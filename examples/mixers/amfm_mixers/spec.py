@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from amfm.kernels.common.limits import DECAY_LIMITS, DELTA_LIMITS, DIAG_LIMITS, ScanLimits
+from amfm.model.config.key_mixer_options import SharedKeyOptions
 from amfm.model.config.kinds import IN_OUT, Kind
 from amfm.model.config.mixer_options import ChannelDeltaOptions, HeadOptions, LinearOptions, VectorGateOptions
-from amfm.model.config.options import Axis, MixerOptions, must_divide
+from amfm.model.config.options import QK_NORM_AND_CLIP, Axis, MixerOptions, OutputGate, must_divide
 
 
 class RetentionOptions(HeadOptions):
@@ -193,6 +194,20 @@ class LogLinearOptions(MixerOptions):
         return {"num_groups": self.num_groups}
 
 
+class FoxOptions(SharedKeyOptions):
+    """Forgetting attention (Lin et al. 2025, arXiv 2503.02130): softmax attention whose scores fade by forget gates."""
+
+    head_dim: int = Field(64, gt=0, description="Channels per head.")
+    qk_norm: bool = Field(False, description="RMSNorm over each query and key head.")
+    gate: OutputGate = Field(
+        "none", description="Sigmoid of the input times each head's output: one gate per channel or per head."
+    )
+
+    def qk_clip(self) -> str:
+        """Its log-sum-exps have sums of forget gates in them, which queries and keys do not bound."""
+        return QK_NORM_AND_CLIP if self.qk_norm else "adds sums of forget gates to its scores, which it cannot scale"
+
+
 class Mamba1Options(LinearOptions):
     """The original Mamba (Gu and Dao 2023, arXiv 2312.00752): a decay of each state number (S6)."""
 
@@ -328,12 +343,13 @@ class NgramMemoryOptions(MixerOptions):
 
 
 def _linear(name: str, module: str, mixer: str, options: type[MixerOptions], form: str, **fields: Any) -> Kind:
-    """A linear mixer of a module of this package, with its form in plain PyTorch in a module of `modeling`."""
+    """A mixer of a module of this package, with its form in plain PyTorch in a module of `modeling`."""
     place = f"amfm_mixers.modeling.{form}"
     return Kind(name, f"amfm_mixers.{module}:{mixer}", options, products=IN_OUT, modeling=place, **fields)
 
 
 COMBA = _linear("comba", "comba", "CombaMixer", CombaOptions, "feedback_amfm:Comba")
+FOX = _linear("fox", "fox", "FoxMixer", FoxOptions, "fox_amfm:Fox")
 GLA = _linear("gla", "vector_gates", "GlaMixer", GlaOptions, "linear_forms_amfm:Gla")
 GDN2 = _linear("gdn2", "vector_gates", "Gdn2Mixer", Gdn2Options, "linear_forms_amfm:Gdn2")
 HEDGEHOG = _linear("hedgehog", "feature_maps", "HedgehogMixer", HedgehogOptions, "linear_forms_amfm:Hedgehog")
@@ -386,6 +402,7 @@ TRANSNORMER = _linear(
 )
 SPECS = (
     COMBA,
+    FOX,
     GLA,
     GDN2,
     HEDGEHOG,

@@ -14,6 +14,7 @@ USUAL: dict[str, Any] = {"num_heads": 4, "head_dim": 6, "value_head_dim": 5, "co
 # What a mixer needs besides, or in other sizes.
 SPECIAL: dict[str, dict[str, Any]] = {
     "deltaproduct": {"num_key_heads": 2, "allow_negative_eigenvalues": True},
+    "fox": {"num_kv_heads": 2, "qk_norm": True, "gate": "element"},
     "log_linear": {"state_size": 6, "num_groups": 2, "max_tokens": 16},
     "mesa": {"num_iterations": 10},
     "ngram_memory": {"num_heads": 2, "head_dim": 3, "table_size": 20},
