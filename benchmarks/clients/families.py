@@ -24,6 +24,8 @@ SHARED = {
 }
 ROUTED = SHARED | {"shared_expert_hidden_size": 0}
 SOFTMAX, SIGMOID = {"router": "softmax"}, {"router": "sigmoid", "expert_bias": True}
+# As in released models: a token's weights do not sum to one.
+WEIGHED_BY_ALL = SOFTMAX | {"normalize_probabilities": False}
 DELTA = {"num_heads": 2, "head_dim": 128, "value_head_dim": 128}
 WIDE = {"hidden_size": 128}  # of classes whose heads are the width over their number
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -40,14 +42,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **WIDE,
         "pattern": "*E*E",
         "attention": ATTENTION | {"bias": "qkv"},
-        "moe": SHARED | SOFTMAX | {"shared_expert_gate": True},
+        "moe": SHARED | WEIGHED_BY_ALL | {"shared_expert_gate": True},
     },
-    "mixtral": {"pattern": "*E*E", "attention": ATTENTION, "moe": ROUTED | SOFTMAX},
+    "mixtral": {**WIDE, "pattern": "*E*E", "attention": ATTENTION, "moe": ROUTED | SOFTMAX},
     "olmoe": {
         **WIDE,
         "pattern": "*E*E",
         "attention": ATTENTION | {"num_kv_heads": 2, "qk_norm": "wide"},
-        "moe": ROUTED | SOFTMAX,
+        "moe": ROUTED | WEIGHED_BY_ALL,
     },
     "glm4_moe": {
         "pattern": "*-*E",
@@ -78,7 +80,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "feed_forward": GATED,
     },
     "gemma3_text": {
-        "pattern": "W-*-",
+        "pattern": "W-W-W-W-W-*-",
         "norm_placement": "both",
         "multipliers": {"embedding": 8.0},  # the root of the width
         "attention": ATTENTION | {"qk_norm": True},

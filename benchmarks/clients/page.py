@@ -20,6 +20,7 @@ EXPLANATION = (
 )
 NOT_TRIED = "not tried"
 NOTED = ("refused", "misread", "failed")
+SHOWN = {"refused": "rejected"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def to_row(pattern: str, reports: Mapping[ClientName, ClientReport]) -> Row:
         if report is None:
             words[client] = NOT_TRIED
             continue
-        words[client] = report.outcome if report.outcome in NOTED else describe(report)
+        words[client] = SHOWN.get(report.outcome, report.outcome) if report.outcome in NOTED else describe(report)
         if report.outcome in NOTED:
             known = f"{report.expected}. " if report.expected else ""
             notes[client] = known + (describe(report) if report.error is None else f"Its words: `{report.error}`")

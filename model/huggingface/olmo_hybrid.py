@@ -32,7 +32,7 @@ from amfm.model.huggingface.fields import (
 from amfm.model.huggingface.hf_class import HfTarget
 from amfm.model.huggingface.kimi_linear import ConvEntry
 from amfm.model.huggingface.qwen3_next_weights import GatedEntry, RowsEntry, delta_options
-from amfm.model.huggingface.refusals import IGNORED_ARGUMENTS, packed_rows
+from amfm.model.huggingface.refusals import IGNORED_ARGUMENTS, Refusal, packed_rows
 from amfm.model.on_demand import Shape
 from amfm.model.shapes import block_shapes
 
@@ -210,6 +210,20 @@ def _dense_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[Weigh
     yield WeightEntry(f"{ours}down_proj.weight", (f"{layer}mlp.down_proj.weight",))
 
 
+def olmo_hybrid_refusals(config: ModelConfig, tokenizer_kind: str) -> list[Refusal]:
+    """Name the programs that are known to reject a model of the class."""
+    names = 'it looks for norms by other names than the releases have and ends with "parameters not in model"'
+    kernel = (
+        'its Gated DeltaNet of this class is a kernel for GPUs and ends with "triton has no attribute set_allocator"; '
+        "serve it from a GPU"
+    )
+    return [
+        Refusal("llama.cpp", "its converter has no class olmo_hybrid; use another program"),
+        Refusal("mlx-lm", f"{names}; use another program"),
+        Refusal("vllm", kernel),
+    ]
+
+
 def _limits(config: ModelConfig) -> list[str]:
     return [packed_rows("Gated DeltaNet"), IGNORED_ARGUMENTS]
 
@@ -222,6 +236,7 @@ CLASS = HfTarget(
     fields=olmo_hybrid_fields,
     read=model_config_from_olmo_hybrid,
     weights=olmo_hybrid_map,
+    refusals=olmo_hybrid_refusals,
     limits=_limits,
     holds=frozenset(("bias", "norm_placement")),
 )

@@ -30,6 +30,8 @@ from amfm.model.huggingface.fields import (
 )
 from amfm.model.huggingface.hf_class import HfTarget, any_tokenizer, nothing_skipped
 from amfm.model.huggingface.plain.families import Experts, Family
+from amfm.model.huggingface.plain.refusals import plain_refusals
+from amfm.model.huggingface.plain.released import RELEASED, none_missing
 from amfm.model.huggingface.plain.weights import plain_map
 from amfm.model.huggingface.refusals import IGNORED_ARGUMENTS, needs_byte_level
 
@@ -133,7 +135,12 @@ def _read_experts(experts: Experts, fields: Mapping[str, Any]) -> MoeConfig:
 
 
 def plain_fields(family: Family, config: ModelConfig) -> dict[str, Any]:
-    """Build the fields of config.json that are the class's own."""
+    """Build the fields of config.json that are the class's own, with those that only other programs read."""
+    fields = _fields_of_class(family, config)
+    return fields | RELEASED.get(family.name, none_missing)({"hidden_size": config.hidden_size, **fields})
+
+
+def _fields_of_class(family: Family, config: ModelConfig) -> dict[str, Any]:
     mixers, seconds, moe = config.letters[0::2], config.letters[1::2], config.moe
     fields: dict[str, Any] = {
         "architectures": [family.class_name],
@@ -351,6 +358,7 @@ def plain_class(family: Family) -> HfTarget:
         fields=partial(plain_fields, family),
         read=partial(read_plain, family),
         weights=partial(plain_map, family),
+        refusals=partial(plain_refusals, family.name),
         limits=_limits,
         unfit_tokenizer=partial(needs_byte_level, family.name, "own") if family.byte_level_alone else any_tokenizer,
         # What it does not hold of them does not come back, which is said once.

@@ -19,6 +19,8 @@ UNUSED_SCORE = -1e4
 DRAFT_CLASSES = ("Qwen3NextForCausalLM", "Qwen3_5MoeForCausalLM")
 # Of a draft model: the converter's module of all DeepSeek classes asks for them, and the gguf of the same release lacks them.
 DRAFT_NAMES = ("DSPARK_MARKOV_W1", "DSPARK_MARKOV_W2", "DSPARK_CONF_PROJ")
+# Of a class that the gguf of the same release lacks, in the converter's module of MiniMax M2.
+NEWER_CLASSES = ("MINIMAXM3",)
 
 
 def convert(export: Path, out: Path) -> None:
@@ -34,6 +36,9 @@ def convert(export: Path, out: Path) -> None:
     for name in DRAFT_NAMES:
         if not hasattr(gguf.MODEL_TENSOR, name):
             setattr(gguf.MODEL_TENSOR, name, None)
+    for name in NEWER_CLASSES:
+        if not hasattr(gguf.MODEL_ARCH, name):
+            setattr(gguf.MODEL_ARCH, name, None)
     name = get_model_architecture(ModelBase.load_hparams(export, False), ModelType.TEXT)
     model_class: Any = get_model_class(name)
     if (export / "tokenizer.model").is_file():

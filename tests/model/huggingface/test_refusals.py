@@ -28,6 +28,27 @@ WIDE = AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=32, qk_norm=True, p
 STRETCHED = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6, positions="rope", sinks=True, rope=YARN)
 EXACT = STRETCHED.model_copy(update={"rope": YARN.model_copy(update={"yarn_truncate": False})})
 SCALED = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, positions="rope", softmax_scale=0.3)
+WINDOW = {"window": 9, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "positions": "rope"}
+MOE = {"num_experts": 4, "top_k": 2, "expert_hidden_size": 8, "shared_expert_hidden_size": 8, "activation": "swiglu"}
+
+
+def pairs(pattern: str, **moe: object) -> ModelConfig:
+    """A model of attention or windows, feed-forwards or experts, whose heads are as wide as the residual stream."""
+    heads = {name: value for name, value in WINDOW.items() if name != "window"}
+    return ModelConfig.model_validate(
+        {
+            "vocab_size": 61,
+            "hidden_size": 16,
+            "pattern": pattern,
+            "attention": heads,
+            "mixers": {"window": WINDOW} if "W" in pattern else {},
+            "feed_forward": {"hidden_size": 24, "activation": "swiglu"},
+            "moe": MOE | moe,
+        }
+    )
+
+
+WIDER = pairs("*E").model_copy(update={"hidden_size": 24})
 
 
 @pytest.mark.parametrize(
@@ -70,6 +91,26 @@ SCALED = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, positions="rop
         ("falcon_h1", falcon_h1_config(mamba=ONE_GROUP), []),
         ("deepseek_v3", deepseek_v3_config(), ["DSPARK_MARKOV_W1"]),
         ("deepseek_v32", deepseek_v32_config(), ["DSPARK_MARKOV_W1", "Sparse Attention is not supported on CPU"]),
+        ("llama", pairs("*-"), []),
+        ("mistral", pairs("W-"), ["attends past the windows of mistral"] * 2),
+        ("mistral", pairs("*-"), []),
+        ("qwen3", pairs("W-*-"), ["attends past the windows of qwen3"] * 2),
+        ("olmo3", pairs("W-*-"), []),
+        ("qwen3_moe", pairs("*-*E"), ["Can not map tensor"]),
+        ("qwen3_moe", pairs("*E"), []),
+        ("qwen2_moe", pairs("*E"), ["does not read norm_topk_prob"] * 2),
+        ("qwen2_moe", pairs("*E", normalize_probabilities=False), []),
+        ("olmoe", pairs("*E"), ["train with false for llama.cpp", "train with false for vllm"]),
+        ("mixtral", pairs("*E"), []),
+        ("mixtral", WIDER, ["hidden_size / num_heads, 12, for mlx-lm"]),
+        ("gemma3_text", pairs("W-" * 5 + "*-"), []),
+        ("gemma3_text", pairs("W-*-"), ["every 6th layer for full attention"]),
+        ("gemma3_text", pairs("*-W-"), ["every 6th layer", "every n-th layer"]),
+        ("hy_v3", pairs("*-*E"), ["AttributeError: HY_V3", "no class hy_v3"]),
+        ("hy_v3", pairs("*E*-"), ["AttributeError: HY_V3", "no class hy_v3", "every - before the first E"]),
+        ("minimax_m2", pairs("*E"), ["end with an AssertionError"]),
+        ("bamba", pairs("*-"), ["different values for bamba", "no class bamba", "no class for bamba"]),
+        ("olmo_hybrid", pairs("*-"), ["no class olmo_hybrid", "parameters not in model", "set_allocator"]),
         ("own", nemotron_h_config(), ["classes that it has itself"] * 2),
     ],
 )

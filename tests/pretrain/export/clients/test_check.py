@@ -20,6 +20,7 @@ from amfm.pretrain.export.clients.check import (
     find_problems,
     known_faults,
     last_error,
+    needs_bf16,
 )
 from amfm.pretrain.export.clients.convert_gguf import with_pre_tokenizer
 from amfm.pretrain.export.clients.gguf_file import write_gguf
@@ -110,6 +111,23 @@ def test_a_tokenizer_json_of_ones_own_is_converted_where_llama_cpp_cuts_texts_al
         return
     with pytest.raises(ValueError, match=r"llama\.cpp has no pre-tokenizer for this tokenizer\.json"):
         converter.get_vocab_base_pre(None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_needed"),
+    [
+        ({"model_type": "qwen3"}, False),
+        ({"model_type": "qwen3_moe"}, False),
+        ({"model_type": "qwen3_next"}, True),
+        ({"model_type": "qwen3_5_text"}, True),
+        ({"model_type": "olmo_hybrid"}, True),
+        ({"model_type": "amfm", "mixers": None}, False),
+        ({"model_type": "amfm", "mixers": {"window": {}}}, False),
+        ({"model_type": "amfm", "mixers": {"gated_deltanet": {}}}, True),
+    ],
+)
+def test_only_gated_deltanet_is_run_in_bf16(fields: dict[str, object], is_needed: bool) -> None:
+    assert needs_bf16(fields) == is_needed
 
 
 def test_what_is_known_of_a_program_is_no_reason_to_try_again() -> None:
