@@ -82,3 +82,11 @@ def build_stream(index: int | None, config: ModelConfig, groups: ProcessGroupCol
         config.stream, number if index is None else index, config, groups
     )
     return reader
+
+
+@lru_cache(maxsize=256)
+def stream_shapes(config: ModelConfig, *, is_final: bool) -> dict[str, tuple[int, ...]]:
+    """Weights with which a block reads the residual stream, or the final norm, by name; none where the stream is a sum."""
+    with torch.device("meta"):
+        reader = build_stream(None if is_final else 0, config, single_rank_groups())
+    return {} if reader is None else {name: tuple(weight.shape) for name, weight in reader.named_parameters()}

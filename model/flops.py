@@ -96,8 +96,11 @@ def head_flops(config: ModelConfig) -> float:
 
 def reader_parameters(config: ModelConfig, *, is_final: bool = False) -> int:
     """Parameters with which one block, or the final norm, reads the residual stream; none where it is a sum."""
-    shapes = {} if config.stream is None else config.stream.shapes(config.hidden_size, is_final=is_final)
-    return sum(math.prod(shape) for shape in shapes.values())
+    if config.stream is None:
+        return 0
+    from amfm.model.build import stream_shapes
+
+    return sum(map(math.prod, stream_shapes(config, is_final=is_final).values()))
 
 
 def _head_parameters(config: ModelConfig) -> int:

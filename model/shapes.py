@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from amfm.model.build import sample_mixer
+from amfm.model.build import sample_mixer, stream_shapes
 from amfm.model.config.schema import ModelConfig
 from amfm.model.head import head_shapes
 from amfm.model.routed_updates import update_shapes
@@ -22,14 +22,13 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes.update({f"{name}.{part}": (width,) for part in config.norm_parts()})
 
     def add_reader(name: str, *, is_final: bool) -> None:
-        assert config.stream is not None, "the sum has none"
-        found = config.stream.shapes(width, is_final=is_final)
+        found = stream_shapes(config, is_final=is_final)
         shapes.update({f"{name}.{part}": shape for part, shape in found.items()})
 
     def add_blocks(prefix: str, letters: Sequence[str]) -> None:
         for index, letter in enumerate(letters):
             add_norm(f"{prefix}blocks.{index}.norm")
-            if config.stream is not None and not prefix:
+            if not prefix:
                 add_reader(f"blocks.{index}.stream", is_final=False)
             if config.norms_per_block() == 2:
                 add_norm(f"{prefix}blocks.{index}.out_norm")
@@ -41,8 +40,7 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
     add_blocks("", config.letters)
     add_norm("final_norm")
-    if config.stream is not None:
-        add_reader("final_stream", is_final=True)
+    add_reader("final_stream", is_final=True)
     if config.head is not None:
         shapes |= {f"head.{name}": shape for name, shape in head_shapes(config).items()}
     elif not config.tie_embeddings:

@@ -23,7 +23,7 @@ from amfm.pretrain.inference.replay import OneText
 from amfm.pretrain.inference.rows import advance, advance_rows
 from tests.helpers.numbers import assert_bitwise, assert_near
 from tests.model.small_models import loss_of, meta_of, packed_batch, small_config, small_model
-from tests.pretrain.tiny_run import MODEL, tiny_config, tiny_data, train_and_collect
+from tests.pretrain.tiny_run import MODEL, assert_resumes_bitwise, tiny_data
 
 FLOAT64 = 1e-11  # the same sums in another order
 FLOAT32 = 1e-5  # of products of other shapes
@@ -143,9 +143,4 @@ def test_a_resumed_run_is_the_uninterrupted_one_bitwise(tmp_path: Path) -> None:
     data: DataConfig = tiny_data(tmp_path / "data")
     pattern = MODEL["pattern"] + "{ngram_memory}"
     settings = {"model__pattern": pattern, "model__mixers": {"ngram_memory": SIZES}, "train__recompute": "full"}
-    whole = train_and_collect(tiny_config(data, tmp_path / "whole", **settings))
-    train_and_collect(tiny_config(data, tmp_path / "two", **settings, train__stop_after_steps=2))
-    resumed = train_and_collect(tiny_config(data, tmp_path / "two", **settings))
-    assert resumed.series("loss") == whole.series("loss")
-    for name, weight in whole.weights.items():
-        assert torch.equal(resumed.weights[name], weight), name
+    assert_resumes_bitwise(data, tmp_path, **settings)

@@ -30,10 +30,6 @@ class StreamConfig(Section):
         """Tensors that consecutive blocks of these indices keep of it for backward passes, next to what each one's mixer reads."""
         raise NotImplementedError
 
-    def shapes(self, hidden_size: int, *, is_final: bool) -> dict[str, tuple[int, ...]]:
-        """Weights with which a block reads it, or the final norm, by name."""
-        raise NotImplementedError
-
     def flops(self, hidden_size: int) -> float:
         """Forward FLOPs per token of reading and writing it in one block: 2 per weight of a matrix, and of mixing."""
         raise NotImplementedError
@@ -62,10 +58,6 @@ class AttentionResidualsConfig(StreamConfig):
         """Whether the output of block `index` begins a source."""
         return index % self.blocks_per_source == 0
 
-    def shapes(self, hidden_size: int, *, is_final: bool) -> dict[str, tuple[int, ...]]:
-        """The query and the weight of the keys' norm."""
-        return {"query": (hidden_size,), "weight": (hidden_size,)}
-
     def flops(self, hidden_size: int) -> float:
         """Counted as nothing, as norms and activations are: there is no matrix."""
         return 0.0
@@ -93,13 +85,6 @@ class HyperConnectionsConfig(StreamConfig):
     def num_kept(self, places: Sequence[int]) -> int:
         """What each block begins with."""
         return sum(map(self.num_tensors, places))
-
-    def shapes(self, hidden_size: int, *, is_final: bool) -> dict[str, tuple[int, ...]]:
-        """The matrix, gates and biases of a block's weights; the final norm reads the mean."""
-        if is_final:
-            return {}
-        number = self.num_weights
-        return {"maps.weight": (number, self.streams * hidden_size), "maps.scale": (3,), "maps.bias": (number,)}
 
     def flops(self, hidden_size: int) -> float:
         """The matrix, and the products of the weights with the streams and the block's output."""

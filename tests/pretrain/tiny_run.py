@@ -96,6 +96,17 @@ def train_and_collect(config: RunConfig) -> Trained:
     return Trained(code, read_metrics(run.directory) if run.parallel.is_main else [], weights)
 
 
+def assert_resumes_bitwise(data: DataConfig, folder: Path, **settings: Any) -> Trained:
+    """A run that stops after two steps and goes on has the losses and weights of one that does not, which is returned."""
+    whole = train_and_collect(tiny_config(data, folder / "whole", **settings))
+    train_and_collect(tiny_config(data, folder / "two", **settings, train__stop_after_steps=2))
+    resumed = train_and_collect(tiny_config(data, folder / "two", **settings))
+    assert resumed.series("loss") == whole.series("loss")
+    for name, weight in whole.weights.items():
+        assert torch.equal(resumed.weights[name], weight), name
+    return whole
+
+
 def collect_weights(run: Run) -> dict[str, torch.Tensor]:
     """Whole weights, gathered where ZeRO-3 spread them, and buffers. Every rank must call this."""
     run.engine.wait_for_weights()

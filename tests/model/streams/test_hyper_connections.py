@@ -10,22 +10,17 @@ from torch import Tensor
 
 from amfm.launch.plan.activations import Storage, made_bytes
 from amfm.launch.plan.measured import block_bytes
-from amfm.launch.plan.stand_ins import default_dtype
 from amfm.model.config.checks import check_model
 from amfm.model.config.schema import ModelConfig
 from amfm.model.config.streams import HyperConnectionsConfig
-from amfm.model.flops import count_parameters, flops_per_token
-from amfm.model.huggingface.own import own_fields
-from amfm.model.huggingface.targets import explain_unfit
+from amfm.model.flops import flops_per_token
 from amfm.model.hybrid import HybridModel
 from amfm.model.matrices import is_matrix
-from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.shapes import weight_shapes
 from amfm.model.streams.hyper_connections import read_streams, sinkhorn, write_streams
-from amfm.pretrain.export.vllm_plugin.vllm_amfm.served import unserved
-from amfm.pretrain.foreign_states.megatron_blocks import check_fits
 from tests.helpers.numbers import assert_near
-from tests.model.small_models import decode, loss_of, meta_of, packed_batch, small_config, small_model
+from tests.model.small_models import meta_of, packed_batch, small_config
+from tests.model.streams.trained import trained_model
 
 PATTERN = "M*E-M-*"
 FLOAT64 = 1e-11  # of sums in another order
@@ -33,17 +28,6 @@ FLOAT64 = 1e-11  # of sums in another order
 
 def config_of(streams: int, pattern: str = PATTERN, rounds: int = 20, **changes: Any) -> ModelConfig:
     return small_config(pattern, hyper_connections={"streams": streams, "sinkhorn_iterations": rounds}, **changes)
-
-
-def trained_model(config: ModelConfig, dtype: torch.dtype = torch.float64) -> HybridModel:
-    """A model whose maps are not those that it began with."""
-    model = small_model(config, dtype=dtype)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if ".stream." in name:
-                value += 0.7 * torch.randn(value.shape, generator=generator).to(value.dtype)
-    return model
 
 
 def doubly_stochastic(logits: list[list[Tensor]], rounds: int) -> list[list[Tensor]]:
@@ -103,25 +87,6 @@ def test_logits_and_gradients_are_those_of_the_equations(streams: int, rounds: i
         assert_near(gradient, other, FLOAT64, name)
 
 
-@pytest.mark.parametrize("streams", [2, 4])
-def test_a_new_model_is_the_plain_one_and_its_streams_part(streams: int) -> None:
-    with default_dtype(torch.float64):
-        plain, model = (
-            HybridModel(config, single_rank_groups(), seed=3) for config in (small_config(PATTERN), config_of(streams))
-        )
-    tokens_BT, labels_BT, ids_BT = packed_batch()
-    losses = [loss_of(each(tokens_BT, meta_of(ids_BT), labels_BT)) for each in (plain, model)]
-    for loss in losses:
-        loss.backward()
-    assert_near(losses[1], losses[0], FLOAT64)
-    gradients = {name: value.grad for name, value in model.named_parameters()}
-    for name, value in plain.named_parameters():
-        assert_near(gradients[name], value.grad, FLOAT64, name)
-    written_N = gradients["blocks.2.stream.maps.bias"][streams : 2 * streams]
-    assert float((written_N - written_N.mean()).abs().max()) > 1e-3 * float(written_N.abs().max()) > 0
-    assert float(gradients["blocks.2.stream.maps.weight"].norm()) > 0, "weights learn from the first step on"
-
-
 def test_any_logits_give_a_doubly_stochastic_matrix() -> None:
     generator = torch.Generator().manual_seed(2)
     logits_BNN = torch.randn((50, 4, 4), generator=generator, dtype=torch.float64)
@@ -133,32 +98,6 @@ def test_any_logits_give_a_doubly_stochastic_matrix() -> None:
     mix_BNN = sinkhorn(far_BNN, 20)
     (mix_BNN * logits_BNN).sum().backward()
     assert bool(torch.isfinite(mix_BNN).all()) and bool(torch.isfinite(far_BNN.grad).all())
-
-
-@pytest.mark.parametrize(
-    ("pattern", "dtype", "wide"), [(PATTERN, torch.float32, False), ("-E---", torch.bfloat16, True)]
-)
-def test_recomputed_blocks_and_norms_keep_every_bit(pattern: str, dtype: torch.dtype, wide: bool) -> None:
-    config = config_of(2, pattern, residual_in_fp32=wide)
-    kept, again, remade = (trained_model(config, dtype) for _ in range(3))
-    again.recompute_blocks("M*E-")
-    for _, block in remade.all_blocks():
-        block.keeps_norm = False
-    tokens_BT, labels_BT, ids_BT = packed_batch()
-    losses = [loss_of(each(tokens_BT, meta_of(ids_BT), labels_BT)) for each in (kept, again, remade)]
-    for loss in losses:
-        loss.backward()
-    for other, loss in ((again, losses[1]), (remade, losses[2])):
-        assert torch.equal(loss, losses[0])
-        for (name, value), same in zip(kept.named_parameters(), other.parameters(), strict=True):
-            assert (value.grad is None and same.grad is None) or torch.equal(value.grad, same.grad), name
-
-
-def test_prefill_then_steps_equal_the_full_forward() -> None:
-    model = trained_model(config_of(3)).eval()
-    tokens_BT, _, _ = packed_batch()
-    logits_BTV, _ = decode(model, tokens_BT, (1, 4))
-    assert_near(logits_BTV, model(tokens_BT).logits_BTV, FLOAT64)
 
 
 def test_in_bf16_streams_are_those_of_float32_rounded_once() -> None:
@@ -174,32 +113,20 @@ def test_in_bf16_streams_are_those_of_float32_rounded_once() -> None:
         assert_near(found.double(), expected, 2**-8)
 
 
-def test_counted_parameters_flops_and_shapes_are_those_of_the_model() -> None:
+def test_flops_are_those_of_the_maps_and_the_mixture() -> None:
     config = config_of(3, "M*E-/*", tie_embeddings=True)
-    model = HybridModel(config, single_rank_groups(), device="meta")
-    assert count_parameters(config).total == sum(value.numel() for value in model.parameters())
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    assert weight_shapes(config) == shapes
     # A matrix [3 + 3 + 9, 3 D], read 3 D, mix 9 D and write 3 D products, each twice, and twice more backward.
     assert flops_per_token(config, 8)["residual_stream"] == 4 * 3 * 2 * (15 * 3 * 12 + 15 * 12)
     # A map to numbers, not of the stream to the stream: not one that Muon steps.
-    assert not is_matrix("blocks.0.stream.maps.weight", shapes["blocks.0.stream.maps.weight"])
+    name = "blocks.0.stream.maps.weight"
+    assert not is_matrix(name, weight_shapes(config)[name])
 
 
 def test_settings_that_do_not_go_together_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"model.mup has no rule for the weights of model.hyper_connections; remove"):
-        check_model(config_of(2, "M*", mup={"base_hidden_size": 12}))
     with pytest.raises(ValueError, match=r"and model.hyper_connections are both set, and a model has one kind"):
         check_model(config_of(2, "M*", attention_residuals={"blocks_per_source": 1}))
     with pytest.raises(ValueError, match="greater than or equal to 2"):
         config_of(1)
-    config = config_of(2, "*-*-")
-    (found,) = (reason for reason in explain_unfit(config, "qwen3") if "hyper_connections" in reason)
-    assert found == "model.hyper_connections: blocks of qwen3 read the sum of all outputs; use target own"
-    assert not explain_unfit(config, "own")
-    assert any("hyper_connections" in reason for reason in unserved(own_fields(config)))
-    with pytest.raises(ValueError, match=r"model\.hyper_connections"):
-        check_fits(config, "the checkpoint")
 
 
 def test_a_plan_counts_what_a_stage_sends_and_blocks_keep() -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.pretrain.inference.weights import read_weights, write_weights
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.start import close_run, start_run
-from tests.pretrain.tiny_run import tiny_config, train_and_collect, validate_now
+from tests.pretrain.tiny_run import assert_resumes_bitwise, tiny_config, train_and_collect, validate_now
 
 STREAMS = {
     "final_stream.query": {"model__attention_residuals": {"blocks_per_source": 2}},
@@ -22,13 +21,7 @@ STREAMS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("learns", STREAMS)
 def test_a_resumed_run_is_the_uninterrupted_one_bitwise(data: DataConfig, tmp_path: Path, learns: str) -> None:
-    settings = STREAMS[learns] | {"train__recompute": "full"}
-    whole = train_and_collect(tiny_config(data, tmp_path / "whole", **settings))
-    train_and_collect(tiny_config(data, tmp_path / "two", **settings, train__stop_after_steps=2))
-    resumed = train_and_collect(tiny_config(data, tmp_path / "two", **settings))
-    assert resumed.series("loss") == whole.series("loss")
-    for name, weight in whole.weights.items():
-        assert torch.equal(resumed.weights[name], weight), name
+    whole = assert_resumes_bitwise(data, tmp_path, **STREAMS[learns], train__recompute="full")
     assert float(whole.weights[learns].abs().max()) > 0
 
 
