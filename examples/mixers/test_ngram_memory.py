@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from amfm_mixers.ngram_memory import multiplier
-from amfm_mixers.spec import NgramMemoryOptions
+from amfm_mixers.options import NgramMemoryOptions
 from torch import Tensor
 
 from amfm.data_pipeline.config import DataConfig

@@ -133,9 +133,7 @@ def _bf16_state_problems(config: RunConfig) -> Iterator[Problem]:
     """Reject what bf16 master weights and moments do not go with, each with its reason."""
     key, parallel = "optimizer.state_dtype", config.parallel
     if config.train.precision != "bf16":
-        rule = (
-            f"keeps master weights in bf16, and train.precision={config.train.precision} computes with float32 weights"
-        )
+        rule = f"keeps master weights in bf16, which needs train.precision=bf16; got {config.train.precision}"
         yield Problem(key, rule, "use train.precision=bf16, or float32 states", "bf16")
     if config.optimizer.kind in optimizer_specs():
         rule = f"is only for AdamW, and optimizer.kind is {config.optimizer.kind}"

@@ -16,7 +16,7 @@ from amfm.model.mixers.recurrence import ScanRows
 from amfm.model.mixers.shared_layers import GatedHeadNorm
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.shards import Shard, ShardSpec
-from amfm_mixers.spec import CombaOptions
+from amfm_mixers.options import CombaOptions
 
 
 class CombaMixer(GatedDeltaNetMixer):

@@ -30,7 +30,7 @@ from amfm.model.mixers.recurrence import DecayRecurrence, OpenScan, Recurrence, 
 from amfm.model.mixers.shared_layers import GatedHeadNorm
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.shards import Shard, ShardSpec
-from amfm_mixers.spec import FeatureMapOptions
+from amfm_mixers.options import FeatureMapOptions
 
 
 class FeatureMapMixer(LinearMixer):

@@ -21,7 +21,7 @@ from amfm.model.packing import PackMeta
 from amfm.model.parallel.context import gather_rows
 from amfm.model.parallel.layers import ColumnLinear, RowLinear, project_layers
 from amfm.model.parallel.shards import divide, divide_units
-from amfm_mixers.spec import FoxOptions
+from amfm_mixers.options import FoxOptions
 
 # Kernels take heads of multiples of this.
 CHANNELS = 16

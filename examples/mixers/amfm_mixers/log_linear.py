@@ -22,7 +22,7 @@ from amfm.model.mixers.recurrence import OpenScan, Recurrence, ScanRows, ScanSet
 from amfm.model.mixers.shared_layers import GatedHeadNorm, first_decay_rates, first_time_steps
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.shards import Shard, ShardSpec, divide_units
-from amfm_mixers.spec import LogLinearOptions
+from amfm_mixers.options import LogLinearOptions
 
 
 class LevelRecurrence(Recurrence):

@@ -24,7 +24,7 @@ from amfm.model.packing import PackMeta
 from amfm.model.parallel.layers import RowLinear
 from amfm.model.parallel.regions import sum_parts
 from amfm.model.parallel.shards import Shard, ShardSpec
-from amfm_mixers.spec import Mamba1Options
+from amfm_mixers.options import Mamba1Options
 
 
 class Mamba1Mixer(LinearMixer):

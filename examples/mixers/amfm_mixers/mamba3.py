@@ -34,8 +34,8 @@ from amfm.model.mixers.shared_layers import GatedHeadNorm, first_time_steps
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.context import receive_states, receive_windows
 from amfm.model.parallel.shards import Shard, ShardSpec, divide_units
+from amfm_mixers.options import Mamba3Options
 from amfm_mixers.running_angles import dot_heads, sum_angles, turn_heads, within_turn
-from amfm_mixers.spec import Mamba3Options
 
 # The least rate of decay.
 RATE_FLOOR = 1e-4

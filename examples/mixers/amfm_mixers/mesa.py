@@ -27,7 +27,7 @@ from amfm.model.mixers.recurrence import OpenScan, Recurrence, ScanRows, ScanSet
 from amfm.model.mixers.shared_layers import GatedHeadNorm
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.shards import Shard, ShardSpec
-from amfm_mixers.spec import MesaOptions
+from amfm_mixers.options import MesaOptions
 
 Apply = Callable[[Tensor], Tensor]
 

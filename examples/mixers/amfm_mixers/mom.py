@@ -23,7 +23,7 @@ from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, M
 from amfm.model.packing import PackMeta, Padding, means_without
 from amfm.model.parallel.regions import leave_tensor_region
 from amfm.model.parallel.shards import Shard
-from amfm_mixers.spec import MomOptions
+from amfm_mixers.options import MomOptions
 
 
 class MemoryRows(NamedTuple):

@@ -18,7 +18,7 @@ from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, M
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.context import receive_windows
 from amfm.model.parallel.layers import Linear, RMSNorm
-from amfm_mixers.spec import NgramMemoryOptions
+from amfm_mixers.options import NgramMemoryOptions
 
 MULTIPLIER_BYTES = 5  # so that a product with an id below 2^22 fits into int64
 

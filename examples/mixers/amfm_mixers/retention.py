@@ -28,7 +28,7 @@ from amfm.model.mixers.recurrence import DecayRecurrence, ScanRows
 from amfm.model.mixers.shared_layers import GatedHeadNorm
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.shards import Shard, ShardSpec
-from amfm_mixers.spec import LightningOptions, RetentionOptions
+from amfm_mixers.options import LightningOptions, RetentionOptions
 
 
 class PlstmMixer(LinearMixer):

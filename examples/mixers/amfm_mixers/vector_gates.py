@@ -26,7 +26,7 @@ from amfm.model.mixers.recurrence import DecayRecurrence, ScanRows
 from amfm.model.mixers.shared_layers import GatedHeadNorm
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.shards import Shard, ShardSpec
-from amfm_mixers.spec import GlaOptions, LightNetOptions
+from amfm_mixers.options import GlaOptions, LightNetOptions
 
 # Tokens over which a running softmax is summed by doubling, before blocks are joined.
 BLOCK_TOKENS = 64

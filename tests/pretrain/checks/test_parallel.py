@@ -133,7 +133,7 @@ MOE = "model.moe={num_experts: 6, top_k: 2, expert_hidden_size: 12, shared_exper
         ),
         (
             ["train.precision=float32", "optimizer.state_dtype=bf16"],
-            "optimizer.state_dtype = bf16: keeps master weights in bf16, and train.precision=float32 computes with float32 weights; use",
+            "optimizer.state_dtype = bf16: keeps master weights in bf16, which needs train.precision=bf16; got float32; use",
         ),
         (
             [*BF16_STATES, "optimizer.kind=muon"],
