@@ -90,7 +90,7 @@ def _differentiate_loss(ctx: Any, d_total: Tensor | None, *_: Tensor | None) -> 
 def _add_scaled(place: Tensor, adds: bool, d_weight_VD: Tensor, scale: Tensor) -> None:
     """place += or = scale times a gradient, in one pass over memory and without rounding the product to the gradient's dtype.
 
-    On a CPU product and sum round one after the other, as without a place to land in (`gradient_sum.add_outer`).
+    On a CPU product and sum round one after the other, as without a place to land in (`weight_gradients.add_outer`).
     """
     # A matrix, and not a scalar, widens what it is multiplied with.
     scale = scale.to(place.dtype).view(1, 1)
