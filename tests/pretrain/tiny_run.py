@@ -97,7 +97,7 @@ def train_and_collect(config: RunConfig) -> Trained:
 
 
 def assert_resumes_bitwise(data: DataConfig, folder: Path, **settings: Any) -> Trained:
-    """A run that stops after two steps and goes on has the losses and weights of one that does not, which is returned."""
+    """A run that stops after two steps and is resumed has the losses and weights of one that does not, which is returned."""
     whole = train_and_collect(tiny_config(data, folder / "whole", **settings))
     train_and_collect(tiny_config(data, folder / "two", **settings, train__stop_after_steps=2))
     resumed = train_and_collect(tiny_config(data, folder / "two", **settings))

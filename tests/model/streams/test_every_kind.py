@@ -1,4 +1,4 @@
-"""What holds for every kind of residual stream: a new model is the plain one, recomputation keeps bits, decoding, shapes, refusals."""
+"""What holds for every kind of residual stream: a new model is the plain one, recomputation keeps bits, decoding, shapes, rejections."""
 
 from __future__ import annotations
 
