@@ -15,7 +15,7 @@ import torch
 
 from amfm.kernels.runtime.backend import INTERPRETED
 from tests.helpers.made_on import MadeOn
-from tests.kernels.interpreter.quick_interpreter import quick_interpreter
+from tests.kernels.quick.interpreter import quick_interpreter
 from tests.kernels.twice import Twice, compute_once, compute_twice
 
 ON_CARD = not INTERPRETED and torch.cuda.is_available()

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from tests.kernels.interpreter.quick_interpreter import quick_interpreter
+from tests.kernels.quick.interpreter import quick_interpreter
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -94,6 +94,37 @@ def test_a_number_becomes_the_block_that_the_interpreter_makes() -> None:
 
     before, quick, after = both_ways(run)
     assert len(before.unique()) > 20 and quick.equal(before) and after.equal(before)
+
+
+@triton.jit
+def _every_operator(x, y, n, out, B: tl.constexpr):
+    """Each operator on columns and rows, blocks and scalars, floats, integers of both widths, truth values, and mixed."""
+    at = tl.arange(0, B)
+    f, g = tl.load(x + at)[:, None], tl.load(x + B + at)[None, :]
+    i, j = at[:, None] - 2, at[None, :] + 1
+    wide, one, small = i.to(tl.int64), tl.load(x), at.to(tl.uint8)[None, :]
+    there = out + at[:, None] * B + at[None, :]
+    tl.store(there, f + g - f * g / (g + n))
+    tl.store(there + 16, (i * j + wide - j // 2 + wide % j).to(tl.float32))
+    tl.store(there + 32, (f < g).to(tl.float32) + 2 * (f <= g) + 4 * (i > j) + 8 * (wide >= j) + 16 * (f == g))
+    tl.store(there + 48, ((f > one) & (i < j) | (wide == n)).to(tl.int32).to(tl.float32) + (i & j) + (i | j))
+    tl.store(there + 64, (1 - f) + (2.5 - g) + (n - i) + 3 / g + f % g + one * f + (g - one) + n * j + small)
+    tl.store(there + tl.full((1, 1), 80, tl.int64), f * i + g / j - one / n + (i - j).to(tl.float32) * wide)
+    tl.store(out + 96 + at, tl.load(y + (at + n - n)) + one)
+    tl.store(out + 100, n + one * n - one / 3 + (n // 2) * (n % 2))
+
+
+def test_every_operator_gives_the_bits_of_the_interpreter_as_it_is_installed() -> None:
+    x, y = torch.tensor([0.0, -0.0, 1.5, -2.5, 1.5, 3.0, -1e38, 1e-40]), torch.randn(4)
+
+    def run() -> torch.Tensor:
+        out = torch.zeros(101)
+        for _ in range(2):
+            _every_operator[(1,)](x, y, 5, out, B=4)
+        return out.view(torch.int32)
+
+    before, quick, after = both_ways(run)
+    assert len(before.unique()) > 40 and quick.equal(before) and after.equal(before)
 
 
 @triton.jit

@@ -128,7 +128,7 @@ def _kernel_place() -> str:
     """Folder, file and function of the kernel's code that is being interpreted."""
     frame = sys._getframe(2)
     while "/triton/" in frame.f_code.co_filename or frame.f_code.co_filename.endswith(
-        ("offsets.py", "quick_interpreter.py")
+        ("offsets.py", "quick/interpreter.py", "quick/operators.py")
     ):
         assert frame.f_back is not None
         frame = frame.f_back

@@ -117,8 +117,9 @@ class _Watch:
 
     def _lanes(self, pointers: Any, mask: Any) -> Iterator[tuple[_Memory, _Integers, _Integers]]:
         """For each memory touched: its elements, and the flat lanes of the block that touch them."""
-        lanes = np.flatnonzero(np.broadcast_to(mask.data, pointers.data.shape))
-        addresses = pointers.data.ravel()[lanes].astype(np.int64)
+        is_whole = mask.data.shape == pointers.data.shape
+        lanes = np.flatnonzero(mask.data if is_whole else np.broadcast_to(mask.data, pointers.data.shape))
+        addresses = pointers.data.ravel()[lanes].view(np.int64)
         left = len(lanes)
         for memory in self.memories if left else ():
             end = memory.begin + memory.size

@@ -26,15 +26,25 @@ from triton.language import core, semantic
 from triton.runtime import interpreter
 
 from amfm.kernels.runtime.interpreter import replace_methods
+from tests.kernels.quick.operators import (
+    DIRECT,
+    quick_binary_op,
+    quick_broadcast,
+    quick_broadcast_to,
+    quick_cast,
+    quick_cast_impl,
+    quick_direct,
+    quick_expand_dims,
+    quick_make_tensor,
+    quick_operands,
+    quick_semantic_expand_dims,
+)
 
 Make = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 # Values that need no unwrapping.
 _PLAIN = frozenset({int, float, bool, str, type(None), core.tensor, core.dtype, core.pointer_type, core.block_type})
 _BUILTIN = core.builtin(lambda: None).__code__  # of what the decorator of Triton's builtins returns
-
-# Types that stay what they are when both operands of an operation have them, also of a division.
-_KEPT = frozenset({"fp32", "fp64", "int1", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))})
 
 
 class _Shape:
@@ -130,6 +140,26 @@ def _validate_size(slowly: Callable[..., bool]) -> Callable[..., bool]:
     return validate
 
 
+def _handle(slowly: Callable[..., None]) -> Callable[..., None]:
+    plain = core.dtype
+    most: dict[str, int] = {}
+
+    def make(self: Any, data: Any, dtype: Any, attr: Any = None) -> None:
+        if type(dtype) is plain:
+            found = most.get(dtype.name)
+            if found is None:
+                found = most[dtype.name] = max(8, dtype.primitive_bitwidth) // 8
+            if data.itemsize > found:
+                slowly(self, data, dtype)  # which rejects it
+        elif type(dtype) is not core.pointer_type:
+            slowly(self, data, dtype)
+        self.data = data
+        self.dtype = dtype
+        self.attr = {} if attr is None else attr
+
+    return make
+
+
 def _to_ir(slowly: Callable[..., Any]) -> Callable[..., Any]:
     known: set[str] = set()
 
@@ -144,90 +174,8 @@ def _to_ir(slowly: Callable[..., Any]) -> Callable[..., Any]:
     return to_ir
 
 
-def _operands(slowly: Callable[..., Any]) -> Callable[..., Any]:
-    """Operands of one type need no cast, and a number becomes a block once for each shape and type of the other operand."""
-    tensor = core.tensor
-    blocks: dict[Any, Any] = {}
-
-    def block_of(self: Any, number: Any, other: Any, number_first: bool, how: tuple[Any, ...], named: Any) -> Any:
-        exact = number if number or type(number) is int else str(number)  # -0.0 is not 0.0
-        key = (
-            other.dtype.name,
-            getattr(other.type, "quick", None),
-            type(number),
-            exact,
-            number_first,
-            how,
-            *named.items(),
-        )
-        found = blocks.get(key)
-        if found is not None:
-            return other, found
-        pair = (
-            slowly(self, number, other, *how, **named) if number_first else slowly(self, other, number, *how, **named)
-        )
-        other_now, found = pair[::-1] if number_first else pair
-        if other_now is other and number == number:  # was not cast, and no NaN, which is never found
-            found.handle.data.flags.writeable = False
-            blocks[key] = found
-        return other_now, found
-
-    def operands(self: Any, left: Any, right: Any, *how: Any, **named: Any) -> Any:
-        first, second = type(left), type(right)
-        if first is tensor and second is tensor:
-            if left.dtype.name in _KEPT and left.dtype.name == right.dtype.name:
-                return self.broadcast_impl_value(left, right)
-        elif first is tensor and (second is int or second is float):
-            return block_of(self, right, left, False, how, named)
-        elif second is tensor and (first is int or first is float):
-            return block_of(self, left, right, True, how, named)[::-1]
-        return slowly(self, left, right, *how, **named)
-
-    return operands
-
-
 def _same_or(equal: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     return lambda self, other: True if self is other else equal(self, other)
-
-
-def _broadcast(slowly: Callable[..., Any]) -> Callable[..., Any]:
-    block_type, tensor = core.block_type, core.tensor
-
-    def full(self: Any, scalar: Any, block: Any) -> Any:
-        found = scalar.handle
-        if type(found.dtype) is block_type:
-            handle = self.builder.create_splat(block_type(scalar.dtype, block.shape), found)
-            return tensor(handle, block_type(scalar.dtype, block.shape))
-        data = np.empty(block.shape.values, dtype=interpreter._get_np_dtype(found.dtype))
-        data[...] = found.data
-        return tensor(
-            interpreter.TensorHandle(data, found.dtype, dict(found.attr)), block_type(scalar.dtype, block.shape)
-        )
-
-    def splat(self: Any, lhs: Any, rhs: Any) -> Any:
-        if type(rhs.type) is block_type:
-            return (lhs, rhs) if type(lhs.type) is block_type else (full(self, lhs, rhs.type), rhs)
-        return (lhs, full(self, rhs, lhs.type)) if type(lhs.type) is block_type else (lhs, rhs)
-
-    def broadcast(self: Any, lhs: Any, rhs: Any) -> Any:
-        left, right = lhs.type, rhs.type
-        if type(left) is not block_type or type(right) is not block_type:
-            return splat(self, lhs, rhs)
-        if left.shape is right.shape:
-            return lhs, rhs
-        ours, theirs = left.shape.values, right.shape.values
-        if len(ours) != len(theirs):
-            return slowly(self, lhs, rhs)
-        both = [b if a == 1 else a for a, b in zip(ours, theirs)]
-        if any(b not in (1, a) for a, b in zip(both, theirs)):
-            return slowly(self, lhs, rhs)  # which reports the axis
-        if ours != both:
-            lhs = tensor(self.builder.create_broadcast(lhs.handle, both), block_type(left.scalar, both))
-        if theirs != both:
-            rhs = tensor(self.builder.create_broadcast(rhs.handle, both), block_type(right.scalar, both))
-        return lhs, rhs
-
-    return broadcast
 
 
 def _patch_attr(slowly: Callable[..., None]) -> Callable[..., None]:
@@ -245,7 +193,10 @@ def _patch_attr(slowly: Callable[..., None]) -> Callable[..., None]:
 
         # A frame of the interpreter, for code that looks for the kernel's line above it (`races.py`).
         call.__code__ = in_interpreter.setdefault("call", call.__code__.replace(co_filename=interpreter.__file__))
-        scope.set_attr(obj, name, call)
+        if obj is core.tensor and name in DIRECT and not builder.options.sanitize_overflow:
+            scope.set_attr(obj, name, quick_direct(name, call, given))
+        else:
+            scope.set_attr(obj, name, call)
 
     in_interpreter: dict[str, Any] = {}
     return patch
@@ -279,11 +230,19 @@ _PARTS: list[tuple[Any, str, Make]] = [
     (core.tensor, "__init__", _tensor),
     (core.dtype, "__eq__", _same_or),
     (core.pointer_type, "__eq__", _same_or),
+    (interpreter.TensorHandle, "__init__", _handle),
+    (interpreter.InterpreterBuilder, "binary_op", quick_binary_op),
+    (interpreter.InterpreterBuilder, "create_broadcast", quick_broadcast_to),
+    (interpreter.InterpreterBuilder, "create_expand_dims", quick_expand_dims),
+    (interpreter.InterpreterBuilder, "cast_impl", quick_cast_impl),
+    (semantic.TritonSemantic, "cast", quick_cast),
+    (semantic.TritonSemantic, "expand_dims", quick_semantic_expand_dims),
+    (semantic.TritonSemantic, "make_tensor", quick_make_tensor),
     (interpreter, "_get_np_dtype", _np_dtype),
     (interpreter, "_patch_attr", _patch_attr),
     (interpreter, "_validate_np_data_size", _validate_size),
-    (semantic.TritonSemantic, "broadcast_impl_value", _broadcast),
-    (semantic.TritonSemantic, "binary_op_type_checking_impl", _operands),
+    (semantic.TritonSemantic, "broadcast_impl_value", quick_broadcast),
+    (semantic.TritonSemantic, "binary_op_type_checking_impl", quick_operands),
 ]
 
 
