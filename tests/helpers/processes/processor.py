@@ -21,6 +21,8 @@ import json
 import marshal
 import os
 import resource
+import shlex
+import sys
 import time
 import tomllib
 from collections import Counter
@@ -43,6 +45,7 @@ MOST_SLOWER = 1.3
 MOST_OTHERS = 0.1
 ALLOWED_GROWTH = 1.1
 LEAST_RECORDED = 0.5  # seconds of a file; shorter ones run last, in their order
+WORKER = f"{shlex.quote(sys.executable)} -m tests.helpers.processes.forked_worker"  # in place of an interpreter
 _SOURCE = Path(argparse.__file__).read_text(encoding="utf-8")[:20_000].rpartition("\n    def ")[0]
 
 
@@ -151,7 +154,7 @@ class Worker:
 
 
 class Master:
-    """In the process that starts workers: one pair of zygotes for all, the sums, and the verdict."""
+    """In the process that starts workers: the processes to fork them and ranks from, the sums, and the verdict."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.mode: str | None = config.getoption("processor_seconds")
@@ -159,7 +162,10 @@ class Master:
         self.samples: list[float] = []
         self.lines: list[str] = []
         self.busy = machine_seconds()
-        os.environ[zygote.ADDRESS], self.end = zygote.start()
+        forks_workers = Path.cwd() == ROOT and config.option.tx == ["popen"] * len(config.option.tx)
+        os.environ[zygote.ADDRESS], self.end = zygote.start(config.args if forks_workers else ())
+        if forks_workers:
+            config.option.tx = [f"popen//python={WORKER}"] * len(config.option.tx)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Add a test's seconds to its file's."""

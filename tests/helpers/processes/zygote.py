@@ -6,8 +6,10 @@ imported amfm; `BARE` only PyTorch, DeepSpeed and Megatron-core, for tests whose
 a fresh interpreter can show (its flags, variables that are read at an import, a launcher's command, libraries in front of
 the C library, signals during imports) stays with `subprocess`.
 
-The process that runs pytest starts them for all its workers; without workers the first test that needs one does. They end
-with the process that started them, and what was forked ends when nothing waits for it.
+The process that runs pytest starts them for all its workers; without workers the first test that needs one does. It also
+starts `COLLECTED`, a fork of `FULL` that collects the tests, from which its workers are forked: imports of tests, and of
+what they test, are made once and not once per worker. They end with the process that started them, and what was forked ends
+when nothing waits for it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-FULL, BARE = "full", "bare"
+FULL, BARE, COLLECTED = "full", "bare", "collected"
 ROOT = Path(__file__).parents[3]
 ADDRESS = "AMFM_TEST_ZYGOTE"
 # Python and libraries read these when they start or are imported, so a fork has them as the first process did.
@@ -140,6 +142,11 @@ def _read_early(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def fork_worker(words: Sequence[str]) -> Forked:
+    """Run a worker of pytest-xdist, `-c CODE`, in a fork that has collected the tests, with this process's streams."""
+    return _ask(COLLECTED, {"words": list(words)}, (0, 1, 2))
+
+
 def _ask(zygote: str, request: dict[str, Any], streams: Sequence[int]) -> Forked:
     folder, variables = os.environ.get(ADDRESS), _read_early(os.environ)
     if folder is None or json.loads(Path(folder, "variables.json").read_text()) != variables:
@@ -160,13 +167,16 @@ def _own(variables: tuple[tuple[str, str], ...]) -> str:
     return folder
 
 
-def start() -> tuple[str, Callable[[], None]]:
-    """Start both processes; returns their folder, which `ADDRESS` names to others, and what ends them."""
+def start(tests: Sequence[str] = ()) -> tuple[str, Callable[[], None]]:
+    """Start the processes; returns their folder, which `ADDRESS` names to others, and what ends them.
+
+    tests: the folders, files and tests that `COLLECTED` collects; without any there is no such process.
+    """
     folder = tempfile.mkdtemp(prefix="z.")
     Path(folder, "variables.json").write_text(json.dumps(_read_early(os.environ)))
-    listeners = [_listen(os.path.join(folder, name)) for name in (FULL, BARE)]
+    listeners = [_listen(os.path.join(folder, name)) for name in (FULL, BARE, *([COLLECTED] if tests else []))]
     numbers = [listener.fileno() for listener in listeners]
-    command = [sys.executable, "-m", "tests.helpers.processes.zygote_server", *map(str, numbers)]
+    command = [sys.executable, "-m", "tests.helpers.processes.zygote_server", *map(str, numbers), *tests]
     with open(os.path.join(folder, "log"), "wb") as log:  # warnings of imports, in all
         server = subprocess.Popen(command, pass_fds=numbers, stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=ROOT)
     for listener in listeners:

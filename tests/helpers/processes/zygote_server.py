@@ -1,8 +1,8 @@
 """The processes that `zygote.py` starts: they import, then fork what they are asked for.
 
-Called as `python -m tests.helpers.processes.zygote_server FULL BARE`, with the file descriptors of both listening sockets. Both end
-at the end of standard input. Each connection is one fork: a request with its standard streams comes in, its process
-number and its exit code go out.
+Called as `python -m tests.helpers.processes.zygote_server FULL BARE [COLLECTED TEST ...]`: file descriptors of listening sockets,
+and the tests that `COLLECTED` collects. All end at the end of standard input. Each connection is one fork: a request with its
+standard streams comes in, its process number and its exit code go out.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ FOR_TESTS = (
     *("amfm.pretrain.pipeline", "amfm.pretrain.checks.early", "amfm.pretrain.startup.kernels"),
     *("amfm.pretrain.engine.muon", "amfm.launch.simulate.count_collectives", "amfm.launch.plan.measured"),
 )
+# Of Arrow's allocator, which stops it before a fork and does without it afterwards.
+ARROWS_THREAD = "jemalloc_bg_thd"
 
 
 class Server:
@@ -56,6 +58,7 @@ class Server:
     def __init__(self, listener: socket.socket) -> None:
         self.listener = listener
         self.paths = [path for path in sys.path[1:] if path not in os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        self.variables: dict[str, str] = {}  # which forks have too, unless they have others
         self.children: dict[int, socket.socket] = {}
         self.selector = selectors.DefaultSelector()
         self.reader, self.writer = socket.socketpair()
@@ -100,6 +103,7 @@ class Server:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             for owned in (self.selector, self.reader, self.writer, self.listener, connection, *self.children.values()):
                 owned.close()
+            request["env"] = self.variables | request["env"]
             become(request, streams, self.paths)
         for stream in streams:
             os.close(stream)
@@ -228,6 +232,26 @@ def load(modules: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
     gc.enable()
 
 
+def collect(tests: list[str]) -> dict[str, str]:
+    """Import tests as pytest does, with asserts rewritten; returns the variables that imports have set.
+
+    A file that cannot be imported is reported by the workers, which try again. Raises RuntimeError if imports have started
+    threads, which a fork would not have.
+    """
+    import pytest
+
+    before = dict(os.environ)
+    pytest.main(["--collect-only", "-qq", "-p", "no:cacheprovider", *tests])
+    if sys.platform == "linux":
+        names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+        others = sorted(set(names[1:]) - {ARROWS_THREAD})
+        if others:
+            raise RuntimeError(f"a module of tests has started threads when it was imported: {others}")
+    gc.collect()
+    gc.freeze()
+    return {name: value for name, value in os.environ.items() if before.get(name) != value}
+
+
 def prepare_runs() -> None:
     """Do once what each run does at its start and what its result does not depend on."""
     from amfm.pretrain.monitor import peaks
@@ -239,21 +263,32 @@ def prepare_runs() -> None:
 
 def main() -> None:
     """Serve with the bare modules in a fork, and with all here."""
-    full, bare = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
+    full, bare, *others = (socket.socket(fileno=int(number)) for number in sys.argv[1:4])
     folder = Path(full.getsockname()).parent
     present = [name for name in FOR_TRANSFORMERS if importlib.util.find_spec(name.partition(".")[0])]
     load((*BARE_MODULES, *present))
-    pid = os.fork()
-    if not pid:
-        full.close()
+    pids = [os.fork()]
+    if not pids[0]:
+        for unused in (full, *others):
+            unused.close()
         Server(bare).serve()
         os._exit(0)
     bare.close()
     load((*FULL_MODULES, *FOR_TESTS), FOR_RUNS)
     prepare_runs()
+    for collected in others:
+        pids.append(os.fork())
+        if not pids[-1]:
+            full.close()
+            server = Server(collected)
+            server.variables = collect(sys.argv[4:])
+            server.serve()
+            os._exit(0)
+        collected.close()
     Server(full).serve()
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(pid, 0)  # so that its seconds are counted
+    for pid in pids:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)  # so that its seconds are counted
     shutil.rmtree(folder)
     os._exit(0)
 
