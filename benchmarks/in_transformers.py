@@ -21,11 +21,18 @@ def build_in_transformers(model: HybridModel, config: ModelConfig, target: Any, 
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        write_files(Path(folder), model, config, target, num_tokens, **changes)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def write_files(
+    folder: Path, model: HybridModel, config: ModelConfig, target: Any, num_tokens: int, **changes: Any
+) -> None:
+    """Write config.json and model.safetensors of the class, without a tokenizer."""
     fields = huggingface_config(config, target, TokenIds(0, 0, 0), max_position_embeddings=num_tokens) | changes
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     weights = weight_map(config, target).to_theirs(state)
-    with tempfile.TemporaryDirectory() as folder:
-        whole = {name: weight.detach().cpu().contiguous().clone() for name, weight in weights.items()}
-        safetensors.torch.save_file(whole, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-        (Path(folder) / "config.json").write_text(json.dumps(fields))
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    whole = {name: weight.detach().cpu().contiguous().clone() for name, weight in weights.items()}
+    safetensors.torch.save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(fields))
