@@ -148,7 +148,10 @@ class MoeMixer(Mixer):
 
     @property
     def is_graphable(self) -> bool:
-        """Where rows stay on their rank, kernels read on the device how many each expert has."""
+        """Where rows stay on their rank, kernels read on the device how many each expert has.
+
+        Rows that are sent are counted on the host, by which all-to-alls are split, at least if a step is computed again.
+        """
         return not self.travels and self.package_router is None
 
     def steps(self, x_BTD: Tensor, meta: PackMeta) -> Generator[None, None, MixerOutput]:

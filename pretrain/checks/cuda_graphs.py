@@ -59,12 +59,8 @@ def excluded_settings(config: RunConfig) -> Iterator[tuple[str, object, tuple[ob
         (1,),
         "has several micro-batches in flight, each with its own memory",
     )
-    yield (
-        "parallel.expert",
-        parallel.expert,
-        (1,),
-        "counts rows for other ranks on the host, or sends them inside a block",
-    )
+    halves = "passes the halves of a micro-batch through blocks in turn, each with its own layout and memory"
+    yield "parallel.overlap_experts", parallel.overlap_experts, (False, True), halves
     yield "parallel.context", parallel.context, (1,), "cuts sequences into segments, whose sizes a replay does not know"
     recipe = "keeps codes of weights, whose memory changes with each step"
     yield "low_precision.recipe", config.low_precision.recipe, ("none",), recipe

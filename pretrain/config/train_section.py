@@ -105,7 +105,7 @@ class TrainConfig(Section):
     )
     cuda_graphs: Literal["none", "blocks"] = Field(
         "none",
-        description="Passes that a GPU replays without the host: none, or those of blocks, only on data and tensor ranks.",
+        description="Passes that a GPU replays without the host: none, or those of blocks, only on data, tensor and expert ranks.",
     )
     recompute: Literal["none", "selective", "full"] = Field(
         "none",

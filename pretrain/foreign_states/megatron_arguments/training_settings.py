@@ -234,11 +234,11 @@ def memory_lines(given: Arguments, pattern: str) -> Iterator[Line]:
             yield approximated("train.recompute", "selective", note, "recompute_granularity", "recompute_modules")
             yield approximated("train.recompute_blocks", blocks, note, "recompute_modules")
     impl = given["cuda_graph_impl"] or "none"
-    names = ("expert_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    names = ("pipeline_model_parallel_size", "context_parallel_size")
     if impl != "none" and max(given[name] or 1 for name in names) == 1:
         yield line("train.cuda_graphs", "blocks", "cuda_graph_impl")
     elif impl != "none":
-        note = "graphs are there only with data and tensor ranks"
+        note = "graphs are there only with data, tensor and expert ranks"
         yield approximated("train.cuda_graphs", "none", note, "cuda_graph_impl")
 
 

@@ -13,7 +13,14 @@ from amfm.pretrain.config.file import load_config
 GRAPHS = ["train.cuda_graphs=blocks", "train.precision=bf16", "kernels.backend=auto", "parallel.zero_stage=1"]
 
 
-def test_data_and_tensor_ranks_may_have_graphs(base: Path) -> None:
+def test_data_tensor_and_expert_ranks_may_have_graphs(base: Path) -> None:
+    experts = ["model.pattern=M*E", "model.moe={num_experts: 4, top_k: 2, expert_hidden_size: 32}", "parallel.expert=2"]
+    check_run(load_config(base, [*GRAPHS, *experts]))
+    two_batch = [*experts, "parallel.overlap_experts=two_batch"]
+    with pytest.raises(
+        ConfigError, match=r"parallel.overlap_experts = two_batch: .* halves of a micro-batch .* use false"
+    ):
+        check_run(load_config(base, [*GRAPHS, *two_batch]))
     check_run(load_config(base, [*GRAPHS, "parallel.tensor=2"]))
     check_run(load_config(base, [*GRAPHS, "parallel.tensor=2", "parallel.sequence_parallel=true"]))
     check_run(load_config(base, GRAPHS))
@@ -37,7 +44,6 @@ def test_data_and_tensor_ranks_may_have_graphs(base: Path) -> None:
         ("parallel.zero_stage=3", "parallel.zero_stage = 3: .* it gathers weights to other memory"),
         ("parallel.pipeline=2", "parallel.pipeline = 2: .* it has several micro-batches in flight"),
         ("parallel.context=2", "parallel.context = 2: .* it cuts sequences into segments"),
-        ("parallel.expert=2", "parallel.expert = 2: .* it counts rows for other ranks on the host"),
         ("low_precision.recipe=fp8_block", "low_precision.recipe = fp8_block: .* it keeps codes of weights"),
         ("kernels.backend=torch", "kernels.backend = torch: .* it reads numbers on the host.* use auto"),
         (

@@ -120,6 +120,29 @@ def test_tensor_ranks_replay_what_they_sum_to_the_bit(
         assert torch.equal(weight, other[1].weights[name]), name
 
 
+def train_experts(data: DataConfig, directory: Path, factor: float | None) -> tuple[list[Trained], Any]:
+    """Without and with graphs on expert ranks, and what was captured."""
+    given = {"model__pattern": "ME-M", "parallel__expert": 2, "parallel__expert_buffer_factor": factor} | LONG
+    plain, _ = train(data, directory / "plain", graphs=False, **given)
+    replayed, captured = train(data, directory / "graphs", graphs=True, **given)
+    return [plain, replayed], captured
+
+
+@pytest.mark.parametrize(
+    "factor", [None, pytest.param(1.0, marks=pytest.mark.slow)]
+)  # with steps that are computed again
+def test_expert_ranks_replay_blocks_between_those_that_send_rows(
+    factor: float | None, data: DataConfig, tmp_path: Path
+) -> None:
+    (main, captured), (other, _) = run_ranks(train_experts, data, tmp_path, factor)
+    assert captured == [[0, 2, 3]], "all but experts, whose rows the host counts"
+    assert_equal_to_the_bit(*main)
+    assert len(set(main[1].series("loss"))) == 4
+    for name, weight in other[0].weights.items():
+        # Experts and their sums are each rank's own; all else is shared.
+        assert torch.equal(weight, other[1].weights[name]), name
+
+
 @pytest.mark.slow  # sums that stay and are sent: tests/pretrain/engine/test_buckets.py
 def test_data_ranks_replay_blocks_and_share_their_sums_to_the_bit(data: DataConfig, tmp_path: Path) -> None:
     main, other = run_ranks(train_both, data, tmp_path, DENSE | LONG)
