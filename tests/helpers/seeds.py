@@ -6,9 +6,13 @@ import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy
 import torch
+
+# Devices by which the drivers of GPUs are there, as conftest.py looks for them.
+HAS_GPU = any(Path("/dev", name).exists() for name in ("nvidiactl", "kfd"))
 
 
 def seed_of(name: str, offset: int) -> int:
@@ -17,10 +21,17 @@ def seed_of(name: str, offset: int) -> int:
 
 
 def seed_all(seed: int) -> None:
-    """Seed the global generators of Python, numpy and torch."""
+    """Seed the global generators of Python, numpy and torch.
+
+    Where there is no GPU, only that of the CPU: `torch.manual_seed` keeps the stack of every call, as text, for GPUs that are
+    not in use yet: 0.75 ms, half of the least that a test takes here.
+    """
     random.seed(seed)
     numpy.random.seed(seed)
-    torch.manual_seed(seed)
+    if HAS_GPU:
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
 
 
 @contextmanager
