@@ -16,7 +16,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/amfm doctor
 	$(BIN)/amfm sample-data shakespeare data/corpus/shakespeare
 	$(BIN)/amfm prepare configs/tiny_cpu.yaml
-	$(BIN)/amfm train configs/tiny_cpu.yaml
+	$(BIN)/amfm train configs/tiny_cpu.yaml train.precision=auto
 	$(BIN)/amfm evaluate $(RUN)
 	rm -rf $(EXPORT) && $(BIN)/amfm export $(RUN) $(EXPORT)
 	$(BIN)/amfm generate $(RUN) --prompt "To be, or not to be" --max-new-tokens 80
