@@ -126,10 +126,14 @@ def take_step(config: RunConfig, parallel: Parallel, engine: ZeroEngine, pipelin
 
 
 def accumulate_gradients(
-    config: RunConfig, parallel: Parallel, engine: ZeroEngine, pipeline: Pipeline | None
+    config: RunConfig,
+    parallel: Parallel,
+    engine: ZeroEngine,
+    pipeline: Pipeline | None,
+    batches: Sequence[Batch] | None = None,
 ) -> StepSums:
-    """Run the passes of one step and reduce gradients. Every rank must call this."""
-    batches = random_batches(config, parallel)
+    """Run the passes of one step over these micro-batches, else random ones, and reduce gradients. Every rank must call this."""
+    batches = batches or random_batches(config, parallel)
     counts = count_valid_tokens(batches, parallel, config.model)
     share = LossShare.of_counts(counts, len(batches) * parallel.data_world_size, config.model)
     sums = empty_sums(config.model, parallel.device)
