@@ -1,7 +1,8 @@
 """Tokens per second of a served model by how many ask at once, in turns, and of the same model with as many rows.
 
 How it works: as many threads as askers take all their tokens from one `SharedModel`, as requests of `amfm serve` do, without
-HTTP. A prompt is read before the clock starts. `--other` does the same with another checkout's amfm, such as one from before.
+HTTP. A prompt is read before the clocks start. Seconds are those of the clock, and those of the process on its processors, which
+hold next to other programs. `--other` does the same with another checkout's amfm, such as one from before.
 """
 
 from __future__ import annotations
@@ -40,12 +41,13 @@ for number in map(int, askers):
     for text in texts:
         next(text)
     threads = [threading.Thread(target=lambda text=text: [token for token in text]) for text in texts]
-    start = time.perf_counter()
+    start, own = time.perf_counter(), time.process_time()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    paces[number] = number * int(tokens) / (time.perf_counter() - start)
+    seconds = time.perf_counter() - start, time.process_time() - own
+    paces[number] = [number * int(tokens) / each for each in seconds]
 print(json.dumps(paces))
 """
 
@@ -62,21 +64,20 @@ def askers(
 ) -> None:
     """Time one and several askers."""
     checkouts = {"": ROOT} | ({} if other is None else {"other: ": other.resolve()})
-    found: dict[tuple[str, int], list[float]] = {}
+    found: dict[tuple[str, int], list[list[float]]] = {}
     for _ in range(rounds):
         for which, root in checkouts.items():
             for number, pace in ask(root, path, tokens, prompt, numbers or [1, 2, 4, 8]).items():
                 found.setdefault((which, number), []).append(pace)
-    rows = [
-        {
-            "askers": f"{which}{number}",
-            "tokens_per_second": round(median(paces), 1),
-            "least": round(min(paces), 1),
-            "most": round(max(paces), 1),
-            "of_first": round(median(paces) / median(next(iter(found.values()))), 2),
-        }
-        for (which, number), paces in found.items()
-    ]
+    first = [median(each) for each in zip(*next(iter(found.values())))]
+    rows: list[dict[str, str | float]] = []
+    for (which, number), paces in found.items():
+        row: dict[str, str | float] = {"askers": f"{which}{number}"}
+        for kind, of_first, each in zip(("per_second", "per_cpu_second"), first, zip(*paces)):
+            row[f"tokens_{kind}"] = round(median(each), 1)
+            row[f"least_{kind}"], row[f"most_{kind}"] = round(min(each), 1), round(max(each), 1)
+            row[f"of_first_{kind}"] = round(median(each) / of_first, 2)
+        rows.append(row)
     if as_json:
         print_json(
             {"hardware": describe_hardware(), "rounds": rounds, "tokens": tokens, "prompt": prompt, "rows": rows}
@@ -85,8 +86,8 @@ def askers(
         print_rows("Askers", tuple(rows[0]), [[str(value) for value in row.values()] for row in rows])
 
 
-def ask(root: Path, path: Path, tokens: int, prompt: int, numbers: list[int]) -> dict[int, float]:
-    """Tokens per second of all askers together, by their number."""
+def ask(root: Path, path: Path, tokens: int, prompt: int, numbers: list[int]) -> dict[int, list[float]]:
+    """Tokens per second of all askers together and per CPU second, by their number."""
     given = [str(path.resolve()), str(tokens), str(prompt), *map(str, numbers)]
     answer = subprocess.run(
         [sys.executable, "-c", ASK, *given],

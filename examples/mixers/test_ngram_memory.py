@@ -19,8 +19,7 @@ from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.pretrain.checks.mixers import refusal_problems
 from amfm.pretrain.config.schema import ParallelConfig
-from amfm.pretrain.inference.replay import OneText
-from amfm.pretrain.inference.rows import advance, advance_rows
+from amfm.pretrain.inference.rows import OneText, TextRows, advance
 from tests.helpers.numbers import assert_bitwise, assert_near
 from tests.model.small_models import loss_of, meta_of, packed_batch, small_config, small_model
 from tests.pretrain.tiny_run import MODEL, assert_resumes_bitwise, tiny_data
@@ -125,9 +124,10 @@ def test_texts_one_by_one_and_together_read_on_as_the_whole() -> None:
         if number == 0:
             found = [text.read(row[:9]), *(text.read([token]) for token in row[9:])]
             assert_near(torch.stack(found), whole_BTV[0, 8:], FLOAT32, "one text")
-    after = advance_rows(model, states, [int(tokens_BT[0, 9]), int(tokens_BT[1, 6])])
-    for (_, logits_V), expected_V in zip(after, (whole_BTV[0, 9], whole_BTV[1, 6])):
-        assert_near(logits_V, expected_V, FLOAT32, "texts together")
+    together = {0: int(tokens_BT[0, 9]), 1: int(tokens_BT[1, 6])}
+    after = TextRows(model).read(together, dict(enumerate(states)))
+    for text_number, expected_V in enumerate((whole_BTV[0, 9], whole_BTV[1, 6])):
+        assert_near(after[text_number], expected_V, FLOAT32, "texts together")
 
 
 def test_a_layout_without_tokens_and_tensor_ranks_are_rejected() -> None:

@@ -7,17 +7,16 @@ the end of a prompt (the last piece may be split otherwise when text follows), a
 recently used ones go first. A kept state changes the speed of an answer, not the answer.
 
 Several requests share the model: pieces of prompts take turns, and the next tokens of all texts that are being continued are
-computed in one pass (rows.py). Texts join and leave between two tokens.
+computed in one pass (rows.py). Texts join and leave between two tokens, and run a few tokens ahead of slow clients.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,14 +25,12 @@ from amfm.model.hybrid import HybridModel
 from amfm.model.mixers.interface import DecodeState
 from amfm.model.state_size import count_bytes
 from amfm.pretrain.inference.generate import Sampling, choose_token
-from amfm.pretrain.inference.rows import advance, advance_rows
+from amfm.pretrain.inference.rows import TextRows, advance
 
 PROMPT_PIECE = 256  # tokens of a prompt in one pass: other requests get a turn between two
 TAIL_TOKENS = 8
 FEW_WEIGHTS = 1 << 26  # a token's products of fewer take less time than threads that wait for each other
-JOIN_SECONDS = (
-    0.005  # that a pass waits for texts which are about to ask; one whose client is slow does not hold up the others
-)
+MOST_AHEAD = 16  # tokens of a text that its client has not taken yet: then it rests, and does not hold up the others
 
 
 @dataclass(frozen=True)
@@ -83,12 +80,28 @@ def state_bytes(state: DecodeState) -> int:
     return count_bytes(state.blocks)
 
 
-class NextToken(NamedTuple):
-    """A token that a text continues with, and what the model makes of it: the state after it, and the logits."""
+class Continued:
+    """A text that is continued: `seen` ids are in its state, `token` comes next, None where the text ends before it."""
 
-    state: DecodeState
-    token: int
-    answer: Future[tuple[DecodeState, Tensor]]
+    def __init__(self, ids: Sequence[int], sampling: Sampling, end_ids: Collection[int], most: int) -> None:
+        self.seen, self.sampling, self.end_ids, self.most = list(ids), sampling, end_ids, most
+        self.generator = torch.Generator().manual_seed(sampling.seed)
+        self.logits_V = torch.empty(0)
+        self.token: int | None = None
+        self.ahead: deque[int] = deque()  # chosen, and not taken by whoever asked
+        self.error: Exception | None = None
+
+    def choose(self, logits_V: Tensor) -> None:
+        """Choose the next token by the logits after those that were seen."""
+        token = choose_token(logits_V, self.sampling, self.generator)
+        self.logits_V, self.most = logits_V, self.most - 1
+        self.token = None if token in self.end_ids else token
+        if self.token is not None:
+            self.ahead.append(self.token)
+
+    def continues(self) -> bool:
+        """Whether a pass should read the next token: someone wants what follows, and soon."""
+        return self.token is not None and self.most > 0 and len(self.ahead) < MOST_AHEAD and self.error is None
 
 
 class SharedModel:
@@ -98,11 +111,11 @@ class SharedModel:
         self.model, self.vocab_size = model, vocab_size
         num_weights = sum(each.numel() for each in model.parameters())
         self.num_threads = 1 if num_weights < FEW_WEIGHTS else torch.get_num_threads()
-        self.kept = KeptStates(max_state_bytes)
+        self.kept, self.rows = KeptStates(max_state_bytes), TextRows(model)
         self._turn = threading.Lock()
-        self._asked: list[NextToken] = []
-        self._joins = threading.Condition()
-        self._num_texts = 0
+        self._texts: dict[int, Continued] = {}
+        self._states: dict[int, DecodeState] = {}  # of texts that have not read a token yet
+        self._numbers = itertools.count()
 
     def generate(
         self, ids: Sequence[int], max_new_tokens: int, sampling: Sampling, end_ids: Collection[int]
@@ -111,26 +124,24 @@ class SharedModel:
 
         The state is kept when the text ends, and also when the caller stops asking.
         """
-        seen = list(ids)
-        state, logits_V = self._read_prompt(seen)
-        generator = torch.Generator().manual_seed(sampling.seed)
-        with self._joins:
-            self._num_texts += 1
+        text, number = Continued(ids, sampling, end_ids, max_new_tokens), next(self._numbers)
+        state, logits_V = self._read_prompt(text.seen)
+        text.choose(logits_V)
+        with self._turn:
+            self._texts[number], self._states[number] = text, state
         try:
-            for number in range(max_new_tokens):
-                token = choose_token(logits_V, sampling, generator)
-                if token in end_ids:
-                    return
-                yield token
-                if number + 1 < max_new_tokens:
-                    state, logits_V = self._read_token(state, token)
-                    seen.append(token)
+            while text.ahead or self._read_tokens(text):
+                yield text.ahead.popleft()
         finally:
-            with self._joins:
-                self._num_texts -= 1
-                self._joins.notify_all()
             with self._turn:
-                self.kept.keep(seen, state, logits_V)
+                self._leave(number)
+
+    def _leave(self, number: int) -> None:
+        """Keep the state of a text that is over, but not after a pass that failed."""
+        text = self._texts.pop(number)
+        state = self._states.pop(number) if number in self._states else self.rows.leave(number)
+        if text.error is None:
+            self.kept.keep(text.seen, state, text.logits_V)
 
     def _read_prompt(self, ids: list[int]) -> tuple[DecodeState, Tensor]:
         """Bring a state to the end of a prompt, from the longest kept beginning, and keep it there and shortly before."""
@@ -149,35 +160,35 @@ class SharedModel:
         assert logits_V is not None, "a prompt has a token"
         return state, logits_V
 
-    def _read_token(self, state: DecodeState, token: int) -> tuple[DecodeState, Tensor]:
-        """Read one more token of a text, in one pass with those of all texts that ask meanwhile.
+    def _read_tokens(self, text: Continued) -> bool:
+        """Read one more token of all texts that continue; whether this one has another. Raises what its pass raised.
 
-        Whoever gets the turn computes for all: one text alone never waits for another thread, which on a machine of few
-        processors would wait for threads of OpenMP that spin.
+        Whoever finds none has the turn and computes for all: texts wait for no other thread, and no thread that is late for
+        a pass makes it a smaller one.
         """
-        asked = NextToken(state, token, Future())
-        with self._joins:
-            self._asked.append(asked)
-            self._joins.notify_all()
         with self._turn:
-            if not asked.answer.done():
-                self._answer_all()
-        return asked.answer.result()
+            if not text.ahead and text.continues():
+                self._pass({number: each for number, each in self._texts.items() if each.continues()})
+        if text.error is not None and not text.ahead:
+            raise text.error
+        return bool(text.ahead)
 
-    def _answer_all(self) -> None:
-        """Compute one more token of each text that asks, which are one at least; called by whoever has the turn."""
-        with self._joins:
-            self._joins.wait_for(lambda: len(self._asked) >= self._num_texts, timeout=JOIN_SECONDS)
-            asked, self._asked = self._asked, []
+    def _pass(self, texts: dict[int, Continued]) -> None:
+        """Read the next token of these texts in one pass, and choose those that follow."""
+        joining = {number: state for number, state in self._states.items() if number in texts}
+        tokens = {number: text.token for number, text in texts.items() if text.token is not None}
         usual = torch.get_num_threads()
         torch.set_num_threads(self.num_threads)
         try:
-            answers = advance_rows(self.model, [each.state for each in asked], [each.token for each in asked])
-        except Exception as error:  # noqa: BLE001 - each of the threads that wait raises it
-            for each in asked:
-                each.answer.set_exception(error)
+            logits = self.rows.read(tokens, joining)
+        except Exception as error:  # noqa: BLE001 - each of the threads that ask raises it
+            for text in texts.values():
+                text.error = error
         else:
-            for each, (state, logits_V) in zip(asked, answers, strict=True):
-                each.answer.set_result((state, logits_V[: self.vocab_size]))
+            for number, text in texts.items():
+                text.seen.append(tokens[number])
+                text.choose(logits[number][: self.vocab_size])
         finally:
             torch.set_num_threads(usual)
+        for number in self.rows.places.keys() & joining.keys():
+            del self._states[number]

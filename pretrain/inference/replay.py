@@ -1,4 +1,4 @@
-"""One more token of one text without the Python of its model: what blocks compute is recorded once, and repeated for each token.
+"""One more token of a text or of several without the Python of the model: what blocks compute is recorded, then repeated.
 
 A token of a small model costs a processor some thousand calls of Python that decide the same each time: which branch, which
 shapes, which memory. So the first token after the prompt records the operations of each block, PyTorch's and those in C
@@ -23,49 +23,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from amfm.kernels.runtime.native import NativeCall, note_native_calls
-from amfm.model.block import Block, Stream, use_at_once
+from amfm.model.block import Block, use_at_once
 from amfm.model.hybrid import HybridModel
-from amfm.model.mixers.interface import BlockState, DecodeState
+from amfm.model.mixers.interface import BlockState
 from amfm.model.packing import PackMeta
-from amfm.pretrain.inference.rows import advance, has_fixed_size, read_logits
 
 Repeat = Callable[[], object]
 _UNFILLED = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 _ZEROS = ("zeros", "new_zeros", "zeros_like")
 _FILLED = ("new_full", "full_like", "new_ones", "ones_like")
-
-
-class OneText:
-    """A text that a model reads on: a prompt of any length, then tokens one by one. For one thread at a time."""
-
-    def __init__(self, model: HybridModel) -> None:
-        self.model, self.state = model, model.empty_state(1)
-        self.blocks: list[RecordedBlock | None] = []  # by index, once a token has been recorded
-        self.is_repeatable = can_repeat(model)
-
-    @torch.inference_mode()
-    def read(self, ids: Sequence[int]) -> Tensor:
-        """Read more tokens; logits [V] after the last one, float32 on the CPU."""
-        if self.state.length == 0 or len(ids) > 1 or not self.is_repeatable:
-            assert not self.blocks, "tokens follow one by one once a text is recorded"
-            self.state, logits_V = advance(self.model, self.state, ids)
-            return logits_V
-        tokens_BT = torch.tensor([list(ids)])
-        meta = PackMeta.one_document_a_row(1, 1, start=self.state.length).with_tokens(tokens_BT)
-        residual_BTD, delta_BTD = self.model.embed(tokens_BT).residual_BTD, None
-        is_first, states = not self.blocks, list(self.state.blocks)
-        for index, block in enumerate(self.model.blocks):
-            if is_first:
-                made, after = record(block, residual_BTD, delta_BTD, meta.of_block(index), states[index])
-                self.blocks.append(made)
-                residual_BTD, delta_BTD, states[index] = after
-            elif (recorded := self.blocks[index]) is not None:
-                residual_BTD, delta_BTD = recorded.repeat(residual_BTD, delta_BTD)
-            else:
-                residual_BTD, mixed = block(residual_BTD, delta_BTD, meta.of_block(index), states[index])
-                delta_BTD, states[index] = mixed.y_BTD, mixed.state
-        self.state = DecodeState(tuple(states), self.state.length + 1)
-        return read_logits(self.model, Stream(residual_BTD, delta_BTD))[0]
 
 
 def can_repeat(model: HybridModel) -> bool:
@@ -78,12 +44,17 @@ def can_repeat(model: HybridModel) -> bool:
 
 
 class RecordedBlock:
-    """What a block computes for one token, in memory that it keeps."""
+    """What a block computes for one token of each row, in memory that it keeps; `state`: of the rows, as they continue."""
 
     def __init__(
-        self, given: tuple[Tensor, Tensor | None], left: tuple[Tensor, Tensor], repeats: list[Repeat], kept: object
+        self,
+        given: tuple[Tensor, Tensor | None],
+        left: tuple[Tensor, Tensor],
+        state: BlockState,
+        repeats: list[Repeat],
+        kept: object,
     ) -> None:
-        self.given, self.left, self.repeats, self.kept = given, left, repeats, kept
+        self.given, self.left, self.state, self.repeats, self.kept = given, left, state, repeats, kept
 
     def repeat(self, residual_BTD: Tensor, delta_BTD: Tensor | None) -> tuple[Tensor, Tensor]:
         """Residual and delta after the block for the next token; its state is kept here."""
@@ -102,8 +73,7 @@ def record(
     block: Block, residual_BTD: Tensor, delta_BTD: Tensor | None, meta: PackMeta, state: BlockState
 ) -> tuple[RecordedBlock | None, Passed]:
     """Pass a block and record it, None if it cannot be: also residual, delta and state after it."""
-    before = [leaf for leaf in tree_leaves(state) if leaf is not None]
-    if not all(isinstance(leaf, Tensor) for leaf in before) or not has_fixed_size(block, [state]):
+    if not all(leaf is None or isinstance(leaf, Tensor) for leaf in tree_leaves(state)):
         residual_BTD, mixed = block(residual_BTD, delta_BTD, meta, state)
         return None, (residual_BTD, mixed.y_BTD, mixed.state)
     own_state = tree_map_only(Tensor, Tensor.clone, state)
@@ -120,7 +90,8 @@ def record(
         place.copy_(value)  # the state that the next token reads
         recorder.repeats.append(partial(place.copy_, value))
     kept = (recorder.kept, own, after)
-    return RecordedBlock((residual_BTD, delta_BTD), (left_BTD, mixed.y_BTD), recorder.repeats, kept), passed
+    given, left = (residual_BTD, delta_BTD), (left_BTD, mixed.y_BTD)
+    return RecordedBlock(given, left, own_state, recorder.repeats, kept), passed
 
 
 class Recorder(TorchDispatchMode):

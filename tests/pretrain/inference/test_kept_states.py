@@ -12,7 +12,7 @@ from amfm.model.hybrid import HybridModel
 from amfm.model.state_size import state_tensors
 from amfm.pretrain.inference.generate import Sampling, generate_tokens
 from amfm.pretrain.inference.kept_states import TAIL_TOKENS, KeptStates, SharedModel
-from amfm.pretrain.inference.rows import advance, advance_rows
+from amfm.pretrain.inference.rows import TextRows, advance
 from tests.pretrain.export.exported_models import MODELS, random_weights
 
 ROWS = [("nemotron_h", 1), ("nemotron_h", 8), ("qwen3_next", 3), ("lfm2_moe", 5), ("gpt_oss", 2), ("falcon_h1", 4)]
@@ -97,14 +97,43 @@ def test_what_several_texts_are_answered_at_once_is_what_each_is_alone(model: Hy
 def test_a_row_of_a_pass_does_not_depend_on_the_others(data: DataConfig, name: str, number: int) -> None:
     model = random_weights(data, MODELS[name]).build()
     states = [advance(model, model.empty_state(1), PROMPT[: 9 + 5 * row])[0] for row in range(number)]
-    together = advance_rows(model, states, list(range(number)))
-    for row, (state, logits_V) in enumerate(together):
-        alone, alone_V = advance_rows(model, [states[row]], [row])[0]
+    rows = TextRows(model)
+    together = rows.read({row: row for row in range(number)}, dict(enumerate(states)))
+    for row, logits_V in together.items():
+        one, state = TextRows(model), rows.leave(row)
+        alone_V = one.read({9: row}, {9: states[row]})[9]
+        alone = one.leave(9)
         # Libraries may add in another order for another number of rows: float32, sums of at most 100 products.
         torch.testing.assert_close(logits_V, alone_V)
-        for one, other in zip(state_tensors(state.blocks), state_tensors(alone.blocks), strict=True):
-            torch.testing.assert_close(one, other)
+        for left, right in zip(state_tensors(state.blocks), state_tensors(alone.blocks), strict=True):
+            torch.testing.assert_close(left, right)
         assert torch.allclose(logits_V, advance(model, states[row], [row])[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_texts_join_rest_and_leave_between_tokens_without_a_trace(data: DataConfig, name: str) -> None:
+    model = random_weights(data, MODELS[name]).build()
+    states = {text: advance(model, model.empty_state(1), PROMPT[: 9 + 5 * text])[0] for text in range(6)}
+    alone, read = dict(states), {text: 0 for text in states}
+    rows, here = TextRows(model), set[int]()
+    # By pass, the texts that read: some join later, some rest, some leave; six need eight slots, three need four.
+    for asking in ("01", "012", "02", "12345", "0345", "345", "35", "35"):
+        texts = [int(text) for text in asking]
+        given = {text: PROMPT[7 * text + read[text]] for text in texts}
+        logits = rows.read(given, {text: states[text] for text in texts if text not in here})
+        here |= set(texts)
+        for text, token in given.items():
+            alone[text], expected_V = advance(model, alone[text], [token])
+            assert torch.allclose(logits[text], expected_V, rtol=1e-4, atol=1e-4), (asking, text)
+            read[text] += 1
+        if asking == "0345":
+            for text in (0, 1, 2):
+                left = rows.leave(text)
+                here.remove(text)
+                assert left.length == alone[text].length
+                for one, other in zip(state_tensors(left.blocks), state_tensors(alone[text].blocks), strict=True):
+                    assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+    assert sorted(rows.of_size) == [4, 8]
 
 
 def test_a_pass_that_fails_ends_every_text_of_it_and_the_next_goes_on(
