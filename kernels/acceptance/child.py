@@ -26,8 +26,7 @@ import torch
 from torch import Tensor
 
 from amfm.kernels.attention.varlen import activate_newest, restore
-from amfm.kernels.cases.problem import Compute, GpuSizes, Inputs, Problem
-from amfm.kernels.cases.trial import evaluate
+from amfm.kernels.cases.operation_case import Compute, GpuSizes, Inputs, Problem, evaluate
 from amfm.kernels.proof.check import (
     REFUSALS,
     TensorVerdict,

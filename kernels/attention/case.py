@@ -10,9 +10,18 @@ from torch import Tensor
 
 from amfm.kernels.attention.op import attention, attention_bytes, attention_flops, fastest_backend
 from amfm.kernels.attention.varlen import DocumentEnds
-from amfm.kernels.cases.operation import OperationCase
-from amfm.kernels.cases.problem import CountedProblem, GpuSizes, Inputs, Minimum, Problem, bfloat16_inputs, each_pass
-from amfm.kernels.cases.trial import Sized, documents
+from amfm.kernels.cases.operation_case import (
+    CountedProblem,
+    GpuSizes,
+    Inputs,
+    Minimum,
+    OperationCase,
+    Problem,
+    Sized,
+    bfloat16_inputs,
+    documents,
+    each_pass,
+)
 
 VALUE_BYTES = 2
 

@@ -7,21 +7,23 @@ from functools import partial
 
 from torch import Tensor
 
-from amfm.kernels.cases.operation import OperationCase
-from amfm.kernels.cases.problem import (
+from amfm.kernels.cases.operation_case import (
     Compute,
     CountedProblem,
     GpuSizes,
     HostSizes,
     Inputs,
     Minimum,
+    OperationCase,
     Problem,
+    Sized,
     bfloat16_inputs,
+    documents,
     each_pass,
     find_package,
     formula_goals,
+    slices,
 )
-from amfm.kernels.cases.trial import Sized, documents, slices
 from amfm.kernels.causal_conv1d.op import causal_conv1d, convolution_bytes, convolution_flops
 
 

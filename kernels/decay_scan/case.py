@@ -13,8 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from amfm.kernels.cases.operation import OperationCase
-from amfm.kernels.cases.problem import (
+from amfm.kernels.cases.operation_case import (
     Compute,
     CountedProblem,
     Goal,
@@ -22,12 +21,15 @@ from amfm.kernels.cases.problem import (
     HostSizes,
     Inputs,
     Minimum,
+    OperationCase,
     Problem,
+    Sized,
     bfloat16_inputs,
+    documents,
     each_pass,
     find_package,
+    slices,
 )
-from amfm.kernels.cases.trial import Sized, documents, slices
 from amfm.kernels.decay_scan.op import decay_scan, mamba2_scan, scan_bytes, scan_flops, vector_scan_bytes
 
 HEAD_DIM, STATE_SIZE = 64, 128

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from amfm.kernels.cases.operation import OperationCase
-from amfm.kernels.cases.problem import (
+from amfm.kernels.cases.operation_case import (
     CountedProblem,
     Goal,
     GpuSizes,
     HostSizes,
     Inputs,
+    OperationCase,
     Problem,
+    Sized,
     bfloat16_inputs,
 )
-from amfm.kernels.cases.trial import Sized
 from amfm.kernels.decay_scan.case import decay_problem
 
 

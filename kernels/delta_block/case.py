@@ -8,19 +8,20 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from amfm.kernels.cases.operation import OperationCase
-from amfm.kernels.cases.problem import (
+from amfm.kernels.cases.operation_case import (
     EPSILON,
     CountedProblem,
     GpuSizes,
     Inputs,
     Minimum,
+    OperationCase,
     Problem,
+    Sized,
     bfloat16_inputs,
+    documents,
     each_pass,
     formula_goals,
 )
-from amfm.kernels.cases.trial import Sized, documents
 from amfm.kernels.common.inputs import first_tokens
 from amfm.kernels.delta_block.op import DeltaSizes, block_bytes, delta_mix, scan_bytes
 from amfm.kernels.delta_scan.op import delta_flops

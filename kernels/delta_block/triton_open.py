@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from amfm.kernels.causal_conv1d.triton_kernels import add_taps, load_tap, reach
+from amfm.kernels.causal_conv1d.triton_impl import add_taps, load_tap, reach
 from amfm.kernels.common.silu import sigmoid, silu, silu_backward, softplus
 from amfm.kernels.common.tiles import load_values
 

@@ -12,8 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from amfm.kernels.cases.operation import OperationCase
-from amfm.kernels.cases.problem import (
+from amfm.kernels.cases.operation_case import (
     Compute,
     CountedProblem,
     Goal,
@@ -21,12 +20,14 @@ from amfm.kernels.cases.problem import (
     HostSizes,
     Inputs,
     Minimum,
+    OperationCase,
     Problem,
+    Sized,
     bfloat16_inputs,
+    documents,
     each_pass,
     find_package,
 )
-from amfm.kernels.cases.trial import Sized, documents
 from amfm.kernels.delta_scan.op import delta_bytes, delta_flops, delta_scan
 
 CHUNK_SIZE, STATE_SIZE = 64, 128

@@ -8,8 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from amfm.kernels.cases.operation import OperationCase
-from amfm.kernels.cases.problem import (
+from amfm.kernels.cases.operation_case import (
     Compute,
     CountedProblem,
     Goal,
@@ -17,12 +16,14 @@ from amfm.kernels.cases.problem import (
     HostSizes,
     Inputs,
     Minimum,
+    OperationCase,
     Problem,
+    Sized,
     bfloat16_inputs,
+    documents,
     each_pass,
     find_package,
 )
-from amfm.kernels.cases.trial import Sized, documents
 from amfm.kernels.diag_scan.op import diag_bytes, diag_flops, diag_scan
 
 CHUNK_SIZE, STATE_SIZE = 64, 16

@@ -8,8 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from amfm.kernels.cases.operation import OperationCase
-from amfm.kernels.cases.problem import (
+from amfm.kernels.cases.operation_case import (
     NOTHING,
     Compute,
     CountedProblem,
@@ -18,11 +17,12 @@ from amfm.kernels.cases.problem import (
     HostSizes,
     Inputs,
     Minimum,
+    OperationCase,
     Problem,
+    Sized,
     bfloat16_inputs,
     find_package,
 )
-from amfm.kernels.cases.trial import Sized
 from amfm.kernels.linear_cross_entropy.op import (
     cross_entropy_bytes,
     cross_entropy_flops,

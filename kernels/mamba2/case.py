@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amfm.kernels.cases.operation import OperationCase
-from amfm.kernels.cases.problem import (
+from amfm.kernels.cases.operation_case import (
     EPSILON,
     Compute,
     CountedProblem,
@@ -18,12 +17,14 @@ from amfm.kernels.cases.problem import (
     GpuSizes,
     Inputs,
     Minimum,
+    OperationCase,
     Problem,
+    Sized,
     bfloat16_inputs,
+    documents,
     each_pass,
     find_package,
 )
-from amfm.kernels.cases.trial import Sized, documents
 from amfm.kernels.common.inputs import first_tokens
 from amfm.kernels.decay_scan.case import HEAD_DIM, STATE_SIZE
 from amfm.kernels.decay_scan.op import scan_flops

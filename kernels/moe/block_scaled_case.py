@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from amfm.kernels.cases.operation import OperationCase
-from amfm.kernels.cases.problem import (
+from amfm.kernels.cases.operation_case import (
     CountedProblem,
     GpuSizes,
     Inputs,
+    OperationCase,
     Problem,
+    Sized,
     bfloat16_inputs,
     formula_goals,
 )
-from amfm.kernels.cases.trial import Sized
 from amfm.kernels.low_precision.recipe import RecipeName
 from amfm.kernels.moe.low_precision_case import (
     linear_problem,

@@ -9,19 +9,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from amfm.kernels.cases.operation import OperationCase
-from amfm.kernels.cases.problem import (
+from amfm.kernels.cases.operation_case import (
     CountedProblem,
     Goal,
     GpuSizes,
     HostSizes,
     Inputs,
     Minimum,
+    OperationCase,
     Problem,
+    Sized,
     bfloat16_inputs,
     formula_goals,
 )
-from amfm.kernels.cases.trial import Sized
 from amfm.kernels.linear.op import linear
 from amfm.kernels.moe.capacity import drop_overflow, expert_capacity, recycle_overflow
 from amfm.kernels.moe.op import (

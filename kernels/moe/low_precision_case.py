@@ -13,18 +13,18 @@ from functools import partial
 from torch import Tensor
 from torch.nn import functional
 
-from amfm.kernels.cases.operation import OperationCase
-from amfm.kernels.cases.problem import (
+from amfm.kernels.cases.operation_case import (
     Compute,
     CountedProblem,
     GpuSizes,
     Inputs,
     Minimum,
+    OperationCase,
     Problem,
+    Sized,
     bfloat16_inputs,
     formula_goals,
 )
-from amfm.kernels.cases.trial import Sized
 from amfm.kernels.linear.activated import activated_linear
 from amfm.kernels.linear.low_precision import low_precision_linear
 from amfm.kernels.low_precision.recipe import Recipe, RecipeName

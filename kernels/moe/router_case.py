@@ -8,9 +8,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from amfm.kernels.cases.operation import OperationCase
-from amfm.kernels.cases.problem import CountedProblem, Inputs, Minimum, Problem, bfloat16_inputs
-from amfm.kernels.cases.trial import Sized
+from amfm.kernels.cases.operation_case import (
+    CountedProblem,
+    Inputs,
+    Minimum,
+    OperationCase,
+    Problem,
+    Sized,
+    bfloat16_inputs,
+)
 from amfm.kernels.moe.op import route, route_bytes
 
 

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amfm.kernels.cases.operation import OperationCase
-from amfm.kernels.cases.problem import (
+from amfm.kernels.cases.operation_case import (
     EPSILON,
     Compute,
     CountedProblem,
@@ -19,13 +18,15 @@ from amfm.kernels.cases.problem import (
     HostSizes,
     Inputs,
     Minimum,
+    OperationCase,
     Problem,
+    Sized,
     bfloat16_inputs,
     each_pass,
     find_package,
     formula_goals,
+    slices,
 )
-from amfm.kernels.cases.trial import Sized, slices
 from amfm.kernels.norm.layer_norm import layer_norm
 from amfm.kernels.norm.op import gated_rms_norm, head_norm, norm_bytes, norm_flops, rms_norm
 

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from amfm.kernels.cases.operation import OperationCase
-from amfm.kernels.cases.problem import GpuSizes, HostSizes, Inputs, Problem
+from amfm.kernels.cases.operation_case import GpuSizes, HostSizes, Inputs, OperationCase, Problem
 
 _KERNELS = Path(__file__).parents[1]
 

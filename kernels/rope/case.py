@@ -8,9 +8,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from amfm.kernels.cases.operation import OperationCase
-from amfm.kernels.cases.problem import CountedProblem, Inputs, Minimum, Problem, bfloat16_inputs, each_pass
-from amfm.kernels.cases.trial import Sized
+from amfm.kernels.cases.operation_case import (
+    CountedProblem,
+    Inputs,
+    Minimum,
+    OperationCase,
+    Problem,
+    Sized,
+    bfloat16_inputs,
+    each_pass,
+)
 from amfm.kernels.rope.op import qk_norm_rope, qk_norm_rope_bytes, qk_norm_rope_flops, rope_frequencies
 
 VALUE_BYTES = 2

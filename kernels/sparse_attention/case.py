@@ -8,9 +8,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from amfm.kernels.cases.operation import OperationCase
-from amfm.kernels.cases.problem import CountedProblem, GpuSizes, Inputs, Minimum, Problem, bfloat16_inputs, each_pass
-from amfm.kernels.cases.trial import Sized, documents
+from amfm.kernels.cases.operation_case import (
+    CountedProblem,
+    GpuSizes,
+    Inputs,
+    Minimum,
+    OperationCase,
+    Problem,
+    Sized,
+    bfloat16_inputs,
+    documents,
+    each_pass,
+)
 from amfm.kernels.sparse_attention.op import choose_keys, chosen_loss, sparse_attention, sparse_bytes, sparse_flops
 from amfm.kernels.sparse_attention.rows import IndexRows
 

@@ -7,20 +7,20 @@ from functools import partial
 
 from torch import Tensor
 
-from amfm.kernels.cases.operation import OperationCase
-from amfm.kernels.cases.problem import (
+from amfm.kernels.cases.operation_case import (
     Compute,
     CountedProblem,
     GpuSizes,
     Inputs,
     Minimum,
+    OperationCase,
     Problem,
+    Sized,
     bfloat16_inputs,
     each_pass,
     find_package,
     formula_goals,
 )
-from amfm.kernels.cases.trial import Sized
 from amfm.kernels.swiglu.gate import GATES, SWIGLU, Gate
 from amfm.kernels.swiglu.op import plain_unit, squared_relu_bytes, swiglu, swiglu_bytes, swiglu_flops
 

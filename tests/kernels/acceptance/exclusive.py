@@ -8,9 +8,7 @@ from functools import partial
 
 from torch import Tensor
 
-from amfm.kernels.cases.operation import OperationCase
-from amfm.kernels.cases.problem import Inputs, Problem
-from amfm.kernels.cases.trial import Sized
+from amfm.kernels.cases.operation_case import Inputs, OperationCase, Problem, Sized
 
 if os.environ.get("AMFM_TEST_OWNER") != str(os.getpid()):
     raise RuntimeError(

@@ -16,9 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from amfm.kernels.cases.operation import OperationCase
-from amfm.kernels.cases.problem import Inputs, Problem
-from amfm.kernels.cases.trial import Sized
+from amfm.kernels.cases.operation_case import Inputs, OperationCase, Problem, Sized
 
 
 @triton.jit

@@ -19,8 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from amfm.kernels.attention.op import attention
-from amfm.kernels.cases.problem import Problem
-from amfm.kernels.cases.trial import Sized, evaluate
+from amfm.kernels.cases.operation_case import Problem, Sized, evaluate
 from amfm.kernels.causal_conv1d.op import causal_conv1d
 from amfm.kernels.common.inputs import check_matrix
 from amfm.kernels.common.scan_launch import pass_states
@@ -181,7 +180,7 @@ IN_A_TILE = {
     "low_precision/triton_kernels.py:fp8_outer_kernel", "low_precision/triton_kernels.py:store_column_codes",
     "low_precision/triton_kernels.py:store_row_codes", "moe/triton_epilogues.py:_load_hidden", "moe/triton_epilogues.py:_open",
     "delta_scan/triton_backward.py:gradients_kernel", "delta_scan/triton_forward.py:load_steps",
-    "diag_scan/triton_kernels.py:diag_backward_kernel",
+    "diag_scan/triton_impl.py:diag_backward_kernel",
 }  # fmt: skip
 # A loop from a 64-bit start: its places are as wide when compiled, and integers of Python, which become 32 bits, when interpreted.
 IN_A_LOOP = {"sparse_attention/triton_kernels.py:sum_pairs_kernel"}

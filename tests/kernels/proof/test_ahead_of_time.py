@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from amfm.kernels.causal_conv1d.op import convolution_bytes
-from amfm.kernels.causal_conv1d.triton_kernels import convolution_forward_kernel
+from amfm.kernels.causal_conv1d.triton_impl import convolution_forward_kernel
 from amfm.kernels.decay_scan.op import scan_bytes, scan_flops
 from amfm.kernels.norm.op import norm_bytes
-from amfm.kernels.norm.triton_kernels import norm_forward_kernel
+from amfm.kernels.norm.triton_impl import norm_forward_kernel
 from amfm.kernels.proof.ahead_of_time import compile_ahead
 from amfm.kernels.proof.recorded import record
 from amfm.kernels.runtime.backend import INTERPRETED
