@@ -18,7 +18,7 @@ from amfm.pretrain.checkpoint.load import LoadedCheckpoint, load_newest
 from amfm.pretrain.checkpoint.names import checkpoint_name
 from amfm.pretrain.checkpoint.remote import Pulled
 from amfm.pretrain.checkpoint.replicas.memory import NodeMemory
-from amfm.pretrain.checkpoint.replicas.recover import recover
+from amfm.pretrain.checkpoint.replicas.replica import recover
 from amfm.pretrain.monitor.ownership import read_owner
 from amfm.pretrain.run import Progress, Run
 from amfm.pretrain.stages import Built, is_due

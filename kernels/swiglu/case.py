@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from amfm.kernels.cases.operation_case import (
+from amfm.kernels.cases.operation import (
     Compute,
     CountedProblem,
     GpuSizes,

@@ -85,7 +85,7 @@ def require_equal(report: ClientReport | None) -> None:
 
 def export_gguf(export: Path, out: Path, python: str | None, *, as_json: bool) -> None:
     """Convert an export to a file of llama.cpp and print what it is."""
-    from amfm.pretrain.export.clients.gguf_file import write_gguf
+    from amfm.pretrain.export.clients.check import write_gguf
 
     num_bytes = write_gguf(export, out, python)
     if as_json:

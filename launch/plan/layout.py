@@ -28,8 +28,7 @@ from amfm.model.hybrid import HybridModel
 from amfm.model.matrices import list_matrices
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.pipeline_split import cut_pieces, pieces_of_rank
-from amfm.pretrain.config.muon import MuonConfig
-from amfm.pretrain.config.optimizers import PackageMatrices
+from amfm.pretrain.config.optimizers import MuonConfig, PackageMatrices
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.muon.newton_schulz import cost
 from amfm.pretrain.recompute import recomputed_letters

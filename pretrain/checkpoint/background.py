@@ -22,13 +22,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from amfm.pretrain.checkpoint.commit import SavedCheckpoint
-from amfm.pretrain.checkpoint.engine_layout import EngineLayout
+from amfm.pretrain.checkpoint.engine_layout import EngineLayout, assign_writers
 from amfm.pretrain.checkpoint.files import measure_tensors
 from amfm.pretrain.checkpoint.remote import RemoteCheckpoints, SentCopy, step_named
 from amfm.pretrain.checkpoint.replicas.memory import NodeMemory
-from amfm.pretrain.checkpoint.replicas.write import SavedReplica, write_replica
+from amfm.pretrain.checkpoint.replicas.replica import SavedReplica, write_replica
 from amfm.pretrain.checkpoint.save import Snapshot, ranks_of, take_snapshot, write_snapshot
-from amfm.pretrain.checkpoint.writers import assign_writers
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.engine import ZeroEngine
 from amfm.pretrain.ranks.group import RankGroup
@@ -85,7 +84,7 @@ class BackgroundSaver:
     def replicate(
         self, step: int, *, state: dict[str, Any], config: RunConfig, identities: dict[str, str]
     ) -> Saved | None:
-        """The same into the memory of the nodes (replicas/write.py)."""
+        """The same into the memory of the nodes (replicas/replica.py)."""
         memory = self.replicas
         assert memory is not None, "replicas are written where the run has them"
         snapshot = self._snapshot(step, state, config, identities)

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from amfm.model.parallel.shards import parameter_shards
-from amfm.pretrain.checkpoint.engine_layout import EngineLayout
+from amfm.pretrain.checkpoint.engine_layout import EngineLayout, WriterAssignment
 from amfm.pretrain.checkpoint.fragments import Fragment, collect_fragments, refresh_working_weights
-from amfm.pretrain.checkpoint.writers import WriterAssignment
 from amfm.pretrain.engine.moments import AVERAGE
 
 CHUNK_ELEMENTS = 1 << 20  # of a range whose places are computed at once

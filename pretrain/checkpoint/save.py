@@ -2,7 +2,7 @@
 
 The commit protocol, for step N. Every rank takes part:
 
-1. Each rank takes a snapshot: views of the ranges of float32 master weights and moments that it writes (writers.py chooses one
+1. Each rank takes a snapshot: views of the ranges of float32 master weights and moments that it writes (engine_layout.py chooses one
    writer for every shard), its buffers and its random state. The background saver copies the views, so that training may
    continue.
 2. Rank 0 removes what interrupted saves left, checks the free space for all, and makes the folder `step-N.tmp`.
@@ -43,7 +43,7 @@ from amfm.pretrain.checkpoint.commit import (
     remove_temporary,
 )
 from amfm.pretrain.checkpoint.compatibility import digest_config
-from amfm.pretrain.checkpoint.engine_layout import EngineLayout
+from amfm.pretrain.checkpoint.engine_layout import EngineLayout, WriterAssignment, assign_writers
 from amfm.pretrain.checkpoint.files import FileEntry, make_place, measure_tensors, sync_folders, write_tensors
 from amfm.pretrain.checkpoint.fragments import collect_fragments, collect_group_settings
 from amfm.pretrain.checkpoint.manifest import JoinedReports, RankReport, complete_manifest, describe_tensor
@@ -52,7 +52,6 @@ from amfm.pretrain.checkpoint.names import checkpoint_name
 from amfm.pretrain.checkpoint.placement import list_axes
 from amfm.pretrain.checkpoint.random_state import collect_random_state
 from amfm.pretrain.checkpoint.remote import RemoteCheckpoints
-from amfm.pretrain.checkpoint.writers import WriterAssignment, assign_writers
 from amfm.pretrain.config.saved import packages_used
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.engine import ZeroEngine

@@ -23,10 +23,11 @@ from amfm.model.config.low_precision import LowPrecisionConfig
 from amfm.pretrain.checks.cuda_graphs import graph_problems
 from amfm.pretrain.checks.mixers import kernel_problems, training_problems
 from amfm.pretrain.checks.parallel import layout_problems, pipeline_problems
-from amfm.pretrain.checks.pruning import editing_problems, hook_problems
 from amfm.pretrain.checks.ranks import rank_problems, ranks_of_stage, with_nearest
 from amfm.pretrain.checks.sections import (
     conversion_problems,
+    editing_problems,
+    hook_problems,
     optimizer_problems,
     routed_problems,
     trace_problems,
@@ -38,9 +39,9 @@ from amfm.pretrain.checks.stages import (
     total_problems,
 )
 from amfm.pretrain.config.errors import ConfigError, Problem
+from amfm.pretrain.config.hook_sections import validation_problems
 from amfm.pretrain.config.schedules import schedule_specs
 from amfm.pretrain.config.schema import EvaluateConfig, RunConfig, ScheduleConfig
-from amfm.pretrain.config.validation import validation_problems
 from amfm.pretrain.recompute import recompute_problems
 from amfm.pretrain.schedule import learning_rate
 from amfm.pretrain.stages import RunStage, resolve_stages, stage_of, step_of_sample
@@ -77,7 +78,7 @@ def check_run(
         problems += evaluate_problems(config)
     problems += [*conversion_problems(config), *routed_problems(config)]
     if config.distill is not None:
-        from amfm.pretrain.checks.distill import distill_problems
+        from amfm.pretrain.checks.sections import distill_problems
 
         problems += distill_problems(config)
     if not declared:

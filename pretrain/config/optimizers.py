@@ -13,6 +13,10 @@ function `update(weights, gradients, state, step, group, options)` gets N matric
 returns the new weights, [N, R, C]; it changes the tensors of `state`, [N, *shape], in place. These have the dtype of the
 master weights, float32, and start as zeros. What it does to one matrix must not depend on the others. A second function,
 `shapes(rows, columns, options)`, gives the shapes of the state of one matrix, by name.
+
+The section of Muon and of its kinds.
+
+Sections of rates and weight decay by group of parameters.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Literal
+
+from pydantic import Field
 
 from amfm.model.config.plugins import (
     PluginSections,
@@ -115,3 +121,86 @@ class RegisteredOptimizers(PluginSections):
 
     group: ClassVar[str] = ENTRY_POINTS
     packages: ClassVar[Mapping[str, str]] = list_packages(ENTRY_POINTS, PackageOptimizerSpec)
+
+
+class MuonConfig(Section):
+    """How Muon steps the matrices of blocks (docs/optimizers.md); the rest of a model steps by AdamW's settings."""
+
+    rule: Literal["muon", "normuon", "hyperball", "adam_hyperball"] = Field(
+        "muon",
+        description="normuon: rows of an update get equal sizes over time; hyperball: updates and weights keep their Frobenius norm, without weight decay; adam_hyperball: the same with AdamW's update.",
+    )
+    momentum: float = Field(0.95, ge=0, lt=1, description="Decay of the momentum, which is Nesterov's.")
+    rounds: int = Field(5, gt=0, description="Newton-Schulz rounds by which an update is orthogonalized.")
+    update_rms: float = Field(
+        0.2,
+        gt=0,
+        description="Root mean square of an update at rate 1; 0.2 is typical of AdamW, so both can use the same rate.",
+    )
+    per_head: bool = Field(
+        True,
+        description="Orthogonalize projections to heads one head at a time; false: all heads of a projection together.",
+    )
+
+    @property
+    def keeps_norms(self) -> bool:
+        """Whether weights keep their norm, so that no decay applies to them."""
+        return self.rule in ("hyperball", "adam_hyperball")
+
+    @property
+    def keeps_state_at_owners(self) -> bool:
+        """Whether a state of whole matrices is with their owners, and not in the moments that ZeRO cuts."""
+        return self.rule != "muon"
+
+    def state_shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of what is kept of a matrix, by name."""
+        if self.rule == "adam_hyperball":
+            return {"exp_avg": (rows, columns), "exp_avg_sq": (rows, columns)}
+        return {"momentum": (rows, columns)} | ({"row_squares": (rows,)} if self.rule == "normuon" else {})
+
+
+ROUTERS = (".router.weight", ".router.bias", ".shared_gate.weight")
+
+
+class DecayFactors(Section):
+    """Factors on `weight_decay`; norms and vectors never decay."""
+
+    embedding: float = Field(1.0, ge=0, description="The embedding, also as a tied head.")
+    head: float = Field(1.0, ge=0, description="The head, if it is not tied.")
+    router: float = Field(1.0, ge=0, description="Routers of experts, and gates of shared experts.")
+    matrices: float = Field(1.0, ge=0, description="All other matrices, and convolution kernels.")
+
+    def factor(self, group: str) -> float:
+        """The factor of a group."""
+        found: float = getattr(self, group)
+        return found
+
+
+class RateFactors(Section):
+    """Factors on the learning rate."""
+
+    embedding: float = Field(1.0, ge=0, description="The embedding, also as a tied head.")
+    head: float = Field(1.0, ge=0, description="The head, if it is not tied.")
+    norms: float = Field(1.0, ge=0, description="Weights of norms.")
+    router: float = Field(1.0, ge=0, description="Routers of experts, and gates of shared experts.")
+    matrices: float = Field(1.0, ge=0, description="All other matrices, and convolution kernels.")
+    vectors: float = Field(1.0, ge=0, description="Biases, A_log, D, dt_bias and other vectors.")
+    adamw: float = Field(1.0, ge=0, description="kind muon: also on all that Muon does not step.")
+
+    def factor(self, group: str, *, by_adamw: bool) -> float:
+        """The factor of a group; by_adamw: of a parameter that Muon leaves to AdamW."""
+        found: float = getattr(self, group)
+        return found * self.adamw if by_adamw else found
+
+
+def group_of(name: str, *, is_matrix: bool) -> str:
+    """The group of a parameter, by its name in the model and whether it decays as matrices do."""
+    if name.startswith("embedding."):
+        return "embedding"
+    if name.endswith(ROUTERS):
+        return "router"
+    if name == "head.weight":
+        return "head"
+    if is_matrix:
+        return "matrices"
+    return "norms" if name.endswith(("norm.weight", "norm.bias")) else "vectors"

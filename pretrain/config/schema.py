@@ -26,23 +26,25 @@ from amfm.pretrain.config.hook_sections import (
     PruneConfig,
     QkClipConfig,
     TraceConfig,
+    ValidationSet,
+    with_sources,
 )
 from amfm.pretrain.config.hooks import RegisteredHooks
 from amfm.pretrain.config.launch import LaunchConfig
-from amfm.pretrain.config.muon import MuonConfig
 from amfm.pretrain.config.optimizers import OURS as OWN_OPTIMIZERS
 from amfm.pretrain.config.optimizers import (
+    DecayFactors,
     MatrixOptimizerSpec,
+    MuonConfig,
     OptimizerSpec,
     PackageMatrices,
+    RateFactors,
     RegisteredOptimizers,
     optimizer_specs,
 )
-from amfm.pretrain.config.rates import DecayFactors, RateFactors
 from amfm.pretrain.config.schedules import OURS as OWN_SCHEDULES
 from amfm.pretrain.config.schedules import RegisteredSchedules, schedule_specs
 from amfm.pretrain.config.train_section import TrainConfig
-from amfm.pretrain.config.validation import ValidationSet, with_sources
 
 if TYPE_CHECKING:
     OptimizerKind = str

@@ -53,8 +53,11 @@ from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.pretrain.config.schema import OptimizerConfig
 from amfm.pretrain.engine.bf16_adamw import Bf16AdamW
 from amfm.pretrain.engine.buckets import GradientBuckets
-from amfm.pretrain.engine.deepspeed_experts import register_experts_with_deepspeed
-from amfm.pretrain.engine.deepspeed_zero3 import DataclassOutputHooks, is_not_about_types
+from amfm.pretrain.engine.deepspeed_adapters import (
+    DataclassOutputHooks,
+    is_not_about_types,
+    register_experts_with_deepspeed,
+)
 from amfm.pretrain.engine.grad_norm import GlobalNorm
 from amfm.pretrain.engine.gradients import (
     Float32Accumulator,

@@ -19,9 +19,14 @@ from torch import Tensor, nn
 from amfm.model.config.mup import WidthScales, width_scales
 from amfm.model.hybrid import HybridModel
 from amfm.model.matrices import MatrixStack
-from amfm.pretrain.config.muon import MuonConfig
-from amfm.pretrain.config.optimizers import OptimizerSpec, optimizer_specs
-from amfm.pretrain.config.rates import DecayFactors, RateFactors, group_of
+from amfm.pretrain.config.optimizers import (
+    DecayFactors,
+    MuonConfig,
+    OptimizerSpec,
+    RateFactors,
+    group_of,
+    optimizer_specs,
+)
 from amfm.pretrain.config.schema import OptimizerConfig
 from amfm.pretrain.engine.bf16_adamw import Bf16AdamW
 from amfm.pretrain.engine.moments import MATRICES, MUON, ONE, AdamW, moments_of

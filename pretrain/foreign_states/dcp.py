@@ -29,10 +29,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from amfm.data_pipeline.terminal import Report, silent
 from amfm.model.on_demand import OnDemand, Shape, Source, cut_rows, source_of
 from amfm.pretrain.engine.moments import FROZEN, MATRICES, MUON
-from amfm.pretrain.foreign_states.common_file import BUFFER, Fitted, fit_tensors, one_step, shapes_of
 from amfm.pretrain.foreign_states.dcp_folder import DcpFolder, read_json
 from amfm.pretrain.foreign_states.state import ExportedState, TrainingState, check_record, export_state, with_tuples
-from amfm.pretrain.foreign_states.torch_file import system_errors
+from amfm.pretrain.foreign_states.torch_file import BUFFER, Fitted, fit_tensors, one_step, shapes_of, system_errors
 
 OURS = "amfm."
 RECORD = f"{OURS}record"

@@ -37,8 +37,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from amfm.data_pipeline.durable.files import named
 from amfm.data_pipeline.durable.foreign_files import inside, parse_object, read_bounded, take, understood
 from amfm.model.on_demand import Shape, Source
-from amfm.pretrain.foreign_states.common_file import Unread
-from amfm.pretrain.foreign_states.torch_file import READ_TYPES, UNREADABLE, find_numbers, read_numbers
+from amfm.pretrain.foreign_states.torch_file import READ_TYPES, UNREADABLE, Unread, find_numbers, read_numbers
 
 # Numbers of a chunk that are one after the other: from which on, and how many.
 ReadPart = Callable[[ChunkStorageMetadata, int, int], Tensor]

@@ -30,7 +30,6 @@ from amfm.data_pipeline.durable.foreign_files import read_object, read_word
 from amfm.model.config.schema import ModelConfig
 from amfm.model.on_demand import OnDemand, Shape, Source
 from amfm.model.shapes import block_shapes
-from amfm.pretrain.foreign_states.common_file import BUFFER, Fitted, find_steps, fit_tensors, one_step, read_common
 from amfm.pretrain.foreign_states.dcp_folder import DcpFolder
 from amfm.pretrain.foreign_states.megatron_blocks import (
     EXPERTS,
@@ -50,6 +49,7 @@ from amfm.pretrain.foreign_states.megatron_blocks import (
 )
 from amfm.pretrain.foreign_states.megatron_buckets import BUCKET, REMEDY, STATE, states_by_parameter
 from amfm.pretrain.foreign_states.rows import drop_channel_dim, join, part_of, permuted, resized, stacked, with_column
+from amfm.pretrain.foreign_states.torch_file import BUFFER, Fitted, find_steps, fit_tensors, one_step, read_common
 
 DESCRIPTION, COMMON, LATEST = "metadata.json", "common.pt", "latest_checkpointed_iteration.txt"
 # Of ranks with a distributed optimizer: the groups of its parameters, with the counter.

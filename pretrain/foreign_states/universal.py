@@ -28,7 +28,6 @@ from amfm.model.config.schema import ModelConfig
 from amfm.model.on_demand import OnDemand, Shape, Source, source_of
 from amfm.pretrain.config.saved import read_saved_config
 from amfm.pretrain.engine.moments import FROZEN, MUON
-from amfm.pretrain.foreign_states.common_file import Fitted, find_steps, fit_tensors, one_step, read_common, shapes_of
 from amfm.pretrain.foreign_states.megatron_deepspeed import (
     FUSED,
     GptKind,
@@ -41,7 +40,18 @@ from amfm.pretrain.foreign_states.megatron_deepspeed import (
 )
 from amfm.pretrain.foreign_states.rows import OwnNames
 from amfm.pretrain.foreign_states.state import ExportedState, TrainingState, check_record, export_state, with_tuples
-from amfm.pretrain.foreign_states.torch_file import read_integer, read_param, save_file, write_param
+from amfm.pretrain.foreign_states.torch_file import (
+    Fitted,
+    find_steps,
+    fit_tensors,
+    one_step,
+    read_common,
+    read_integer,
+    read_param,
+    save_file,
+    shapes_of,
+    write_param,
+)
 from amfm.pretrain.stages import last_stage, resolve_stages
 from amfm.pretrain.tensor_files import TensorFile, write_tensors
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from amfm.model.block import Block
 from amfm.pretrain.checkpoint.save import ranks_of
-from amfm.pretrain.config.rates import DecayFactors, RateFactors, group_of
+from amfm.pretrain.config.optimizers import DecayFactors, RateFactors, group_of
 from amfm.pretrain.engine.grad_norm import Piece
 from amfm.pretrain.engine.optimizer import decays
 from amfm.pretrain.engine.parts import Part, list_parts, name_parameters, parameter_shape

@@ -10,7 +10,7 @@ from typing import Any
 from amfm.data_pipeline.config import DataConfig
 from amfm.data_pipeline.loader.loader import PretrainLoader
 from amfm.data_pipeline.samples.samples import SampleReader
-from amfm.pretrain.config.validation import ValidationSet
+from amfm.pretrain.config.hook_sections import ValidationSet
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.hooks.validate import Validation, validate
 from amfm.pretrain.micro_batch import LossShare, MicroBatch

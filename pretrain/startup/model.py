@@ -1,9 +1,13 @@
-"""Build the model of a run on this rank, with its kernels, first weights and pipeline."""
+"""Build the model of a run on this rank, with its kernels, first weights and pipeline.
+
+What `train.freeze` leaves as it is: parameters that have no gradients, which no optimizer steps.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +31,7 @@ from amfm.pretrain.recompute import recomputed_letters
 
 if TYPE_CHECKING:
     from amfm.pretrain.pipeline import Pipeline
+
 
 _LOG = logging.getLogger(__name__)
 
@@ -113,7 +118,7 @@ def build_model(
 
         prepare_stage(model, config.convert, resumes=resumes)
     if config.train.freeze:
-        from amfm.pretrain.startup.freeze import freeze_parameters
+        from amfm.pretrain.startup.model import freeze_parameters
 
         freeze_parameters(model, config.train.freeze, parallel)
     attach_recipes(model, config.low_precision)
@@ -142,3 +147,32 @@ def build_pipeline(config: RunConfig, parallel: Parallel, engine: ZeroEngine) ->
     from amfm.pretrain.pipeline import Pipeline  # torch's schedules import its compiler
 
     return Pipeline(engine.module, config.parallel, parallel, collect=engine.take_gradient)
+
+
+def freeze_parameters(model: HybridModel, patterns: Sequence[str], parallel: Parallel) -> None:
+    """Freeze each parameter that a pattern names, by its own name or that of a module around it.
+
+    Engine, optimizer and checkpoints go by `requires_grad`. Collective: every rank must call this with its part of the
+    model. Raises ValueError on all ranks for a pattern that no rank has a parameter of, and where a rank is left without
+    any to train.
+    """
+    found: set[str] = set()
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        around = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        matching = {pattern for pattern in patterns if any(fnmatchcase(module, pattern) for module in around)}
+        if matching:
+            parameter.requires_grad_(False)
+            found |= matching
+    is_idle = not any(parameter.requires_grad for parameter in model.parameters())
+    answers: list[tuple[set[str], bool]] = parallel.gather_objects((found, is_idle))
+    unknown = [pattern for pattern in patterns if not any(pattern in matched for matched, _ in answers)]
+    if unknown:
+        tops = sorted({name for name, _ in model.named_children()})
+        raise ValueError(
+            f"train.freeze names {', '.join(unknown)}, and the model has no such parameter or module; names begin with "
+            f"{', '.join(tops)}, such as blocks.0.mixer, and `*` stands for any part (manifest.json of a checkpoint lists all)"
+        )
+    idle = [rank for rank, (_, alone) in enumerate(answers) if alone]
+    if idle:
+        raise ValueError(f"train.freeze leaves rank {idle[0]} nothing to train; name less, or use fewer pipeline ranks")

@@ -45,9 +45,8 @@ from amfm.pretrain.checkpoint.files import verify_checkpoint
 from amfm.pretrain.checkpoint.manifest_file import encode_manifest, read_manifest
 from amfm.pretrain.config.file import load_config
 from amfm.pretrain.failures import exit_code, is_bug
-from amfm.pretrain.foreign_states.common_file import find_steps, read_common
 from amfm.pretrain.foreign_states.dcp_folder import DcpFolder
-from amfm.pretrain.foreign_states.torch_file import read_integer
+from amfm.pretrain.foreign_states.torch_file import find_steps, read_common, read_integer
 from amfm.pretrain.foreign_states.universal import UniversalFolder
 from amfm.pretrain.inference.weights import read_weights
 from amfm.pretrain.launcher_protocol import BAD_INPUT

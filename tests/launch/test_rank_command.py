@@ -47,7 +47,7 @@ ELSEWHERE = {
     ("launch/doctor/machine.py", "printed"),
     ("launch/commands/export.py", "check_installed starts it with -P"),
     ("pretrain/export/clients/check.py", "_run and check_installed start it with -P"),
-    ("pretrain/export/clients/gguf_file.py", "with -P below"),
+    ("pretrain/export/clients/check.py", "with -P below"),
 }
 
 

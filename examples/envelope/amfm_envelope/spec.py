@@ -59,7 +59,7 @@ class EnvelopeOptions(HookOptions):
         if self.groups == "heads and channels" and self.budget == "groups":
             yield "groups", "compares groups of two sizes, which a budget of groups counts alike", "use budget: weights"
         # Imported late: checks read this section.
-        from amfm.pretrain.checks.pruning import group_problems
+        from amfm.pretrain.checks.sections import group_problems
 
         for kind in self.kinds():
             as_prune = PruneConfig(groups=kind, keep=self.keep, start_step=1, every_steps=1, end_step=2)

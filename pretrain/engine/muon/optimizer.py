@@ -24,8 +24,7 @@ from torch import Tensor
 
 from amfm.model.matrices import MatrixStack
 from amfm.model.parallel.groups import ProcessGroupCollection
-from amfm.pretrain.config.muon import MuonConfig
-from amfm.pretrain.config.optimizers import PackageMatrices
+from amfm.pretrain.config.optimizers import MuonConfig, PackageMatrices
 from amfm.pretrain.engine.moments import MATRICES, MUON, AdamW
 from amfm.pretrain.engine.muon.exchange import MatrixExchange, alike_batches, join
 from amfm.pretrain.engine.muon.newton_schulz import orthogonalize

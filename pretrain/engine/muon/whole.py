@@ -6,11 +6,29 @@ spreads it, and without ZeRO no rank keeps what another one owns.
 
 Checkpoints hold the state among buffers, a tensor for each matrix and name: `optimizer/PARAMETER/NUMBER/NAME`, NUMBER counting the
 matrices of the whole parameter. So a run moves between layouts whoever owns what.
+
+Kinds of Muon that need a matrix whole, with its weights and a state of any shape: NorMuon and Hyperball.
+
+Each is what an installed package's optimizer of matrices is too (`pretrain/config/optimizers.py`): a function of a batch of whole
+matrices that returns their new weights. NorMuon (Li et al. 2025, arXiv 2510.05491, algorithm 1):
+
+    M <- mu M + G;   O = orthogonalize(G + mu M);   v <- beta2 v + (1 - beta2) mean of O^2 by row;   U = O / (sqrt(v) + epsilon)
+    W <- (1 - rate decay) W - rate s sqrt(elements) U / |U|
+
+so rows that Newton-Schulz leaves small step as far as the others, and |step| is that of an update of root mean square s.
+
+Hyperball (Wen et al. 2026, arXiv 2606.16899) keeps the Frobenius norm R = |W| and steps by a share of it, without decay:
+
+    W <- R normalize(W - rate R normalize(U))
+
+U is Muon's O, or AdamW's bias-corrected update. R is taken from the weights at each step, which is its first value but for
+rounding and for what others change (QK-clip).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +37,120 @@ from torch import Tensor
 
 from amfm.model.matrices import MatrixStack
 from amfm.model.parallel.groups import ProcessGroupCollection
-from amfm.pretrain.config.muon import MuonConfig
-from amfm.pretrain.config.optimizers import PackageMatrices
+from amfm.pretrain.config.optimizers import MuonConfig, PackageMatrices
 from amfm.pretrain.engine.moments import OWNED
 from amfm.pretrain.engine.muon.exchange import MatrixExchange, alike_batches, join
-from amfm.pretrain.engine.muon.newton_schulz import gather_rows, own_rows
-from amfm.pretrain.engine.muon.rules import Rule, find_rule
+from amfm.pretrain.engine.muon.newton_schulz import gather_rows, orthogonalize, own_rows
 from amfm.pretrain.engine.parts import Part
+
+Update = Callable[[Tensor, Tensor, Mapping[str, Tensor], int, Mapping[str, Any], Any], Tensor]
+EPSILON = 1e-10  # of NorMuon's division, as its authors have it
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How matrices are stepped whole: a function as packages give it, its options, and the shapes of its state; `name` in messages."""
+
+    name: str
+    update: Update
+    options: Any
+    shapes: Callable[[int, int], dict[str, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class MuonOptions:
+    """Muon's settings, and the width of muP's base model where a model has one."""
+
+    muon: MuonConfig
+    base_width: int | None
+
+    def size(self, rows: int, columns: int) -> float:
+        """Factor of an orthogonalised update of root mean square 1 / sqrt(longer side)."""
+        squared = max(rows, columns) if self.base_width is None else self.base_width * rows / columns
+        return self.muon.update_rms * math.sqrt(squared)
+
+
+def find_rule(settings: MuonConfig | PackageMatrices, base_width: int | None) -> Rule:
+    """The rule of these settings, which are not plain Muon's."""
+    if isinstance(settings, PackageMatrices):
+        name = f"optimizer.kind={settings.spec.name}"
+        return Rule(name, settings.spec.load(), settings.options, settings.state_shapes)
+    options = MuonOptions(settings, base_width)
+    return Rule(f"optimizer.muon.rule={settings.rule}", RULES[settings.rule], options, settings.state_shapes)
+
+
+def _muon_update(gradient_NRC: Tensor, momentum_NRC: Tensor, muon: MuonConfig) -> Tensor:
+    """Add the gradient to the momentum; Muon's orthogonalised update, a step of Nesterov's ahead."""
+    momentum_NRC.mul_(muon.momentum).add_(gradient_NRC)
+    update_NRC = gradient_NRC.add(momentum_NRC, alpha=muon.momentum)
+    # As plain Muon: bf16 is enough for a direction, and processors multiply float32 as fast.
+    dtype = torch.bfloat16 if update_NRC.device.type == "cuda" else update_NRC.dtype
+    rows, columns = update_NRC.shape[1:]
+    return orthogonalize(update_NRC.to(dtype), muon.rounds, shape=(rows, columns)).to(update_NRC.dtype)
+
+
+def normuon(
+    weight_NRC: Tensor,
+    gradient_NRC: Tensor,
+    state: Mapping[str, Tensor],
+    step: int,
+    group: Mapping[str, Any],
+    options: MuonOptions,
+) -> Tensor:
+    """Step by NorMuon."""
+    update_NRC = _muon_update(gradient_NRC, state["momentum"], options.muon)
+    squares_NR = state["row_squares"]
+    squares_NR.lerp_(update_NRC.square().mean(-1), 1 - group["betas"][1])
+    update_NRC = _normalized(update_NRC / (squares_NR.sqrt() + EPSILON)[..., None])
+    rows, columns = update_NRC.shape[1:]
+    # An orthogonal update has the norm of its shorter side, so it is given `size` for each root of that.
+    size = group["lr"] * options.size(rows, columns) * math.sqrt(min(rows, columns))
+    return weight_NRC * (1 - group["lr"] * group["weight_decay"]) - size * update_NRC
+
+
+def hyperball(
+    weight_NRC: Tensor,
+    gradient_NRC: Tensor,
+    state: Mapping[str, Tensor],
+    step: int,
+    group: Mapping[str, Any],
+    options: MuonOptions,
+) -> Tensor:
+    """Step by Muon's direction on the sphere of the weights' norm."""
+    return _on_sphere(weight_NRC, _muon_update(gradient_NRC, state["momentum"], options.muon), group["lr"], step)
+
+
+def adam_hyperball(
+    weight_NRC: Tensor,
+    gradient_NRC: Tensor,
+    state: Mapping[str, Tensor],
+    step: int,
+    group: Mapping[str, Any],
+    options: MuonOptions,
+) -> Tensor:
+    """Step by AdamW's direction on the sphere of the weights' norm."""
+    beta1, beta2 = group["betas"]
+    first_NRC = state["exp_avg"].lerp_(gradient_NRC, 1 - beta1) / (1 - beta1**step)
+    second_NRC = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient_NRC, gradient_NRC, value=1 - beta2)
+    update_NRC = first_NRC / ((second_NRC / (1 - beta2**step)).sqrt() + group["eps"])
+    return _on_sphere(weight_NRC, update_NRC, group["lr"], step)
+
+
+def _on_sphere(weight_NRC: Tensor, update_NRC: Tensor, rate: float, step: int) -> Tensor:
+    """Step by `rate` times the weights' norm in the direction of the update, and back to that norm."""
+    norm_N11 = torch.linalg.matrix_norm(weight_NRC, keepdim=True)
+    if step == 1 and not bool(norm_N11.all()):
+        raise ValueError("a matrix begins as zeros, and its norm would stay 0; use rule muon or normuon")
+    return norm_N11 * _normalized(weight_NRC - rate * norm_N11 * _normalized(update_NRC))
+
+
+def _normalized(x_NRC: Tensor) -> Tensor:
+    """Matrices of Frobenius norm 1; zeros stay zeros."""
+    norm_N11 = torch.linalg.matrix_norm(x_NRC, keepdim=True)
+    return x_NRC / torch.where(norm_N11 == 0, 1.0, norm_N11)
+
+
+RULES: dict[str, Update] = {"normuon": normuon, "hyperball": hyperball, "adam_hyperball": adam_hyperball}
 
 
 @dataclass(frozen=True)

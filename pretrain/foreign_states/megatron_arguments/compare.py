@@ -12,9 +12,8 @@ from pydantic_core import PydanticUndefined
 
 from amfm.model.config.pattern import parse_pattern
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.foreign_states.megatron_arguments.lines import Arguments, Line
 from amfm.pretrain.foreign_states.megatron_arguments.sources import read_folder
-from amfm.pretrain.foreign_states.megatron_arguments.table import Effect, read_table, same
+from amfm.pretrain.foreign_states.megatron_arguments.table import Arguments, Effect, Line, read_table, same
 from amfm.pretrain.foreign_states.megatron_arguments.translation import translate
 
 MAX_NAMED = 20

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from amfm.pretrain.foreign_states.megatron_arguments.lines import Arguments, Line, approximated, line
+from amfm.pretrain.foreign_states.megatron_arguments.table import Arguments, Line, approximated, line
 
 PATTERN = ("hybrid_layer_pattern", "num_layers", "moe_layer_freq", "linear_attention_freq", "window_attn_skip_freq")
 LISTED = re.compile(r"[\[\]()+*,\s\d]+")

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from amfm.data_pipeline.durable.foreign_files import read_bounded, understood
-from amfm.pretrain.foreign_states.megatron_arguments.lines import Arguments, resolve
 from amfm.pretrain.foreign_states.megatron_arguments.shell import find_flags
+from amfm.pretrain.foreign_states.megatron_arguments.table import Arguments, resolve
 
 MAX_BYTES = 1 << 24
 RUN_CONFIG = "run_config.yaml"
@@ -63,8 +63,8 @@ def read_arguments(path: Path) -> Arguments:
 
 def read_folder(path: Path) -> Arguments | None:
     """The arguments that a checkpoint records, of Megatron-LM, Bridge or Megatron-DeepSpeed; None if it records none."""
-    from amfm.pretrain.foreign_states.common_file import read_common
     from amfm.pretrain.foreign_states.megatron import COMMON, find_iteration
+    from amfm.pretrain.foreign_states.torch_file import read_common
     from amfm.pretrain.foreign_states.universal import UniversalFolder, is_universal
 
     if is_universal(path):

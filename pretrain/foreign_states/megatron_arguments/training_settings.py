@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
-from amfm.pretrain.foreign_states.megatron_arguments.lines import Arguments, Line, approximated, line
+from amfm.pretrain.foreign_states.megatron_arguments.table import Arguments, Line, approximated, line
 
 SHAPES = {"minus_sqrt": "sqrt"}
 DECAYS = {

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from amfm.model.config.structure import PLAIN
-from amfm.pretrain.foreign_states.megatron_arguments.lines import Arguments, Line
 from amfm.pretrain.foreign_states.megatron_arguments.model_settings import model_lines
-from amfm.pretrain.foreign_states.megatron_arguments.table import Row, read_table
+from amfm.pretrain.foreign_states.megatron_arguments.table import Arguments, Line, Row, read_table
 from amfm.pretrain.foreign_states.megatron_arguments.training_settings import training_lines
 
 # Sections of the model, and the letter without which they are left out.

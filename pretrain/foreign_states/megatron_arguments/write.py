@@ -10,8 +10,7 @@ from typing import Any
 import yaml
 
 from amfm.pretrain.foreign_states.megatron_arguments.compare import default_of
-from amfm.pretrain.foreign_states.megatron_arguments.lines import Line, approximated
-from amfm.pretrain.foreign_states.megatron_arguments.table import read_table, same
+from amfm.pretrain.foreign_states.megatron_arguments.table import Line, approximated, read_table, same
 from amfm.pretrain.foreign_states.megatron_arguments.translation import Missing, Translation
 
 SECTIONS = ("run", "model", "data", "train", "optimizer", "schedule", "parallel", "low_precision")

@@ -22,7 +22,7 @@ from amfm.launch.plan.step_memory import product_bytes, reduction_bytes
 from amfm.launch.plan.time import estimate_step
 from amfm.model.flops import count_parameters
 from amfm.model.moe.transfer import expected_ranks
-from amfm.pretrain.config.muon import MuonConfig
+from amfm.pretrain.config.optimizers import MuonConfig
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.recompute import recomputed_letters
 from amfm.pretrain.start import close_run, start_run

@@ -8,7 +8,7 @@ from deepspeed.utils import groups as registry
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.pretrain.config.schema import OptimizerConfig, ParallelConfig
-from amfm.pretrain.engine.deepspeed_experts import SIGN
+from amfm.pretrain.engine.deepspeed_adapters import SIGN
 from amfm.pretrain.engine.engine import build_engine
 from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.patience import PATIENCE_SECONDS

@@ -25,9 +25,8 @@ from torch.distributed.checkpoint.metadata import (
 
 from amfm.launch.cli import run
 from amfm.pretrain.foreign_states import dcp_folder
-from amfm.pretrain.foreign_states.common_file import Unread, read_common
 from amfm.pretrain.foreign_states.dcp_folder import DcpFolder
-from amfm.pretrain.foreign_states.torch_file import read_param
+from amfm.pretrain.foreign_states.torch_file import Unread, read_common, read_param
 from amfm.pretrain.foreign_states.universal import MODEL_STATES, UniversalFolder
 from tests.pretrain.foreign_states.conftest import Evil
 

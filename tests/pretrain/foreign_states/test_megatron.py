@@ -25,9 +25,9 @@ from amfm.pretrain.checkpoint.manifest_file import read_manifest
 from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.foreign_states.adopt import Expected, adopt, describe_position, import_state
-from amfm.pretrain.foreign_states.common_file import read_common
 from amfm.pretrain.foreign_states.megatron_write import export_megatron
 from amfm.pretrain.foreign_states.state import WrittenRun, write_run
+from amfm.pretrain.foreign_states.torch_file import read_common
 from amfm.pretrain.inference.weights import read_weights
 from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.patience import PATIENCE_SECONDS

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch.distributed
 
-import amfm.pretrain.checkpoint.replicas.write
+import amfm.pretrain.checkpoint.replicas.replica
 import amfm.pretrain.train
 from amfm.data_pipeline.config import DataConfig
 from amfm.pretrain.checkpoint import manifest_file
@@ -21,7 +21,7 @@ from amfm.pretrain.checkpoint.background import BackgroundSaver
 from amfm.pretrain.checkpoint.inspect import diff_checkpoints
 from amfm.pretrain.checkpoint.names import list_checkpoints
 from amfm.pretrain.checkpoint.replicas.memory import NodeMemory
-from amfm.pretrain.checkpoint.replicas.write import SavedReplica
+from amfm.pretrain.checkpoint.replicas.replica import SavedReplica
 from amfm.pretrain.checks.check_run import check_run
 from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.parallel import initialize_parallel
@@ -232,7 +232,7 @@ def while_sending(rank: int) -> None:
 def before_commit(rank: int) -> None:
     """The first rank of the second node, before it commits the replica of step 6; the first node may have committed it."""
     if rank == 2:
-        die_in(amfm.pretrain.checkpoint.replicas.write, "commit", 4, always)
+        die_in(amfm.pretrain.checkpoint.replicas.replica, "commit", 4, always)
 
 
 FAULTS: dict[str, tuple[Callable[[int], None], Harm, int, str]] = {

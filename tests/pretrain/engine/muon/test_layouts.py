@@ -16,8 +16,7 @@ from amfm.model.hybrid import HybridModel
 from amfm.model.matrices import list_matrices
 from amfm.model.parallel.groups import ProcessGroupCollection, single_rank_groups
 from amfm.model.parallel.shards import Shard, parameter_shards
-from amfm.pretrain.config.muon import MuonConfig
-from amfm.pretrain.config.optimizers import PackageMatrices
+from amfm.pretrain.config.optimizers import MuonConfig, PackageMatrices
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.engine.muon.exchange import deal_owners
 from amfm.pretrain.engine.muon.optimizer import Muon

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from amfm.model.matrices import MatrixStack
 from amfm.model.parallel.groups import single_rank_groups
-from amfm.pretrain.config.muon import MuonConfig
+from amfm.pretrain.config.optimizers import MuonConfig
 from amfm.pretrain.engine.muon.newton_schulz import COEFFICIENTS, cost, orthogonalize
 from amfm.pretrain.engine.muon.optimizer import Muon
 from amfm.pretrain.engine.parts import Part, Span

@@ -13,8 +13,7 @@ from torch import Tensor
 from amfm.model.config.section import Section
 from amfm.model.matrices import MatrixStack, list_matrices
 from amfm.model.parallel.groups import single_rank_groups
-from amfm.pretrain.config.muon import MuonConfig
-from amfm.pretrain.config.optimizers import MatrixOptimizerSpec, PackageMatrices
+from amfm.pretrain.config.optimizers import MatrixOptimizerSpec, MuonConfig, PackageMatrices
 from amfm.pretrain.engine.muon.optimizer import Muon
 from amfm.pretrain.engine.parts import Part, Span
 from tests.helpers.spawn import run_ranks

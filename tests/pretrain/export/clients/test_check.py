@@ -21,9 +21,9 @@ from amfm.pretrain.export.clients.check import (
     known_faults,
     last_error,
     needs_bf16,
+    write_gguf,
 )
 from amfm.pretrain.export.clients.convert_gguf import with_pre_tokenizer
-from amfm.pretrain.export.clients.gguf_file import write_gguf
 from amfm.pretrain.export.export import export_checkpoint
 from amfm.pretrain.export.tokenizer import OUR_DESCRIPTION
 from tests.pretrain.export.exported_models import weights_folder
