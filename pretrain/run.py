@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from amfm.pretrain.pipeline import Pipeline
 
 
-from amfm.model.config.indexer import IndexerStage
+from amfm.model.config.key_mixer_options import IndexerStage
 from amfm.model.config.schema import in_indexer_stage
 
 

@@ -15,7 +15,7 @@ from functools import partial
 from itertools import pairwise
 
 from amfm.data_pipeline.config import DataConfig, PhaseConfig
-from amfm.model.config.indexer import IndexerStage
+from amfm.model.config.key_mixer_options import IndexerStage
 from amfm.model.config.schema import in_indexer_stage
 from amfm.pretrain.config.schema import ParallelConfig, RunConfig, StageConfig
 from amfm.pretrain.config.train_section import BatchRampConfig, TrainConfig

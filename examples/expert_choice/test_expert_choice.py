@@ -12,7 +12,7 @@ from amfm_expert_choice import SPEC, Options, choose
 from amfm_expert_choice.forms_expert_choice import choose as form
 
 import amfm
-from amfm.model.config.routed import RouterInput
+from amfm.model.config.routers import RouterInput
 from amfm.model.packing import PackMeta
 from amfm.pretrain.checks.check_run import check_run
 from tests.helpers.examples import amfm as run_amfm

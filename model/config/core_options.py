@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from amfm.kernels.common.limits import DECAY_LIMITS, ScanLimits, refuse_native_sizes
-from amfm.model.config.indexer import IndexerConfig, keys_and_scores
+from amfm.model.config.key_mixer_options import IndexerConfig, keys_and_scores
 from amfm.model.config.options import (
     QK_NORM_AND_CLIP,
     Axis,

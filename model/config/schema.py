@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from amfm.model.config.core_options import AttentionConfig, FeedForwardConfig, Mamba2Config
-from amfm.model.config.indexer import IndexerStage
+from amfm.model.config.key_mixer_options import IndexerStage
 from amfm.model.config.kinds import ENTRY_POINTS, Kind, all_kinds, find_kind, kind_of, registered_kinds
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.old_names import use_current_names

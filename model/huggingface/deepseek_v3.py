@@ -2,24 +2,32 @@
 
 Read from transformers 5.24 (`configuration_deepseek_v3.py`, `modeling_deepseek_v3.py`). The layers of multi-token prediction
 that a checkpoint may have after its last one are not among what is written or read here.
+
+The transformers class `deepseek_v2`: deepseek_v3 with a softmax router, whose groups are ranked by their best expert.
+
+Read from transformers 5.24 (`configuration_deepseek_v2.py`, `modeling_deepseek_v2.py`). The class reads no `norm_topk_prob`: chosen
+scores stay as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from amfm.model.config.rope import MlaYarn, yarn_of
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.entries import WeightMap
-from amfm.model.huggingface.fields import flat_rope_fields, parameters_of, rope_from_parameters
-from amfm.model.huggingface.hf_class import HfTarget
+from amfm.model.huggingface.fields import flat_rope_fields, parameters_of, require_fields, rope_from_parameters
+from amfm.model.huggingface.hf_class import HfTarget, nothing_skipped
 from amfm.model.huggingface.latent.layers import (
     LAYER_TYPES,
     LatentClass,
     expert_fields,
     latent_fields,
     latent_options,
+    mla_options,
     model_config_from_latent,
     unfit_blocks,
     unfit_layers,
@@ -124,4 +132,67 @@ CLASS = HfTarget(
     is_skipped=is_prediction_layer,
     refusals=deepseek_refusals,
     limits=_limits,
+)
+
+
+V2_KIND = replace(
+    KIND,
+    name="deepseek_v2",
+    class_name="DeepseekV2ForCausalLM",
+    normalize=None,
+    router="softmax",
+    group_score_top_k=1,
+)
+LIMITED = "group_limited_greedy"
+
+
+def unfit_for_deepseek_v2(config: ModelConfig) -> list[str]:
+    """List every choice that the class cannot hold, as value, rule and fix."""
+    reasons = unfit_layers(config, V2_KIND) + unfit_blocks(config, V2_KIND)
+    # The class looks at neighbors as complex numbers, in rows of which others come first.
+    mla = mla_options(config) if "+" in config.letters else None
+    for name in ("nope_head_dim", "latent_size") if mla is not None else ():
+        if getattr(mla, name) % 2:
+            rule = "deepseek_v2 rotates pairs in rows that begin with so many channels, which must be even"
+            reasons.append(
+                f"model.mixers.mla.{name}={getattr(mla, name)}: {rule}; add one, or target deepseek_v3 or own"
+            )
+    return reasons
+
+
+def deepseek_v2_fields(config: ModelConfig) -> dict[str, Any]:
+    """Build the fields of config.json that are the class's own."""
+    own = {
+        "architectures": [V2_KIND.class_name],
+        "model_type": V2_KIND.name,
+        "mlp_bias": False,
+        "scoring_func": "softmax",
+    }
+    is_limited = config.moe is not None and config.moe.router_group_top_k < config.moe.num_router_groups
+    own["topk_method"] = LIMITED if is_limited else "greedy"
+    return fields_of(config, V2_KIND) | own
+
+
+def model_config_from_deepseek_v2(fields: Mapping[str, Any]) -> ModelConfig:
+    """Build our configuration from config.json; ValueError for what our model has not."""
+    require_fields(fields, {"mlp_bias": False})
+    method = fields["topk_method"]
+    if method not in ("greedy", LIMITED):
+        raise ValueError(f"config.json: topk_method={method} cannot be imported; use greedy or {LIMITED}")
+    found = dict(fields) if method == LIMITED else {**fields, "n_group": 1, "topk_group": 1}
+    types = [LAYER_TYPES["+"]] * fields["num_hidden_layers"]
+    return model_config_from_latent(found, V2_KIND, types, {"mla": read_positions(fields)})
+
+
+V2_CLASS = replace(
+    CLASS,
+    name="deepseek_v2",
+    model_type=V2_KIND.name,
+    class_name=V2_KIND.class_name,
+    unfit=unfit_for_deepseek_v2,
+    fields=deepseek_v2_fields,
+    length_names=(),
+    read=model_config_from_deepseek_v2,
+    weights=partial(latent_map, kind=V2_KIND),
+    is_skipped=nothing_skipped,
 )

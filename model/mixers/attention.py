@@ -18,8 +18,7 @@ from amfm.kernels.rope.op import qk_norm_rope, rope_frequencies
 from amfm.model.config.core_options import AttentionConfig
 from amfm.model.config.rope import Llama3Stretch, RopeConfig
 from amfm.model.mixers.interface import AttentionCache, BlockState, BuildContext, MixerOutput, SoftmaxMixer
-from amfm.model.mixers.query_norms import HeadNorm, WideNorm, query_norm
-from amfm.model.mixers.shared_layers import gate_heads, gate_projection
+from amfm.model.mixers.shared_layers import HeadNorm, WideNorm, gate_heads, gate_projection, query_norm
 from amfm.model.mixers.sparse.indexer import Indexer
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.context import gather_rows

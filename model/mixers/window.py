@@ -15,8 +15,7 @@ from amfm.kernels.rope.op import qk_norm_rope
 from amfm.model.config.key_mixer_options import WindowOptions
 from amfm.model.mixers.attention import frequencies_of, make_sinks
 from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer, SoftmaxMixer
-from amfm.model.mixers.query_norms import HeadNorm, WideNorm, query_norm
-from amfm.model.mixers.shared_layers import gate_heads, gate_projection
+from amfm.model.mixers.shared_layers import HeadNorm, WideNorm, gate_heads, gate_projection, query_norm
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.context import receive_windows
 from amfm.model.parallel.layers import ColumnLinear, RowLinear, project_layers

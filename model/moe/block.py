@@ -36,7 +36,7 @@ from amfm.model.config.moe import BIAS_CHANNELS, MoeConfig
 from amfm.model.feed_forward import FeedForward, up_segments
 from amfm.model.mixers.interface import BlockState, BuildContext, Mixer, MixerOutput
 from amfm.model.moe.balance import add_entropies, auxiliary_losses
-from amfm.model.moe.choices import Choices, leave_out
+from amfm.model.moe.capacity import Choices, leave_out
 from amfm.model.moe.dispatch import DispatchArguments, dispatch_feed_forward, dispatch_steps
 from amfm.model.moe.transfer import HeldExperts, expected_ranks
 from amfm.model.packing import PackMeta

@@ -8,8 +8,7 @@ from torch import Tensor
 from amfm.kernels.moe.grouping import count_experts
 from amfm.kernels.moe.op import Routing
 from amfm.model.config.moe import MoeConfig
-from amfm.model.config.routed import RouterInput
-from amfm.model.config.routers import RouterSpec
+from amfm.model.config.routers import RouterInput, RouterSpec
 from amfm.model.packing import PackMeta
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import Field, model_validator
 
 from amfm.data_pipeline.config import DataConfig
-from amfm.model.config.indexer import IndexerStage
+from amfm.model.config.key_mixer_options import IndexerStage
 from amfm.model.config.low_precision import LowPrecisionConfig
 from amfm.model.config.rope import RopeConfig
 from amfm.model.config.schema import ModelConfig

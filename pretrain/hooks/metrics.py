@@ -15,8 +15,7 @@ import torch
 
 from amfm.data_pipeline.loader.loader import SourceUse
 from amfm.model.config.moe import MoeConfig
-from amfm.model.flops import flops_per_token
-from amfm.model.megatron_flops import mean_auxiliary, megatron_flops_per_token
+from amfm.model.flops import flops_per_token, mean_auxiliary, megatron_flops_per_token
 from amfm.pretrain.event_log import log_time
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.monitor.anomalies import EXPERT_STEPS, find_collapsed

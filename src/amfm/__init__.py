@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from amfm.launch.modules import batches, build, save_model
     from amfm.model.config.kinds import Kind
     from amfm.model.config.registering import register
-    from amfm.model.config.routed import Routed, RouterInput
-    from amfm.model.config.routers import RouterSpec
+    from amfm.model.config.routers import Routed, RouterInput, RouterSpec
     from amfm.pretrain.config.errors import ConfigError
     from amfm.pretrain.config.hook_registry import HookSpec
     from amfm.pretrain.config.optimizers import OptimizerSpec
@@ -34,7 +33,7 @@ _ELSEWHERE = {
     "Kind": "amfm.model.config.kinds",
     "OptimizerSpec": "amfm.pretrain.config.optimizers",
     "OwnCodeError": "amfm.pretrain.failures",
-    **dict.fromkeys(("Routed", "RouterInput"), "amfm.model.config.routed"),
+    **dict.fromkeys(("Routed", "RouterInput"), "amfm.model.config.routers"),
     "RouterSpec": "amfm.model.config.routers",
     "ScheduleSpec": "amfm.pretrain.config.schedules",
     "register": "amfm.model.config.registering",

@@ -9,7 +9,7 @@ from amfm.launch.plan.blocks.indexer import Pair
 from amfm.launch.simulate.rank import DOCUMENTS
 from amfm.launch.simulate.trace import predicted_flops, traced_flops
 from amfm.model.build import sample_mixer
-from amfm.model.config.indexer import keys_and_scores
+from amfm.model.config.key_mixer_options import keys_and_scores
 from amfm.model.config.pattern import block_kind
 from amfm.pretrain.checks.load import load_checked
 from benchmarks.command import run

@@ -9,8 +9,7 @@ import yaml
 
 import amfm
 from amfm.model.config.schema import ModelConfig
-from amfm.model.flops import flops_per_token
-from amfm.model.megatron_flops import mean_auxiliary, megatron_flops_per_token
+from amfm.model.flops import flops_per_token, mean_auxiliary, megatron_flops_per_token
 
 CONFIGS = Path(amfm.__file__).parent / "configs"
 

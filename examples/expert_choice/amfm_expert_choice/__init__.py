@@ -4,8 +4,7 @@ import math
 
 from pydantic import Field
 
-from amfm.model.config.routed import Routed, RouterInput
-from amfm.model.config.routers import RouterSpec
+from amfm.model.config.routers import Routed, RouterInput, RouterSpec
 from amfm.model.config.section import Section
 
 

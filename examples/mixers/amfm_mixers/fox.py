@@ -15,8 +15,7 @@ from torch.nn import functional
 from amfm.kernels.rope.op import qk_norm_rope
 from amfm.model.mixers.attention import attend
 from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
-from amfm.model.mixers.query_norms import HeadNorm
-from amfm.model.mixers.shared_layers import gate_heads, gate_projection
+from amfm.model.mixers.shared_layers import HeadNorm, gate_heads, gate_projection
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.context import gather_rows
 from amfm.model.parallel.layers import ColumnLinear, RowLinear, project_layers

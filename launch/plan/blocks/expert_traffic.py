@@ -9,7 +9,7 @@ from amfm.kernels.moe.capacity import expert_capacity
 from amfm.launch.plan.exchange import FLOAT32, INT64, Exchange, element_type
 from amfm.launch.plan.layout import Layout
 from amfm.model.config.moe import MoeConfig
-from amfm.model.moe.choices import slots_for
+from amfm.model.moe.capacity import slots_for
 from amfm.model.moe.transfer import expected_ranks
 from amfm.model.parallel.groups import count_places
 from amfm.pretrain.config.schema import RunConfig

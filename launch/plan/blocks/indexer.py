@@ -20,8 +20,7 @@ from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.roofline import Roofline
 from amfm.model.config.core_options import AttentionConfig
-from amfm.model.config.indexer import IndexerConfig, keys_and_scores
-from amfm.model.config.key_mixer_options import MlaOptions
+from amfm.model.config.key_mixer_options import IndexerConfig, MlaOptions, keys_and_scores
 from amfm.model.config.options import MixerOptions
 from amfm.pretrain.config.schema import RunConfig
 

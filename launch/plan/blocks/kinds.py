@@ -28,7 +28,7 @@ from amfm.model.config.mixer_options import (
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.options import MixerOptions, ParallelOptions
 from amfm.model.config.schema import ModelConfig
-from amfm.model.mixers.delta_block import DeltaBlock
+from amfm.model.mixers.delta import DeltaBlock
 from amfm.pretrain.config.schema import RunConfig
 
 

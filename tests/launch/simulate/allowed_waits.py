@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from amfm.kernels.moe.capacity import expert_capacity
-from amfm.model.moe.choices import slots_for
+from amfm.model.moe.capacity import slots_for
 from amfm.pretrain.config.schema import RunConfig
 
 LIST = Path(__file__).with_name("host_waits.txt")

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from amfm.model.build import build_mixer
-from amfm.model.mixers.delta import DeltaNetMixer, KdaMixer
-from amfm.model.mixers.delta_block import DeltaBlock
+from amfm.model.mixers.delta import DeltaBlock, DeltaNetMixer, KdaMixer
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups
 from tests.model.mixers.samples import mixer_config

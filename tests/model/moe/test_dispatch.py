@@ -21,7 +21,7 @@ from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.moe.block import MoeMixer
-from amfm.model.moe.choices import slots_for
+from amfm.model.moe.capacity import slots_for
 from amfm.model.moe.transfer import RowTransfer
 from amfm.model.parallel.groups import ProcessGroupCollection, RowCapacity, single_rank_groups
 from amfm.model.parallel.shards import parameter_shards

@@ -7,8 +7,7 @@ import pytest
 from amfm.launch.plan.blocks.indexer import Pair, pays_from
 from amfm.launch.plan.hardware import HARDWARE
 from amfm.model.config.core_options import AttentionConfig
-from amfm.model.config.indexer import IndexerConfig
-from amfm.model.config.key_mixer_options import MlaOptions
+from amfm.model.config.key_mixer_options import IndexerConfig, MlaOptions
 from amfm.model.config.options import MixerOptions
 
 INDEXER = IndexerConfig(top_k=2048)

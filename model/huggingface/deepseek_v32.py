@@ -3,6 +3,11 @@
 Read from transformers 5.24 (`configuration_deepseek_v32.py`, `modeling_deepseek_v32.py`). Queries come from a latent. The
 indexer rotates as many channels of its heads as attention does, but pairs halves, where attention pairs neighbors. Of keys
 with equal scores, such as 0, the class may choose others than ours.
+
+The transformers class `glm_moe_dsa` (GLM-5): deepseek_v32 whose indexer pairs neighbors, as its attention does.
+
+Read from transformers 5.24 (`configuration_glm_moe_dsa.py`, `modeling_glm_moe_dsa.py`). A layer of the class may take the keys that
+an earlier layer chose (`indexer_types`); ours each choose their own.
 """
 
 from __future__ import annotations
@@ -12,10 +17,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from amfm.model.config.indexer import IndexerConfig
+from amfm.model.config.key_mixer_options import IndexerConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface import deepseek_v3
 from amfm.model.huggingface.entries import WeightEntry, WeightMap
+from amfm.model.huggingface.hf_class import no_refusals
 from amfm.model.huggingface.latent.layers import (
     LAYER_TYPES,
     LatentClass,
@@ -133,4 +139,34 @@ CLASS = replace(
     refusals=deepseek_v32_refusals,
     limits=_limits,
     holds=frozenset(("indexer",)),
+)
+
+
+GLM_KIND = replace(KIND, name="glm_moe_dsa", class_name="GlmMoeDsaForCausalLM")
+
+
+def glm_moe_dsa_fields(config: ModelConfig) -> dict[str, Any]:
+    """Build the fields of config.json that are the class's own."""
+    return indexed_fields(GLM_KIND, config) | {"indexer_types": ["full"] * (len(config.letters) // 2)}
+
+
+def model_config_from_glm_moe_dsa(fields: Mapping[str, Any]) -> ModelConfig:
+    """Build our configuration from config.json; ValueError for what our model has not."""
+    kinds = set(fields["indexer_types"]) - {"full"}
+    if kinds:
+        rule = "each of our layers chooses its own keys; use a release whose layers are all full"
+        raise ValueError(f"config.json: indexer_types={fields['indexer_types']} cannot be imported; {rule}")
+    return model_config_from_indexed(GLM_KIND, fields)
+
+
+GLM_CLASS = replace(
+    CLASS,
+    name="glm_moe_dsa",
+    model_type=GLM_KIND.name,
+    class_name=GLM_KIND.class_name,
+    unfit=partial(unfit_for_indexed, GLM_KIND),
+    fields=glm_moe_dsa_fields,
+    read=model_config_from_glm_moe_dsa,
+    weights=partial(indexed_map, pairs_neighbors=True),
+    refusals=no_refusals,
 )
