@@ -2,6 +2,8 @@
 
 Exit codes: 0 done, 2 bad input, 3 the run failed and can be resumed, 4 a rank ended before a stage of another layout, 130 interrupted; a bug shows its traceback.
 The verb that is called is imported (verbs.py), and heavy packages inside it, so that help and mistakes answer immediately.
+
+Verbs and options of before under their present names: the old word is read, with one message that names the new one.
 """
 
 from __future__ import annotations
@@ -20,12 +22,41 @@ import typer
 
 from amfm.data_pipeline.terminal import LastingStream
 from amfm.launch.console import UNUSED_LIBRARIES, print_json, say
-from amfm.launch.old_words import use_current_words
 from amfm.launch.verbs import Verbs, without_types_of_flags
 from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.extras import DISTRIBUTION, absent_extras_in_words
 from amfm.pretrain.failures import OwnCodeError, describe, exit_code, imports_in_words, is_bug, launches_in_words
 from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, INTERRUPTED, RUN_FAILED
+
+OLD_VERBS = {("bench", "card"): ("bench", "gpu"), ("corpus",): ("sample-data",), ("shrink",): ("compact",)}
+OLD_OPTIONS = {
+    "evaluate": {"--probe": "--synthetic"},
+    "inspect": {"--keep": "--protect", "--release": "--unprotect"},
+}
+WITH_VALUE = "--plugins"  # of the options before a verb
+
+
+def use_current_words(arguments: Sequence[str]) -> list[str]:
+    """The words of a command line with present names; says which ones were old."""
+    words = list(arguments)
+    first = next((at for at, word in enumerate(words) if is_verb(words, at)), len(words))
+    for old, new in OLD_VERBS.items():
+        if tuple(words[first : first + len(old)]) == old:
+            words[first : first + len(old)] = new
+            say(f"note: `amfm {' '.join(old)}` is called `amfm {' '.join(new)}` now; the old name still works")
+    for old_option, option in OLD_OPTIONS.get(" ".join(words[first : first + 1]), {}).items():
+        for at, word in enumerate(words):
+            name, equals, value = word.partition("=")
+            if name == old_option:
+                words[at] = option + equals + value
+                say(f"note: {old_option} is called {option} now; the old name still works")
+    return words
+
+
+def is_verb(words: Sequence[str], at: int) -> bool:
+    """Whether the word at a place is neither an option nor the value of one."""
+    return not words[at].startswith("-") and (at == 0 or words[at - 1] != WITH_VALUE)
+
 
 # Wrong options and arguments. Typer exports no name for this class: it has click inside in later releases, next to it
 # before.

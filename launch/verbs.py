@@ -25,7 +25,7 @@ VERBS = {
         "config",
         "Check a configuration and print it resolved, with `extends`, overrides and defaults applied.",
     ),
-    "recipes": ("Start", "recipes", "List the recipes that come with amfm, or print the path of one."),
+    "recipes": ("Start", "config", "List the recipes that come with amfm, or print the path of one."),
     "doctor": ("Start", "doctor", "Check this machine, or every host with --cluster, and suggest fixes."),
     "sample-data": (
         "Data",
@@ -66,12 +66,12 @@ VERBS = {
     ),
     "runs": (
         "Train",
-        "runs",
+        "watch",
         "List the runs of a folder in a table: state, step, loss, speed, time, and whether each is well.",
     ),
     "distill": (
         "Train",
-        "distill.verbs",
+        "distill",
         "Store a teacher's likeliest tokens for every sample of a run, which then learns from them (docs/distillation.md).",
     ),
     "plan": (
@@ -91,7 +91,7 @@ VERBS = {
     ),
     "bench": (
         "Scale",
-        "bench.verbs",
+        "bench",
         "Measure this machine: kernels, a whole job on its GPU, and its speed for `amfm plan`.",
     ),
     "evaluate": (
@@ -127,7 +127,7 @@ VERBS = {
     ),
     "compact": (
         "Use a model",
-        "compact",
+        "merge",
         "Remove channels, experts and heads that pruning set to zero, and verify that the logits are unchanged.",
     ),
     "convert": (
@@ -190,8 +190,6 @@ def import_file(name: str) -> Any:
             from amfm.launch.commands import init as module
         case "config":
             from amfm.launch.commands import config as module
-        case "recipes":
-            from amfm.launch.commands import recipes as module
         case "doctor":
             from amfm.launch.commands import doctor as module
         case "data":
@@ -204,8 +202,6 @@ def import_file(name: str) -> Any:
             from amfm.launch.commands import rollback as module
         case "watch":
             from amfm.launch.commands import watch as module
-        case "runs":
-            from amfm.launch.commands import runs as module
         case "launch":
             from amfm.launch.commands import launch as module
         case "profile":
@@ -222,14 +218,12 @@ def import_file(name: str) -> Any:
             from amfm.launch.commands import importing as module
         case "merge":
             from amfm.launch.commands import merge as module
-        case "compact":
-            from amfm.launch.commands import compact as module
         case "serve":
             from amfm.launch.commands import serve as module
-        case "distill.verbs":
-            from amfm.launch.commands.distill import verbs as module
-        case "bench.verbs":
-            from amfm.launch.commands.bench import verbs as module
+        case "distill":
+            from amfm.launch.commands import distill as module
+        case "bench":
+            from amfm.launch.commands import bench as module
         case _:
             raise KeyError(name)
     return module

@@ -17,8 +17,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from amfm.launch.cli import app
-from amfm.launch.old_words import OLD_OPTIONS
+from amfm.launch.cli import OLD_OPTIONS, app
 from amfm.launch.verbs import PACKAGED, VERBS, load_verb
 from amfm.pretrain.config.fields import describe_fields, describe_sections
 

@@ -27,14 +27,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from amfm.launch.cluster.child import ending_with_us
 from amfm.launch.cluster.excluded_nodes import ExcludedNodes
-from amfm.launch.cluster.interrupt import forward_to_ranks
 from amfm.launch.cluster.lines import check_host, remote_command, shell_line, with_variables
 from amfm.launch.cluster.links import find_port
 from amfm.launch.cluster.node_check import MARK, blame, make_request
 from amfm.launch.cluster.node_logs import find_message, is_telling
-from amfm.launch.cluster.orphans import ending_with_us
-from amfm.launch.cluster.supervise import Attempt, Outcome
+from amfm.launch.cluster.supervise import Attempt, Outcome, forward_to_ranks
 from amfm.launch.console import say
 from amfm.launch.rank_command import isolated_python
 from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, RUN_FAILED

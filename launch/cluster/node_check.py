@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from amfm.data_pipeline.durable.files import write_file_atomically
-from amfm.launch.cluster.inputs import blame_inputs, check_inputs
 from amfm.launch.cluster.links import LINK_SECONDS, await_links, blame_links, check_link, find_port, listen
-from amfm.launch.cluster.storage import blame_storage, describe_refusal, probe
+from amfm.launch.cluster.storage import blame_inputs, blame_storage, check_inputs, describe_refusal, probe
 from amfm.launch.doctor.machine import has_cuda
 from amfm.pretrain.versions import collect_versions, digest_code
 

@@ -31,11 +31,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from amfm.data_pipeline.prepare.ray_actors import start_ray
 from amfm.launch.cluster.excluded_nodes import ExcludedNodes
-from amfm.launch.cluster.interrupt import forward_to_ranks
 from amfm.launch.cluster.links import find_port
 from amfm.launch.cluster.node_check import blame, make_request, read_answers
 from amfm.launch.cluster.node_logs import Follower, copy_labelled, last_words, node_log
-from amfm.launch.cluster.supervise import Attempt, Outcome
+from amfm.launch.cluster.supervise import Attempt, Outcome, forward_to_ranks
 from amfm.launch.console import say
 from amfm.launch.rank_command import isolated_python, rank_command, rank_variables
 from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, LAUNCHER_PID, RESTART_CAUSE, RUN_FAILED

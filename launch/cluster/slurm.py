@@ -23,11 +23,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from amfm.launch.cluster.batch_host import BatchHostWatch
-from amfm.launch.cluster.controller import AWAY, address_of, ask
+from amfm.launch.cluster.child import ending_with_us
+from amfm.launch.cluster.controller import AWAY, BatchHostWatch, address_of, ask
 from amfm.launch.cluster.excluded_nodes import ExcludedNodes
-from amfm.launch.cluster.inputs import list_inputs
-from amfm.launch.cluster.interrupt import forward_to_ranks
 from amfm.launch.cluster.lines import (
     check_variables,
     plain,
@@ -39,8 +37,8 @@ from amfm.launch.cluster.lines import (
 from amfm.launch.cluster.links import candidates
 from amfm.launch.cluster.node_check import blame, make_request, read_answers
 from amfm.launch.cluster.node_logs import NO_STEP, SIGNALLED, Follower, SrunOutput, first_message, node_log
-from amfm.launch.cluster.orphans import ending_with_us
-from amfm.launch.cluster.supervise import Attempt, Outcome
+from amfm.launch.cluster.storage import list_inputs
+from amfm.launch.cluster.supervise import Attempt, Outcome, forward_to_ranks
 from amfm.launch.console import say
 from amfm.launch.rank_command import isolated_python, rank_command
 from amfm.pretrain.config.schema import RunConfig

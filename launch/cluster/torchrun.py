@@ -13,10 +13,10 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 
+from amfm.launch.cluster.child import ending_with_us
 from amfm.launch.cluster.lines import check_host
 from amfm.launch.cluster.links import find_port, listen
 from amfm.launch.cluster.local import forward_signals
-from amfm.launch.cluster.orphans import ending_with_us
 from amfm.launch.console import say
 from amfm.launch.rank_command import isolated_python, rank_command
 from amfm.pretrain.launcher_protocol import DONE, RUN_FAILED

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from amfm.launch.arguments import ConfigArgument, JsonOption, OverridesArgument
-from amfm.launch.cluster.inputs import list_inputs
 from amfm.launch.cluster.options import check_kubernetes, check_options, check_spares
+from amfm.launch.cluster.storage import list_inputs
 from amfm.launch.commands.train import summarize
 from amfm.launch.console import print_json, say
 from amfm.launch.rank_command import rank_command

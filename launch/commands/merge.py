@@ -1,15 +1,18 @@
-"""The verb merge."""
+"""The verb merge.
+
+The verb compact.
+"""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from amfm.data_pipeline.terminal import Waiting
-from amfm.launch.arguments import JsonOption, choose_device
+from amfm.launch.arguments import CheckpointArgument, JsonOption, choose_device
 from amfm.launch.commands.evaluate import DeviceOption
 from amfm.launch.console import print_json, print_pairs, print_rows
 from amfm.launch.existing import require_exists
@@ -97,6 +100,47 @@ def describe(steps: tuple[int, ...]) -> str:
     return ", ".join(map(str, steps))
 
 
+def compact(
+    checkpoint: CheckpointArgument,
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Output folder for the weights; must be missing or empty.")
+    ],
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """The verb `compact`.
+
+    OUT is a weights folder: for export, generation, evaluation, or run.initial_weights of a run that trains on.
+    """
+    from amfm.pretrain.pruning.shrink import shrink_checkpoint
+
+    with Waiting("amfm compact") as waiting:
+        report = shrink_checkpoint(checkpoint, out, waiting)
+    if as_json:
+        print_json(
+            {
+                "path": str(report.path),
+                "parameters": [report.parameters_before, report.parameters_after],
+                "groups": {place: list(counts) for place, counts in report.counts.items()},
+                "max_logit_difference": report.max_logit_difference,
+                "compared": report.compared,
+                "model": report.model.model_dump(mode="json"),
+            }
+        )
+        return
+    share = report.parameters_after / report.parameters_before
+    pairs: list[tuple[str, Any]] = [
+        ("folder", report.path),
+        ("parameters", f"{report.parameters_before:,} -> {report.parameters_after:,} ({share:.1%})"),
+        *((place, f"{before:,} -> {after:,}") for place, (before, after) in report.counts.items()),
+        ("verification", f"largest logit difference {report.max_logit_difference:.1e} on {report.compared}"),
+    ]
+    print_pairs("Compacted", pairs)
+
+
 def add_verbs(app: typer.Typer) -> None:
-    """Register the verb of this file."""
+    """Register the verbs of this file."""
     app.command(epilog="Example: amfm merge runs/my weights/merged --last 8 --weights wsm")(merge)
+    app.command(
+        epilog="Example: amfm compact runs/pruned weights/pruned, then amfm export weights/pruned exports/pruned"
+    )(compact)

@@ -12,7 +12,7 @@ from amfm.launch.console import print_json, print_pairs, print_rows
 from amfm.launch.existing import require_exists
 
 if TYPE_CHECKING:
-    from amfm.launch.profile.show import Profile
+    from amfm.launch.profile import Profile
 
 
 def profile(
@@ -28,7 +28,7 @@ def profile(
     as_json: JsonOption = False,
 ) -> None:
     """The verb `profile`."""
-    from amfm.launch.profile.show import profile_run
+    from amfm.launch.profile import profile_run
 
     found = profile_run(run_dir, step, rank)
     if as_json:
@@ -39,7 +39,7 @@ def profile(
 
 def print_profile(found: Profile) -> None:
     """Print three tables and where to open the files."""
-    from amfm.launch.profile.show import PASSES, describe_peak
+    from amfm.launch.profile import PASSES, describe_peak
 
     untraced = found.untraced_milliseconds
     beside = "" if untraced is None else f"; steps without a trace: {untraced:,.1f} ms, the median"

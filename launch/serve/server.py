@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from amfm.launch.http_server import HttpHandler, HttpServer
-from amfm.launch.serve.answers import begin_answer
-from amfm.launch.serve.requests import Kind, RefusedError, parse_request
+from amfm.launch.serve.completions import Kind, RefusedError, begin_answer, parse_request
 from amfm.launch.serve.served_model import ServedModel
 
 MAX_BODY_BYTES = 4 << 20

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from amfm.launch.follow_run import following
-from amfm.launch.notify import Message, Notifier, Observer, find_url
+from amfm.launch.follow_run import Message, Notifier, Observer, find_url, following
 from amfm.pretrain.config.file import load_config
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.monitor.beats import Beat

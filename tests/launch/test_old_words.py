@@ -2,8 +2,7 @@
 
 import pytest
 
-from amfm.launch.cli import run
-from amfm.launch.old_words import use_current_words
+from amfm.launch.cli import run, use_current_words
 
 
 @pytest.mark.parametrize(

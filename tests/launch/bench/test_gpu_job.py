@@ -10,7 +10,7 @@ import torch
 
 from amfm.launch.bench.gpu_job import LIMITS, STAGES, Job, judge_losses, run_stages
 from amfm.launch.cli import run
-from amfm.launch.commands.bench.gpu import describe_reserved, print_job
+from amfm.launch.commands.bench import describe_reserved, print_job
 
 CPU = [4.0, 3.5, 3.0]
 

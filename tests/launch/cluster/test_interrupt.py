@@ -7,8 +7,7 @@ import signal
 
 import pytest
 
-from amfm.launch.cluster.interrupt import forward_to_ranks
-from amfm.launch.cluster.supervise import Outcome
+from amfm.launch.cluster.supervise import Outcome, forward_to_ranks
 
 
 def test_the_first_interrupt_lets_ranks_save_and_the_second_ends_the_launcher(

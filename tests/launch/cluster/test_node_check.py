@@ -15,7 +15,6 @@ import pytest
 
 from amfm.launch.cluster import node_check
 from amfm.launch.cluster.excluded_nodes import ExcludedNodes
-from amfm.launch.cluster.inputs import list_inputs
 from amfm.launch.cluster.links import LINK_SECONDS, blame_links, candidates, listen
 from amfm.launch.cluster.node_check import (
     blame,
@@ -27,6 +26,7 @@ from amfm.launch.cluster.node_check import (
     process_age,
     read_answers,
 )
+from amfm.launch.cluster.storage import list_inputs
 from tests.helpers.patience import PATIENCE_SECONDS
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 

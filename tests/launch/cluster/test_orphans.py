@@ -13,7 +13,7 @@ from tests.helpers.patience import PATIENCE_SECONDS
 
 LAUNCHER = (
     "import subprocess\n"
-    "from amfm.launch.cluster.orphans import ending_with_us\n"
+    "from amfm.launch.cluster.child import ending_with_us\n"
     "child = subprocess.Popen(ending_with_us(['sh', '-c', 'echo ready $$; exec sleep 3600']))\n"
     "child.wait()\n"
 )

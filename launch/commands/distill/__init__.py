@@ -1,1 +1,0 @@
-"""Verbs `amfm distill ...`."""

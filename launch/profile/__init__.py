@@ -1,1 +1,0 @@
-"""Where a step's time goes: traces of `train.profile`, read and put to blocks and kinds of work."""
