@@ -17,7 +17,7 @@ import torch
 import typer
 
 from amfm.data_pipeline.memory import keep_freed_memory
-from amfm.kernels.cases.operation import Inputs
+from amfm.kernels.cases import Inputs
 from amfm.kernels.mamba2.case import mixer_problem
 from amfm.launch.arguments import JsonOption
 from amfm.launch.console import print_json, print_rows

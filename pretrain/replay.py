@@ -28,8 +28,7 @@ from amfm.pretrain.checkpoint.names import checkpoint_name, list_checkpoints, st
 from amfm.pretrain.checkpoint.reader import RangeReader, kinds_of
 from amfm.pretrain.config.file import load_config, resolved_yaml
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.report.attempts import Attempt, list_attempts
-from amfm.pretrain.report.data import read_run
+from amfm.pretrain.report.data import Attempt, list_attempts, read_run
 from amfm.pretrain.versions import OWN_CODE, collect_versions
 
 # What a step computes, in the order in which it does; the rest of its line depends on time and machine.

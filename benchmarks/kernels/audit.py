@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from amfm.kernels.acceptance.child import BYTES_A_SECOND, FLOPS_A_SECOND
-from amfm.kernels.cases.operation import NOTHING, CountedProblem, Goal, Minimum
+from amfm.kernels.cases import NOTHING, CountedProblem, Goal, Minimum
 from amfm.kernels.proof.operations import OPERATIONS, check_names
 from benchmarks import ROOT
 

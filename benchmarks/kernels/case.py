@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amfm.kernels.cases.operation import Compute, HostSizes, Minimum
+from amfm.kernels.cases import Compute, HostSizes, Minimum
 from amfm.kernels.proof.operations import host_problem
 from benchmarks.kernels.transformers_peers import add_transformers
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amfm.kernels.cases.operation import EPSILON, Compute, HostSizes, Problem
+from amfm.kernels.cases import EPSILON, Compute, HostSizes, Problem
 
 Variants = dict[str, Compute]
 # Operations whose definition, a token at a time, is timed too.

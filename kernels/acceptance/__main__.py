@@ -22,7 +22,7 @@ import torch
 from amfm.kernels.acceptance import report as shown
 from amfm.kernels.acceptance.process import Finished, run_child
 from amfm.kernels.acceptance.report import STAGES, Report
-from amfm.kernels.cases.operation import KINDS
+from amfm.kernels.cases import KINDS
 from amfm.kernels.runtime.backend import REQUIREMENTS, refuse_triton, triton_version
 from amfm.kernels.runtime.first_use import DEFAULT_CASES
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from amfm.kernels.attention.varlen import activate_newest, restore
-from amfm.kernels.cases.operation import Compute, GpuSizes, Inputs, Problem, evaluate
+from amfm.kernels.cases import Compute, GpuSizes, Inputs, Problem, evaluate
 from amfm.kernels.proof.check import (
     REFUSALS,
     TensorVerdict,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from amfm.kernels.attention.op import attention, attention_bytes, attention_flops, fastest_backend
 from amfm.kernels.attention.varlen import DocumentEnds
-from amfm.kernels.cases.operation import (
+from amfm.kernels.cases import (
     CountedProblem,
     GpuSizes,
     Inputs,

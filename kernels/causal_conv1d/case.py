@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from amfm.kernels.cases.operation import (
+from amfm.kernels.cases import (
     Compute,
     CountedProblem,
     GpuSizes,

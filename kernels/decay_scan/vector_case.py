@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from amfm.kernels.cases.operation import (
+from amfm.kernels.cases import (
     CountedProblem,
     Goal,
     GpuSizes,

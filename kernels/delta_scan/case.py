@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from amfm.kernels.cases.operation import (
+from amfm.kernels.cases import (
     Compute,
     CountedProblem,
     Goal,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amfm.kernels.cases.operation import (
+from amfm.kernels.cases import (
     EPSILON,
     Compute,
     CountedProblem,

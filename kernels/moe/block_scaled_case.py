@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from amfm.kernels.cases.operation import (
+from amfm.kernels.cases import (
     CountedProblem,
     GpuSizes,
     Inputs,

@@ -13,7 +13,7 @@ from functools import partial
 from torch import Tensor
 from torch.nn import functional
 
-from amfm.kernels.cases.operation import (
+from amfm.kernels.cases import (
     Compute,
     CountedProblem,
     GpuSizes,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amfm.kernels.cases.operation import (
+from amfm.kernels.cases import (
     EPSILON,
     Compute,
     CountedProblem,

@@ -27,7 +27,7 @@ from triton.errors import TritonError
 from triton.runtime import interpreter
 from triton.testing import do_bench
 
-from amfm.kernels.cases.operation import Call, Problem, Sized, evaluate
+from amfm.kernels.cases import Call, Problem, Sized, evaluate
 from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.runtime.interpreter import EMULATIONS
 from amfm.kernels.runtime.launch_failure import describe_launch_failure

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from amfm.kernels.cases.operation import GpuSizes, HostSizes, Inputs, OperationCase, Problem
+from amfm.kernels.cases import GpuSizes, HostSizes, Inputs, OperationCase, Problem
 
 _KERNELS = Path(__file__).parents[1]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
-from amfm.kernels.cases.operation import Kind, OperationCase
+from amfm.kernels.cases import Kind, OperationCase
 from amfm.kernels.common.custom_op import find_body
 from amfm.kernels.proof.operations import OPERATIONS
 from amfm.kernels.runtime.backend import INTERPRETED

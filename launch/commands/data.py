@@ -274,8 +274,7 @@ def print_differences(diff: Path, other: Inspection, path: Path, found: Inspecti
 
 def show_origin(run_dir: Path, step: int, *, as_json: bool) -> None:
     """Print which starts trained a step, and which of them the run still consists of."""
-    from amfm.pretrain.report.attempts import HEADER, list_attempts
-    from amfm.pretrain.report.data import read_run
+    from amfm.pretrain.report.data import HEADER, list_attempts, read_run
 
     record = read_run(run_dir)
     attempts = list_attempts(record.events, record.last_step())

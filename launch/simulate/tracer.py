@@ -1,7 +1,7 @@
 """Dispatch mode that records every operation of a simulated rank: allocations, FLOPs, traffic and host waits.
 
 How it works: the mode stands above FakeTensorMode and sees each operation that reaches the dispatcher, from Python or
-from autograd's C++. It runs the operation on fake tensors, then tells the meters: `memory.py` new storages, `flops.py`
+from autograd's C++. It runs the operation on fake tensors, then tells the meters: `gpu.py` new storages, `flops.py`
 products, `count_collectives` what is sent, and `events.py`, where a timeline is asked for, all of it in order. The host's control flow depends on a few integers (rows for each expert
 rank, documents), so `values.py` carries those along on the CPU; other numbers that Python asks for get a harmless
 answer. A mode rather than a profiler, because without a device there is nothing to profile.
@@ -36,7 +36,7 @@ from amfm.launch.simulate.compiled import BodyRunner, CompiledKernels
 from amfm.launch.simulate.count_collectives import CommunicationCounter, group_of
 from amfm.launch.simulate.events import EventLog
 from amfm.launch.simulate.flops import count_flops
-from amfm.launch.simulate.memory import MemoryMeter
+from amfm.launch.simulate.gpu import MemoryMeter
 from amfm.launch.simulate.place import OUTSIDE, BlockTracker, current_line
 from amfm.launch.simulate.values import KnownValues, leaves, real_tensors
 from amfm.model.parallel.groups import ProcessGroupCollection

@@ -1,7 +1,7 @@
-"""What we know of a class of transformers: one value per class, each in a file of its name, all of them in `classes.py`.
+"""What we know of a class of transformers: one value per class, in the file of its family, all of them in `classes.py`.
 
 A class that is read has a model type, a reader of config.json and a weight map; one that is written too (`HfTarget`) also says
-which models fit it and what its config.json holds. Adding one takes its file, its name here and its row in `classes.py`. This
+which models fit it and what its config.json holds. Adding one takes its file or its family's, its name here and its row in `classes.py`. This
 file imports no torch, so that settings and the command line can name the classes.
 
 A package adds a class to write by an entry point of the group `amfm.export_targets`, whose name is the target's and which names

@@ -1,7 +1,7 @@
 """Choice of the transformers class that can hold a model exactly, and reasons why another one cannot.
 
 A class holds a configuration when the function from tokens to logits is the same. Its rules, names, shapes and fields are in
-the file of its name.
+the file of its family.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class AdamW(torch.optim.AdamW):
 MUON = "muon"  # label of the groups whose matrices Muon steps
 ONE = "one_"  # begins the labels of groups that a package's optimizer steps with one moment
 MATRICES = (
-    "matrices"  # of groups whose matrices a rule steps that keeps its state at their owners (engine/muon/rules.py)
+    "matrices"  # of groups whose matrices a rule steps that keeps its state at their owners (engine/muon/whole.py)
 )
 OWNED = "optimizer/"  # begins the names of such states among a checkpoint's buffers
 AVERAGE = "ema"  # kind of the moving average of master weights, which no optimizer reads (hooks/weight_averages.py)

@@ -15,9 +15,8 @@ from amfm.model.config.kinds import describe_symbol
 from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.monitor.follow import FollowedRun
 from amfm.pretrain.monitor.panel import plural
-from amfm.pretrain.report.attempts import HEADER, list_attempts
 from amfm.pretrain.report.curves import make_stages
-from amfm.pretrain.report.data import RunRecord, read_run
+from amfm.pretrain.report.data import HEADER, RunRecord, list_attempts, read_run
 from amfm.pretrain.report.goodput import USES, make_timeline, measure_goodput
 from amfm.pretrain.report.numbers import count, duration, perplexity
 from amfm.pretrain.report.overlay import MAX_RUNS, compare_configs, compare_numbers, overlay_plots, render_runs

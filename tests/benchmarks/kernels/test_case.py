@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from amfm.kernels.acceptance.child import time_problem
-from amfm.kernels.cases.operation import GpuSizes, HostSizes
+from amfm.kernels.cases import GpuSizes, HostSizes
 from amfm.kernels.proof.operations import ON_CARD, ON_HOST
 from amfm.kernels.runtime.backend import INTERPRETED
 from benchmarks.kernels.case import host_case

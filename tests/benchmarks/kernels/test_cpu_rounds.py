@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from amfm.kernels.cases.operation import NOTHING
+from amfm.kernels.cases import NOTHING
 from benchmarks.kernels.case import TimedCase
 from benchmarks.kernels.cpu_rounds import compare_variants
 

@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import Tensor
 
-from amfm.kernels.cases.operation import Inputs, OperationCase, Problem, Sized
+from amfm.kernels.cases import Inputs, OperationCase, Problem, Sized
 
 if os.environ.get("AMFM_TEST_OWNER") != str(os.getpid()):
     raise RuntimeError(

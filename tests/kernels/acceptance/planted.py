@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from amfm.kernels.cases.operation import Inputs, OperationCase, Problem, Sized
+from amfm.kernels.cases import Inputs, OperationCase, Problem, Sized
 
 
 @triton.jit

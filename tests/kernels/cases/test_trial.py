@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from amfm.kernels.cases.operation import evaluate
+from amfm.kernels.cases import evaluate
 from amfm.kernels.proof.check import judge
 from amfm.kernels.proof.operations import OPERATIONS
 

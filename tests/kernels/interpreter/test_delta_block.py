@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from amfm.kernels.cases.operation import Inputs, Problem, evaluate
+from amfm.kernels.cases import Inputs, Problem, evaluate
 from amfm.kernels.delta_block import triton_impl
 from amfm.kernels.delta_block.case import block_problem, deltanet, gated_deltanet, kda
 from amfm.kernels.delta_block.op import delta_mix

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from amfm.kernels.attention.op import attention
-from amfm.kernels.cases.operation import Problem, Sized, evaluate
+from amfm.kernels.cases import Problem, Sized, evaluate
 from amfm.kernels.causal_conv1d.op import causal_conv1d
 from amfm.kernels.common.inputs import check_matrix
 from amfm.kernels.common.scan_launch import pass_states

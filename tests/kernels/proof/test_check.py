@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from amfm.kernels.cases.operation import Inputs, Problem, Sized
+from amfm.kernels.cases import Inputs, Problem, Sized
 from amfm.kernels.proof.check import FACTOR, FLOORS, check_trial, judge
 
 EXACT = {"y": torch.linspace(1, 2, 100, dtype=torch.float64), "d_x": torch.linspace(-1, 1, 100, dtype=torch.float64)}

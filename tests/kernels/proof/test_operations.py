@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from amfm.kernels.cases.operation import GpuSizes, Inputs
+from amfm.kernels.cases import GpuSizes, Inputs
 from amfm.kernels.proof.operations import ON_CARD
 
 SMALL = GpuSizes(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from amfm.kernels.acceptance.child import time_variants
-from amfm.kernels.cases.operation import Minimum, Problem
+from amfm.kernels.cases import Minimum, Problem
 from amfm.launch.cli import run
 from amfm.launch.commands.bench import print_kernel_table
 

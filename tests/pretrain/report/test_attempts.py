@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from amfm.launch.cli import run
-from amfm.pretrain.report.attempts import list_attempts
+from amfm.pretrain.report.data import list_attempts
 from amfm.pretrain.report.report import write_report
 from amfm.pretrain.startup.log import in_ranges
 from tests.helpers.json_output import one_object

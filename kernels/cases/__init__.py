@@ -1,1 +1,0 @@
-"""What a case of an operation is made of: problems and trials."""
