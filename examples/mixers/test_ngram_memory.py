@@ -17,8 +17,6 @@ from amfm.model.config.schema import ModelConfig
 from amfm.model.flops import count_parameters, flops_per_token
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
-from amfm.pretrain.checks.mixers import refusal_problems
-from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.inference.rows import OneText, TextRows, advance
 from tests.helpers.numbers import assert_bitwise, assert_near
 from tests.model.small_models import loss_of, meta_of, packed_batch, small_config, small_model
@@ -130,12 +128,14 @@ def test_texts_one_by_one_and_together_read_on_as_the_whole() -> None:
         assert_near(after[text_number], expected_V, FLOAT32, "texts together")
 
 
-def test_a_layout_without_tokens_and_tensor_ranks_are_rejected() -> None:
+def test_a_layout_without_tokens_is_rejected_and_ranks_that_do_not_divide_columns() -> None:
     mixer = small_model(config_of()).blocks[1].mixer
     with pytest.raises(ValueError, match="this layout has none"):
         mixer(torch.zeros(1, 3, 12, dtype=torch.float64), meta_of(torch.zeros(1, 3, dtype=torch.int64)))
-    (problem,) = refusal_problems(config_of(), ParallelConfig(tensor=2))
-    assert problem.key == "parallel.tensor" and "its tables are not cut yet" in problem.rule
+    options = NgramMemoryOptions(**SIZES)
+    assert options.cut_evenly() == {"tensor": {"head_dim": 3}}
+    # What is looked up leaves a region; whole tokens enter one for the convolution only if ranks share them.
+    assert options.tensor_crossings(12, False) == (12,) and options.tensor_crossings(8, True) == (12, 8)
 
 
 @pytest.mark.slow

@@ -37,6 +37,11 @@ def muon(num_ranks: int, **parallel: Any) -> Layout:
     return Layout(num_ranks, parallel, "muon", SETTINGS)
 
 
+def ngrams(num_ranks: int, **parallel: Any) -> Layout:
+    """The model whose tables tensor ranks cut by columns."""
+    return Layout(num_ranks, parallel, "ngrams", SETTINGS)
+
+
 LAYOUTS = {
     "one": layout(1),
     "one_bf16": layout(1, "bf16"),
@@ -63,6 +68,8 @@ LAYOUTS = {
     "muon_tensor2": muon(2, tensor=2),
     "muon_expert2": muon(2, expert=2, zero_stage=2),
     "muon_zero0": muon(2, zero_stage=0),
+    "ngrams": ngrams(1),
+    "ngrams_tensor2": ngrams(2, tensor=2, sequence_parallel=True),
     "pipeline2_tensor2_expert2": layout(8, pipeline=2, tensor=2, sequence_parallel=True, expert=2),
 }
 QUICK = [("expert2", "tensor2")]
@@ -95,6 +102,7 @@ MUON = [
     ("muon_zero3", "muon_zero0"),
     ("muon_zero0", "muon_tensor2"),
 ]
+NGRAMS = [("ngrams", "ngrams_tensor2"), ("ngrams_tensor2", "ngrams")]
 EIGHT = [("expert4", "pipeline2_tensor2_expert2"), ("pipeline2_tensor2_expert2", "data2")]
 PRECISIONS = [("one_bf16", "tensor2_zero0"), ("expert2", "one_bf16"), ("tensor2_expert2_bf16", "pipeline2")]
 
@@ -189,7 +197,9 @@ def test_runs_move_between_layouts_of_two_ranks(data: DataConfig, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "pairs", [SLOW, MUON, EIGHT, PRECISIONS], ids=["up to four ranks", "Muon", "eight ranks", "precisions"]
+    "pairs",
+    [SLOW, MUON, NGRAMS, EIGHT, PRECISIONS],
+    ids=["up to four ranks", "Muon", "n-gram memory", "eight ranks", "precisions"],
 )
 def test_runs_move_between_layouts(data: DataConfig, tmp_path: Path, pairs: list[tuple[str, str]]) -> None:
     move_all(data, tmp_path, pairs)

@@ -17,7 +17,9 @@ from torch.nn import functional
 from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.context import receive_windows
-from amfm.model.parallel.layers import Linear, RMSNorm
+from amfm.model.parallel.layers import Linear, RMSNorm, stream_shard
+from amfm.model.parallel.regions import enter_tensor_region, leave_tensor_region
+from amfm.model.parallel.shards import Shard, ShardSpec, divide
 from amfm_mixers.options import NgramMemoryOptions
 
 MULTIPLIER_BYTES = 5  # so that a product with an id below 2^22 fits into int64
@@ -31,7 +33,9 @@ class NgramMemoryMixer(SequenceMixer):
     the convolution begin at zero, so that a new model is the one without these blocks. Tokens of other documents count as none.
 
     Source: Cheng et al. 2026, arXiv 2601.07372, section 2; without its merged ids of similar tokens, with one
-    branch, and with one hash for all blocks. Every rank of `groups.cp` must call.
+    branch, and with one hash for all blocks. Each tensor rank has some columns of every row: sizes are primes, which no number
+    of ranks divides, and n-grams that are read often would load one rank more than others. Every rank of `groups.tp` and
+    `groups.cp` must call.
     """
 
     def __init__(self, options: NgramMemoryOptions, build: BuildContext) -> None:
@@ -40,11 +44,16 @@ class NgramMemoryMixer(SequenceMixer):
         width, groups = build.hidden_size, build.groups
         sizes = options.table_sizes()
         read = len(sizes) * options.head_dim
-        self.tables = nn.Parameter(torch.empty(sum(sizes), options.head_dim))
+        columns = divide(options.head_dim, groups, "model.mixers.ngram_memory.head_dim")
+        self.tables = nn.Parameter(torch.empty(sum(sizes), columns))
         self.key_proj = Linear(read, width, groups)
         self.value_proj = Linear(read, width, groups)
         self.key_norm, self.value_norm = (RMSNorm(width, build.norm_epsilon, build.backend, groups) for _ in range(2))
         self.conv_weight = nn.Parameter(torch.empty(width, options.conv_kernel))
+        cut = ShardSpec(1, "tp", (options.head_dim,))
+        self.shards = {"tables": Shard((cut,)), "conv_weight": stream_shard(groups)}
+        # Whether x has this rank's share of the tokens.
+        self.shares_tokens = groups.sequence_parallel and groups.tp.size() > 1
         self.multipliers = [multiplier(place) for place in range(options.max_n)]
         # Sizes of tables [n, head], and the first row of each.
         self.places: Tensor
@@ -67,19 +76,24 @@ class NgramMemoryMixer(SequenceMixer):
         else:
             assert isinstance(state, dict), f"a registered mixer got a {type(state).__name__}"
             tokens_before = state["tokens"]
-        rows_BTR = self.rows(ids_BT1, document_ids_BT, tokens_before).view(*x_BTD.shape[:2], -1)
-        value_BTD = self.read(x_BTD, rows_BTR)
+        rows_BTR = self.rows(ids_BT1, document_ids_BT, tokens_before).view(*meta.tokens_BT.shape, -1)
+        value_BTD = self.read(x_BTD, self.look_up(rows_BTR))
         normed_BTD = self.value_norm(value_BTD)
+        if self.shares_tokens:
+            normed_BTD = enter_tensor_region(normed_BTD, self.build.groups)
         if segments is not None:
             normed_BTD = segments.as_rows(normed_BTD)
             before_BWD = receive_windows(normed_BTD, self.options.reach(), segments, self.build.groups)
         else:
             before_BWD = self.empty_window(len(x_BTD)) if state is None else state["window"]
-        mixed_BTD = functional.silu(self.convolve(normed_BTD, document_ids_BT, before_BWD)).view_as(value_BTD)
+        mixed_BTD = self.convolve(normed_BTD, document_ids_BT, before_BWD).view(*meta.tokens_BT.shape, -1)
+        if self.shares_tokens:
+            group = self.build.groups.tp
+            mixed_BTD = mixed_BTD.chunk(group.size(), dim=1)[group.rank()]
         following: MixerState | None = None
         if state is not None:
             following = {"tokens": last(tokens_before, ids_BT1), "window": last(before_BWD, normed_BTD)}
-        return MixerOutput(value_BTD + mixed_BTD, following)
+        return MixerOutput(value_BTD + functional.silu(mixed_BTD), following)
 
     def rows(self, ids_BT1: Tensor, document_ids_BT: Tensor | None, before_BW1: Tensor) -> Tensor:
         """Rows of the tables that each token reads, [B, T, tables]; ids are one more than tokens, 0: none."""
@@ -90,9 +104,18 @@ class NgramMemoryMixer(SequenceMixer):
             rows.append(mixed_BT1 % sizes[place - 1] + starts[place - 1])
         return torch.cat(rows, dim=-1)
 
-    def read(self, x_BTD: Tensor, rows_BTR: Tensor) -> Tensor:
-        """Look up and gate: [B, T, D]."""
-        found_BTE = functional.embedding(rows_BTR, self.tables).flatten(2)
+    def look_up(self, rows_BTR: Tensor) -> Tensor:
+        """Join the rows, [B, T, E], of the tokens that x has. Every rank of `groups.tp` must call."""
+        group, found_BTRK = self.build.groups.tp, functional.embedding(rows_BTR, self.tables)
+        if group.size() > 1:
+            # Zeros for the columns of other ranks.
+            columns = found_BTRK.shape[-1]
+            before = group.rank() * columns
+            found_BTRK = functional.pad(found_BTRK, (before, self.options.head_dim - before - columns))
+        return leave_tensor_region(found_BTRK.flatten(2), self.build.groups)
+
+    def read(self, x_BTD: Tensor, found_BTE: Tensor) -> Tensor:
+        """Gate what was looked up: [B, T, D]."""
         wide = torch.promote_types(x_BTD.dtype, torch.float32)
         score_BT1 = (x_BTD.to(wide) * self.key_norm(self.key_proj(found_BTE)).to(wide)).sum(-1, keepdim=True)
         score_BT1 = score_BT1 / math.sqrt(x_BTD.shape[-1])

@@ -77,7 +77,6 @@ NGRAM_MEMORY = Kind(
     "ngram_memory",
     "amfm_mixers.ngram_memory:NgramMemoryMixer",
     NgramMemoryOptions,
-    refuses={"tensor": "its tables are not cut yet"},
     modeling="amfm_mixers.modeling.ngram_memory_amfm:NgramMemory",
 )
 PLSTM = _linear("plstm", "retention", "PlstmMixer", PlstmOptions, "linear_forms_amfm:Plstm")

@@ -65,8 +65,13 @@ class PlannedBlock:
     def tensor_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
         """What this many blocks hand to collectives over tensor ranks in one micro-batch.
 
-        Here: the two crossings of one region, its entry and its exit.
+        Here: the two crossings of one region, its entry and its exit, or those that its options name.
         """
+        widths = self.options.tensor_crossings(self.model.hidden_size, layout.sequence_parallel)
+        if widths is not None:
+            for width in widths:
+                yield from crossing(self.config, layout, width, times=times)
+            return
         yield from crossing(self.config, layout, self.model.hidden_size, times=2 * times, regathers=times)
 
     def context_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:

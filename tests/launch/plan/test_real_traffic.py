@@ -32,6 +32,7 @@ MOM = "model.mixers={gated_deltanet: {num_heads: 4, head_dim: 8}, mom: {num_memo
 LIGHTNING = "model.mixers.lightning={num_heads: 8, head_dim: 8}"
 INDEXER = "model.attention.indexer.top_k=50 model.attention.indexer.head_dim=8"
 WARM_UP = f"{INDEXER} model.attention.indexer.stage=warm_up"
+NGRAMS = "model.pattern=M{ngram_memory}E model.mixers.ngram_memory.head_dim=4 model.mixers.ngram_memory.table_size=50"
 FEWER_ROWS = "train.global_batch_size=8"
 TWO_RANKS = [
     f"expert=2 model.moe.capacity_factor=1.5 {FEWER_ROWS}",
@@ -52,6 +53,8 @@ TWO_RANKS_MORE = [
     f"tensor=2 {WARM_UP}",
     "pipeline=2 schedule=interleaved virtual_stages=2 model.attention_residuals.blocks_per_source=2",
     "pipeline=2 schedule=interleaved virtual_stages=2 model.hyper_connections.streams=3",
+    f"tensor=2 sequence_parallel=true {NGRAMS}",
+    f"tensor=2 {NGRAMS}",
     f"context=2 {INDEXER}",
     f"context=2 {WARM_UP}",
 ]

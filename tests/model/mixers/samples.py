@@ -17,7 +17,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "fox": {"num_kv_heads": 2, "qk_norm": True, "gate": "element"},
     "log_linear": {"state_size": 6, "num_groups": 2, "max_tokens": 16},
     "mesa": {"num_iterations": 10},
-    "ngram_memory": {"num_heads": 2, "head_dim": 3, "table_size": 20},
+    "ngram_memory": {"num_heads": 2, "head_dim": 4, "table_size": 20},
     "mamba1": {"inner_size": 10, "state_size": 4},
     "mamba3": {"state_size": 8, "num_groups": 2},
     "mla": {

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from amfm.model.mixers.recurrence import OpenScan, Recurrence, ScanRows, ScanSettings
+from amfm.model.mixers.shared_layers import gate_heads
 from amfm.model.packing import PackMeta
 from tests.helpers.numbers import assert_near
 from tests.model.mixers.samples import mixer_config, sample_options
@@ -246,6 +247,24 @@ def test_window_equals_the_peers_attention() -> None:
         q, k, v = mixer._heads(x_BTD @ mixer.in_proj.weight.mT, meta)
         o_BTX = naive_parallel_attn(q, k, v, window_size=mixer.options.window)[0].flatten(-2)
         return mixer.out_proj(o_BTX * torch.sigmoid(x_BTD @ mixer.g_proj.weight.mT))
+
+    compare(lambda x_BTD: mixer(x_BTD, meta).y_BTD, peer)
+
+
+def test_forgetting_attention_equals_the_peers() -> None:
+    from fla.ops.forgetting_attn.naive import naive_forgetting_attn
+
+    mixer: Any = small_model(mixer_config("fox", blocks=1), dtype=torch.float32).blocks[0].mixer
+    generator = torch.Generator().manual_seed(2)
+    # Biases begin at zero: let every head forget.
+    mixer.f_proj.bias.data -= torch.rand(mixer.num_heads, generator=generator)
+    meta = PackMeta.one_document_a_row(ROWS, TOKENS)
+
+    def peer(x_BTD: Tensor) -> Tensor:
+        q, k, v = mixer._heads(mixer.in_proj(x_BTD), meta)
+        o_BTHK = naive_forgetting_attn(q, k, v, torch.nn.functional.logsigmoid(mixer.f_proj(x_BTD)))
+        gated_BTHK = o_BTHK if mixer.g_proj is None else gate_heads(o_BTHK, mixer.g_proj(x_BTD))
+        return mixer.out_proj(gated_BTHK.flatten(-2))
 
     compare(lambda x_BTD: mixer(x_BTD, meta).y_BTD, peer)
 

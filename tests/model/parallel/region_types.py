@@ -158,7 +158,7 @@ def check_block(block: Block, config: ModelConfig, groups: ProcessGroupCollectio
     length = TOKENS // groups.tp.size() if groups.sequence_parallel else TOKENS
     x_BTD = torch.randn(1, length, config.hidden_size, requires_grad=True)
     ids_BT = torch.arange(TOKENS)[None] // 7
-    meta = PackMeta.from_document_ids(ids_BT)
+    meta = PackMeta.from_document_ids(ids_BT).with_tokens(torch.arange(TOKENS)[None])
     spmd.assert_type(x_BTD, {groups.tp: stream})
     with typed(groups):
         _, output = block(x_BTD, None, meta)
