@@ -36,6 +36,7 @@ MORE_MIXERS = (
     "ngram_memory",
     "plstm",
     "retnet",
+    "rwkv7",
     "transnormer",
 )
 SPEC_NAME = re.compile(r"[a-z][a-z0-9_]*")

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from amfm.kernels.common.limits import DECAY_LIMITS, DELTA_LIMITS, DIAG_LIMITS, ScanLimits
+from amfm.kernels.common.limits import DECAY_LIMITS, DELTA_LIMITS, DIAG_LIMITS, VECTOR_DELTA_LIMITS, ScanLimits
 from amfm.model.config.key_mixer_options import SharedKeyOptions
 from amfm.model.config.mixer_options import ChannelDeltaOptions, HeadOptions, LinearOptions, VectorGateOptions
 from amfm.model.config.options import QK_NORM_AND_CLIP, Axis, MixerOptions, OutputGate, must_divide
@@ -278,6 +278,53 @@ class Mamba3Options(LinearOptions):
     def cut_or_copied(self) -> dict[str, int]:
         """Groups may be fewer than tensor ranks."""
         return {"num_groups": self.num_groups}
+
+
+class Rwkv7Options(MixerOptions):
+    """RWKV-7's time mixing (Peng et al. 2025, arXiv 2503.14456), without values of the first block in later ones."""
+
+    num_heads: int = Field(gt=0, description="Heads of the recurrence; independent of hidden_size.")
+    head_dim: int = Field(64, gt=0, description="Channels of a head, of keys and of values.")
+    gate_rank: int | None = Field(
+        None, gt=0, description="Inner width of the low-rank projections of decay, rate and gate; null: head_dim."
+    )
+    chunk_size: int = Field(
+        64, gt=0, description="Steps per chunk of the scan, two per token; changes speed and rounding, not meaning."
+    )
+    conv_kernel: ClassVar[int] = 0
+
+    def rank(self) -> int:
+        """Inside of the low-rank projections."""
+        return self.gate_rank or self.head_dim
+
+    def heads(self) -> int:
+        """num_heads."""
+        return self.num_heads
+
+    def key_dim(self) -> int:
+        """head_dim."""
+        return self.head_dim
+
+    def value_dim(self) -> int:
+        """head_dim."""
+        return self.head_dim
+
+    def state_shape(self) -> tuple[int, int]:
+        """Keys by values."""
+        return self.head_dim, self.head_dim
+
+    def scan(self) -> tuple[ScanLimits, int, tuple[int, int]] | None:
+        """That of a delta rule with a decay per key channel."""
+        return VECTOR_DELTA_LIMITS, self.chunk_size, self.state_shape()
+
+    def cut_evenly(self) -> dict[Axis, dict[str, int]]:
+        """Heads."""
+        return {"tensor": {"num_heads": self.num_heads}}
+
+    def broken_rules(self) -> Iterator[tuple[str, str]]:
+        """Decays are summed in halves of halves of a chunk."""
+        if self.chunk_size & (self.chunk_size - 1):
+            yield "chunk_size", "must be a power of two with a decay a key channel; use 16, 32 or 64"
 
 
 class MomOptions(MixerOptions):

@@ -23,6 +23,7 @@ from amfm_mixers.options import (
     NgramMemoryOptions,
     PlstmOptions,
     RetentionOptions,
+    Rwkv7Options,
     TransNormerOptions,
 )
 
@@ -81,6 +82,7 @@ NGRAM_MEMORY = Kind(
 )
 PLSTM = _linear("plstm", "retention", "PlstmMixer", PlstmOptions, "linear_forms_amfm:Plstm")
 RETNET = _linear("retnet", "retention", "RetentionMixer", RetentionOptions, "linear_forms_amfm:Retention")
+RWKV7 = Kind("rwkv7", "amfm_mixers.rwkv7:Rwkv7Mixer", Rwkv7Options, modeling="amfm_mixers.modeling.rwkv7_amfm:Rwkv7")
 TRANSNORMER = _linear(
     "transnormer", "feature_maps", "TransNormerMixer", TransNormerOptions, "linear_forms_amfm:TransNormer"
 )
@@ -101,5 +103,6 @@ SPECS = (
     NGRAM_MEMORY,
     PLSTM,
     RETNET,
+    RWKV7,
     TRANSNORMER,
 )

@@ -163,6 +163,15 @@ def read_log_linear(rows: ScanRows) -> Tensor:
     return torch.einsum("bhts,bshv->bthv", scores, rows.v)
 
 
+def read_two_updates(rows: ScanRows) -> Tensor:
+    """RWKV-7's are those of diagonal plus low rank."""
+    from fla.ops.generalized_delta_rule.dplr.naive import dplr_recurrence
+
+    assert rows.beta is not None and rows.erase is not None
+    inputs = (unscaled(rows.q), rows.k, rows.v, rows.erase, -rows.beta * rows.erase, rows.g)
+    return dplr_recurrence(*(x.transpose(1, 2) for x in inputs))[0].transpose(1, 2)  # type: ignore[union-attr]
+
+
 def read_weights_that_sum_to_1(rows: ScanRows) -> Tensor:
     """Divided by the peer; the last column, by which the mixer would divide, is 1."""
     from fla.ops.linear_attn.naive import naive_recurrent_linear_attn
@@ -187,6 +196,7 @@ PEERS: list[tuple[str, Read, dict[str, Any]]] = [
     ("mesa", read_mesa, {"value_head_dim": 6}),
     ("plstm", read_decay_a_head, {}),
     ("retnet", read_retention, {}),
+    ("rwkv7", read_two_updates, {}),
     ("transnormer", read_no_decay, {}),
     ("hedgehog", read_weights_that_sum_to_1, {}),
 ]
