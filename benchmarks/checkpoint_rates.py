@@ -77,7 +77,7 @@ def measure(trainer: Trainer, state: dict[str, Tensor], root: Path, rounds: int)
         "save torch": lambda: save_synced(root / "torch.pt", lambda path: torch.save(state, path)),
         "save plain file": lambda: save_synced(root / "plain", flat.tofile),
         "load amfm": load_ours,
-        "load torch": lambda: torch.load(root / "torch.pt"),
+        "load torch": lambda: torch.load(root / "torch.pt", weights_only=True),
         "load plain file": (root / "plain").read_bytes,
     }
     times: Times = {name: [] for name in ways}
