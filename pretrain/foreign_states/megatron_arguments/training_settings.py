@@ -221,7 +221,7 @@ def sharding_line(given: Arguments, pattern: str) -> Line:
 
 def memory_lines(given: Arguments, pattern: str) -> Iterator[Line]:
     """What is computed again, and what a GPU replays."""
-    kind = given["recompute_granularity"]
+    kind, blocks = given["recompute_granularity"], ""
     if kind == "full":
         some = given["recompute_method"] == "block"
         note = f"there {given['recompute_num_layers']} layers of each stage" if some else ""
@@ -235,11 +235,15 @@ def memory_lines(given: Arguments, pattern: str) -> Iterator[Line]:
             yield approximated("train.recompute_blocks", blocks, note, "recompute_modules")
     impl = given["cuda_graph_impl"] or "none"
     names = ("pipeline_model_parallel_size", "context_parallel_size")
-    if impl != "none" and max(given[name] or 1 for name in names) == 1:
-        yield line("train.cuda_graphs", "blocks", "cuda_graph_impl")
+    other = [
+        *(["only with data, tensor and expert ranks"] if max(given[name] or 1 for name in names) > 1 else ()),
+        *(["only without recomputation"] if kind == "full" or blocks else ()),
+        *(["only in high precision"] if given["fp8"] or given["fp4"] else ()),
+    ]
+    if impl != "none" and other:
+        yield approximated("train.cuda_graphs", "none", f"graphs are there {' and '.join(other)}", "cuda_graph_impl")
     elif impl != "none":
-        note = "graphs are there only with data, tensor and expert ranks"
-        yield approximated("train.cuda_graphs", "none", note, "cuda_graph_impl")
+        yield line("train.cuda_graphs", "blocks", "cuda_graph_impl")
 
 
 def data_lines(given: Arguments) -> Iterator[Line]:

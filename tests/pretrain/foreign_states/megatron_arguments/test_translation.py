@@ -211,9 +211,11 @@ def test_norms_biases_and_gelu_are_those_that_the_program_computes(
         ("--expert-model-parallel-size 2 --num-experts 4", "blocks"),
         ("--pipeline-model-parallel-size 2", "none"),
         ("--context-parallel-size 2", "none"),
+        ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", "none"),
+        ("--bf16 --fp8-format e4m3 --fp8-recipe blockwise", "none"),
     ],
 )
-def test_graphs_stay_with_data_tensor_and_expert_ranks(flags: str, expected: str, tmp_path: Path) -> None:
+def test_graphs_stay_where_the_check_takes_them(flags: str, expected: str, tmp_path: Path) -> None:
     given = f"--num-layers 2 --hidden-size 32 --num-attention-heads 4 --cuda-graph-impl local {flags}"
     found = of(given, tmp_path).lines["train.cuda_graphs"]
     assert (found.value, found.is_approximate) == (expected, expected == "none")
