@@ -56,8 +56,12 @@ class Storage:
 
 
 def recomputed_bytes(block: BlockBytes, config: ModelConfig, storage: Storage, stream_ranks: int = 1) -> BlockBytes:
-    """The same block under activation recomputation: it keeps its input stream, all else becomes working space."""
-    stream = stream_bytes(config, storage, stream_ranks)
+    """The same block under activation recomputation: it keeps its input stream, all else becomes working space.
+
+    Where `made_bytes` has what each block begins with, that is all it keeps.
+    """
+    is_made = config.stream is not None and config.stream.keeps_inputs
+    stream = 0.0 if is_made else stream_bytes(config, storage, stream_ranks)
     return BlockBytes(stream, block.kept - stream + block.working)
 
 

@@ -237,9 +237,11 @@ def _estimate_stage(
     )
     gathers = 0.0
     if layout.zero_stage == 3:
-        # Forward and backward of each micro-batch, block by block.
-        moved = storage.element_bytes * held.parameters
-        gathers = 2 * passes * ring_seconds(moved, layout.dense_sharers, hardware, calls=len(held.letters))
+        # Forward and backward of each micro-batch, block by block; experts that ranks spread, over those that hold the same.
+        for parameters, is_spread in held.gradient_groups(layout):
+            ranks, stride = axis_place("expt_dp" if is_spread else "dp_cp", layout)
+            moved, calls = storage.element_bytes * parameters, held.routed_blocks if is_spread else len(held.letters)
+            gathers += 2 * passes * ring_seconds(moved, ranks, hardware, calls=calls, stride=stride)
     # Communication cannot hide behind more compute than there is.
     hidden = min(gathers * overlap, sum(compute.values()))
     exposed, hidden_reduction = reduction_seconds(config, layout, hardware, held, sum(compute.values()))

@@ -21,6 +21,7 @@ class StreamConfig(Section):
     reader: ClassVar[str]
     # How often each of its float32 tensors passes through memory in a block, forward and backward, in PyTorch's operations.
     passes: ClassVar[int]
+    keeps_inputs: ClassVar[bool] = False  # whether `num_kept` has all that a block begins with
 
     def num_tensors(self, num_blocks: int) -> int:
         """Tensors that the residual stream is after so many blocks, which is what a pipeline stage sends there."""
@@ -72,6 +73,7 @@ class HyperConnectionsConfig(StreamConfig):
     )
     reader: ClassVar[str] = "amfm.model.streams.hyper_connections:HyperConnections"
     passes: ClassVar[int] = 48  # 11 of them forward; what gradients need is computed again
+    keeps_inputs: ClassVar[bool] = True
 
     @property
     def num_weights(self) -> int:
