@@ -35,7 +35,7 @@ from amfm.kernels.moe import triton_epilogues as epilogues
 from amfm.kernels.moe.counting_sort import SortedPairs, list_tiles, tile_bound
 from amfm.kernels.moe.low_precision import makes_codes
 from amfm.kernels.moe.rows.triton_impl import add_rows_triton
-from amfm.kernels.moe.triton_experts import weights_half, wide_weight_gradients
+from amfm.kernels.moe.triton_experts import outer_weight_gradients, weights_half, wide_weight_gradients
 from amfm.kernels.moe.triton_kernels import load_tile, open_part, row_weights
 from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.swiglu.gate import unit_constants
@@ -207,6 +207,9 @@ class _Experts(torch.autograd.Function):
         if keep:
             sides = columns[0], grad_columns, columns[1]
             half = partial(_weights_half, (up, down), x_RD, given.sources, tiles, sides, weights, rows, ctx.totals)
+        elif given.sources is None and given.pairs is not None:  # of the only expert
+            sides_wide = (d_hidden, x_RD), (dy_RD, active)
+            half = partial(outer_weight_gradients, ctx.totals, sides_wide, up_EFD.dtype)
         else:
             wide = partial(wide_weight_gradients, dy_RD, x_RD, d_hidden, active, given.sources, offsets_E)
             half = partial(weights_half, ctx.totals, wide)

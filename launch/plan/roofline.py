@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from amfm.kernels.moe.low_precision import makes_codes
 from amfm.launch.plan.activations import FLOAT32_BYTES, Storage, slice_rows, up_rows
@@ -21,6 +21,9 @@ from amfm.model.config.structure import Activation, FeedForwardPart
 from amfm.pretrain.config.schema import RunConfig
 
 CODES: RecipeName = "fp8_block"  # by which hidden rows are kept
+# By a library; by a grouped kernel, as experts are, though it be of one matrix; of a rank's only expert, as fast as dense ones, with
+# the passes of experts around it.
+ProductKind = Literal["dense", "grouped", "only_expert"]
 
 
 class Roofline:
@@ -64,26 +67,20 @@ class Roofline:
         outputs: float,
         *,
         groups: int = 1,
-        grouped: bool = False,
-        is_only: bool = False,
+        kind: ProductKind = "dense",
         weight: str = "",
         made: Collection[str] = (),
     ) -> None:
         """Add [rows, in] x [in, out] and the two products of its backward pass; `groups` matrices share the rows.
 
-        `grouped`: by a grouped kernel though it be of one matrix, as experts are; `is_only`: of a rank's only expert, as fast as others
-        are. `weight`: its name below the mixer, by which
-        it may have a recipe. `made`: which of "input", "output" and "gradient" of a product by a recipe are codes where they are
+        Several are multiplied by a grouped kernel. `weight`: its name below the mixer, by which it may have a recipe. `made`: which of "input", "output" and "gradient" of a product by a recipe are codes where they are
         made, and never wide in memory.
         """
         recipe = self.recipes.get(weight)
         if recipe is not None:
-            how = {"grouped": grouped or groups > 1, "is_only": is_only}
-            self._narrow_product(rows, inputs, outputs, groups, recipe, made, **how)
+            self._narrow_product(rows, inputs, outputs, groups, recipe, made, kind)
             return
-        hardware = self.hardware
-        is_grouped = (grouped or groups > 1) and not is_only
-        efficiency = hardware.grouped_efficiency if is_grouped else hardware.product_efficiency
+        efficiency = self._efficiency(groups, kind)
         size = self.element_bytes
         arithmetic, weights = 2 * rows * inputs * outputs / (self.peak * efficiency), groups * inputs * outputs
         for times, bytes_each in (
@@ -92,6 +89,11 @@ class Roofline:
         ):
             moved = size * rows * (inputs + outputs) + bytes_each * weights
             self.seconds += times * max(arithmetic, moved / self.bandwidth)
+
+    def _efficiency(self, groups: int, kind: ProductKind) -> float:
+        """Of the peak of the run's precision."""
+        is_grouped = groups > 1 or kind == "grouped"
+        return self.hardware.grouped_efficiency if is_grouped else self.hardware.product_efficiency
 
     def logits(self, rows: float, inputs: float, outputs: float) -> None:
         """Add a product whose float32 result is not rounded, as of a router (`linear_float32` in kernels/linear).
@@ -121,15 +123,15 @@ class Roofline:
         groups: int,
         recipe: RecipeName,
         made: Collection[str],
-        *,
-        grouped: bool,
-        is_only: bool,
+        kind: ProductKind,
     ) -> None:
         """`product` by a recipe, with the passes that quantise its operands."""
         hardware, e, b = self.hardware, self.element_bytes, OPERAND_BYTES[recipe]
         flops, weights = 2 * rows * inputs * outputs, groups * inputs * outputs
-        rate = hardware.recipe_peak(recipe) * hardware.recipe_efficiency(recipe, grouped=grouped and not is_only)
-        wide = self.peak * (hardware.grouped_efficiency if grouped else hardware.product_efficiency)
+        rate = hardware.recipe_peak(recipe) * hardware.recipe_efficiency(
+            recipe, grouped=groups > 1 or kind == "grouped"
+        )
+        wide = self.peak * self._efficiency(groups, kind)
         sums = 2 * FLOAT32_BYTES if self.accumulates else e
         third = e if self.wide_gradient else b
         for times, seconds, moved in (
@@ -147,7 +149,7 @@ class Roofline:
         codes, columns = (b, 0.0) if self.wide_gradient else (2 * b, b)
         read = e * READS[recipe]
         of_input, of_gradient = (0.0 if side in made else read for side in ("input", "gradient"))
-        if grouped:
+        if groups > 1 or kind != "dense":
             quantised = self.forwards * rows * inputs * (of_input + b) + bool(columns) * rows * inputs * (of_input + b)
         else:
             quantised = self.forwards * rows * inputs * (of_input + codes)
@@ -189,17 +191,13 @@ def add_feed_forward(
     activation: Activation,
     groups: int = 1,
     *,
-    grouped: bool = False,
-    is_only: bool = False,
+    kind: ProductKind = "dense",
     weights: tuple[str, str] = ("", ""),
 ) -> None:
-    """Up and down projection with the activation between them, `units` hidden units wide on this rank; `weights`: their names.
-
-    `grouped`, `is_only`: as `Roofline.product` has them.
-    """
+    """Up and down projection with the activation between them, `units` hidden units wide on this rank; `weights`: their names."""
     up, recipe, e = up_rows(1, activation) * units, line.recipes.get(weights[0]), line.element_bytes
-    how: dict[str, Any] = {"groups": groups, "grouped": grouped, "is_only": is_only}
-    if recipe is not None and grouped and makes_codes(recipe, int(units), activation):
+    how: dict[str, Any] = {"groups": groups, "kind": kind}
+    if recipe is not None and kind != "dense" and makes_codes(recipe, int(units), activation):
         # The activation is in the first product's epilogue; its gradient reads what was kept of the hidden rows.
         b = OPERAND_BYTES[recipe]
         first = ["output"] * line.saves_codes + ["gradient"] * (not line.wide_gradient)
@@ -212,9 +210,9 @@ def add_feed_forward(
     line.product(rows, width, up, weight=weights[0], **how)
     line.product(rows, units, width, weight=weights[1], **how)
     # Experts by a recipe quantise the activation as they make it, and make it again in backward; a rank's only expert stores it twice.
-    written = 1 if recipe is not None and grouped else 3 if is_only else 2
+    written = 1 if recipe is not None and kind != "dense" else 3 if kind == "only_expert" else 2
     line.passes(rows * (3 * up + written * units) * e)
-    if recipe is not None and not grouped and line.saves_codes:
+    if recipe is not None and kind == "dense" and line.saves_codes:
         # Codes of hidden rows are a pass of their own; backward makes of them the rows, their activation and its codes.
         packed = line.forwards * (e + OPERAND_BYTES[CODES]) + OPERAND_BYTES[CODES] + e
         line.backward_passes(rows * (packed * up + e * (up + 2 * units)))

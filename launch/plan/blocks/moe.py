@@ -126,8 +126,7 @@ def add_experts(
             units,
             moe.activation,
             groups=experts,
-            grouped=True,
-            is_only=is_only,
+            kind="only_expert" if is_only else "grouped",
             weights=("experts.up", "experts.down"),
         )
     if parts > 1:

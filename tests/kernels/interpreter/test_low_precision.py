@@ -378,5 +378,17 @@ def test_products_by_codes_are_those_of_the_grouped_form_to_the_bit(poisoned_mem
         assert_bitwise(one, other)
 
 
+def test_the_only_experts_weight_gradients_in_high_precision_are_dense_products(poisoned_memory):
+    leaves = only_leaves(40, torch.float32, model=40)
+    for weight in leaves[2:]:
+        weight.recipe = Recipe("fp8_block", weight_gradient="bf16")
+    wanted = [each.clone() for each in run_only(leaves, backend="triton", grouped=True)]
+    with count_launches() as launches:
+        found = run_only(leaves, backend="triton")
+    for one, other in zip(found, wanted, strict=True):
+        assert_near(one, other.double(), EXACT)
+    assert "grouped_outer_kernel" not in {launch.kernel for launch in launches}
+
+
 def test_registration_of_the_only_expert_is_complete():
     assert_registered(triton_only_expert._weigh, torch.randn(5, 18), torch.randn(5, 1), "swiglu")

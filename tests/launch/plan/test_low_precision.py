@@ -147,7 +147,7 @@ def test_experts_whose_epilogues_make_codes_read_and_write_no_wide_activation():
         line = Roofline(
             H100.model_copy(update={"fp8_flops": 1e30}), "bf16", 2, recipes=dict.fromkeys(("up", "down"), "fp8_block")
         )
-        add_feed_forward(line, 4096, 64, units, "swiglu", grouped=True, weights=("up", "down"))
+        add_feed_forward(line, 4096, 64, units, "swiglu", kind="grouped", weights=("up", "down"))
         return line.seconds * line.bandwidth / 4096 / units
 
     # Apart: hidden rows are read for the activation and activations written again in backward, gradients of hidden rows written,
