@@ -2,7 +2,7 @@
 
 A pipeline is as fast as its slowest stage, and blocks of a hybrid differ in cost several times, so an equal number of blocks
 a stage is not balanced. Without `|` the cut minimises the FLOPs of the costliest piece, with the head counted in the last, and
-with all MTP layers, which stay with it.
+with all MTP layers, which stay with it. With `parallel.balance: ranks` a rank's pieces count together.
 FLOPs stand for time: they are known before anything runs, and are the same on every rank, which must agree on the cut.
 Whoever measures a better cut writes it into the pattern.
 """
@@ -40,8 +40,10 @@ def whole_piece(config: ModelConfig) -> Piece:
 
 
 @lru_cache(maxsize=256)
-def cut_pieces(config: ModelConfig, num_pieces: int, sequence_length: int) -> tuple[Piece, ...]:
+def cut_pieces(config: ModelConfig, num_pieces: int, sequence_length: int, ranks: int = 0) -> tuple[Piece, ...]:
     """Cut a model into the pieces of a pipeline: at each `|` of the pattern, else so that the costliest costs least.
+
+    `ranks`: of which the costliest counts with all of its pieces; 0: it is the costliest piece.
 
     Raises ValueError if the `|` make another number of pieces, and if there are more pieces than blocks.
     """
@@ -59,7 +61,11 @@ def cut_pieces(config: ModelConfig, num_pieces: int, sequence_length: int) -> tu
             f"{len(pattern.letters)}; use at most {len(pattern.letters)} pieces"
         )
     else:
-        edges = balanced_edges(piece_costs(config, sequence_length), num_pieces)
+        edges = balanced_edges(costs := piece_costs(config, sequence_length), num_pieces)
+        if ranks and ranks != num_pieces:
+            from amfm.model.pipeline_balance import edges_by_rank  # where ranks are balanced
+
+            edges = edges_by_rank(costs, num_pieces, ranks)
     return tuple(
         Piece(start, stop, is_first=start == 0, is_last=stop == len(pattern.letters))
         for start, stop in itertools.pairwise(edges)

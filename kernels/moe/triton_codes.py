@@ -25,8 +25,9 @@ import triton.language as tl
 from torch import Tensor
 
 from amfm.kernels.common.custom_op import fake_of
+from amfm.kernels.common.gemm_precision import gemm_dtype
 from amfm.kernels.common.tiles import sum_first
-from amfm.kernels.common.weight_gradients import GradientSum, compute_later, gradient_sums_of, is_split
+from amfm.kernels.common.weight_gradients import GradientSum, add_outer, compute_later, gradient_sums_of, is_split
 from amfm.kernels.low_precision import triton_impl as codes
 from amfm.kernels.low_precision.formats import Quantized
 from amfm.kernels.low_precision.products import codes_of
@@ -35,7 +36,7 @@ from amfm.kernels.moe import triton_epilogues as epilogues
 from amfm.kernels.moe.counting_sort import SortedPairs, list_tiles, tile_bound
 from amfm.kernels.moe.low_precision import makes_codes
 from amfm.kernels.moe.rows.triton_impl import add_rows_triton
-from amfm.kernels.moe.triton_experts import outer_weight_gradients, weights_half, wide_weight_gradients
+from amfm.kernels.moe.triton_experts import weights_half, wide_weight_gradients
 from amfm.kernels.moe.triton_kernels import load_tile, open_part, row_weights
 from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.swiglu.gate import unit_constants
@@ -295,6 +296,27 @@ def only(
     return feed_forward(
         x_SD, weights_S1, Places(None, every_S), offsets_E, len(x_SD), up_EFD, down_EDF, activation, recipes
     )
+
+
+def multiply_rows(left_SA: Tensor, right_AB: Tensor) -> Tensor:
+    """A product as `linear` makes it."""
+    dtype = gemm_dtype(left_SA)
+    return (left_SA.to(dtype) @ right_AB.to(dtype)).to(left_SA.dtype)
+
+
+def outer_weight_gradients(
+    totals: Sequence[GradientSum] | None, sides: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype
+) -> Sequence[Tensor | None]:
+    """left^T right of a rank's only expert, [1, A, B] of up and of down; None for each where it lands in its sum."""
+    if totals is None:
+        return [multiply_rows(left.t(), right)[None].to(dtype) for left, right in sides]
+    for total, (left, right) in zip(totals, sides, strict=True):
+        place, adds = total.take()
+        if len(left):
+            add_outer(place[0], adds, left, right)
+        elif not adds:
+            place.zero_()
+    return [None, None]
 
 
 def all_rows(x_SD: Tensor) -> tuple[Tensor, Tensor]:

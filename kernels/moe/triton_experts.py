@@ -22,9 +22,8 @@ import triton
 from torch import Tensor
 
 from amfm.kernels.common.custom_op import fake_of, gradients_like
-from amfm.kernels.common.gemm_precision import gemm_dtype
 from amfm.kernels.common.tiles import sum_first
-from amfm.kernels.common.weight_gradients import GradientSum, add_outer, compute_later, gradient_sums_of, is_split
+from amfm.kernels.common.weight_gradients import GradientSum, compute_later, gradient_sums_of, is_split
 from amfm.kernels.moe.counting_sort import SortedPairs, list_tiles, tile_bound
 from amfm.kernels.moe.triton_kernels import down_backward_kernel, up_kernel
 from amfm.kernels.moe.triton_products import (
@@ -231,27 +230,6 @@ def _take(totals: Sequence[GradientSum] | None) -> Into:
         return None, False, None, False
     up, down = totals
     return *up.take(), *down.take()
-
-
-def multiply_rows(left_SA: Tensor, right_AB: Tensor) -> Tensor:
-    """A product as `linear` makes it."""
-    dtype = gemm_dtype(left_SA)
-    return (left_SA.to(dtype) @ right_AB.to(dtype)).to(left_SA.dtype)
-
-
-def outer_weight_gradients(
-    totals: Sequence[GradientSum] | None, sides: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype
-) -> Sequence[Tensor | None]:
-    """left^T right of a rank's only expert, [1, A, B] of up and of down; None for each where it lands in its sum."""
-    if totals is None:
-        return [multiply_rows(left.t(), right)[None].to(dtype) for left, right in sides]
-    for total, (left, right) in zip(totals, sides, strict=True):
-        place, adds = total.take()
-        if len(left):
-            add_outer(place[0], adds, left, right)
-        elif not adds:
-            place.zero_()
-    return [None, None]
 
 
 def weights_half(

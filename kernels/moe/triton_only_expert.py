@@ -24,7 +24,6 @@ from amfm.kernels.common.custom_op import fake_of
 from amfm.kernels.common.weight_gradients import GradientSum, compute_later, gradient_sums_of, is_split
 from amfm.kernels.low_precision.triton_kernels import activate
 from amfm.kernels.moe import triton_codes
-from amfm.kernels.moe.triton_experts import multiply_rows, outer_weight_gradients
 from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.runtime.interpreter import dot_dtype
 from amfm.kernels.swiglu.gate import find_gate, unit_constants
@@ -83,23 +82,23 @@ class _OnlyExpert(torch.autograd.Function):
         activation: str,
         totals: Sequence[GradientSum] | None,
     ) -> Tensor:
-        hidden_SF = multiply_rows(x_SD, up_EFD[0].t())
+        hidden_SF = triton_codes.multiply_rows(x_SD, up_EFD[0].t())
         ctx.activation, ctx.totals = activation, totals
         weights_S1 = weights_S1.contiguous()
         ctx.save_for_backward(x_SD, weights_S1, hidden_SF, up_EFD, down_EDF)
-        return multiply_rows(_weigh(hidden_SF, weights_S1, activation), down_EDF[0].t())
+        return triton_codes.multiply_rows(_weigh(hidden_SF, weights_S1, activation), down_EDF[0].t())
 
     @staticmethod
     def backward(ctx: Any, dy_SD: Tensor) -> tuple[Tensor | None, ...]:
         x_SD, weights_S1, hidden_SF, up_EFD, down_EDF = ctx.saved_tensors
-        v_SW = multiply_rows(dy_SD, down_EDF[0])
+        v_SW = triton_codes.multiply_rows(dy_SD, down_EDF[0])
         pairs, offsets_E = triton_codes.all_rows(x_SD)
         given = weights_S1, pairs, triton_codes.list_code_tiles(offsets_E, len(x_SD)), 1, ctx.activation
         d_hidden_SF, active_SW, d_weights_S1 = triton_codes.open_rows(v_SW, hidden_SF, *given)
         del v_SW
         weights, sides = [up_EFD, down_EDF], ((d_hidden_SF, x_SD), (dy_SD, active_SW))
-        half = partial(outer_weight_gradients, ctx.totals, sides, up_EFD.dtype)
-        dx_SD, d_up, d_down = multiply_rows(d_hidden_SF, up_EFD[0]), None, None
+        half = partial(triton_codes.outer_weight_gradients, ctx.totals, sides, up_EFD.dtype)
+        dx_SD, d_up, d_down = triton_codes.multiply_rows(d_hidden_SF, up_EFD[0]), None, None
         if is_split(*weights):
             compute_later(weights, half)
         else:

@@ -1,15 +1,12 @@
 """A pipeline cut by planned seconds: where `|` of the pattern make the slowest stage shorter than the cut by FLOPs does.
 
-How it works: a run balances its pieces by FLOPs, which every rank knows; a block's seconds are not in proportion to them. From the
-run's cut and from that of pieces of equal seconds, `|` move by a block, one or two at a time, as long as the slowest rank gets
-shorter. With several pieces per rank it is the sum of its pieces that counts. The plan then estimates the cut as a pattern.
+How it works: a run balances its model chunks or ranks by FLOPs, which every rank knows; a block's seconds are not in proportion to them. So the
+same search (`edges_by_rank`) starts again from the run's cut with seconds. The plan then estimates the cut as a pattern.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise, product
 
 from amfm.launch.plan.estimate import Assumptions, Estimate, estimate
 from amfm.launch.plan.hardware import Hardware
@@ -18,11 +15,11 @@ from amfm.launch.plan.memory import storage_of
 from amfm.launch.plan.roofline import depth_seconds, head_seconds
 from amfm.launch.plan.time import block_seconds
 from amfm.model.config.pattern import Pattern
-from amfm.model.pipeline_split import balanced_edges, cut_pieces
+from amfm.model.pipeline_balance import edges_by_rank
+from amfm.model.pipeline_split import cut_pieces
 from amfm.pretrain.config.schema import RunConfig
 
 LEAST_GAIN = 0.002  # of a step, below which a cut is not worth a longer pattern
-NEAR = 3  # cuts apart at most, of two that move together
 
 
 @dataclass(frozen=True)
@@ -46,10 +43,7 @@ def cut_by_seconds(config: RunConfig, layout: Layout, hardware: Hardware, assump
     model, pieces = config.model, layout.pipeline * layout.virtual_stages
     costs = seconds_of_blocks(config, layout, hardware, assumptions.imbalance)
     own = cut_pieces(model, pieces, config.train.sequence_length)
-    starts = (0, *(piece.stop for piece in own)), balanced_edges(costs, pieces)
-    edges = min(
-        (shortest(costs, start, layout.pipeline) for start in starts), key=lambda e: slowest(costs, e, layout.pipeline)
-    )
+    edges = edges_by_rank(costs, pieces, layout.pipeline, (0, *(piece.stop for piece in own)))
     parsed = model.parsed_pattern
     pattern = Pattern(parsed.letters, edges[1:-1], parsed.depth_letters, parsed.num_depths).canonical()
     cut = config.model_copy(update={"model": model.model_copy(update={"pattern": pattern})})
@@ -75,31 +69,3 @@ def seconds_of_blocks(config: RunConfig, layout: Layout, hardware: Hardware, imb
         around = head + depth_seconds(config, layout, hardware, storage)
         costs[-1] += model.num_depths * (around + sum(once[key] for key in depth))
     return costs
-
-
-def slowest(costs: Sequence[float], edges: Sequence[int], stages: int) -> tuple[float, float]:
-    """Seconds of the slowest rank, and the sum of squares over ranks, by which cuts of equal ones are compared."""
-    sums = [0.0] * stages
-    for index, (start, stop) in enumerate(pairwise(edges)):
-        sums[index % stages] += sum(costs[start:stop])
-    return max(sums), sum(each * each for each in sums)
-
-
-def shortest(costs: Sequence[float], edges: Sequence[int], stages: int) -> tuple[int, ...]:
-    """Edges from which no step of one or two of them by a block makes the slowest rank shorter."""
-    best, value = tuple(edges), slowest(costs, edges, stages)
-    inner = range(1, len(edges) - 1)
-    together = [(place,) for place in inner] + [pair for pair in combinations(inner, 2) if pair[1] - pair[0] <= NEAR]
-    moves = [(places, steps) for places in together for steps in product((-1, 1), repeat=len(places))]
-    is_moving = True
-    while is_moving:
-        is_moving = False
-        for places, steps in moves:
-            moved = list(best)
-            for place, step in zip(places, steps):
-                moved[place] += step
-            if all(start < stop for start, stop in pairwise(moved)):
-                other = slowest(costs, moved, stages)
-                if other < value:
-                    best, value, is_moving = tuple(moved), other, True
-    return best

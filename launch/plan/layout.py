@@ -120,6 +120,7 @@ class Layout:
     recompute: frozenset[str] = frozenset()  # letters of the blocks that are computed again
     overlap_experts: bool | Literal["two_batch"] = False
     expert_buffer_factor: float | None = None
+    balance: str = "chunks"
 
     @classmethod
     def of(cls, config: RunConfig, ranks: int) -> Layout:
@@ -140,6 +141,7 @@ class Layout:
             recomputed_letters(config),
             section.overlap_experts,
             section.expert_buffer_factor,
+            section.balance,
         )
 
     @property
@@ -218,6 +220,7 @@ class Layout:
             section |= {} if self.expert_buffer_factor is None else {"expert_buffer_factor": self.expert_buffer_factor}
         if self.pipeline > 1:
             section |= {"schedule": self.schedule, "virtual_stages": self.virtual_stages}
+            section |= {"balance": self.balance} if self.balance != "chunks" else {}
         return section
 
     def forwards(self, symbol: str) -> int:
@@ -320,16 +323,8 @@ def held_by_stages(
     Norms and routers, which every tensor rank holds whole, count as cut: they are small.
     """
     # Of all that a layout says only what cuts the model: a search asks for the same shares again and again.
-    cuts = Layout(
-        0,
-        0,
-        1,
-        tensor=layout.tensor,
-        expert=layout.expert,
-        expert_tensor=layout.expert_tensor,
-        pipeline=layout.pipeline,
-        virtual_stages=layout.virtual_stages,
-    )
+    names = "tensor", "expert", "expert_tensor", "pipeline", "virtual_stages", "balance"
+    cuts = Layout(0, 0, 1, **{name: getattr(layout, name) for name in names})
     return _held(model, cuts, sequence_length, muon)
 
 
@@ -357,7 +352,8 @@ def _held(
     routed = {symbol: count_weights(model, symbol).routed for symbol in kinds}
     table, reader = model.vocab_size * model.hidden_size, reader_parameters(model)
     final_reader = reader_parameters(model, is_final=True)
-    cut = cut_pieces(model, layout.pipeline * layout.virtual_stages, sequence_length)
+    ranks = layout.pipeline if layout.balance == "ranks" else 0
+    cut = cut_pieces(model, layout.pipeline * layout.virtual_stages, sequence_length, ranks)
     held = []
     for stage in range(layout.pipeline):
         pieces = pieces_of_rank(cut, stage, layout.pipeline)

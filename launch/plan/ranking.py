@@ -107,12 +107,14 @@ def least_recomputed(
 
 
 def faster_choices(found: Estimate, config: RunConfig) -> Iterator[dict[str, Any]]:
-    """What may make a layout with spread experts faster, and no other axis depends on.
+    """What may make a layout faster, and no other axis depends on: of several pieces per rank another cut, of spread experts more.
 
     Halves, of experts' rows or two-batch overlap, save at most the waiting time, and a buffer for rows the waits of the host
     that counts them.
     """
     total = found.step.total()
+    if found.layout.virtual_stages > 1:
+        yield {"balance": "ranks"}
     if found.step.communication.get("expert", 0.0) > LEAST_WAITING * total:
         yield {"overlap_experts": True}
         if is_allowed(with_layout(config, replace(found.layout, overlap_experts="two_batch")), found.layout.ranks):

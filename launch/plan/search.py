@@ -26,7 +26,7 @@ from amfm.pretrain.config.schema import ParallelConfig, RunConfig
 ZERO_STAGES = (0, 1, 2, 3)
 MICRO_BATCH_SIZES = (1, 2, 4, 8)
 # Schedules with the pieces of the pipeline that a rank holds.
-SCHEDULES = (("1f1b", 1), ("zero_bubble", 1), ("interleaved", 2), ("interleaved", 4))
+SCHEDULES = (("1f1b", 1), ("zero_bubble", 1), ("interleaved", 2), ("interleaved", 4), ("interleaved", 8))
 LARGEST_CONTEXT = 16
 
 

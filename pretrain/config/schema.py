@@ -171,6 +171,9 @@ class ParallelConfig(Section):
     virtual_stages: int = Field(
         1, gt=0, description="Model chunks of the pipeline per rank; above 1 only with interleaving."
     )
+    balance: Literal["chunks", "ranks"] = Field(
+        "chunks", description="What cuts without `|` make even in FLOPs: model chunks, or ranks that hold several."
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1, description="State that DeepSpeed shards over data ranks: 1 optimizer, 2 + gradients, 3 + weights."
     )

@@ -133,7 +133,8 @@ def held_pieces(config: RunConfig, parallel: Parallel) -> tuple[Piece, ...] | No
     section = config.parallel
     if section.pipeline == 1:
         return None
-    cut = cut_pieces(config.model, section.num_pieces(), config.train.sequence_length)
+    ranks = section.pipeline if section.balance == "ranks" else 0
+    cut = cut_pieces(config.model, section.num_pieces(), config.train.sequence_length, ranks)
     return pieces_of_rank(cut, parallel.groups.pp.rank(), section.pipeline)
 
 

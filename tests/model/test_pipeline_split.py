@@ -8,7 +8,14 @@ import torch.distributed as dist
 from amfm.model.flops import flops_per_token
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
-from amfm.model.pipeline_split import Piece, balanced_edges, cut_pieces, piece_costs, pieces_of_rank
+from amfm.model.pipeline_balance import edges_by_rank, sums_of_ranks
+from amfm.model.pipeline_split import (
+    Piece,
+    balanced_edges,
+    cut_pieces,
+    piece_costs,
+    pieces_of_rank,
+)
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients
 from amfm.pretrain.parallel import initialize_parallel
@@ -62,6 +69,25 @@ def test_bars_decide_the_cuts():
 def test_every_second_piece_is_a_ranks_own():
     pieces = cut_pieces(small_config("MMMMMM"), 6, 64)
     assert [piece.start for piece in pieces_of_rank(pieces, 1, 2)] == [1, 3, 5]
+
+
+@pytest.mark.parametrize(("num_pieces", "num_ranks"), [(3, 3), (4, 2), (6, 2)])
+def test_edges_are_the_best_of_all_where_few_blocks_are_cut(num_pieces, num_ranks):
+    costs = [3.0, 1.0, 2.5, 0.5, 4.0, 1.5, 2.0, 5.0]
+    found = edges_by_rank(costs, num_pieces, num_ranks)
+    every = [(0, *inner, len(costs)) for inner in itertools.combinations(range(1, len(costs)), num_pieces - 1)]
+    assert sums_of_ranks(costs, found, num_ranks)[0] == min(
+        sums_of_ranks(costs, edges, num_ranks)[0] for edges in every
+    )
+
+
+def test_other_pieces_of_the_last_rank_make_up_for_the_head():
+    costs = piece_costs(small_config("M" * 12, vocab_size=400), 64)
+    largest = []
+    for num_ranks in (2, 8):  # as two ranks' pieces, and as pieces of which each is as small as can be
+        pieces = cut_pieces(small_config("M" * 12, vocab_size=400), 8, 64, num_ranks)
+        largest.append(sums_of_ranks(costs, (0, *(piece.stop for piece in pieces)), 2)[0] / costs[0])
+    assert largest == pytest.approx([7.86, 8.86], abs=0.01)
 
 
 def test_wrong_numbers_of_pieces_are_refused():

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import combinations
-
 import pytest
 
-from amfm.launch.plan.cuts import cut_by_seconds, shortest, slowest
+from amfm.launch.plan.cuts import cut_by_seconds
 from amfm.launch.plan.estimate import Assumptions
 from amfm.launch.plan.layout import Layout
 from amfm.model.config.pattern import parse_pattern
-from amfm.model.pipeline_split import balanced_edges
 from tests.launch.plan.presets import H100, preset
-
-
-@pytest.mark.parametrize(("pieces", "stages"), [(3, 3), (4, 2)])
-def test_cuts_are_the_best_of_all_where_few_blocks_are_cut(pieces: int, stages: int) -> None:
-    costs = [3.0, 1.0, 2.5, 0.5, 4.0, 1.5, 2.0, 5.0]
-    found = shortest(costs, balanced_edges(costs, pieces), stages)
-    every = [(0, *inner, len(costs)) for inner in combinations(range(1, len(costs)), pieces - 1)]
-    assert slowest(costs, found, stages)[0] == min(slowest(costs, edges, stages)[0] for edges in every)
 
 
 def test_a_cut_by_seconds_is_a_pattern_that_takes_less_time() -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from amfm.launch.plan.exchanges.step import built_stage
 from amfm.launch.plan.layout import Layout, held_by_stages
 from amfm.model.config.schema import MtpConfig
 from amfm.model.flops import count_parameters
@@ -29,6 +30,20 @@ def test_the_parts_of_all_ranks_make_the_model(layout):
     # Without an expert axis experts are cut over the tensor ranks.
     assert total == pytest.approx(count_parameters(model).total, rel=1e-6)
     assert sum(len(entry.letters) for entry in held) == len(model.letters)
+
+
+@pytest.mark.parametrize(("balance", "difference"), [("chunks", 2), ("ranks", 8)])
+def test_the_plan_cuts_as_the_run_does(balance, difference):
+    given = {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 4, "balance": balance}
+    config = preset("ladder_1b_a300m", *(f"parallel.{name}={value}" for name, value in given.items()), ranks=8)
+    layout = Layout.of(config, 8)
+    assert layout.settings().get("balance", "chunks") == balance
+    held = held_by_stages(config.model, layout, config.train.sequence_length)
+    for entry in held:
+        built = built_stage(config, entry.stage)
+        assert entry.indices == tuple(index for piece in built.pieces for index in piece.blocks)
+    # The rank without the head has more blocks.
+    assert len(held[0].indices) - len(held[1].indices) == difference
 
 
 @pytest.mark.parametrize("shared", [False, True])

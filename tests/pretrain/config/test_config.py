@@ -121,9 +121,9 @@ stages.*.schedule.decay_end_step stages.*.schedule.decay_shape
 stages.*.schedule.min_ratio
 stages.*.parallel.tensor stages.*.parallel.sequence_parallel stages.*.parallel.expert stages.*.parallel.expert_tensor
 stages.*.parallel.overlap_experts stages.*.parallel.expert_buffer_factor stages.*.parallel.context stages.*.parallel.pipeline stages.*.parallel.schedule
-stages.*.parallel.virtual_stages stages.*.parallel.zero_stage stages.*.parallel.offload_optimizer
+stages.*.parallel.virtual_stages stages.*.parallel.balance stages.*.parallel.zero_stage stages.*.parallel.offload_optimizer
 parallel.tensor parallel.sequence_parallel parallel.expert parallel.expert_tensor parallel.overlap_experts
-parallel.expert_buffer_factor parallel.context parallel.pipeline parallel.schedule parallel.virtual_stages parallel.zero_stage parallel.offload_optimizer
+parallel.expert_buffer_factor parallel.context parallel.pipeline parallel.schedule parallel.virtual_stages parallel.balance parallel.zero_stage parallel.offload_optimizer
 health.on_nonfinite health.on_spike health.spike_rule health.spike_ratio health.spike_window health.spike_sigma health.max_rollbacks
 health.straggler_percent
 health.check_state_every_steps
