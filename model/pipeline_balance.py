@@ -5,20 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from amfm.model.pipeline_split import balanced_edges
-
 NEAR = 3  # cuts apart at most, of two that move together
 
 
-def edges_by_rank(
-    costs: Sequence[float], num_pieces: int, num_ranks: int, start: Sequence[int] = ()
-) -> tuple[int, ...]:
-    """Edges of pieces such that the rank with the largest sum of its pieces' costs has little: balanced ones where a rank has one.
+def edges_by_rank(costs: Sequence[float], num_ranks: int, starts: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Edges of pieces such that the rank with the largest sum of its pieces' costs has little.
 
-    With several, from those and from `start`, edges move by a block, one or two neighbours at a time, while the largest sum falls.
+    From those of each start, edges move by a block, one or two neighbours at a time, while the largest sum falls.
     """
-    balanced = balanced_edges(list(costs), num_pieces)
-    starts = [balanced, *([tuple(start)] if start else [])]
     return min(
         (_moved(costs, edges, num_ranks) for edges in starts), key=lambda edges: sums_of_ranks(costs, edges, num_ranks)
     )

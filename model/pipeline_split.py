@@ -65,7 +65,7 @@ def cut_pieces(config: ModelConfig, num_pieces: int, sequence_length: int, ranks
         if ranks and ranks != num_pieces:
             from amfm.model.pipeline_balance import edges_by_rank  # where ranks are balanced
 
-            edges = edges_by_rank(costs, num_pieces, ranks)
+            edges = edges_by_rank(costs, ranks, [edges])
     return tuple(
         Piece(start, stop, is_first=start == 0, is_last=stop == len(pattern.letters))
         for start, stop in itertools.pairwise(edges)

@@ -16,7 +16,7 @@ from amfm.launch.plan.roofline import depth_seconds, head_seconds
 from amfm.launch.plan.time import block_seconds
 from amfm.model.config.pattern import Pattern
 from amfm.model.pipeline_balance import edges_by_rank
-from amfm.model.pipeline_split import cut_pieces
+from amfm.model.pipeline_split import balanced_edges, cut_pieces
 from amfm.pretrain.config.schema import RunConfig
 
 LEAST_GAIN = 0.002  # of a step, below which a cut is not worth a longer pattern
@@ -43,7 +43,8 @@ def cut_by_seconds(config: RunConfig, layout: Layout, hardware: Hardware, assump
     model, pieces = config.model, layout.pipeline * layout.virtual_stages
     costs = seconds_of_blocks(config, layout, hardware, assumptions.imbalance)
     own = cut_pieces(model, pieces, config.train.sequence_length)
-    edges = edges_by_rank(costs, pieces, layout.pipeline, (0, *(piece.stop for piece in own)))
+    starts = balanced_edges(costs, pieces), (0, *(piece.stop for piece in own))
+    edges = edges_by_rank(costs, layout.pipeline, starts)
     parsed = model.parsed_pattern
     pattern = Pattern(parsed.letters, edges[1:-1], parsed.depth_letters, parsed.num_depths).canonical()
     cut = config.model_copy(update={"model": model.model_copy(update={"pattern": pattern})})

@@ -74,7 +74,7 @@ def test_every_second_piece_is_a_ranks_own():
 @pytest.mark.parametrize(("num_pieces", "num_ranks"), [(3, 3), (4, 2), (6, 2)])
 def test_edges_are_the_best_of_all_where_few_blocks_are_cut(num_pieces, num_ranks):
     costs = [3.0, 1.0, 2.5, 0.5, 4.0, 1.5, 2.0, 5.0]
-    found = edges_by_rank(costs, num_pieces, num_ranks)
+    found = edges_by_rank(costs, num_ranks, [balanced_edges(costs, num_pieces)])
     every = [(0, *inner, len(costs)) for inner in itertools.combinations(range(1, len(costs)), num_pieces - 1)]
     assert sums_of_ranks(costs, found, num_ranks)[0] == min(
         sums_of_ranks(costs, edges, num_ranks)[0] for edges in every
