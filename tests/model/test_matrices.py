@@ -19,7 +19,7 @@ from tests.parallel.models import VARIANTS
 CONFIGS = Path(__file__).parents[2] / "configs"
 PRESETS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 # What has the shape of a matrix and is none, by the end of its name: taps, decays, biases, routers.
-NOT_MATRICES = {"conv.weight", "conv_weight", "A_log", "gate_bias", "router.weight", "router", "tables"}
+NOT_MATRICES = {"conv.weight", "conv_weight", "A_log", "gate_bias", "router.weight", "router", "shift_bias", "tables"}
 
 
 class Place:
