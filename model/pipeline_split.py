@@ -40,11 +40,12 @@ def whole_piece(config: ModelConfig) -> Piece:
 
 
 @lru_cache(maxsize=256)
-def cut_pieces(config: ModelConfig, num_pieces: int, sequence_length: int, ranks: int = 0) -> tuple[Piece, ...]:
+def cut_pieces(
+    config: ModelConfig, num_pieces: int, sequence_length: int, balance: str = "chunks", num_ranks: int = 1
+) -> tuple[Piece, ...]:
     """Cut a model into the pieces of a pipeline: at each `|` of the pattern, else so that the costliest costs least.
 
-    `ranks`: of which the costliest counts with all of its pieces; 0: it is the costliest piece.
-
+    balance: as `parallel.balance`, which says whether that is a piece, or a rank of `num_ranks` with all of its pieces.
     Raises ValueError if the `|` make another number of pieces, and if there are more pieces than blocks.
     """
     pattern = config.parsed_pattern
@@ -62,10 +63,10 @@ def cut_pieces(config: ModelConfig, num_pieces: int, sequence_length: int, ranks
         )
     else:
         edges = balanced_edges(costs := piece_costs(config, sequence_length), num_pieces)
-        if ranks and ranks != num_pieces:
+        if balance == "ranks":
             from amfm.model.pipeline_balance import edges_by_rank  # where ranks are balanced
 
-            edges = edges_by_rank(costs, ranks, [edges])
+            edges = edges_by_rank(costs, num_ranks, [edges])
     return tuple(
         Piece(start, stop, is_first=start == 0, is_last=stop == len(pattern.letters))
         for start, stop in itertools.pairwise(edges)
@@ -73,9 +74,7 @@ def cut_pieces(config: ModelConfig, num_pieces: int, sequence_length: int, ranks
 
 
 def piece_costs(config: ModelConfig, sequence_length: int) -> list[float]:
-    """FLOPs per token of each block; the last with those of the head and the MTP layers; the embedding costs
-    none.
-    """
+    """FLOPs per token of each block; the last has those of the head and the MTP layers, the embedding has none."""
     costs = [block_flops(config, symbol, sequence_length) for symbol in config.letters]
     costs[-1] += head_flops(config) + depth_flops(config, sequence_length)
     return costs

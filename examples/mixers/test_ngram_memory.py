@@ -123,7 +123,10 @@ def test_texts_one_by_one_and_together_read_on_as_the_whole() -> None:
             found = [text.read(row[:9]), *(text.read([token]) for token in row[9:])]
             assert_near(torch.stack(found), whole_BTV[0, 8:], FLOAT32, "one text")
     together = {0: int(tokens_BT[0, 9]), 1: int(tokens_BT[1, 6])}
-    after = TextRows(model).read(together, dict(enumerate(states)))
+    rows = TextRows(model)
+    for text_number, state in enumerate(states):
+        rows.join(text_number, state)
+    after = rows.read(together)
     for text_number, expected_V in enumerate((whole_BTV[0, 9], whole_BTV[1, 6])):
         assert_near(after[text_number], expected_V, FLOAT32, "texts together")
 

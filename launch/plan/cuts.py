@@ -42,7 +42,7 @@ def cut_by_seconds(config: RunConfig, layout: Layout, hardware: Hardware, assump
         return None
     model, pieces = config.model, layout.pipeline * layout.virtual_stages
     costs = seconds_of_blocks(config, layout, hardware, assumptions.imbalance)
-    own = cut_pieces(model, pieces, config.train.sequence_length)
+    own = cut_pieces(model, pieces, config.train.sequence_length, layout.balance, layout.pipeline)
     starts = balanced_edges(costs, pieces), (0, *(piece.stop for piece in own))
     edges = edges_by_rank(costs, layout.pipeline, starts)
     parsed = model.parsed_pattern

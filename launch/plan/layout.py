@@ -352,8 +352,8 @@ def _held(
     routed = {symbol: count_weights(model, symbol).routed for symbol in kinds}
     table, reader = model.vocab_size * model.hidden_size, reader_parameters(model)
     final_reader = reader_parameters(model, is_final=True)
-    ranks = layout.pipeline if layout.balance == "ranks" else 0
-    cut = cut_pieces(model, layout.pipeline * layout.virtual_stages, sequence_length, ranks)
+    num_pieces = layout.pipeline * layout.virtual_stages
+    cut = cut_pieces(model, num_pieces, sequence_length, layout.balance, layout.pipeline)
     held = []
     for stage in range(layout.pipeline):
         pieces = pieces_of_rank(cut, stage, layout.pipeline)

@@ -114,7 +114,6 @@ class SharedModel:
         self.kept, self.rows = KeptStates(max_state_bytes), TextRows(model)
         self._turn = threading.Lock()
         self._texts: dict[int, Continued] = {}
-        self._states: dict[int, DecodeState] = {}  # of texts that have not read a token yet
         self._numbers = itertools.count()
 
     def generate(
@@ -128,7 +127,8 @@ class SharedModel:
         state, logits_V = self._read_prompt(text.seen)
         text.choose(logits_V)
         with self._turn:
-            self._texts[number], self._states[number] = text, state
+            self.rows.join(number, state)
+            self._texts[number] = text
         try:
             while text.ahead or self._read_tokens(text):
                 yield text.ahead.popleft()
@@ -138,8 +138,7 @@ class SharedModel:
 
     def _leave(self, number: int) -> None:
         """Keep the state of a text that is over, but not after a pass that failed."""
-        text = self._texts.pop(number)
-        state = self._states.pop(number) if number in self._states else self.rows.leave(number)
+        text, state = self._texts.pop(number), self.rows.leave(number)
         if text.error is None:
             self.kept.keep(text.seen, state, text.logits_V)
 
@@ -175,20 +174,20 @@ class SharedModel:
 
     def _pass(self, texts: dict[int, Continued]) -> None:
         """Read the next token of these texts in one pass, and choose those that follow."""
-        joining = {number: state for number, state in self._states.items() if number in texts}
         tokens = {number: text.token for number, text in texts.items() if text.token is not None}
         usual = torch.get_num_threads()
         torch.set_num_threads(self.num_threads)
         try:
-            logits = self.rows.read(tokens, joining)
+            logits = self.rows.read(tokens)
         except Exception as error:  # noqa: BLE001 - each of the threads that ask raises it
             for text in texts.values():
                 text.error = error
         else:
             for number, text in texts.items():
                 text.seen.append(tokens[number])
-                text.choose(logits[number][: self.vocab_size])
+                try:
+                    text.choose(logits[number][: self.vocab_size])
+                except RuntimeError as error:  # of logits that cannot be drawn from: only of this text
+                    text.error = error
         finally:
             torch.set_num_threads(usual)
-        for number in self.rows.places.keys() & joining.keys():
-            del self._states[number]

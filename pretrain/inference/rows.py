@@ -74,11 +74,14 @@ class TextRows:
         self.of_size: dict[int, Slots] = {}  # that were needed so far, with what is recorded
         self.places: dict[int, tuple[Slots, int]] = {}
 
-    def read(self, tokens: Mapping[int, int], joining: Mapping[int, DecodeState]) -> dict[int, Tensor]:
-        """Read one more token of some texts, of which those that are new bring their states: logits [V] after it, of each."""
-        slots = self._slots_for(len(self.places) + len(joining))
-        for text, state in joining.items():
-            self.places[text] = slots, slots.join(state)
+    def join(self, text: int, state: DecodeState) -> None:
+        """Take in a text: its state is copied."""
+        slots = self._slots_for(len(self.places) + 1)
+        self.places[text] = slots, slots.join(state)
+
+    def read(self, tokens: Mapping[int, int]) -> dict[int, Tensor]:
+        """Read one more token of some texts: logits [V] after it, of each. After an error these texts must leave."""
+        slots = self._slots_for(len(self.places))
         logits = slots.read({self.places[text][1]: token for text, token in tokens.items()})
         return {text: logits[self.places[text][1]] for text in tokens}
 
@@ -114,13 +117,13 @@ class Slots:
     @torch.inference_mode()
     def join(self, state: DecodeState) -> int:
         """Copy a state to a free slot: which one."""
-        slot = self.free.pop()
+        slot = self.free[-1]
         if not self.states:
             self.states = [tree_map_only(Tensor, self._rows_like, part) for part in state.blocks]
         for index, part in enumerate(state.blocks):
             self._put(index, slot, part)
         self.lengths[slot] = state.length
-        return slot
+        return self.free.pop()
 
     @torch.inference_mode()
     def leave(self, slot: int) -> DecodeState:
@@ -149,9 +152,11 @@ class Slots:
                 stream = self._pass_one_by_one(index, block, stream, meta, list(tokens))
                 continue
             before = {slot: take_row(self.states[index], slot) for slot in held}
-            stream = self._pass_all(index, block, stream, meta)
-            for slot, part in before.items():
-                self._put(index, slot, part)
+            try:
+                stream = self._pass_all(index, block, stream, meta)
+            finally:
+                for slot, part in before.items():
+                    self._put(index, slot, part)
         for slot in tokens:
             self.lengths[slot] += 1
         logits_BV = read_logits(self.model, stream)

@@ -133,8 +133,8 @@ def held_pieces(config: RunConfig, parallel: Parallel) -> tuple[Piece, ...] | No
     section = config.parallel
     if section.pipeline == 1:
         return None
-    ranks = section.pipeline if section.balance == "ranks" else 0
-    cut = cut_pieces(config.model, section.num_pieces(), config.train.sequence_length, ranks)
+    length = config.train.sequence_length
+    cut = cut_pieces(config.model, section.num_pieces(), length, section.balance, section.pipeline)
     return pieces_of_rank(cut, parallel.groups.pp.rank(), section.pipeline)
 
 

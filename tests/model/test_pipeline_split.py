@@ -84,8 +84,8 @@ def test_edges_are_the_best_of_all_where_few_blocks_are_cut(num_pieces, num_rank
 def test_other_pieces_of_the_last_rank_make_up_for_the_head():
     costs = piece_costs(small_config("M" * 12, vocab_size=400), 64)
     largest = []
-    for num_ranks in (2, 8):  # as two ranks' pieces, and as pieces of which each is as small as can be
-        pieces = cut_pieces(small_config("M" * 12, vocab_size=400), 8, 64, num_ranks)
+    for balance in ("ranks", "chunks"):
+        pieces = cut_pieces(small_config("M" * 12, vocab_size=400), 8, 64, balance, 2)
         largest.append(sums_of_ranks(costs, (0, *(piece.stop for piece in pieces)), 2)[0] / costs[0])
     assert largest == pytest.approx([7.86, 8.86], abs=0.01)
 

@@ -331,6 +331,8 @@ LAYOUTS = [
     Layout(2, {"expert": 2, "overlap_experts": "two_batch"}, "ngrams", {"train__micro_batch_size": 4}),
     Layout(4, {"context": 2, "pipeline": 2, "zero_stage": 2}, "ngrams", {"train__recompute": "full"}),
     Layout(2, {"tensor": 2, "zero_stage": 0}, "ngrams"),
+    Layout(4, {"tensor": 2, "pipeline": 2, "sequence_parallel": True}, "ngrams"),
+    Layout(4, {"context": 2, "tensor": 2, "sequence_parallel": True, "zero_stage": 2}, "ngrams"),
     # Multi-token prediction.
     Layout(2, {"pipeline": 2}, "mtp", quick=True),
     Layout(4, {"context": 2, "tensor": 2, "sequence_parallel": True}, "mtp_shared"),

@@ -149,8 +149,8 @@ class PlacedGroup:
 def built_stage(config: RunConfig, stage: int) -> HybridModel:
     """The model of the first rank of a pipeline stage, on the meta device (no values, no memory)."""
     section, model = config.parallel, config.model
-    ranks = section.pipeline if section.balance == "ranks" else 0
-    pieces = cut_pieces(model, section.num_pieces(), config.train.sequence_length, ranks)
+    length = config.train.sequence_length
+    pieces = cut_pieces(model, section.num_pieces(), length, section.balance, section.pipeline)
     sizes = {
         "tp": section.tensor,
         "cp": section.context,

@@ -98,10 +98,13 @@ def test_a_row_of_a_pass_does_not_depend_on_the_others(data: DataConfig, name: s
     model = random_weights(data, MODELS[name]).build()
     states = [advance(model, model.empty_state(1), PROMPT[: 9 + 5 * row])[0] for row in range(number)]
     rows = TextRows(model)
-    together = rows.read({row: row for row in range(number)}, dict(enumerate(states)))
+    for row, state in enumerate(states):
+        rows.join(row, state)
+    together = rows.read({row: row for row in range(number)})
     for row, logits_V in together.items():
         one, state = TextRows(model), rows.leave(row)
-        alone_V = one.read({9: row}, {9: states[row]})[9]
+        one.join(9, states[row])
+        alone_V = one.read({9: row})[9]
         alone = one.leave(9)
         # Libraries may add in another order for another number of rows: float32, sums of at most 100 products.
         torch.testing.assert_close(logits_V, alone_V)
@@ -115,13 +118,14 @@ def test_texts_join_rest_and_leave_between_tokens_without_a_trace(data: DataConf
     model = random_weights(data, MODELS[name]).build()
     states = {text: advance(model, model.empty_state(1), PROMPT[: 9 + 5 * text])[0] for text in range(6)}
     alone, read = dict(states), {text: 0 for text in states}
-    rows, here = TextRows(model), set[int]()
+    rows = TextRows(model)
     # By pass, the texts that read: some join later, some rest, some leave; six need eight slots, three need four.
     for asking in ("01", "012", "02", "12345", "0345", "345", "35", "35"):
         texts = [int(text) for text in asking]
         given = {text: PROMPT[7 * text + read[text]] for text in texts}
-        logits = rows.read(given, {text: states[text] for text in texts if text not in here})
-        here |= set(texts)
+        for text in set(texts) - rows.places.keys():
+            rows.join(text, states[text])
+        logits = rows.read(given)
         for text, token in given.items():
             alone[text], expected_V = advance(model, alone[text], [token])
             assert torch.allclose(logits[text], expected_V, rtol=1e-4, atol=1e-4), (asking, text)
@@ -129,7 +133,6 @@ def test_texts_join_rest_and_leave_between_tokens_without_a_trace(data: DataConf
         if asking == "0345":
             for text in (0, 1, 2):
                 left = rows.leave(text)
-                here.remove(text)
                 assert left.length == alone[text].length
                 for one, other in zip(state_tensors(left.blocks), state_tensors(alone[text].blocks), strict=True):
                     assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
@@ -147,3 +150,20 @@ def test_a_pass_that_fails_ends_every_text_of_it_and_the_next_goes_on(
         with pytest.raises(RuntimeError, match="out of memory"):
             next(answer)
     assert len(list(shared.generate(PROMPT, 12, GREEDY, ()))) == 12
+
+
+def test_a_text_whose_logits_are_not_numbers_ends_and_the_others_continue(model: HybridModel) -> None:
+    shared, draw = share(model), Sampling(seed=3)
+    expected = list(share(model).generate(PROMPT, 9, draw, ()))
+    good, bad = (shared.generate(PROMPT[: 60 - cut], 9, draw, ()) for cut in (0, 7))
+    found = [next(good)]
+    next(bad)
+    slots, slot = shared.rows.places[1]
+    with torch.inference_mode():
+        for rows in state_tensors(tuple(slots.states)):  # as a weight that has overflowed would leave them
+            rows[slot] = torch.nan
+    found += list(good)
+    assert found == expected
+    with pytest.raises(RuntimeError, match="probability"):
+        list(bad)
+    assert not shared.rows.places and shared.kept.find([*PROMPT[:53], *found])[0] == 53
