@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from amfm.launch.bench.calibration import fit_efficiencies
-from amfm.launch.plan.activations import FLOAT32_BYTES
+from amfm.launch.plan.activations import FLOAT32_BYTES, storage_of
 from amfm.launch.plan.estimate import Assumptions, Estimate, estimate, memory_of
 from amfm.launch.plan.hardware import HARDWARE, LIBRARY_GROUPED, LIBRARY_NARROW, Hardware
 from amfm.launch.plan.layout import Layout, held_by_stages
-from amfm.launch.plan.memory import Memory, storage_of
+from amfm.launch.plan.memory import Memory
 from amfm.launch.plan.roofline import Roofline
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig, MtpConfig

@@ -31,9 +31,9 @@ import torch
 
 from amfm.kernels.linear.op import linear
 from amfm.launch.bench.hardware import multiplies_bf16
+from amfm.launch.plan.activations import storage_of
 from amfm.launch.plan.hardware import GIB, HARDWARE, Hardware
 from amfm.launch.plan.layout import Layout
-from amfm.launch.plan.memory import storage_of
 from amfm.launch.plan.time import estimate_step
 from amfm.model.config.core_options import AttentionConfig, FeedForwardConfig, Mamba2Config
 from amfm.model.config.moe import MoeConfig

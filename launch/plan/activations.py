@@ -11,11 +11,24 @@ from dataclasses import dataclass
 
 from amfm.model.config.schema import ModelConfig
 from amfm.model.config.structure import Activation, matrices_of
+from amfm.pretrain.config.schema import RunConfig
 
 FLOAT32_BYTES = 4
 # Slices of the head's logits, in elements, and their least rows (kernels/linear_cross_entropy).
 LOGITS_SLICE = {"triton": 1 << 28, "torch": 1 << 21}
 LOGITS_LEAST_ROWS = {"triton": 256, "torch": 128}
+
+
+@dataclass(frozen=True)
+class Handed:
+    """What a rank hands to calls of one collective over one axis, in a row of `tokens` tokens on this rank."""
+
+    axis: str
+    collective: str
+    dtype: str
+    calls: int
+    nbytes: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -26,7 +39,7 @@ class BlockBytes:
     `left`: what remains of a pass that puts off the gradients of weights, of which they will be made. `launches`: operations
     that the host starts, forward and backward, whatever the tokens. `is_graphable`: whether CUDA graphs can replay them.
     `between`: bytes that PyTorch's operations between kernels move, forward and backward; `kernels`: those of the tensors that
-    our kernels are given.
+    our kernels are given. `handed`: to collectives, forward and backward together.
     """
 
     kept: float
@@ -36,6 +49,7 @@ class BlockBytes:
     is_graphable: bool = False
     between: tuple[float, float] = (0.0, 0.0)
     kernels: tuple[float, float] = (0.0, 0.0)
+    handed: tuple[Handed, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,22 @@ class Storage:
     accumulates: bool = False
     num_moments: int = 2
     keeps_average: bool = False
+
+
+def storage_of(config: RunConfig, *, on_gpu: bool = True) -> Storage:
+    """Precision and kernels that the configuration resolves to; `auto` is Triton on a GPU in bf16, else PyTorch."""
+    backend = config.kernels.backend
+    if backend == "auto":
+        backend = "triton" if on_gpu and config.train.precision == "bf16" else "torch"
+    return Storage(
+        2 if config.train.precision == "bf16" else 4,
+        "triton" if backend == "triton" else "torch",
+        2 if config.optimizer.state_dtype == "bf16" else FLOAT32_BYTES,
+        # On a CPU a product is added after itself, at the cost of a hook.
+        backend == "triton" and config.train.sums_in_products(),
+        config.optimizer.num_moments(),
+        config.ema is not None,
+    )
 
 
 def recomputed_bytes(block: BlockBytes, config: ModelConfig, storage: Storage, stream_ranks: int = 1) -> BlockBytes:

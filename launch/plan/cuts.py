@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from amfm.launch.plan.activations import storage_of
 from amfm.launch.plan.estimate import Assumptions, Estimate, estimate
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout
-from amfm.launch.plan.memory import storage_of
 from amfm.launch.plan.roofline import depth_seconds, head_seconds
 from amfm.launch.plan.time import block_seconds
 from amfm.model.config.pattern import Pattern

@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from amfm.launch.plan.activations import storage_of
 from amfm.launch.plan.expert_time import Meanwhile
 from amfm.launch.plan.hardware import GIB, Hardware
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.low_precision import narrow_flops_per_token
-from amfm.launch.plan.memory import Memory, estimate_memory, storage_of
+from amfm.launch.plan.memory import Memory, estimate_memory
 from amfm.launch.plan.time import StepTime, estimate_step
 from amfm.model.flops import flops_per_token
 from amfm.pretrain.config.schema import RunConfig

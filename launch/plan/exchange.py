@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from amfm.launch.plan.activations import up_rows
 from amfm.launch.plan.layout import Layout
-from amfm.model.config.structure import FeedForwardPart
 from amfm.pretrain.config.schema import RunConfig
 
 FLOAT32, INT64 = 4, 8
@@ -52,24 +50,3 @@ def crossing(config: RunConfig, layout: Layout, width: int, *, times: int, regat
         yield Exchange("tp", "reduce_scatter", dtype, times, times * whole)
     else:
         yield Exchange("tp", "all_reduce", dtype, times, times * whole)
-
-
-def part_crossings(config: RunConfig, layout: Layout, part: FeedForwardPart, times: int) -> Iterator[Exchange]:
-    """Crossings of a dense feed-forward; none of one that is left out.
-
-    Of two factors per matrix what enters, and under low rank what leaves, is between them.
-    """
-    width, structure = config.model.hidden_size, part.structure
-    if not part.inner:
-        return
-    if structure.kind == "dense":
-        yield from crossing(config, layout, width, times=2 * times, regathers=times)
-        return
-    enters = structure.between(width, up_rows(part.inner, part.activation))
-    leaves = structure.between(part.inner, width) if structure.kind == "lowrank" else width
-    yield from crossing(config, layout, enters, times=times, regathers=times if structure.kind != "blockshuffle" else 0)
-    yield from crossing(config, layout, leaves, times=times)
-    if config.model.self_guided_training is not None:
-        # The dense matrix reads the residual stream on its own; only under low rank its output leaves on its own too.
-        yield from crossing(config, layout, width, times=times, regathers=times)
-        yield from crossing(config, layout, width, times=times if structure.kind == "lowrank" else 0)

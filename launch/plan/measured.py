@@ -17,6 +17,7 @@ up, and bytes and launches follow from those of three short rows, which a line r
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
@@ -38,7 +39,7 @@ from amfm.kernels.low_precision.kept_weights import keep_weights
 from amfm.kernels.low_precision.products import codes_of
 from amfm.kernels.low_precision.recipe import recipe_of
 from amfm.launch.console import say
-from amfm.launch.plan.activations import BlockBytes, Storage
+from amfm.launch.plan.activations import BlockBytes, Handed, Storage
 from amfm.launch.plan.between import is_between, launches, moved_bytes, shown_bytes
 from amfm.launch.plan.stand_ins import (
     COUNTED_TOKENS,
@@ -152,6 +153,7 @@ def line_through(short: BlockBytes, long: BlockBytes, tokens: int, wanted: int) 
         long.is_graphable,
         (per_token(short.between[0], long.between[0]), per_token(short.between[1], long.between[1])),
         (per_token(short.kernels[0], long.kernels[0]), per_token(short.kernels[1], long.kernels[1])),
+        long.handed,
     )
 
 
@@ -175,7 +177,7 @@ def _measure(
     most_operations: int | None = None,
 ) -> BlockBytes:
     """Build one block on the meta device, pass it forward and backward, and count its storages."""
-    meta = pack_meta(cut.context, tokens, has_documents=backend == "triton").map_tensors(
+    meta = pack_meta(cut.context_rank, cut.context, tokens, has_documents=backend == "triton").map_tensors(
         lambda tensor: tensor.to("meta")
     )
     if config.moe is not None and not cut.in_slots:  # a limit moves choices, and no bytes to speak of
@@ -191,7 +193,7 @@ def _measure(
         stack.enter_context(any_order())
         stack.enter_context(torch.device("meta"))
         stack.enter_context(default_dtype(dtype))
-        groups = cut.groups()
+        groups = cut.groups(live.hand)
         block = Block(config.built_letters.index(symbol), config, groups, backend)
         # Whether a mixer rotates its heads stands in a buffer.
         block.mixer.reset_buffers()
@@ -234,7 +236,8 @@ def _measure(
     between = moved / tokens, (live.moved - moved) / tokens
     kernels = launched / tokens, (live.launched - launched) / tokens
     sizes = kept / tokens, (most - kept) / tokens, left / tokens
-    return BlockBytes(*sizes, started, block.mixer.is_graphable, between, kernels)
+    handed = tuple(Handed(*key, len(each), sum(each), tokens) for key, each in live.handed.items())
+    return BlockBytes(*sizes, started, block.mixer.is_graphable, between, kernels, handed)
 
 
 def _forget_gradient(parameter: Tensor) -> None:
@@ -242,12 +245,12 @@ def _forget_gradient(parameter: Tensor) -> None:
 
 
 @lru_cache(maxsize=64)
-def pack_meta(context: int, own_tokens: int, *, has_documents: bool) -> PackMeta:
-    """The layout of a row of so many tokens on each of this many context ranks, of the first of them."""
+def pack_meta(rank: int, context: int, own_tokens: int, *, has_documents: bool) -> PackMeta:
+    """The layout of a row of so many tokens on each of this many context ranks, of one of them."""
     documents = 2 if has_documents else 1  # PyTorch's kernels read on the host where documents begin
     tokens = own_tokens * context
     meta = PackMeta.from_document_ids((torch.arange(tokens) * documents // tokens)[None])
-    meta = meta.cut(0, context).find_bounds()
+    meta = meta.cut(rank, context).find_bounds()
     return meta.with_tokens(torch.zeros_like(meta.document_ids_BT, dtype=torch.int64))
 
 
@@ -307,6 +310,7 @@ class LiveBytes(TorchDispatchMode):
         self.log: list[tuple[int, int]] = []  # number of a storage, and its bytes, negative when it goes
         self.numbers: dict[int, int] = {}
         self.left_out: set[int] = set()
+        self.handed: defaultdict[tuple[str, str, str], list[int]] = defaultdict(list)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -334,6 +338,10 @@ class LiveBytes(TorchDispatchMode):
         """Count the storage of a weight's gradient in no sum."""
         if tensor is not None and id_of(tensor) in self.numbers:
             self.left_out.add(self.numbers[id_of(tensor)])
+
+    def hand(self, axis: str, collective: str, tensor: Tensor) -> None:
+        """Note what is handed to a collective."""
+        self.handed[axis, collective, str(tensor.dtype).removeprefix("torch.")].append(tensor.nbytes)
 
     def held(self, begin: int = 0) -> tuple[int, int]:
         """Bytes that live now, and the most that lived at once since entry `begin` of the log."""

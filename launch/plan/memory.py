@@ -54,22 +54,6 @@ class Memory:
         return sum(self.parts.values())
 
 
-def storage_of(config: RunConfig, *, on_gpu: bool = True) -> Storage:
-    """Precision and kernels that the configuration resolves to; `auto` is Triton on a GPU in bf16, else PyTorch."""
-    backend = config.kernels.backend
-    if backend == "auto":
-        backend = "triton" if on_gpu and config.train.precision == "bf16" else "torch"
-    return Storage(
-        2 if config.train.precision == "bf16" else 4,
-        "triton" if backend == "triton" else "torch",
-        2 if config.optimizer.state_dtype == "bf16" else FLOAT32_BYTES,
-        # On a CPU a product is added after itself, at the cost of a hook.
-        backend == "triton" and config.train.sums_in_products(),
-        config.optimizer.num_moments(),
-        config.ema is not None,
-    )
-
-
 def estimate_memory(
     config: RunConfig,
     layout: Layout,

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from amfm.launch.plan.activations import storage_of
 from amfm.launch.plan.blocks.indexer import pays_from
 from amfm.launch.plan.cuts import TimedCut, cut_by_seconds
 from amfm.launch.plan.estimate import Assumptions, Estimate, estimate, estimate_as_dict, mfu_range
@@ -25,7 +26,7 @@ from amfm.launch.plan.failures.replicas import HostMemory, ReplicaCost, estimate
 from amfm.launch.plan.hardware import GIB, Hardware
 from amfm.launch.plan.layout import Layout, held_by_stages
 from amfm.launch.plan.left_out import LeftOut, Tally, untried
-from amfm.launch.plan.memory import persistent_bytes, storage_of
+from amfm.launch.plan.memory import persistent_bytes
 from amfm.launch.plan.ranking import Found, at_stage, choose_layouts, rank_layouts
 from amfm.launch.plan.search import LARGEST_CONTEXT, all_layouts, is_allowed, neighbour_layouts, with_layout
 from amfm.model.config.schema import has_indexer

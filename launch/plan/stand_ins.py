@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from amfm.kernels.runtime import backend
 from amfm.model.config.low_precision import LowPrecisionConfig
@@ -33,6 +34,15 @@ from amfm.model.config.moe import MoeConfig
 from amfm.model.moe.transfer import expected_ranks
 from amfm.model.parallel.groups import AXES, ProcessGroupCollection, RowCapacity, SingleRankGroup, count_places
 
+# Collectives by a part of the names that torch has for them.
+COLLECTIVES = {
+    "reduce_scatter": "reduce_scatter",
+    "gather": "all_gather",
+    "all_to_all": "all_to_all",
+    "alltoall": "all_to_all",
+    "reduce": "all_reduce",
+}
+NoteHanded = Callable[[str, str, Tensor], None]
 # Tokens of a rank's row whose pass is counted: chunks, windows and segments of the usual sizes, and not the width of a weight.
 COUNTED_TOKENS = 4608
 
@@ -44,6 +54,7 @@ class Cut:
     `in_slots`: whether rows to experts are in slots of a capacity. Else they have `room` (`RowCapacity`), or `sent` rows of a token
     are sent, once to each rank of its experts, and the most loaded rank gets `rows` times the mean. `in_halves`: of a micro-batch. `is_split`: whether weight
     gradients are left for later. `narrow`: the recipe by which its products are made, None without.
+    `context_rank`: whose part of a row it is.
     """
 
     tensor: int = 1
@@ -58,12 +69,13 @@ class Cut:
     room: float | None = None
     is_split: bool = False
     narrow: LowPrecisionConfig | None = None
+    context_rank: int = 0
 
-    def groups(self) -> ProcessGroupCollection:
-        """The groups of the first rank, each of its axis' size."""
+    def groups(self, note: NoteHanded = lambda *_: None) -> ProcessGroupCollection:
+        """The groups of the first rank, each of its axis' size; `note` gets what is handed to their collectives."""
         inside = self.expert_tensor if self.expert > 1 else self.tensor
         sizes = {"tp": self.tensor, "cp": self.context, "ep": self.expert, "expt_tp": inside}
-        groups = ProcessGroupCollection(**{axis: StandInGroup(sizes.get(axis, 1)) for axis in AXES})
+        groups = ProcessGroupCollection(**{axis: StandInGroup(sizes.get(axis, 1), axis, note) for axis in AXES})
         groups.sequence_parallel, groups.overlap_experts = self.is_sequence_parallel, self.in_halves
         groups.row_capacity = None if self.room is None else RowCapacity(self.room, torch.device("meta"))
         return groups
@@ -163,10 +175,13 @@ def any_order() -> Iterator[None]:
 
 
 class StandInGroup(SingleRankGroup):
-    """The first rank's process group of any size; a collective is over at once, its result as it was allocated."""
+    """The first rank's process group of any size; a collective is over at once, its result as it was allocated.
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    `note` gets the group's axis, the collective, and what is handed in.
+    """
+
+    def __init__(self, size: int, axis: str = "", note: NoteHanded = lambda *_: None) -> None:
+        self._size, self._axis, self._note = size, axis, note
 
     def size(self) -> int:
         """Ranks in the group."""
@@ -180,7 +195,17 @@ class StandInGroup(SingleRankGroup):
         # Releases of torch call a group's collectives by different names.
         if name.startswith("__"):
             raise AttributeError(name)
-        return lambda *_, **__: self
+        collective = next((known for part, known in COLLECTIVES.items() if part in name), None)
+
+        def finish(*given: Any, **_: Any) -> StandInGroup:
+            if collective is not None and self._size > 1:
+                # What is handed in comes last, after what is given back.
+                self._note(
+                    self._axis, collective, [each for each in tree_leaves(given) if isinstance(each, Tensor)][-1]
+                )
+            return self
+
+        return finish
 
 
 def without_device() -> AbstractContextManager[None]:

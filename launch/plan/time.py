@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from amfm.launch.plan.activations import FLOAT32_BYTES, Storage, mixture_bytes
-from amfm.launch.plan.blocks.cut import cut_of
+from amfm.launch.plan.blocks.cut import cut_of, row_tokens
 from amfm.launch.plan.blocks.kinds import planned_block
 from amfm.launch.plan.exchanges.seconds import (
     all_to_all_seconds,
@@ -31,7 +31,7 @@ from amfm.launch.plan.layout import Layout, StageShare, distinct_stages, held_by
 from amfm.launch.plan.low_precision import kept_passes, narrow_kinds, planned_recipes
 from amfm.launch.plan.measured import block_bytes
 from amfm.launch.plan.roofline import Roofline, accumulates, depth_seconds, head_seconds
-from amfm.launch.plan.stand_ins import COUNTED_TOKENS, Cut
+from amfm.launch.plan.stand_ins import Cut
 from amfm.model.config.pattern import block_kind
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.bf16_adamw import STEP_BYTES
@@ -132,12 +132,8 @@ def block_seconds(
 
 
 def bytes_between(config: RunConfig, symbol: str, layout: Layout, storage: Storage, cut: Cut) -> tuple[float, float]:
-    """Bytes per token of PyTorch's operations between kernels, forward and backward; without those of `mixture_bytes`.
-
-    On context ranks a block is measured at the length that a sequence has there: of states, and of a router's weight, bytes do not
-    grow with tokens, and such sequences may be short.
-    """
-    tokens = COUNTED_TOKENS if layout.context == 1 else config.train.sequence_length // layout.context
+    """Bytes per token of PyTorch's operations between kernels, forward and backward; without those of `mixture_bytes`."""
+    tokens = row_tokens(config, layout, symbol)
     return block_bytes(config.model.plain_stream(), symbol, storage, cut, tokens=tokens).between
 
 

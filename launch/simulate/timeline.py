@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from amfm.launch.plan.activations import storage_of
 from amfm.launch.plan.estimate import Assumptions
 from amfm.launch.plan.exchanges.seconds import PARTS, collective_seconds
 from amfm.launch.plan.hardware import Hardware
-from amfm.launch.plan.memory import storage_of
 from amfm.launch.plan.time import StepTime, estimate_step
 from amfm.launch.simulate.place import OUTSIDE
 from amfm.launch.simulate.trace import TracedRank, kind_of, pipeline_stage

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from amfm.launch.cluster.child import Child
+from amfm.launch.plan.activations import storage_of
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout, held_by_stages
-from amfm.launch.plan.memory import Memory, estimate_stage, storage_of
+from amfm.launch.plan.memory import Memory, estimate_stage
 from amfm.model.config.pattern import block_kind
 from amfm.model.flops import block_flops, depth_projection_flops, head_flops
 from amfm.pretrain.checks.parallel import micro_batch_problems

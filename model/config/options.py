@@ -72,10 +72,6 @@ class MixerOptions(Section):
         """Units, by field, that may be fewer than tensor ranks: one number must divide the other."""
         return {}
 
-    def tensor_crossings(self, hidden_size: int, is_sequence_parallel: bool) -> tuple[int, ...] | None:
-        """Numbers per token that enter or leave its tensor region, of each crossing; None: the residual stream does both."""
-        return None
-
     def differs_by_block(self) -> bool:
         """Whether blocks of this kind have weights of different shapes; they are then counted one by one."""
         return False

@@ -379,10 +379,6 @@ class NgramMemoryOptions(MixerOptions):
         """The columns of all tables."""
         return {"tensor": {"head_dim": self.head_dim}}
 
-    def tensor_crossings(self, hidden_size: int, is_sequence_parallel: bool) -> tuple[int, ...] | None:
-        """What was looked up, and what the convolution reads where ranks share tokens."""
-        return self.rows_read() * self.head_dim, *([hidden_size] if is_sequence_parallel else [])
-
     def rows_read(self) -> int:
         """One of each table."""
         return (self.max_n - 1) * self.num_heads

@@ -6,35 +6,22 @@ class of `kinds.py`, which has the table; nothing else in the plan knows one kin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
 
-import torch
-
-from amfm.launch.plan.activations import FLOAT32_BYTES, Storage
+from amfm.launch.plan.activations import Storage
 from amfm.launch.plan.blocks.cut import cut_of
-from amfm.launch.plan.exchange import Exchange, crossing
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.measured import block_bytes
 from amfm.launch.plan.roofline import Roofline
 from amfm.model.build import sample_mixer
 from amfm.model.config.options import MixerOptions
 from amfm.model.config.schema import ModelConfig
-from amfm.model.state_size import state_tensors
 from amfm.pretrain.config.schema import RunConfig
-
-SEGMENTS = 2  # of a row on each context rank
 
 
 class PlannedBlock:
-    """The blocks of one symbol of the pattern, as the planner sees them.
-
-    is_exact: whether `context_exchanges` are bytes that a real step hands in, and not an estimate.
-    """
-
-    is_exact: ClassVar[bool] = False
+    """The blocks of one symbol of the pattern, as the planner sees them."""
 
     def __init__(self, config: RunConfig, symbol: str, options: MixerOptions) -> None:
         self.config, self.model, self.symbol, self.options = config, config.model, symbol, options
@@ -62,57 +49,25 @@ class PlannedBlock:
         """Add the recurrence or the attention of the mixer itself, of so many FLOPs and bytes in forward."""
         line.mixing(flops, moved)
 
-    def tensor_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
-        """What this many blocks hand to collectives over tensor ranks in one micro-batch.
-
-        Here: the two crossings of one region, its entry and its exit, or those that its options name.
-        """
-        widths = self.options.tensor_crossings(self.model.hidden_size, layout.sequence_parallel)
-        if widths is not None:
-            for width in widths:
-                yield from crossing(self.config, layout, width, times=times)
-            return
-        yield from crossing(self.config, layout, self.model.hidden_size, times=2 * times, regathers=times)
-
-    def context_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
-        """The same over context ranks.
-
-        Here: states of two segments per row each way. An estimate: what a mixer transfers is its own affair.
-        """
-        numbers = measured_sizes(self.model, self.symbol, self.config.train.sequence_length).state_numbers
-        if numbers:
-            states = layout.stage_ranks * segment_states(layout.micro_batch_size, numbers // layout.tensor)
-            yield Exchange("cp", "all_gather", "float32", 2 * times, times * states)
-
 
 @dataclass(frozen=True)
 class MeasuredSizes:
     """Sizes of one mixer, uncut.
 
-    `matrices`: name, out and in of each. `sequence_flops`: per token, of the recurrence or attention in forward. `state_numbers`:
-    per row, of its decode state, which is what passes between context ranks.
+    `matrices`: name, out and in of each. `sequence_flops`: per token, of the recurrence or attention in forward.
     """
 
     matrices: tuple[tuple[str, int, int], ...]
     sequence_flops: float
-    state_numbers: int
 
 
 @lru_cache(maxsize=256)
 def measured_sizes(config: ModelConfig, symbol: str, sequence_length: int) -> MeasuredSizes:
     """Build one mixer on the meta device and read its sizes. Cached: a search asks for the same few again and again."""
     mixer = sample_mixer(config, symbol)
-    with torch.device("meta"):
-        state = mixer.empty_state(1)
     matrices = tuple(
         (name, weight.shape[-2], weight.numel() // weight.shape[-2])
         for name, weight in mixer.named_parameters()
         if weight.dim() > 1 and not name.endswith("tables")  # looked up
     )
-    numbers = sum(tensor.numel() for tensor in state_tensors(state))
-    return MeasuredSizes(matrices, mixer.sequence_flops(sequence_length), numbers)
-
-
-def segment_states(rows: int, numbers: int) -> int:
-    """Bytes of a rank's segment states and of their gradients in float32, for a state of `numbers` numbers per row."""
-    return SEGMENTS * rows * 2 * numbers * FLOAT32_BYTES
+    return MeasuredSizes(matrices, mixer.sequence_flops(sequence_length))

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from amfm.launch.plan.blocks.expert_traffic import static_slots
 from amfm.launch.plan.layout import Layout
-from amfm.launch.plan.stand_ins import Cut
+from amfm.launch.plan.stand_ins import COUNTED_TOKENS, Cut
 from amfm.model.config.kinds import kind_of
 from amfm.model.moe.transfer import expected_ranks
 from amfm.pretrain.config.schema import RunConfig
+
+
+def row_tokens(config: RunConfig, layout: Layout, symbol: str) -> int:
+    """Tokens of a rank's part of a sequence on which a block of this kind is measured.
+
+    As many as there are where bytes are not in proportion to them: on context ranks, of states and of a router's weight, and such
+    sequences may be short; of an indexer, whose loss reads pairs of tokens.
+    """
+    is_paired = getattr(config.model.block_options(symbol), "indexer", None) is not None
+    return config.train.sequence_length // layout.context if layout.context > 1 or is_paired else COUNTED_TOKENS
 
 
 def cut_of(config: RunConfig, layout: Layout, symbol: str, imbalance: float, *, is_narrow: bool = False) -> Cut:

@@ -7,22 +7,18 @@ a program fetches comes from memory, where a cache may hold it. No GPU has measu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
 from amfm.kernels.sparse_attention.rows import FORWARD_HEADS, SLOPE_HEADS, SUM_CHANNELS
-from amfm.kernels.sparse_attention.torch_impl import query_blocks
 from amfm.launch.plan.activations import FLOAT32_BYTES, Storage
 from amfm.launch.plan.blocks.block import PlannedBlock
-from amfm.launch.plan.exchange import FLOAT32, Exchange, element_type
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.roofline import Roofline
 from amfm.model.config.core_options import AttentionConfig
 from amfm.model.config.key_mixer_options import IndexerConfig, MlaOptions, keys_and_scores
 from amfm.model.config.options import MixerOptions
-from amfm.pretrain.config.schema import RunConfig
 
 LONGEST = 1 << 24
 # Of a pair, in a stable sort of 64-bit numbers with their places: eight passes that read and write both.
@@ -149,47 +145,6 @@ def pays_from(options: MixerOptions, hidden: int, hardware: Hardware, precision:
     return high
 
 
-def tensor_exchanges(config: RunConfig, layout: Layout, options: MixerOptions, times: int) -> Iterator[Exchange]:
-    """The weights of heads, summed before the loss; under sequence parallelism the tokens that the indexer reads."""
-    indexer: IndexerConfig | None = getattr(options, "indexer", None)
-    if indexer is None:
-        return
-    length, ranks, dtype = config.train.sequence_length, layout.context, element_type(config)
-    piece = length // (2 * ranks) if ranks > 1 else length
-    ends = [piece * (number + 1) for number in range(2 * ranks if ranks > 1 else 1)]
-    calls, numbers = 0, 0
-    for seen in ends:
-        if indexer.stage == "sparse":
-            calls, numbers = calls + 1, numbers + piece * min(indexer.top_k, seen)
-            continue
-        heads = max(indexer.num_heads, int(getattr(options, "num_heads")) // layout.tensor)  # noqa: B009
-        blocks = list(query_blocks(piece, layout.micro_batch_size * seen * heads))
-        calls += len(blocks)
-        numbers += sum((stop - start) * (seen - piece + stop) for start, stop in blocks)
-    handed = layout.stage_ranks // ranks * layout.micro_batch_size * numbers * FLOAT32
-    yield Exchange("tp", "all_reduce", "float32", times * calls // ranks, times * handed)
-    if layout.sequence_parallel:
-        share = layout.stage_ranks * (layout.tokens(config) // layout.tensor) * dtype[1]
-        latent = getattr(options, "query_latent_size", None) or 0
-        width = config.model.hidden_size + latent
-        yield Exchange("tp", "all_gather", dtype[0], times * (2 if latent else 1), times * share * width)
-
-
-def context_exchanges(config: RunConfig, layout: Layout, options: MixerOptions, times: int) -> Iterator[Exchange]:
-    """The indexer's keys, gathered, and their gradients; in a warm-up also the keys that its loss reads."""
-    indexer: IndexerConfig | None = getattr(options, "indexer", None)
-    if indexer is None:
-        return
-    dtype, size = element_type(config)
-    tokens = layout.stage_ranks * layout.tokens(config) * size
-    extra_keys = 0.0
-    if indexer.stage == "warm_up":
-        extra_keys = Pair.of(options, layout.tensor).keys
-    keys = tokens * (indexer.head_dim + extra_keys)
-    yield Exchange("cp", "all_gather", dtype, times * (2 if extra_keys else 1), times * keys)
-    yield Exchange("cp", "reduce_scatter", dtype, times, layout.context * times * tokens * indexer.head_dim)
-
-
 class PlannedLatent(PlannedBlock):
     """A block of latent attention, with or without an indexer."""
 
@@ -206,13 +161,3 @@ class PlannedLatent(PlannedBlock):
         """Dense attention; that to chosen keys comes with the indexer."""
         if self.options.indexer is None or self.options.indexer.stage == "warm_up":
             super().mix(line, flops, moved)
-
-    def tensor_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
-        """The crossings of its region, and what an indexer exchanges."""
-        yield from super().tensor_exchanges(layout, times)
-        yield from tensor_exchanges(self.config, layout, self.options, times)
-
-    def context_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
-        """States as of any kind, and what an indexer gathers."""
-        yield from super().context_exchanges(layout, times)
-        yield from context_exchanges(self.config, layout, self.options, times)

@@ -8,10 +8,9 @@ from functools import lru_cache
 from amfm.kernels.delta_block.op import DeltaSizes, block_bytes, scan_bytes
 from amfm.launch.plan.activations import FLOAT32_BYTES, Storage
 from amfm.launch.plan.blocks import indexer
-from amfm.launch.plan.blocks.block import SEGMENTS, PlannedBlock, measured_sizes, segment_states
+from amfm.launch.plan.blocks.block import PlannedBlock, measured_sizes
 from amfm.launch.plan.blocks.indexer import PlannedLatent
 from amfm.launch.plan.blocks.moe import PlannedMoe
-from amfm.launch.plan.exchange import FLOAT32, Exchange, element_type, part_crossings
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.roofline import Roofline, add_part
 from amfm.model.build import sample_mixer
@@ -35,7 +34,6 @@ from amfm.pretrain.config.schema import RunConfig
 class PlannedMamba2(PlannedBlock):
     """A Mamba2 block, of whose heads each tensor rank has a part."""
 
-    is_exact = True
     options: Mamba2Config
 
     def add(self, line: Roofline, layout: Layout, storage: Storage, imbalance: float) -> None:
@@ -55,48 +53,6 @@ class PlannedMamba2(PlannedBlock):
             # Segments are walked once more each way for the states that they hand on: x and B, or the gradient of y and C, are read.
             walk = tokens * 2 * inner * mamba.state_size, tokens * (inner + groups * mamba.state_size) * e
             line.mixing(*walk, backward=1)
-
-    def tensor_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
-        """One region, and mean squares of a norm whose group is on several ranks."""
-        yield from super().tensor_exchanges(layout, times)
-        if self.options.num_groups < layout.tensor:
-            numbers = layout.stage_ranks * layout.tokens(self.config) * self.options.num_groups
-            yield Exchange("tp", "all_reduce", "float32", 2 * times, 2 * times * numbers * FLOAT32)
-
-    def context_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
-        """States and decays, and the convolution's windows at the edges of segments."""
-        dtype, size = element_type(self.config)
-        ranks, rows, context, tensor = layout.stage_ranks, layout.micro_batch_size, layout.context, layout.tensor
-        states = ranks * handed_states(self.options, rows, tensor)
-        windows = ranks // context * exchanged_windows(self.options, rows, context, tensor, size)
-        yield Exchange("cp", "all_gather", "float32", 2 * times, times * states)
-        yield Exchange("cp", "all_to_all", dtype, 2 * times, times * windows)
-
-
-def handed_states(mamba: Mamba2Config, rows: int, tensor: int) -> int:
-    """Bytes that a rank hands to a block's two all-gathers: float32 states and decays of two segments per row.
-
-    Independent of the row's length, which is the point of passing states.
-    """
-    heads = mamba.num_heads // tensor
-    return segment_states(rows, heads * mamba.head_dim * mamba.state_size) + SEGMENTS * rows * heads * FLOAT32_BYTES
-
-
-def exchanged_windows(mamba: Mamba2Config, rows: int, context: int, tensor: int, width: int) -> int:
-    """Bytes of convolution inputs that neighbouring segments exchange in a group of c ranks: c - 1 pairs, both ways.
-
-    The 4 counts both directions between neighbours, in forward and in backward; each window is W - 1 tokens of all
-    channels.
-    """
-    return 4 * (context - 1) * rows * (mamba.conv_kernel - 1) * conv_channels(mamba, tensor) * width
-
-
-def conv_channels(mamba: Mamba2Config, tensor: int) -> int:
-    """Channels C of the convolution on a tensor rank: x, B and C.
-
-    A group of B and C that several tensor ranks share is whole on each of them.
-    """
-    return mamba.inner_size() // tensor + 2 * max(1, mamba.num_groups // tensor) * mamba.state_size
 
 
 class PlannedDelta(PlannedBlock):
@@ -133,7 +89,6 @@ def sizes_at_once(config: ModelConfig, symbol: str) -> DeltaSizes | None:
 class PlannedAttention(PlannedBlock):
     """A block of causal attention, of whose query heads each tensor rank has a part."""
 
-    is_exact = True
     options: AttentionConfig
 
     def add(self, line: Roofline, layout: Layout, storage: Storage, imbalance: float) -> None:
@@ -155,40 +110,16 @@ class PlannedAttention(PlannedBlock):
         if attention.indexer is None or attention.indexer.stage == "warm_up":
             line.mixing(tokens * 2 * (length + 1) * query, tokens * (2 * query + 2 * keys) * e)
 
-    def tensor_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
-        """The crossings of its region, and what an indexer exchanges."""
-        yield from super().tensor_exchanges(layout, times)
-        yield from indexer.tensor_exchanges(self.config, layout, self.options, times)
-
-    def context_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
-        """Keys and values, gathered over the group in forward; their gradients are summed back to the owners in backward."""
-        dtype, size = element_type(self.config)
-        heads = max(1, self.options.num_kv_heads // layout.tensor)
-        keys = layout.stage_ranks * 2 * layout.tokens(self.config) * heads * self.options.head_dim * size
-        yield Exchange("cp", "all_gather", dtype, times, times * keys)
-        yield Exchange("cp", "reduce_scatter", dtype, times, layout.context * times * keys)
-        yield from indexer.context_exchanges(self.config, layout, self.options, times)
-
 
 class PlannedFeedForward(PlannedBlock):
     """A dense feed-forward, of whose channels each tensor rank has a part."""
 
-    is_exact = True
     options: FeedForwardConfig
 
     def add(self, line: Roofline, layout: Layout, storage: Storage, imbalance: float) -> None:
         """Up and down projection with the activation between them."""
         for part in self.options.feed_forwards():
             add_part(line, self.model, layout, layout.tokens(self.config), part)
-
-    def tensor_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
-        """One region; of factored matrices with other widths."""
-        for part in self.options.feed_forwards():
-            yield from part_crossings(self.config, layout, part, times)
-
-    def context_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
-        """Nothing: a token reads no other."""
-        yield from ()
 
 
 class PlannedParallel(PlannedBlock):
@@ -206,16 +137,6 @@ class PlannedParallel(PlannedBlock):
         """What all mixers compute."""
         for part in self._parts():
             part.add(line, layout, storage, imbalance)
-
-    def tensor_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
-        """What all mixers exchange."""
-        for part in self._parts():
-            yield from part.tensor_exchanges(layout, times)
-
-    def context_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
-        """The same over context ranks."""
-        for part in self._parts():
-            yield from part.context_exchanges(layout, times)
 
 
 KNOWN: dict[type[MixerOptions], type[PlannedBlock]] = {

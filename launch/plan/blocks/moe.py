@@ -6,12 +6,9 @@ What spread experts exchange over the expert axis is in `expert_traffic.py`, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from amfm.launch.plan.activations import FLOAT32_BYTES, Storage
 from amfm.launch.plan.blocks.block import PlannedBlock
 from amfm.launch.plan.blocks.expert_traffic import sent_rows, static_slots
-from amfm.launch.plan.exchange import FLOAT32, INT64, Exchange, crossing, element_type, part_crossings
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.roofline import Roofline, add_feed_forward, add_part
 from amfm.model.config.moe import MoeConfig
@@ -23,7 +20,6 @@ from amfm.pretrain.config.schema import RunConfig
 class PlannedMoe(PlannedBlock):
     """A block of routed experts, with or without a shared one."""
 
-    is_exact = True
     options: MoeConfig
 
     def add(self, line: Roofline, layout: Layout, storage: Storage, imbalance: float) -> None:
@@ -67,38 +63,6 @@ class PlannedMoe(PlannedBlock):
             # Into expert order, back, and both gradients.
             rows = tokens * moe.top_k * (imbalance * layout.expert_tensor / layout.tensor if is_spread else 1.0)
             line.passes(rows * width * (4 * e + 2 * FLOAT32_BYTES))
-
-    def tensor_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
-        """The shared expert is its own region, routed experts in some layouts.
-
-        Without an expert axis every tensor rank holds a slice of each expert, and the routed part is a region too. With
-        one, tensor ranks split the tokens instead, and results are gathered unless the residual stream is split already.
-        """
-        moe, tokens = self.options, layout.tokens(self.config)
-        share = layout.stage_ranks * (tokens // layout.tensor)
-        width = moe.latent_size or self.model.hidden_size
-        for part in moe.feed_forwards():
-            yield from part_crossings(self.config, layout, part, times)
-        if layout.expert == 1:
-            # Rows enter with the channels that biases need, and results leave without them.
-            for entering in (moe.expert_width(self.model.hidden_size), width):
-                yield from crossing(self.config, layout, entering, times=times)
-            choices = layout.stage_ranks * tokens * moe.top_k
-            yield Exchange("tp", "all_reduce", "float32", times, times * choices * FLOAT32)
-        elif not layout.sequence_parallel:
-            # Tokens are shared out among tensor ranks: results come together in forward, gradients in backward.
-            dtype, size = element_type(self.config)
-            yield Exchange("tp", "all_gather", dtype, 2 * times, 2 * times * share * width * size)
-            yield Exchange("tp", "all_gather", "float32", times, times * share * moe.top_k * FLOAT32)
-        if layout.sequence_parallel:
-            yield Exchange("tp", "all_gather", "float32", times, times * share * moe.num_experts * FLOAT32)
-
-    def context_exchanges(self, layout: Layout, times: int) -> Iterator[Exchange]:
-        """Counts of choices, of a micro-batch and of each row, that balance losses read."""
-        weights = self.options.auxiliary_loss_weight, self.options.sequence_loss_weight
-        counts = bool(weights[0]) + layout.micro_batch_size * bool(weights[1])
-        counted = times * layout.stage_ranks * counts * self.options.num_experts * INT64
-        yield Exchange("cp", "all_reduce", "int64", times * sum(map(bool, weights)), counted)
 
 
 def add_experts(

@@ -1,8 +1,8 @@
 """What one pipeline stage hands to collectives: in a micro-batch's forward and backward pass, and with its gradients.
 
 How it works: every function returns `Exchange` rows for all ranks of a stage together, only from the layout and the
-letters of the stage, so that a search over thousands of layouts builds no model. `seconds.py` turns the rows into
-seconds, `../blocks/` has those of each kind of block; `step.py` adds them up over micro-batches and stages, and
+letters of the stage, so that a search over thousands of layouts builds no model. What a block hands to its tensor and context
+ranks is what it handed to stand-ins for their groups (`../measured.py`). `seconds.py` turns the rows into seconds; `step.py` adds them up over micro-batches and stages, and
 tests/launch/plan/test_real_traffic.py holds the sums against bytes counted in a real step. Why one source: a plan that
 times other bytes than those which are counted is wrong without anyone noticing. An axis of one rank sends nothing and
 has no row.
@@ -14,18 +14,22 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
+from amfm.launch.plan.activations import storage_of
+from amfm.launch.plan.blocks.cut import cut_of, row_tokens
 from amfm.launch.plan.blocks.expert_traffic import expert_traffic
-from amfm.launch.plan.blocks.kinds import planned_block
 from amfm.launch.plan.exchange import (
     BUCKET_ELEMENTS,
     DEEPSPEED_BUCKET_ELEMENTS,
     FLOAT32,
+    INT64,
     Exchange,
     crossing,
     element_type,
 )
 from amfm.launch.plan.in_flight import places_of
 from amfm.launch.plan.layout import Layout, StageShare, count_routed
+from amfm.launch.plan.measured import block_bytes
+from amfm.model.config.moe import MoeConfig
 from amfm.pretrain.config.schema import RunConfig
 
 
@@ -36,20 +40,44 @@ def pass_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> list[
     build a configuration for every candidate.
     """
     return [
+        *block_exchanges(config, layout, held),
         *tensor_exchanges(config, layout, held),
         *expert_exchanges(config, layout, held),
-        *context_exchanges(config, layout, held),
         *pipeline_exchanges(config, layout, held),
     ]
 
 
+def block_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Iterator[Exchange]:
+    """Tensor and context parallelism: what blocks hand in, and routers' expert counts on context ranks.
+
+    The first of tensor ranks stands for all of them, of context ranks the first for both ends, and the second for those between.
+    """
+    if layout.tensor == layout.context == 1:
+        return
+    once, storage = layout.one_sub_batch(), storage_of(config)
+    for symbol, repeats in Counter(held.letters).items():
+        times, options = layout.sub_batches * repeats, config.model.block_options(symbol)
+        cut, tokens = replace(cut_of(config, once, symbol, 1.0), is_split=False), row_tokens(config, once, symbol)
+        inner, ends = replace(cut, context_rank=int(cut.context > 2)), min(2, layout.context)
+        end, between = (block_bytes(config.model, symbol, storage, each, tokens=tokens).handed for each in (cut, inner))
+        for each, other in zip(end, between, strict=True):
+            if each.axis in ("tp", "cp"):
+                handed = layout.stage_ranks // layout.context * once.tokens(config) * times
+                handed *= ends * each.nbytes + (layout.context - ends) * other.nbytes
+                yield Exchange(each.axis, each.collective, each.dtype, times * each.calls, handed / each.tokens)
+        if isinstance(options, MoeConfig) and layout.context > 1:
+            # Of a micro-batch, and of each row, for balance losses.
+            weights = options.auxiliary_loss_weight, options.sequence_loss_weight
+            counts = bool(weights[0]) + once.micro_batch_size * bool(weights[1])
+            counted = times * layout.stage_ranks * counts * options.num_experts * INT64
+            yield Exchange("cp", "all_reduce", "int64", times * sum(map(bool, weights)), counted)
+
+
 def tensor_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Iterator[Exchange]:
-    """Tensor parallelism: collectives where blocks, embedding and loss enter and leave a sharded region."""
+    """Tensor parallelism: collectives where embedding and loss enter and leave a sharded region."""
     if layout.tensor == 1:
         return
     hidden = config.model.hidden_size
-    for symbol, times in Counter(held.letters).items():
-        yield from planned_block(config, symbol).tensor_exchanges(layout.one_sub_batch(), layout.sub_batches * times)
     # The embedding's sum goes one way, the gradient of the head's input the other.
     if held.embeddings:
         yield from crossing(config, layout, hidden, times=held.embeddings)
@@ -83,15 +111,6 @@ def expert_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Ite
         for exchange in filter(None, (wide.rows, wide.details)):
             yield replace(exchange, axis="expt_tp", stage_bytes=beside * exchange.stage_bytes)
         yield replace(traffic.counts, axis="expt_tp", collective="all_gather")
-
-
-def context_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Iterator[Exchange]:
-    """Context parallelism: what blocks of which a token reads others hand on, and routers' expert counts."""
-    if layout.context > 1:
-        for symbol, times in Counter(held.letters).items():
-            yield from planned_block(config, symbol).context_exchanges(
-                layout.one_sub_batch(), layout.sub_batches * times
-            )
 
 
 def pipeline_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Iterator[Exchange]:

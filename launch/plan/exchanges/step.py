@@ -15,7 +15,6 @@ from typing import Any
 from torch import nn
 
 from amfm.launch.plan.blocks.expert_traffic import has_certain_ranks, static_slots
-from amfm.launch.plan.blocks.kinds import planned_block
 from amfm.launch.plan.exchange import BUCKET_ELEMENTS, FLOAT32, INT64, Exchange
 from amfm.launch.plan.exchanges.stage import pass_exchanges, reduction_exchanges
 from amfm.launch.plan.layout import Layout, held_by_stages
@@ -97,12 +96,6 @@ def check_countable(config: RunConfig, layout: Layout) -> None:
     if config.model.num_depths and config.model.prediction.detach:
         raise ValueError(
             "model.mtp.detach=true has no formula: a backward pass ends if nothing more is needed of it; use false"
-        )
-    estimated = [symbol for symbol in config.model.built_letters if not planned_block(config, symbol).is_exact]
-    if estimated and config.parallel.context > 1:
-        raise ValueError(
-            f"model.pattern has {estimated[0]}, whose exchange has no formula with parallel.context="
-            f"{config.parallel.context}: each mixer sends other values; use parallel.context=1 or core blocks"
         )
 
 

@@ -23,8 +23,9 @@ import torch
 
 from amfm.launch.cluster.local import run_command
 from amfm.launch.console import print_rows, say
+from amfm.launch.plan.activations import storage_of
 from amfm.launch.plan.layout import Layout
-from amfm.launch.plan.memory import estimate_memory, storage_of
+from amfm.launch.plan.memory import estimate_memory
 from amfm.pretrain.checks.load import load_checked
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.monitor.environment import read_processor_name

@@ -11,10 +11,10 @@ from torch import Tensor
 
 import amfm.launch.plan.measured as measured
 from amfm.kernels.common.custom_op import find_body
+from amfm.launch.plan.activations import storage_of
 from amfm.launch.plan.blocks.cut import cut_of
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.measured import LiveBytes
-from amfm.launch.plan.memory import storage_of
 from amfm.launch.plan.time import bytes_between
 from amfm.pretrain.stages import resolve_stages
 from tests.launch.plan.presets import PRESETS, headers, preset

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from amfm.launch.plan.activations import storage_of
 from amfm.launch.plan.exchanges.stage import pass_exchanges
 from amfm.launch.plan.expert_time import (
     Stop,
@@ -13,7 +14,6 @@ from amfm.launch.plan.expert_time import (
     waiting_seconds,
 )
 from amfm.launch.plan.layout import Layout, held_by_stages
-from amfm.launch.plan.memory import storage_of
 from amfm.launch.plan.time import block_seconds, estimate_step
 from tests.launch.plan.presets import H100, preset
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from amfm.launch.plan.activations import storage_of
 from amfm.launch.plan.estimate import Assumptions, estimate, estimate_as_dict
 from amfm.launch.plan.hardware import HARDWARE
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.low_precision import narrow_flops_per_token
-from amfm.launch.plan.memory import storage_of
 from amfm.launch.plan.roofline import Roofline, add_feed_forward
 from amfm.launch.plan.time import block_seconds, estimate_step
 from amfm.model.flops import flops_per_token

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from amfm.launch.plan.activations import BlockBytes, head_bytes
+from amfm.launch.plan.activations import BlockBytes, head_bytes, storage_of
 from amfm.launch.plan.blocks.cut import cut_of
 from amfm.launch.plan.in_flight import moments_of
 from amfm.launch.plan.layout import Layout, held_by_stages
@@ -15,7 +15,6 @@ from amfm.launch.plan.memory import (
     busiest_pass,
     estimate_memory,
     persistent_bytes,
-    storage_of,
     waiting_gradients,
 )
 from amfm.launch.plan.step_memory import product_bytes, reduction_bytes

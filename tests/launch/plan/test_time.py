@@ -3,8 +3,8 @@
 import pytest
 
 from amfm.kernels.linear_cross_entropy.op import cross_entropy_flops
+from amfm.launch.plan.activations import storage_of
 from amfm.launch.plan.layout import Layout
-from amfm.launch.plan.memory import storage_of
 from amfm.launch.plan.roofline import Roofline, head_seconds
 from amfm.launch.plan.time import estimate_step, left_after_pieces
 from amfm.model.flops import count_parameters, flops_per_token

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from amfm.launch.plan.blocks.kinds import exchanged_windows, handed_states
 from amfm.launch.simulate.count_collectives import CommunicationCounter
 from amfm.model.config.moe import MoeConfig
 from amfm.model.hybrid import HybridModel
@@ -246,8 +245,12 @@ def test_a_row_of_any_length_costs_a_mamba_block_the_same_bytes(num_ranks):
         # Once forward and once backward: the states of all segments, and the inputs before them.
         assert {name: row[0] for name, row in ranks[0]["M", length].items()} == {"all_gather": 2, "all_to_all": 2}
         total = sum(row[1] for sent in ranks for row in sent["M", length].values())
-        states = num_ranks * (num_ranks - 1) * handed_states(mamba, 2, 1)
-        assert total == states + exchanged_windows(mamba, 2, num_ranks, 1, 4)
+        # Of two segments per rank and sequence, states with their gradients, and decays, in float32.
+        handed = 2 * 2 * mamba.num_heads * (2 * mamba.head_dim * mamba.state_size + 1) * 4
+        # Neighbours are c - 1 pairs, either way, forward and backward.
+        channels = mamba.inner_size() + 2 * mamba.num_groups * mamba.state_size
+        windows = 4 * (num_ranks - 1) * 2 * (mamba.conv_kernel - 1) * channels * 4
+        assert total == num_ranks * (num_ranks - 1) * handed + windows
         keys = 2 * 2 * length * attention.num_kv_heads * attention.head_dim * 4
         sent = sum(row[1] for sent in ranks for row in sent["*", length].values())
         assert sent == 2 * keys * (num_ranks - 1)

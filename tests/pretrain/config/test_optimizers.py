@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from amfm.launch.plan.memory import storage_of
+from amfm.launch.plan.activations import storage_of
 from amfm.pretrain.checks import sections as checks
 from amfm.pretrain.config import optimizers, schema
 from amfm.pretrain.config.optimizers import OptimizerSpec
