@@ -18,6 +18,8 @@ import yaml
 from amfm.data_pipeline.durable.files import replacing
 from amfm.launch.plan.estimate import Estimate
 from amfm.pretrain.checks.load import load_checked
+from amfm.pretrain.config.file import load_config
+from amfm.pretrain.config.schema import ParallelConfig
 
 Edit = tuple[int, int, str]  # of the text: from, to, instead
 
@@ -29,11 +31,20 @@ def write_layout(path: Path, chosen: Sequence[Estimate]) -> None:
     """
     text = path.read_text(encoding="utf-8")
     first = chosen[0]
-    found = edited(text, first.layout.settings(), first.train, stage_settings(chosen))
+    found = edited(text, whole_section(path, first.layout.settings()), first.train, stage_settings(chosen))
     with replacing(path) as file:
         file.write(found.encode())
         file.flush()
         load_checked(Path(file.name), (), world_size=first.layout.ranks)
+
+
+def whole_section(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The layout with the default of each setting that it leaves out and that this file, or one that it extends, sets."""
+    defaults = ParallelConfig().model_dump()
+    declared = load_config(path).parallel.model_dump()
+    return settings | {
+        name: defaults[name] for name, value in declared.items() if name not in settings and value != defaults[name]
+    }
 
 
 def stage_settings(chosen: Sequence[Estimate]) -> list[dict[str, Any]]:

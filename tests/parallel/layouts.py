@@ -244,7 +244,15 @@ LAYOUTS = [
     # Pipeline.
     Layout(2, {"pipeline": 2}),
     Layout(2, {"pipeline": 2, "zero_stage": 0}),
-    Layout(2, {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 3}, "latent", quick=True),
+    # The last rank's other chunk makes up for the head: other blocks per chunk than with `balance: chunks`.
+    Layout(
+        2,
+        {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 2, "balance": "ranks"},
+        "latent",
+        quick=True,
+    ),
+    Layout(4, {"pipeline": 2, "expert": 2, "schedule": "zero_bubble", "virtual_stages": 2, "balance": "ranks"}),
+    Layout(2, {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 3}, "latent"),
     Layout(2, {"pipeline": 2, "schedule": "zero_bubble"}),
     Layout(2, {"pipeline": 2, "schedule": "zero_bubble", "virtual_stages": 2}, "latent"),
     Layout(4, {"pipeline": 4, "zero_stage": 2}, "latent"),

@@ -235,10 +235,13 @@ def memory_lines(given: Arguments, pattern: str) -> Iterator[Line]:
             yield approximated("train.recompute_blocks", blocks, note, "recompute_modules")
     impl = given["cuda_graph_impl"] or "none"
     names = ("pipeline_model_parallel_size", "context_parallel_size")
+    layout = {each.setting: each.value for each in layout_lines(given, pattern)}
     other = [
         *(["only with data, tensor and expert ranks"] if max(given[name] or 1 for name in names) > 1 else ()),
         *(["only without recomputation"] if kind == "full" or blocks else ()),
         *(["only in high precision"] if given["fp8"] or given["fp4"] else ()),
+        *(["only without two-batch overlap"] if layout.get("parallel.overlap_experts") == "two_batch" else ()),
+        *(["only with ZeRO 1"] if layout.get("parallel.zero_stage", 1) != 1 else ()),
     ]
     if impl != "none" and other:
         yield approximated("train.cuda_graphs", "none", f"graphs are there {' and '.join(other)}", "cuda_graph_impl")

@@ -1,11 +1,15 @@
 """The winner of a search in the configuration's file."""
 
+from dataclasses import replace
+
 import pytest
 import yaml
 
 from amfm.launch.cli import run
+from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.write_layout import edited
 from amfm.pretrain.config.file import load_config
+from amfm.pretrain.config.schema import ParallelConfig
 from tests.launch.plan.presets import CONFIGS
 
 PARALLEL = {"tensor": 2, "sequence_parallel": True, "zero_stage": 1}
@@ -52,11 +56,23 @@ def test_each_stage_gets_its_own_layout_or_says_nothing(text):
 
 def test_the_winner_is_written_and_checked(tmp_path, capsys):
     path = tmp_path / "run.yaml"
-    path.write_text(f"extends: {CONFIGS}/ladder_20m.yaml\n\nrun: {{dir: run}}  # mine\n", encoding="utf-8")
+    base = tmp_path.with_suffix(".yaml")  # what the winner leaves out gets its default again
+    interleaved = "{pipeline: 2, schedule: interleaved, virtual_stages: 2, balance: ranks}"
+    base.write_text(f"extends: {CONFIGS}/ladder_20m.yaml\nparallel: {interleaved}\n", encoding="utf-8")
+    path.write_text(f"extends: {base}\n\nrun: {{dir: run}}  # mine\n", encoding="utf-8")
     assert run(["plan", str(path), "--gpus", "2", "--write-layout"]) == 2
     assert "--search" in capsys.readouterr().err
     assert run(["plan", str(path), "--gpus", "2", "--search", "--write-layout"]) == 0
     assert f"wrote {path}" in capsys.readouterr().err.replace("\n", "")
     assert "# mine" in path.read_text(encoding="utf-8")
-    assert load_config(path, ()).parallel.zero_stage in (0, 1, 2, 3)
+    written = load_config(path, ()).parallel
+    assert written.zero_stage in (0, 1, 2, 3)
+    assert (written.pipeline, written.virtual_stages, written.balance) == (1, 1, "chunks")
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_balance_is_written_where_it_is_not_the_default():
+    layout = Layout(8, 1, 1, pipeline=4, schedule="interleaved", virtual_stages=2)
+    assert "balance" not in layout.settings()
+    written = yaml.safe_load(edited("steps: 1\n", replace(layout, balance="ranks").settings(), TRAIN))
+    assert ParallelConfig.model_validate(written["parallel"]).balance == "ranks"

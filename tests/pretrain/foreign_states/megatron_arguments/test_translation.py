@@ -204,6 +204,9 @@ def test_norms_biases_and_gelu_are_those_that_the_program_computes(
     assert not any(line.is_approximate for line in found.values())
 
 
+OVERLAP = "--expert-model-parallel-size 2 --num-experts 4 --overlap-moe-expert-parallel-comm"
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -213,6 +216,9 @@ def test_norms_biases_and_gelu_are_those_that_the_program_computes(
         ("--context-parallel-size 2", "none"),
         ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", "none"),
         ("--bf16 --fp8-format e4m3 --fp8-recipe blockwise", "none"),
+        (f"{OVERLAP} --micro-batch-size 2", "none"),
+        (f"{OVERLAP} --micro-batch-size 1", "blocks"),
+        ("--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads", "none"),
     ],
 )
 def test_graphs_stay_where_the_check_takes_them(flags: str, expected: str, tmp_path: Path) -> None:
