@@ -325,7 +325,7 @@ def build_engine(
     restore_buffers(module, buffers)
     engine.basic_optimizer.state.clear()  # the unfused wrapper has stepped once, with zeros, to allocate
     if stacks:
-        engine.basic_optimizer.attach(list_parts(engine), stacks, parallel.groups)
+        engine.basic_optimizer.attach(list_parts(engine), stacks, parallel.groups, precision)
     elif isinstance(engine.basic_optimizer, Bf16AdamW):
         engine.basic_optimizer.attach(list_parts(engine))
     norm = GlobalNorm(module, parallel)

@@ -58,8 +58,13 @@ class Muon(AdamW):
                 group["momentum"] = settings.momentum
                 del group["betas"], group["eps"]
 
-    def attach(self, parts: Sequence[Part], stacks: Sequence[MatrixStack], groups: ProcessGroupCollection) -> None:
+    def attach(
+        self, parts: Sequence[Part], stacks: Sequence[MatrixStack], groups: ProcessGroupCollection, precision: str
+    ) -> None:
         """Learn which ranges of which matrices are in the tensors that are stepped. No communication."""
+        # bf16 is enough for a direction, and half of the traffic; processors that multiply it are twice as fast with it.
+        is_bf16 = precision == "bf16" or (len(parts) > 0 and parts[0].master.device.type == "cuda")
+        dtype = torch.bfloat16 if is_bf16 else None
         by_label = [part for part in parts if self.param_groups[part.group]["label"] in (MUON, MATRICES)]
         together: dict[int, list[Part]] = {}
         for part in by_label:
@@ -68,10 +73,10 @@ class Muon(AdamW):
         if isinstance(self.settings, PackageMatrices) or self.settings.keeps_state_at_owners:
             from amfm.pretrain.engine.muon.whole import make_steps
 
-            self.steps += make_steps(list(together.values()), stacks, groups, self.settings, self.base_width)
+            self.steps += make_steps(list(together.values()), stacks, groups, self.settings, self.base_width, dtype)
             return
         self.steps += [
-            MatrixStep(members, stacks, groups, self.settings, self.base_width) for members in together.values()
+            MatrixStep(members, stacks, groups, self.settings, self.base_width, dtype) for members in together.values()
         ]
 
     def owned_states(self) -> dict[str, Tensor]:
@@ -106,8 +111,10 @@ class MatrixStep:
         groups: ProcessGroupCollection,
         settings: MuonConfig,
         base_width: int | None,
+        dtype: torch.dtype | None,
     ) -> None:
         self.parts, self.groups, self.settings, self.base_width = parts, groups, settings, base_width
+        self.dtype = dtype or parts[0].master.dtype
         self.exchange = MatrixExchange(parts, stacks)
         self.batches = [(members[0][0], [place for _, place in members]) for members in alike_batches(self.exchange)]
 
@@ -118,10 +125,9 @@ class MatrixStep:
     def run(self, states: dict[Tensor, dict[str, Tensor]], group: dict[str, Any]) -> None:
         """Update momentum and master weights in place. Every data rank, and every rank of the cuts, must call this."""
         rate, weight_decay = group["lr"], group["weight_decay"]
-        # bf16 is enough for a direction, and half of the traffic; processors multiply float32 as fast.
-        master = self.parts[0].master
-        dtype = torch.bfloat16 if master.device.type == "cuda" else master.dtype
-        updates = join([self._update(part.master, states[part.master]).to(dtype) for part in self.parts], master)
+        updates = join(
+            [self._update(part.master, states[part.master]).to(self.dtype) for part in self.parts], self.parts[0].master
+        )
         owned = self.exchange.to_owners(updates)
         for stack, places in self.batches:
             self._orthogonalize(stack, [owned[place : place + stack.numel] for place in places])

@@ -59,10 +59,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class MuonOptions:
-    """Muon's settings, and the width of muP's base model where a model has one."""
+    """Muon's settings, the width of muP's base model where a model has one, and the dtype of Newton-Schulz: None of masters."""
 
     muon: MuonConfig
     base_width: int | None
+    dtype: torch.dtype | None
 
     def size(self, rows: int, columns: int) -> float:
         """Factor of an orthogonalised update of root mean square 1 / sqrt(longer side)."""
@@ -70,23 +71,23 @@ class MuonOptions:
         return self.muon.update_rms * math.sqrt(squared)
 
 
-def find_rule(settings: MuonConfig | PackageMatrices, base_width: int | None) -> Rule:
+def find_rule(settings: MuonConfig | PackageMatrices, base_width: int | None, dtype: torch.dtype | None) -> Rule:
     """The rule of these settings, which are not plain Muon's."""
     if isinstance(settings, PackageMatrices):
         name = f"optimizer.kind={settings.spec.name}"
         return Rule(name, settings.spec.load(), settings.options, settings.state_shapes)
-    options = MuonOptions(settings, base_width)
+    options = MuonOptions(settings, base_width, dtype)
     return Rule(f"optimizer.muon.rule={settings.rule}", RULES[settings.rule], options, settings.state_shapes)
 
 
-def _muon_update(gradient_NRC: Tensor, momentum_NRC: Tensor, muon: MuonConfig) -> Tensor:
+def _muon_update(gradient_NRC: Tensor, momentum_NRC: Tensor, options: MuonOptions) -> Tensor:
     """Add the gradient to the momentum; Muon's orthogonalised update, a step of Nesterov's ahead."""
+    muon = options.muon
     momentum_NRC.mul_(muon.momentum).add_(gradient_NRC)
     update_NRC = gradient_NRC.add(momentum_NRC, alpha=muon.momentum)
-    # As plain Muon: bf16 is enough for a direction, and processors multiply float32 as fast.
-    dtype = torch.bfloat16 if update_NRC.device.type == "cuda" else update_NRC.dtype
     rows, columns = update_NRC.shape[1:]
-    return orthogonalize(update_NRC.to(dtype), muon.rounds, shape=(rows, columns)).to(update_NRC.dtype)
+    found_NRC = orthogonalize(update_NRC.to(options.dtype or update_NRC.dtype), muon.rounds, shape=(rows, columns))
+    return found_NRC.to(update_NRC.dtype)
 
 
 def normuon(
@@ -98,7 +99,7 @@ def normuon(
     options: MuonOptions,
 ) -> Tensor:
     """Step by NorMuon."""
-    update_NRC = _muon_update(gradient_NRC, state["momentum"], options.muon)
+    update_NRC = _muon_update(gradient_NRC, state["momentum"], options)
     squares_NR = state["row_squares"]
     squares_NR.lerp_(update_NRC.square().mean(-1), 1 - group["betas"][1])
     update_NRC = _normalized(update_NRC / (squares_NR.sqrt() + EPSILON)[..., None])
@@ -117,7 +118,7 @@ def hyperball(
     options: MuonOptions,
 ) -> Tensor:
     """Step by Muon's direction on the sphere of the weights' norm."""
-    return _on_sphere(weight_NRC, _muon_update(gradient_NRC, state["momentum"], options.muon), group["lr"], step)
+    return _on_sphere(weight_NRC, _muon_update(gradient_NRC, state["momentum"], options), group["lr"], step)
 
 
 def adam_hyperball(
@@ -249,7 +250,8 @@ def make_steps(
     groups: ProcessGroupCollection,
     settings: MuonConfig | PackageMatrices,
     base_width: int | None,
+    dtype: torch.dtype | None,
 ) -> list[WholeStep]:
     """The steps of parts that are handed over together, by the rule of these settings."""
-    rule = find_rule(settings, base_width)
+    rule = find_rule(settings, base_width, dtype)
     return [WholeStep(members, stacks, groups, rule) for members in parts]

@@ -180,7 +180,7 @@ def run_case(case: Case, settings: MuonConfig | PackageMatrices | None = None) -
         {"label": label, "weight_decay": DECAY, "params": [part.master for part in members]} for members in parts
     ]
     muon = Muon(labelled, settings or MuonConfig(per_head=per_head), lr=0.0, betas=(0.9, 0.95), fused=True)
-    muon.attach([part for members in parts for part in members], stacks, groups)
+    muon.attach([part for members in parts for part in members], stacks, groups, "float32")
     for step in range(1, STEPS + 1):
         gradients = {name: own_part(name, step) for name in shards}
         for group, members in zip(muon.param_groups, parts):

@@ -48,7 +48,7 @@ def test_work_grows_with_the_square_of_the_short_side() -> None:
     assert cost((8, 4)) == cost((4, 8)) == 4 * 16 * 8 + 2 * 64
 
 
-def alone(parameters: dict[str, torch.nn.Parameter], **settings: object) -> Muon:
+def alone(parameters: dict[str, torch.nn.Parameter], precision: str = "float32", **settings: object) -> Muon:
     """Muon over whole matrices only on this process."""
     groups = [{"label": "muon", "weight_decay": 0.1, "params": list(parameters.values())}]
     muon = Muon(groups, MuonConfig(**settings), lr=0.0, fused=True)
@@ -57,16 +57,18 @@ def alone(parameters: dict[str, torch.nn.Parameter], **settings: object) -> Muon
         spans = (Span(name, 0, parameter.numel(), 0),)
         parts.append(Part(parameter, 0, spans, (0,), True, None, lambda rank, spans=spans: spans))
         stacks.append(MatrixStack(name, 0, 1, *parameter.shape))
-    muon.attach(parts, stacks, single_rank_groups())
+    muon.attach(parts, stacks, single_rank_groups(), precision)
     return muon
 
 
-def test_three_steps_are_those_of_torch() -> None:
+@pytest.mark.parametrize(("precision", "dtype"), [("float32", torch.float32), ("bf16", torch.bfloat16)])
+def test_three_steps_are_those_of_torch(precision: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     first = {f"blocks.{shape}": torch.randn(shape, generator=generator) for shape in ((24, 64), (64, 24), (32, 32))}
     own = {name: torch.nn.Parameter(value.clone()) for name, value in first.items()}
     theirs = [torch.nn.Parameter(value.clone()) for value in first.values()]
-    muon = alone(own)
+    muon = alone(own, precision)
+    assert {step.dtype for step in muon.steps} == {dtype}
     peer = torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
         for mine, other in zip(own.values(), theirs):

@@ -194,7 +194,7 @@ def alone(weight: torch.nn.Parameter, settings: MuonConfig | PackageMatrices) ->
     muon = Muon([{"label": "matrices", "weight_decay": 0.0, "params": [weight]}], settings, lr=0.1)
     spans = (Span("blocks.0.up", 0, weight.numel(), 0),)
     part = Part(weight, 0, spans, (0,), True, None, lambda rank: spans)
-    muon.attach([part], [MatrixStack("blocks.0.up", 0, 1, *weight.shape)], single_rank_groups())
+    muon.attach([part], [MatrixStack("blocks.0.up", 0, 1, *weight.shape)], single_rank_groups(), "float32")
     return muon
 
 
