@@ -29,8 +29,6 @@ import numpy.typing as npt
 
 Bytes = npt.NDArray[np.uint8]
 
-MAX_FREE_BYTES = 2**28
-
 
 class _Loan:
     """Owner that every array over a lent block keeps alive; it dies with the last of them."""
@@ -42,6 +40,8 @@ class _Loan:
 
 class BufferPool:
     """Lends blocks of bytes; a block is free again when no array or tensor looks at its memory any more."""
+
+    MAX_FREE_BYTES = 2**28  # here, since the last loans die while an interpreter ends, when names of a file are gone
 
     def __init__(self) -> None:
         self._free: list[Bytes] = []
@@ -58,9 +58,9 @@ class BufferPool:
         return np.asarray(loan)
 
     def _take_back(self, block: Bytes, _: weakref.ref[_Loan]) -> None:
-        """Make a block free again, within MAX_FREE_BYTES; called when its loan dies."""
+        """Make a block free again, within `MAX_FREE_BYTES`; called when its loan dies."""
         del self._lent[id(block)]
-        if (len(self._free) + 1) * len(block) <= MAX_FREE_BYTES:
+        if (len(self._free) + 1) * len(block) <= self.MAX_FREE_BYTES:
             self._free.append(block)
 
 
