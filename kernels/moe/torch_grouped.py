@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from amfm.kernels.moe.torch_loop import activate, activation_backward, open_activation
+from amfm.kernels.moe.torch_loop import BackwardInputs, activate, activation_backward, open_activation
 
 # Rows of operands must begin at multiples of this many bytes.
 ALIGNMENT_BYTES = 16
@@ -55,36 +55,17 @@ def grouped_forward(
     return _multiply(active_SF, down_EDF.transpose(1, 2), offsets_E), hidden_SF
 
 
-def grouped_backward(
-    dy_RD: Tensor,
-    x_RD: Tensor,
-    hidden_SF: Tensor,
-    weights_S: Tensor | None,
-    token_ids_S: Tensor | None,
-    offsets_E: Tensor,
-    up_EFD: Tensor,
-    down_EDF: Tensor,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def grouped_backward(given: BackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x in sorted order [S, D], of weights [S] (empty without them), of up and of down, as `loop_backward`."""
-    given = dy_RD, x_RD, hidden_SF, weights_S, token_ids_S, offsets_E, up_EFD, down_EDF, activation
-    dx_SD, d_weights_S, active_SF, d_hidden_SF = grouped_input_gradients(*given)
-    halves = grouped_weight_gradients(dy_RD, x_RD, active_SF, d_hidden_SF, token_ids_S, offsets_E)
+    dx_SD, d_weights_S, active_SF, d_hidden_SF = grouped_input_gradients(given)
+    places = given.token_ids_S, given.offsets_E
+    halves = grouped_weight_gradients(given.dy_RD, given.x_RD, active_SF, d_hidden_SF, *places)
     return dx_SD, d_weights_S, *halves
 
 
-def grouped_input_gradients(
-    dy_RD: Tensor,
-    x_RD: Tensor,
-    hidden_SF: Tensor,
-    weights_S: Tensor | None,
-    token_ids_S: Tensor | None,
-    offsets_E: Tensor,
-    up_EFD: Tensor,
-    down_EDF: Tensor,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def grouped_input_gradients(given: BackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x in sorted order [S, D] and of weights [S] (empty without them), weighted activations, gradient of hidden rows."""
+    dy_RD, x_RD, hidden_SF, weights_S, token_ids_S, offsets_E, up_EFD, down_EDF, activation = given
     wide = torch.promote_types(x_RD.dtype, torch.float32)
     dy_SD = _take(dy_RD, token_ids_S)
     active_SF, factor_SF = open_activation(hidden_SF, activation)

@@ -34,7 +34,7 @@ from amfm.kernels.moe.torch_grouped import (
     grouped_weight_gradients,
     takes_grouped,
 )
-from amfm.kernels.moe.torch_loop import loop_backward, loop_forward, loop_weight_gradients, return_rows
+from amfm.kernels.moe.torch_loop import BackwardInputs, loop_backward, loop_forward, loop_weight_gradients, return_rows
 
 
 def choose_experts(appeal_RE: Tensor, top_k: int, num_groups: int, group_top_k: int, group_merit: int = 2) -> Tensor:
@@ -146,11 +146,11 @@ def _backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x [R, D], weights [S] (empty without weights), up [E, F, D] and down [E, D, F]."""
-    given = (dy_RD, x_RD, hidden_SF, weights_S, token_ids_S, offsets_E, up_EFD, down_EDF, activation)
+    given = BackwardInputs(dy_RD, x_RD, hidden_SF, weights_S, token_ids_S, offsets_E, up_EFD, down_EDF, activation)
     if takes_grouped(x_RD, up_EFD, down_EDF):
-        dx_SD, d_weights_S, d_up_EFD, d_down_EDF = grouped_backward(*given)
+        dx_SD, d_weights_S, d_up_EFD, d_down_EDF = grouped_backward(given)
     else:
-        dx_SD, d_weights_S, d_up_EFD, d_down_EDF = loop_backward(*given, gemm_dtype(x_RD))
+        dx_SD, d_weights_S, d_up_EFD, d_down_EDF = loop_backward(given, gemm_dtype(x_RD))
     return return_rows(dx_SD, token_ids_S, x_RD), d_weights_S, d_up_EFD, d_down_EDF
 
 
@@ -171,68 +171,43 @@ def _differentiate(ctx: Any, dy_RD: Tensor | None, _: Tensor | None) -> tuple[Te
     """Gradients of x, weights, up and down; None throughout where the output took no gradient."""
     if dy_RD is None:
         return (None,) * 7
-    saved = ctx.saved_tensors
-    given: tuple[Any, ...] = dy_RD.contiguous(), *saved, ctx.activation
+    given = BackwardInputs._make((dy_RD.contiguous(), *ctx.saved_tensors, ctx.activation))
     d_up_EFD: Tensor | None = None
     d_down_EDF: Tensor | None = None
-    if is_split(*saved[-2:]):
-        dx_RD, d_weights_S = _leave_weights(ctx.totals, *given)
+    if is_split(given.up_EFD, given.down_EDF):
+        dx_RD, d_weights_S = _leave_weights(ctx.totals, given)
     elif ctx.totals is not None:
-        dx_RD, d_weights_S = _accumulate_weights(ctx.totals, *given)
+        dx_RD, d_weights_S = _accumulate_weights(ctx.totals, given)
     else:
         dx_RD, d_weights_S, d_up_EFD, d_down_EDF = _backward(*given)
-    return dx_RD, None if saved[2] is None else d_weights_S, None, None, d_up_EFD, d_down_EDF, None
+    return dx_RD, None if given.weights_S is None else d_weights_S, None, None, d_up_EFD, d_down_EDF, None
 
 
-def _leave_weights(
-    totals: Sequence[GradientSum] | None,
-    dy_RD: Tensor,
-    x_RD: Tensor,
-    hidden_SF: Tensor,
-    weights_S: Tensor | None,
-    token_ids_S: Tensor | None,
-    offsets_E: Tensor,
-    up_EFD: Tensor,
-    down_EDF: Tensor,
-    activation: str,
-) -> tuple[Tensor, Tensor]:
+def _leave_weights(totals: Sequence[GradientSum] | None, given: BackwardInputs) -> tuple[Tensor, Tensor]:
     """Gradients of x [R, D] and of weights [S]; those of up and down are computed later (kernels/common/weight_gradients.py)."""
-    given = (dy_RD, x_RD, hidden_SF, weights_S, token_ids_S, offsets_E, up_EFD, down_EDF, activation)
-    places = token_ids_S, offsets_E
+    x_RD, weights, places = given.x_RD, [given.up_EFD, given.down_EDF], (given.token_ids_S, given.offsets_E)
     weights_half: Callable[[], Sequence[Tensor | None]]
-    if takes_grouped(x_RD, up_EFD, down_EDF):
-        dx_SD, d_weights_S, active_SF, d_hidden_SF = grouped_input_gradients(*given)
-        weights_half = partial(grouped_weight_gradients, dy_RD, x_RD, active_SF, d_hidden_SF, *places)
+    if takes_grouped(x_RD, *weights):
+        dx_SD, d_weights_S, active_SF, d_hidden_SF = grouped_input_gradients(given)
+        weights_half = partial(grouped_weight_gradients, given.dy_RD, x_RD, active_SF, d_hidden_SF, *places)
     else:
-        dx_SD, d_weights_S, d_hidden_SF, active_SF = loop_backward(*given, gemm_dtype(x_RD), later=True)
-        write = partial(loop_weight_gradients, dy_RD, x_RD, d_hidden_SF, active_SF, *places)
-        weights_half = partial(make_or_accumulate, totals, [up_EFD, down_EDF], write)
-    compute_later([up_EFD, down_EDF], weights_half)
-    return return_rows(dx_SD, token_ids_S, x_RD), d_weights_S
+        dx_SD, d_weights_S, d_hidden_SF, active_SF = loop_backward(given, gemm_dtype(x_RD), later=True)
+        write = partial(loop_weight_gradients, given.dy_RD, x_RD, d_hidden_SF, active_SF, *places)
+        weights_half = partial(make_or_accumulate, totals, weights, write)
+    compute_later(weights, weights_half)
+    return return_rows(dx_SD, given.token_ids_S, x_RD), d_weights_S
 
 
-def _accumulate_weights(
-    totals: Sequence[GradientSum],
-    dy_RD: Tensor,
-    x_RD: Tensor,
-    hidden_SF: Tensor,
-    weights_S: Tensor | None,
-    token_ids_S: Tensor | None,
-    offsets_E: Tensor,
-    up_EFD: Tensor,
-    down_EDF: Tensor,
-    activation: str,
-) -> tuple[Tensor, Tensor]:
+def _accumulate_weights(totals: Sequence[GradientSum], given: BackwardInputs) -> tuple[Tensor, Tensor]:
     """Gradients of x [R, D] and of weights [S]; those of up and down land in their sums, expert by expert."""
     found: list[Tensor] = []
 
     def write(into: Sequence[Tensor]) -> None:
-        given = dy_RD, x_RD, hidden_SF, weights_S, token_ids_S, offsets_E, up_EFD, down_EDF, activation
-        found.extend(loop_backward(*given, gemm_dtype(x_RD), into=into)[:2])
+        found.extend(loop_backward(given, gemm_dtype(given.x_RD), into=into)[:2])
 
     accumulate(totals, write)
     dx_SD, d_weights_S = found
-    return return_rows(dx_SD, token_ids_S, x_RD), d_weights_S
+    return return_rows(dx_SD, given.token_ids_S, given.x_RD), d_weights_S
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, repeat
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -67,16 +68,22 @@ def loop_forward(
     return y_SD[: sum(counts)], hidden_SF[: sum(counts)]
 
 
+class BackwardInputs(NamedTuple):
+    """What a backward pass of experts is given: the output's gradient [R, D], and what forward took and kept."""
+
+    dy_RD: Tensor
+    x_RD: Tensor
+    hidden_SF: Tensor
+    weights_S: Tensor | None
+    token_ids_S: Tensor | None
+    offsets_E: Tensor
+    up_EFD: Tensor
+    down_EDF: Tensor
+    activation: str
+
+
 def loop_backward(
-    dy_RD: Tensor,
-    x_RD: Tensor,
-    hidden_SF: Tensor,
-    weights_S: Tensor | None,
-    token_ids_S: Tensor | None,
-    offsets_E: Tensor,
-    up_EFD: Tensor,
-    down_EDF: Tensor,
-    activation: str,
+    given: BackwardInputs,
     dtype: torch.dtype,
     *,
     into: Sequence[Tensor] | None = None,
@@ -90,6 +97,7 @@ def loop_backward(
     With v = dy down: d_weight = <v, activation>, and weight * v goes through the activation's gradient. So the
     output before weighting is not needed.
     """
+    dy_RD, x_RD, hidden_SF, weights_S, token_ids_S, offsets_E, up_EFD, down_EDF, activation = given
     wide = torch.promote_types(dtype, torch.float32)
     counts = count_rows(offsets_E)
     sizes = [filled(count, x_RD.device, dtype) for count in counts]
