@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
-from amfm.kernels.proof.operations import ON_HOST, check_names
+from amfm.kernels.proof.operations import check_names
 from amfm.launch.bench.hardware import describe_hardware
 from amfm.launch.cluster.child import Child
 from benchmarks import ROOT
 from benchmarks.freed_memory import KEPT, RETURNED, choose_treatments
+from benchmarks.kernels.case import ON_HOST
 from benchmarks.kernels.cpu_rounds import DTYPES, FUSED, can_be_compiled
 
 PASSES = ("forward", "backward", "both")

@@ -3,28 +3,101 @@
 It needs only torch, triton and numpy. Four stages, each for one operation after the other: `compile` every kernel in a pool of
 processes, `check` every output and gradient against float64 (twice, for equal bits; once under torch.compile), `sanitize` under
 compute-sanitizer where it is installed, `time` vs. PyTorch and installed packages. Each operation runs in a separate
-process with a limit on its time, and the report is written after each. Exit code 3 for any fault, 2 where the machine
-cannot serve.
+process with a limit on its time, and the report, a file of JSON that is whole after each step, is written after each. Exit code
+3 for any fault, 2 where the machine cannot serve.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from amfm.kernels.acceptance import report as shown
 from amfm.kernels.acceptance.process import Finished, run_child
-from amfm.kernels.acceptance.report import STAGES, Report
 from amfm.kernels.cases import KINDS
 from amfm.kernels.runtime.backend import REQUIREMENTS, refuse_triton, triton_version
 from amfm.kernels.runtime.first_use import DEFAULT_CASES
+from amfm.kernels.runtime.user_cache import write_whole
+
+STAGES = ("compile", "check", "sanitize", "time")
+
+
+class Report:
+    """Findings by stage and operation. A file that is there already continues: another call may run other stages.
+
+    Raises ValueError if the file is of another GPU or other versions.
+    """
+
+    def __init__(self, path: Path, machine: dict[str, Any]) -> None:
+        self._path = path
+        self.content: dict[str, Any] = {"machine": machine} | {stage: {} for stage in STAGES}
+        if path.is_file():
+            known = json.loads(path.read_text())
+            if known["machine"] != machine:
+                raise ValueError(f"{path} is the report of another machine, {known['machine']}; name another --out")
+            self.content = known
+
+    def put(self, stage: str, name: str, found: dict[str, Any]) -> None:
+        """Keep what a stage found of an operation or a kernel, and write the file."""
+        self.content[stage][name] = found
+        write_whole(self._path, self.content)
+
+    def faults(self) -> list[str]:
+        """All faults, each with its stage and operation."""
+        return [
+            f"{stage} {name}: {fault}"
+            for stage in STAGES
+            for name, found in self.content[stage].items()
+            for fault in found["faults"]
+        ]
+
+
+def compile_lines(rows: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Kernels that spill, and those that do not compile."""
+    spilling = {name: row["spill_bytes"] for name, row in rows.items() if row.get("spill_bytes")}
+    yield f"compiled {len(rows)} kernels; registers spill in {len(spilling)}"
+    yield from (f"  {name}: {bytes_} bytes per thread" for name, bytes_ in spilling.items())
+
+
+def check_lines(operation: str, found: dict[str, Any]) -> Iterator[str]:
+    """A line a trial: its worst tensor, that tensor's error vs. PyTorch's and the bound."""
+    for trial in found["trials"]:
+        worst = trial["tensors"][0] if trial["tensors"] else None
+        numbers = (
+            f"{worst['name']} off {_shown(worst['error'])}, torch {_shown(worst['torch_error'])}, bound {worst['bound']:.2g}"
+            if worst
+            else "no numbers"
+        )
+        verdict = "FAULT" if trial["faults"] else "right"
+        yield f"  {verdict}  {operation}: {trial['trial']} ({trial['seconds']:.1f} s): {numbers}"
+        yield from (f"         {fault}" for fault in trial["faults"])
+
+
+def _shown(error: float | None) -> str:
+    """An error with two digits; None is one that is not finite."""
+    return "not finite" if error is None else f"{error:.2g}"
+
+
+def time_lines(found: dict[str, Any]) -> Iterator[str]:
+    """A line a variant: milliseconds of forward, backward and both, times ours, share of an H100's roofline."""
+    by_variant: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in found["rows"]:
+        by_variant.setdefault((row["op"], row["backend"]), {})[row["pass"]] = row
+    for (operation, variant), passes in by_variant.items():
+        both = passes["both"]
+        times = " ".join(f"{passes[which]['milliseconds']:9.3f}" for which in ("forward", "backward", "both"))
+        ratio = f"{both['ratio']:5.2f} x ours" if both["ratio"] else " " * 12
+        yield f"  {operation:22} {variant:16} {times} ms  {ratio}  {both['roofline_fraction']:4.0%} of an H100"
+    yield from (f"  {remark}" for remark in found["remarks"])
+
 
 BAD_MACHINE, FAULTY = 2, 3
 # Without a GPU the kernels are compiled for Hopper.
@@ -135,7 +208,7 @@ def _that_run(given: argparse.Namespace, operations: list[str], architecture: in
 
 def _compile(given: argparse.Namespace, machine: dict[str, Any], operations: list[str], report: Report) -> None:
     """Compile all kernels of these operations for the GPU."""
-    from amfm.kernels.acceptance.compiling import compile_all
+    from amfm.kernels.proof.ahead_of_time import compile_all
 
     architecture = machine["capability"] or DEFAULT_ARCHITECTURE
     for row in compile_all(given.cases, architecture, operations, given.jobs, given.seconds):
@@ -143,7 +216,7 @@ def _compile(given: argparse.Namespace, machine: dict[str, Any], operations: lis
         report.put("compile", row["kernel"], row | {"faults": [fault] if fault else []})
         if fault:
             print(f"  FAULT  {row['kernel']}: {fault}", flush=True)
-    print(*shown.compile_lines(report.content["compile"]), sep="\n", flush=True)
+    print(*compile_lines(report.content["compile"]), sep="\n", flush=True)
 
 
 def _check(given: argparse.Namespace, machine: dict[str, Any], operations: list[str], report: Report) -> None:
@@ -155,7 +228,7 @@ def _check(given: argparse.Namespace, machine: dict[str, Any], operations: list[
         faults = [f"{trial['trial']}: {fault}" for trial in trials for fault in trial["faults"]]
         found = {"trials": trials, "faults": faults + ([finished.fault] if finished.fault else [])}
         report.put("check", operation, found)
-        print(*shown.check_lines(operation, found), sep="\n", flush=True)
+        print(*check_lines(operation, found), sep="\n", flush=True)
         if finished.fault:
             print(f"  FAULT  {operation}: {finished.fault}", flush=True)
 
@@ -182,7 +255,7 @@ def _time(given: argparse.Namespace, machine: dict[str, Any], operations: list[s
         finished = _child(given, {"do": "time", "operation": operation})
         for found in [line for line in finished.lines if "rows" in line]:
             report.put("time", found["op"], found)
-            print(*shown.time_lines(found), sep="\n", flush=True)
+            print(*time_lines(found), sep="\n", flush=True)
         if finished.fault:
             report.put("time", operation, {"rows": [], "remarks": [], "faults": [finished.fault]})
             print(f"  FAULT  {operation}: {finished.fault}", flush=True)

@@ -189,3 +189,14 @@ def compute_now(later: Later, collect: Callable[[Tensor], None]) -> None:
             uses[id(weight)] -= 1
             if not uses[id(weight)]:
                 collect(weight)
+
+
+def weight_gradient(x: Tensor, weight_OI: Tensor, grad: Tensor, total: GradientSum | None) -> Tensor | None:
+    """grad^T x over all tokens of grad [..., O] and x [..., I], or None if it was added to `total`."""
+    if total is not None:
+        place, adds = total.take()
+        add_outer(place, adds, grad.flatten(0, -2), x.flatten(0, -2))
+        return None
+    dtype = gemm_dtype(x)
+    product: Tensor = grad.flatten(0, -2).to(dtype).t() @ x.flatten(0, -2).to(dtype)
+    return product.to(weight_OI.dtype)

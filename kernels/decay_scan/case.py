@@ -2,6 +2,8 @@
 
 TurboS, Nemotron-3-Nano and Granite-4-H all have heads of 64 channels with 128 state numbers, so that the launches of one
 stand for the three.
+
+The scan with a gate of each key channel: GLA at a width of 2048 (K = 256, V = 512), HGRN2 (K = V = 128).
 """
 
 from __future__ import annotations
@@ -258,4 +260,51 @@ CASE = OperationCase(
     on_gpu={"decay_scan": _on_gpu, "linear_attention": _linear_attention_on_gpu},
     on_host={"decay_scan": _on_host},
     also=segments_of_rows,
+)
+
+
+def counted_vector_problems() -> Iterator[CountedProblem]:
+    """One head of HGRN2 with states kept and made again, and of GLA at a width of 2048."""
+    for tokens, K, V, keep in ((512, 128, 128, True), (512, 128, 128, False), (1024, 256, 512, False)):
+        problem = decay_problem(bfloat16_inputs(), tokens, 1, K, V, channels=True, keep=keep)
+        yield CountedProblem(
+            "decay_scan_vector_states_kept" if keep else "decay_scan_vector",
+            problem,
+            None if keep else Goal("of the formula", problem.forward.bytes, 2),
+            Goal("of the formula", problem.backward.bytes, 5),
+        )
+
+
+def vector_trials() -> Iterator[Sized]:
+    """A gate per key channel: HGRN2's states, GLA's, and uneven ones."""
+    yield Sized(
+        "HGRN2 with documents", "first",
+        partial(decay_problem, tokens=150, heads=2, key=128, value=128, channels=True, lengths=(64, 1, 85), initial=True),
+    )  # fmt: skip
+    yield Sized(
+        "uneven sizes, states made again", "small",
+        partial(decay_problem, tokens=100, heads=1, key=40, value=24, channels=True, chunk=32, keep=False),
+    )  # fmt: skip
+    yield Sized(
+        "GLA, K = 256", "long",
+        partial(decay_problem, tokens=8205, heads=4, key=256, value=512, channels=True, lengths=(5000, 3205), exact="torch"),
+    )  # fmt: skip
+
+
+def _vector_on_gpu(inputs: Inputs, sizes: GpuSizes) -> Problem:
+    size = sizes.attention_dim
+    return decay_problem(inputs, sizes.tokens, sizes.attention_heads, size, size, channels=True)
+
+
+def _vector_on_host(inputs: Inputs, sizes: HostSizes) -> Problem:
+    size = sizes.head_dim
+    return decay_problem(inputs, sizes.tokens, sizes.heads, size, size, rows=sizes.rows, channels=True)
+
+
+VECTOR_CASE = OperationCase(
+    "decay_scan_vector",
+    counted_vector_problems,
+    vector_trials,
+    on_gpu={"decay_scan_vector": _vector_on_gpu},
+    on_host={"decay_scan_vector": _vector_on_host},
 )

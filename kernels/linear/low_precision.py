@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from amfm.kernels.common.weight_gradients import GradientSum, compute_later, is_split
-from amfm.kernels.linear import weight_gradient as wide
+from amfm.kernels.common.weight_gradients import weight_gradient as wide_gradient
 from amfm.kernels.low_precision.products import (
     Kept,
     input_gradient,
@@ -77,7 +77,7 @@ def _weights_half(
     if recipe.weight_gradient == "bf16":
         (x,) = saved
         assert x is not None
-        compute = partial(wide.weight_gradient, x, weight_OI, grad, total)
+        compute = partial(wide_gradient, x, weight_OI, grad, total)
     else:
         compute = partial(weight_gradient, kept, saved, grad[..., 0].numel(), weight_OI.dtype, recipe, total)
     if is_split(weight_OI):

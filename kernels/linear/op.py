@@ -21,9 +21,9 @@ from amfm.kernels.common.weight_gradients import (
     gradient_sum_of,
     is_split,
     multiplies_as_gpu,
+    weight_gradient,
 )
 from amfm.kernels.linear.low_precision import low_precision_gradients, low_precision_linear
-from amfm.kernels.linear.weight_gradient import weight_gradient
 from amfm.kernels.low_precision.recipe import Recipe, recipe_of
 
 

@@ -21,7 +21,6 @@ from triton.runtime.jit import JITFunction
 
 from amfm.kernels.cases import Kind, OperationCase
 from amfm.kernels.common.custom_op import find_body
-from amfm.kernels.proof.operations import OPERATIONS
 from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.runtime.interpreter import replace_methods
 
@@ -84,14 +83,6 @@ def record(case: OperationCase, kinds: Collection[Kind] = ("first", "long")) -> 
             outputs = [each for each in trial.run(trial.leaves, "triton").values() if each.requires_grad]
             torch.autograd.grad(outputs, [*trial.leaves.values()], [torch.empty_like(each) for each in outputs])
         case.also()
-    return found
-
-
-def record_all() -> dict[str, KernelLaunch]:
-    """What every operation launches, by name."""
-    found: dict[str, KernelLaunch] = {}
-    for case in OPERATIONS.values():
-        found = record(case) | found
     return found
 
 

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from amfm.kernels.acceptance.__main__ import main
+from amfm.kernels.acceptance.__main__ import Report, main
 from amfm.kernels.acceptance.process import run_child
-from amfm.kernels.acceptance.report import Report
 from amfm.kernels.runtime.backend import INTERPRETED
 from tests.helpers.patience import PATIENCE_SECONDS
 

@@ -7,7 +7,6 @@ from amfm.kernels.moe import counting_sort, experts_backend, recycling, triton_e
 from amfm.kernels.moe.capacity import drop_overflow, recycle_overflow
 from amfm.kernels.moe.counting_sort import sort_pairs
 from amfm.kernels.moe.op import expert_feed_forward, group_by_expert, grouped_feed_forward, route
-from amfm.kernels.moe.persistent import launch_persistent, takes_descriptors
 from amfm.kernels.moe.rows import triton_impl as rows_triton
 from amfm.kernels.moe.rows.op import (
     add_choices,
@@ -18,6 +17,7 @@ from amfm.kernels.moe.rows.op import (
     sort_choices,
     sort_rows,
 )
+from amfm.kernels.moe.triton_products import launch_persistent, takes_descriptors
 from amfm.kernels.runtime.backend import triton_version
 from benchmarks.kernels.counting import count_launches
 from tests.helpers.numbers import assert_all_near, assert_bitwise
