@@ -15,9 +15,7 @@ from amfm.model.config.plugins import describe_entry, installed_specs
 from amfm.model.config.schema import ModelConfig
 from amfm.model.config.variants import Variants
 from amfm.model.huggingface import (
-    bailing_hybrid,
     deepseek_v3,
-    deepseek_v32,
     falcon_h1,
     gpt_oss,
     granitemoehybrid,
@@ -26,7 +24,6 @@ from amfm.model.huggingface import (
     nemotron_h,
     olmo_hybrid,
     own,
-    qwen3_5,
     qwen3_next,
 )
 from amfm.model.huggingface.entries import WeightMap
@@ -40,15 +37,15 @@ CLASSES: tuple[HfClass, ...] = (
     nemotron_h.CLASS,
     granitemoehybrid.CLASS,
     qwen3_next.CLASS,
-    qwen3_5.CLASS,
-    qwen3_5.TEXT_CLASS,
+    qwen3_next.QWEN3_5_MOE_CLASS,
+    qwen3_next.QWEN3_5_CLASS,
     kimi_linear.CLASS,
     deepseek_v3.CLASS,
-    deepseek_v32.CLASS,
+    deepseek_v3.V32_CLASS,
     deepseek_v3.V2_CLASS,
-    deepseek_v32.GLM_CLASS,
+    deepseek_v3.GLM_CLASS,
     olmo_hybrid.CLASS,
-    bailing_hybrid.CLASS,
+    kimi_linear.BAILING_CLASS,
     lfm2.CLASS,
     lfm2.MOE_CLASS,
     gpt_oss.CLASS,

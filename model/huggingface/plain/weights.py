@@ -9,7 +9,7 @@ from functools import partial
 from amfm.model.config.key_mixer_options import WindowOptions
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.entries import WeightEntry, WeightMap, paired_map
-from amfm.model.huggingface.gpt_oss.weights import StackedEntry
+from amfm.model.huggingface.gpt_oss import StackedEntry
 from amfm.model.huggingface.granitemoehybrid import mamba_entries
 from amfm.model.huggingface.plain.families import Experts, Family
 from amfm.model.huggingface.qwen3_next_weights import GatedEntry, NormEntry, gated_experts

@@ -3,20 +3,26 @@
 Read from transformers 5.24 (`configuration_gpt_oss.py`, `modeling_gpt_oss.py`). Every layer is attention, over a window (`W`)
 or not (`*`), and experts; both kinds of attention have the same heads and rotations, whose halves are paired as ours. A router
 takes the softmax of the chosen logits, which is ours of all, normalized. Projections have biases or not; router and experts
-always do, and an export of a model without them writes zeros. An import gives them all, to be trained on.
+always do, and an export of a model without them writes zeros. An import gives them all, to be trained on. Projections are
+stored apart, and matrices of experts transposed, their biases apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
 from amfm.model.config.core_options import AttentionConfig
 from amfm.model.config.key_mixer_options import WindowOptions
-from amfm.model.config.moe import MoeConfig
+from amfm.model.config.moe import BIAS_CHANNELS, MoeConfig
 from amfm.model.config.rope import yarn_of
 from amfm.model.config.schema import ModelConfig
-from amfm.model.huggingface.entries import WeightEntry, WeightMap, Zeros, paired_map
+from amfm.model.huggingface.entries import Piece, WeightEntry, WeightMap, Zeros, paired_map
 from amfm.model.huggingface.fields import (
     NO_QK_NORM,
     WHOLE_HEADS,
@@ -33,15 +39,10 @@ from amfm.model.huggingface.fields import (
     unfit_settings,
     unfit_softmax_scale,
 )
-from amfm.model.huggingface.gpt_oss.weights import (
-    BiasedEntry,
-    StackedEntry,
-    TransposedEntry,
-    TurnedEntry,
-    WidenedEntry,
-)
 from amfm.model.huggingface.hf_class import HfTarget
+from amfm.model.huggingface.qwen3_next_weights import part_pieces
 from amfm.model.huggingface.refusals import IGNORED_ARGUMENTS, Refusal, misses_sentencepiece
+from amfm.model.on_demand import Shape, cut_rows
 
 LAYER_TYPES = {"W": "sliding_attention", "*": "full_attention"}
 LETTERS = {name: letter for letter, name in LAYER_TYPES.items()}
@@ -310,3 +311,90 @@ CLASS = HfTarget(
     limits=limits,
     holds=frozenset(("sinks", "activation_limit", "bias")),
 )
+
+
+@dataclass(frozen=True)
+class StackedEntry(WeightEntry):
+    """Matrices one above the other, `sizes` rows each, stored as a tensor each."""
+
+    sizes: tuple[int, ...] = ()
+
+    def pieces(self, shapes: Mapping[str, Shape]) -> Iterator[Piece]:
+        """As in the base class, matrix by matrix."""
+        begin = 0
+        for size, name in zip(self.sizes, self.theirs, strict=True):
+            yield from part_pieces(WeightEntry(self.ours, (name,)), shapes, size, begin, 0)
+            begin += size
+
+    def split(self, tensor: Tensor) -> dict[str, Tensor]:
+        """As in the base class."""
+        parts = (part.contiguous() for part in tensor.split(list(self.sizes)))
+        return dict(zip(self.theirs, parts, strict=True))
+
+    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """As in the base class."""
+        return torch.cat([tensors[name] for name in self.theirs])
+
+
+@dataclass(frozen=True)
+class TransposedEntry(WeightEntry):
+    """A stack of matrices, [E, A, B] <-> [E, B, A]."""
+
+    def split(self, tensor: Tensor) -> dict[str, Tensor]:
+        """As in the base class."""
+        return {self.theirs[0]: tensor.transpose(1, 2).contiguous()}
+
+    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """As in the base class."""
+        return tensors[self.theirs[0]].transpose(1, 2).contiguous()
+
+
+@dataclass(frozen=True)
+class TurnedEntry(WeightEntry):
+    """Gate rows above up rows [E, 2 F, D], stored as columns that are gate's and up's, alternating, [E, D, 2 F]."""
+
+    def split(self, tensor: Tensor) -> dict[str, Tensor]:
+        """As in the base class."""
+        turned = torch.stack(tensor.chunk(2, dim=1), dim=2).flatten(1, 2)
+        return {self.theirs[0]: turned.transpose(1, 2).contiguous()}
+
+    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """As in the base class."""
+        rows = tensors[self.theirs[0]].transpose(1, 2)
+        return torch.cat([rows[:, 0::2], rows[:, 1::2]], dim=1)
+
+
+@dataclass(frozen=True)
+class BiasedEntry(TurnedEntry):
+    """The same with a bias as a column after those of the rows, [E, 2 F, D + BIAS_CHANNELS], which is a tensor of its own there."""
+
+    def pieces(self, shapes: Mapping[str, Shape]) -> Iterator[Piece]:
+        """Expert by expert, both tensors."""
+        shape = shapes[self.ours]
+        for run in cut_rows(shape[0], shape):
+            yield Piece(self, {self.ours: run}, dict.fromkeys(self.theirs, run))
+
+    def split(self, tensor: Tensor) -> dict[str, Tensor]:
+        """As in the base class."""
+        (turned,) = super().split(tensor[:, :, : 1 - BIAS_CHANNELS]).values()
+        matrix, bias = turned.split([turned.shape[1] - 1, 1], dim=1)
+        return {self.theirs[0]: matrix.contiguous(), self.theirs[1]: bias.squeeze(1).contiguous()}
+
+    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """As in the base class."""
+        matrix, bias = (tensors[name] for name in self.theirs)
+        rows = super().join({self.theirs[0]: torch.cat([matrix, bias.unsqueeze(1)], dim=1)})
+        return pad(rows, (0, BIAS_CHANNELS - 1))
+
+
+@dataclass(frozen=True)
+class WidenedEntry(TransposedEntry):
+    """The stack of matrices after those, [E, D + BIAS_CHANNELS, F]: its last rows are zeros, and not there."""
+
+    def split(self, tensor: Tensor) -> dict[str, Tensor]:
+        """As in the base class."""
+        return super().split(tensor[:, :-BIAS_CHANNELS])
+
+    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """As in the base class."""
+        return pad(super().join(tensors), (0, 0, 0, BIAS_CHANNELS))
