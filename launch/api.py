@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amfm.launch.console import UNUSED_LIBRARIES
-from amfm.launch.presets import choose_config
+from amfm.launch.existing import choose_config
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.extras import require_extra
 

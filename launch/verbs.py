@@ -71,7 +71,7 @@ VERBS = {
     ),
     "distill": (
         "Train",
-        "distill",
+        "convert",
         "Store a teacher's likeliest tokens for every sample of a run, which then learns from them (docs/distillation.md).",
     ),
     "plan": (
@@ -220,8 +220,6 @@ def import_file(name: str) -> Any:
             from amfm.launch.commands import merge as module
         case "serve":
             from amfm.launch.commands import serve as module
-        case "distill":
-            from amfm.launch.commands import distill as module
         case "bench":
             from amfm.launch.commands import bench as module
         case _:

@@ -13,8 +13,7 @@ import typer
 
 from amfm.launch.arguments import HelpAllOption, JsonOption, OverridesArgument, PresetOption, print_fields
 from amfm.launch.console import print_json, print_rows
-from amfm.launch.existing import nearest_or_all
-from amfm.launch.presets import choose_config
+from amfm.launch.existing import choose_config, nearest_or_all
 
 if TYPE_CHECKING:
     from amfm.pretrain.config.schema import RunConfig

@@ -14,10 +14,10 @@ import typer
 
 from amfm.data_pipeline.terminal import Waiting, printable
 from amfm.launch.arguments import ConfigOrPreset, JsonOption, OverridesArgument, PresetOption
-from amfm.launch.commands.synthetic import show_synthetic_row
+from amfm.launch.commands.evaluate import show_synthetic_row
 from amfm.launch.console import print_json, print_pairs, print_rows, say, show_progress
+from amfm.launch.existing import choose_config
 from amfm.launch.heavy_imports import loading
-from amfm.launch.presets import choose_config
 from amfm.pretrain.extras import require_extra
 from amfm.pretrain.launcher_protocol import BAD_INPUT
 

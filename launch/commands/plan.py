@@ -20,8 +20,8 @@ from amfm.launch.commands.layouts import (
 )
 from amfm.launch.commands.trace import print_seconds, print_trace
 from amfm.launch.console import print_json, print_pairs, print_rows, say, show_progress
+from amfm.launch.existing import choose_config
 from amfm.launch.heavy_imports import loading
-from amfm.launch.presets import choose_config
 from amfm.pretrain.extras import is_installed
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def traced_as_dict(traced: list[TracedRank], steps: list[tuple[Timeline, StepTim
 def draw(made: Plan, traced: list[TracedRank], timelines: list[Timeline], assumptions: Assumptions, path: Path) -> None:
     """Draw the memory of traced ranks and the timelines that there are, or the plan if no rank was traced."""
     from amfm.launch.plan.picture import draw_plan
-    from amfm.launch.simulate.picture import draw_trace
+    from amfm.launch.simulate.timeline import draw_trace
 
     if traced:
         draw_trace(traced, timelines, path)

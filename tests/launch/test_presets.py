@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from amfm.launch.cli import run
-from amfm.launch.presets import preset_names, preset_path
+from amfm.launch.existing import preset_names, preset_path
 
 
 def test_every_preset_is_a_run_that_can_be_named() -> None:

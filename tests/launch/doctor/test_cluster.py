@@ -15,8 +15,15 @@ from pathlib import Path
 import pytest
 
 from amfm.launch.cli import run
-from amfm.launch.doctor.cluster import StorageTest, examine_cluster, examine_storage, leave_cluster
-from amfm.launch.doctor.compare import compare_reports, examine_clocks, examine_links
+from amfm.launch.doctor.cluster import (
+    StorageTest,
+    compare_reports,
+    examine_clocks,
+    examine_cluster,
+    examine_links,
+    examine_storage,
+    leave_cluster,
+)
 from amfm.launch.doctor.links import Link, Skew, estimate_skew, measure_skews, plan_links
 from amfm.launch.doctor.machine import Finding
 from amfm.launch.doctor.rank import CacheFolder, RankReport, describe_rank, examine_cache

@@ -10,8 +10,7 @@ from amfm.launch.plan.estimate import Assumptions
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.memory import Memory
-from amfm.launch.simulate.picture import draw_streams
-from amfm.launch.simulate.timeline import compare_seconds, lay_out, planned_step, write_timeline
+from amfm.launch.simulate.timeline import compare_seconds, draw_streams, lay_out, planned_step, write_timeline
 from amfm.launch.simulate.trace import TracedRank
 from tests.launch.plan.presets import preset
 
