@@ -18,8 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from amfm.data_pipeline.config import DataConfig
-from amfm.data_pipeline.samples.loss_spans import describe_disorder
-from amfm.data_pipeline.samples.packing import IGNORED_LABEL
+from amfm.data_pipeline.samples.packing import IGNORED_LABEL, describe_disorder
 from amfm.data_pipeline.samples.samples import SampleReader, SampleSettings
 from amfm.data_pipeline.store.manifest import Part, Split
 from amfm.data_pipeline.store.shards import DamagedError

@@ -118,7 +118,7 @@ def inspect_store(path: str, *, quick: bool = False, report: Report = silent) ->
 
 def inspect_teacher(folder: Path, *, quick: bool = False, report: Report = silent) -> Inspection:
     """Inspect a store that `amfm distill store` wrote: whose probabilities it holds, and every sample's checksum."""
-    from amfm.pretrain.distillation.inspect import inspect_teacher_store
+    from amfm.pretrain.distillation.write import inspect_teacher_store
 
     problems, facts, details = inspect_teacher_store(folder, quick=quick, report=report)
     return Inspection("teacher store", tuple(problems), facts, details)

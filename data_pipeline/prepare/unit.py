@@ -25,7 +25,7 @@ from amfm.data_pipeline.prepare.plan import Unit
 from amfm.data_pipeline.prepare.reading import make_filter
 from amfm.data_pipeline.prepare.records import Document, Reject, TokenDocument
 from amfm.data_pipeline.prepare.rejects import RejectList, listing_rejects
-from amfm.data_pipeline.samples.loss_spans import find_runs
+from amfm.data_pipeline.samples.packing import find_runs
 from amfm.data_pipeline.samples.permutation import derive_key, permute
 from amfm.data_pipeline.store.manifest import SPLITS, Part, Split
 from amfm.data_pipeline.store.part_writer import write_part

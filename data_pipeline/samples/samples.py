@@ -4,7 +4,7 @@
 2. Shuffle (`permutation.py`): that draw, within its epoch, is permuted by a keyed bijection to a place in the source.
 3. Window or bin (`packing.py`, `bins.py`): the place is a run of the joined documents, or documents fitted into a row.
 4. Read (`store/`): its chunks are read and verified, and the row is cut into documents; `loader/` stacks rows to batches.
-   Where only some tokens are learned the row brings its labels (`loss_spans.py`); where a source asks for it, middles are
+   Where only some tokens are learned the row brings its labels (`packing.py`); where a source asks for it, middles are
    moved to the end (`fim.py`).
 
 Every step is a pure function of (settings, identities of the data, global sample number). There is no state to save and
@@ -24,9 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from amfm.data_pipeline.samples.bins import BinIndex
-from amfm.data_pipeline.samples.loss_spans import is_counted, label_counted
 from amfm.data_pipeline.samples.mixture import EpochSpan, Mixture, PhaseSettings, Shift, phases_of
-from amfm.data_pipeline.samples.packing import Row, count_windows, starts_in_window
+from amfm.data_pipeline.samples.packing import Row, count_windows, is_counted, label_counted, starts_in_window
 from amfm.data_pipeline.samples.permutation import (
     BLOCK_WINDOWS,
     BLOCKS_PER_SHUFFLE,

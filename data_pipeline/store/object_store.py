@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from amfm.data_pipeline.durable.files import named
-from amfm.data_pipeline.store.credentials import NoCredentialsError
-from amfm.data_pipeline.store.range_stream import RangeStream
+from amfm.data_pipeline.store.remote_files import NoCredentialsError, RangeStream
 
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 METADATA_REQUEST = "/latest/api/token"  # what a machine in AWS asks first for the credentials of its role

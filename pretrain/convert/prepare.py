@@ -1,13 +1,37 @@
-"""What a run that is a stage of a conversion trains: everything else is frozen before the engine takes the model."""
+"""What a run that is a stage of a conversion trains: everything else is frozen before the engine takes the model.
+
+Low-rank updates that were trained elsewhere, which a router learns to choose among while they stay as they are.
+
+    convert.tune.routing.updates: [A, B, ...]    a run that tuned one update (convert-tune, convert-tune-teacher) or a
+                                                 checkpoint of it, or a folder that peft wrote for an export of ours
+
+Update e becomes rows e r .. (e + 1) r of `down` and those columns of `up`, times its own alpha / rank over the conversion's.
+After LoRA-Mixer, whose frozen updates are those of separate trainings, where only the router is trained.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.lora import PROJECTIONS, add_lora
 from amfm.model.mixers.window_linear import WindowLinearMixer
-from amfm.pretrain.config.convert import ConvertConfig
+from amfm.model.on_demand import on_demand
+from amfm.model.routed_updates import ENDS
+from amfm.model.shapes import weight_shapes
+from amfm.pretrain.checkpoint.inspect import find_checkpoint, read_full_state
+from amfm.pretrain.checkpoint.manifest_file import read_manifest
+from amfm.pretrain.config.convert import ConvertConfig, TuneConfig
 from amfm.pretrain.convert.adapters import find_adapter
-from amfm.pretrain.convert.updates import ROUTER_END, UPDATE_ENDS, take_updates
+from amfm.pretrain.inference.own_part import take_own_part
+from amfm.pretrain.tensor_files import TensorFile
 
 
 def prepare_stage(model: HybridModel, convert: ConvertConfig, *, resumes: bool = False) -> None:
@@ -73,3 +97,85 @@ def new_weights(model: HybridModel, convert: ConvertConfig) -> list[str]:
 def is_of_attention(name: str) -> bool:
     """Whether softmax attention has a weight of window_linear's too."""
     return name.partition(".")[0] in (*PROJECTIONS.values(), "g_proj", "q_norm", "k_norm")
+
+
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+UPDATE_ENDS, ROUTER_END = ENDS[:2], ENDS[2]
+PEFT_ENDS = {"lora_A.weight": "lora.down", "lora_B.weight": "lora.up"}
+# Settings of peft under which A and B are not all of an update, or do not count lora_alpha / r times.
+PEFT_REFUSED = ("use_rslora", "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
+
+
+def take_updates(model: HybridModel, convert: ConvertConfig) -> None:
+    """Put the updates that convert.tune.routing.updates names into a model, each rank its part. No collectives.
+
+    Raises ValueError if they do not fit the model.
+    """
+    names = {name for name, _ in model.named_parameters() if name.endswith(UPDATE_ENDS)}
+    take_own_part(model, on_demand(stack_updates(convert.tuning(), names)), names)
+
+
+def check_updates(tune: TuneConfig, model: ModelConfig) -> None:
+    """Read the updates before a stage trains. Raises ValueError if they do not fit the model of that stage."""
+    shapes = {name: shape for name, shape in weight_shapes(model).items() if name.endswith(UPDATE_ENDS)}
+    for name, tensor in stack_updates(tune, set(shapes)).items():
+        if tuple(tensor.shape) != shapes[name]:
+            raise ValueError(
+                f"convert.tune.routing.updates make {name} {tuple(tensor.shape)}, and the model has {shapes[name]}; give "
+                "updates of this teacher"
+            )
+
+
+def stack_updates(tune: TuneConfig, names: set[str]) -> dict[str, Tensor]:
+    """Read the factors `names` of all updates and lay them after each other: whole tensors by name.
+
+    Raises ValueError for an update of another rank, and one that has not all of these factors.
+    """
+    assert tune.routing is not None, "only a conversion with a router has them"
+    found = []
+    for path in tune.routing.updates:
+        factors, rank, alpha = read_update(Path(path))
+        what = f"convert.tune.routing.updates: {path}"
+        if rank != tune.rank:
+            raise ValueError(f"{what} has rank {rank}, and convert.tune.rank={tune.rank}; give updates of one rank")
+        missing, surplus = sorted(names - factors.keys()), sorted(factors.keys() - names)
+        if missing or surplus:
+            words = f"lacks {missing[0]}" if missing else f"has {surplus[0]}, which the model has not"
+            raise ValueError(f"{what} {words}; make convert.tune.targets those of the update")
+        scale = (alpha / rank) / (tune.alpha / tune.rank)
+        found.append({name: factors[name] * (scale if name.endswith(".up") else 1.0) for name in names})
+    return {name: torch.cat([each[name] for each in found], dim=1 if name.endswith(".up") else 0) for name in names}
+
+
+def read_update(path: Path) -> tuple[Mapping[str, Tensor], int, float]:
+    """Factors of one update under amfm's names, its rank and alpha. Raises ValueError for what is none."""
+    if (path / ADAPTER_CONFIG).is_file():
+        return _read_adapter(path)
+    checkpoint = find_checkpoint(path)
+    tune: dict[str, Any] | None = (read_manifest(checkpoint)["config"].get("convert") or {}).get("tune")
+    state = read_full_state(checkpoint)
+    factors = {name: state[name] for name in state if name.endswith(UPDATE_ENDS)}
+    if not factors or tune is None or tune.get("routing"):
+        raise ValueError(
+            f"{path} has not one low-rank update; give a convert-tune or convert-tune-teacher run of a conversion without "
+            "routing, or a folder that peft wrote"
+        )
+    return factors, int(tune["rank"]), float(tune["alpha"])
+
+
+def _read_adapter(folder: Path) -> tuple[Mapping[str, Tensor], int, float]:
+    settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    wrong = [name for name in PEFT_REFUSED if settings.get(name)]
+    if settings.get("peft_type") != "LORA" or wrong or settings.get("bias", "none") != "none":
+        what = ", ".join(wrong) or f"peft_type {settings.get('peft_type')} and bias {settings.get('bias')}"
+        raise ValueError(f"{folder} has {what}, and an update here is only A and B of LoRA; train it without")
+    tensors = TensorFile(folder / ADAPTER).on_demand()
+    factors = {}
+    for name in tensors:
+        layer, _, end = name.removeprefix("base_model.model.model.").rpartition(".lora_")
+        if f"lora_{end}" not in PEFT_ENDS or not layer.startswith("layers."):
+            raise ValueError(
+                f"{folder / ADAPTER} has {name}; give an adapter of the projections of an export of target own"
+            )
+        factors[f"blocks.{layer.removeprefix('layers.')}.{PEFT_ENDS[f'lora_{end}']}"] = tensors[name].float()
+    return factors, int(settings["r"]), float(settings["lora_alpha"])

@@ -37,8 +37,7 @@ from amfm.pretrain.config.convert import UpcycleConfig
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.convert.stages import EXPERTS, FEED_FORWARD, conversion_of, converted_blocks, folder_of
 from amfm.pretrain.convert.weights import read_teacher, write_folder
-from amfm.pretrain.export.export import proof_text
-from amfm.pretrain.inference.streamed_model import stream_model
+from amfm.pretrain.export.export import proof_text, stream_model
 from amfm.pretrain.inference.weights import Weights
 
 # Two float32 sums in another order; logits of order 10, as of an export's verification.

@@ -24,6 +24,7 @@ from amfm.pretrain.checkpoint.inspect import find_checkpoint, read_full_state
 from amfm.pretrain.checkpoint.manifest_file import read_manifest
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.convert.adapters import find_adapter
+from amfm.pretrain.convert.prepare import check_updates
 from amfm.pretrain.convert.stages import (
     WINDOW_LINEAR,
     ConversionStage,
@@ -32,7 +33,6 @@ from amfm.pretrain.convert.stages import (
     converted_model,
     folder_of,
 )
-from amfm.pretrain.convert.updates import check_updates
 from amfm.pretrain.engine.moments import FROZEN
 from amfm.pretrain.export.files import begin_export, put_in_place, sync_files
 from amfm.pretrain.export.import_huggingface import MODEL_SECTION, describe_model

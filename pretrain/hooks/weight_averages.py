@@ -16,9 +16,9 @@ from amfm.model.hybrid import HybridModel
 from amfm.model.on_demand import OnDemand, on_demand
 from amfm.pretrain.checkpoint.names import list_checkpoints, step_of
 from amfm.pretrain.config.hook_sections import EmaConfig
+from amfm.pretrain.export.average import average
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.hooks.validate import Validations, validate
-from amfm.pretrain.inference.mean import average
 from amfm.pretrain.inference.own_part import take_own_part
 from amfm.pretrain.inference.weights import Weights, read_weights
 from amfm.pretrain.monitor.metrics import finite

@@ -10,10 +10,10 @@ import torch
 from amfm.data_pipeline.config import DataConfig
 from amfm.model.hybrid import HybridModel
 from amfm.pretrain.checkpoint.inspect import inspect_checkpoint
+from amfm.pretrain.export.average import average
 from amfm.pretrain.export.export import LOGIT_TOLERANCE, export_checkpoint
 from amfm.pretrain.inference.evaluate import evaluate_checkpoint
 from amfm.pretrain.inference.generate import Sampling, generate
-from amfm.pretrain.inference.mean import average
 from amfm.pretrain.inference.weights import read_weights
 from amfm.pretrain.train import train
 from tests.helpers.spawn import run_ranks

@@ -13,8 +13,7 @@ import torch
 from amfm.data_pipeline.config import DataConfig
 from amfm.launch.cli import run as run_cli
 from amfm.model.moe.block import PRUNED_BIAS
-from amfm.pretrain.export.average import merge_shares
-from amfm.pretrain.inference.mean import average
+from amfm.pretrain.export.average import average, merge_shares
 from amfm.pretrain.inference.weights import read_weights
 from amfm.pretrain.train import train
 from tests.helpers.json_output import one_object

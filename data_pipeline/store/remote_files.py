@@ -1,10 +1,14 @@
-"""A file that is read in ranges over a network, as an unbuffered file: each read is one request."""
+"""What files behind a URL share: an error that judges of errors know without reading stores, and a stream of ranges."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable
 from typing import Any
+
+
+class NoCredentialsError(RuntimeError):
+    """This machine has no credentials for an object store: for its user to set where a command starts."""
 
 
 class RangeStream(io.RawIOBase):
