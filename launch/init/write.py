@@ -192,7 +192,7 @@ def compose(answers: Answers, text: Text) -> dict[str, Any]:
         },
         "train": train,
         "optimizer": {"learning_rate": size.learning_rate, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1},
-        "schedule": short_schedule() if is_short else schedule(size),
+        "schedule": {"kind": "wsd", "warmup_steps": 20 if is_short else size.warmup_steps, "min_ratio": 0.1},
         "export": {"target": "auto"},
     }
 
@@ -239,16 +239,6 @@ def short_training() -> dict[str, Any]:
         "checkpoint_every_steps": 50,
         "validate_every_steps": 50,
     }
-
-
-def schedule(size: Size) -> dict[str, Any]:
-    """Learning-rate schedule: warm-up, constant, decay to a tenth in the last fifth, whatever the number of steps."""
-    return {"kind": "wsd", "warmup_steps": size.warmup_steps, "min_ratio": 0.1}
-
-
-def short_schedule() -> dict[str, Any]:
-    """Learning-rate schedule of the short run."""
-    return {"kind": "wsd", "warmup_steps": 20, "min_ratio": 0.1}
 
 
 def changed_settings(choice: Choice) -> dict[str, Any]:

@@ -106,21 +106,6 @@ class CommunicationCounter(TorchDispatchMode):
         return [self.counts[key] for key in sorted(self.counts)]
 
 
-def sum_traffic(ranks: Iterable[Sequence[Traffic]]) -> list[Traffic]:
-    """Sum of the traffic of several ranks or blocks, row by row."""
-    totals: dict[tuple[str, str, str], Traffic] = {}
-    for row in (row for rows in ranks for row in rows):
-        key = (row.axis, row.collective, row.dtype)
-        total = totals.get(key, Traffic(*key, 0, 0, 0))
-        totals[key] = Traffic(
-            *key,
-            total.calls + row.calls,
-            total.handed_bytes + row.handed_bytes,
-            total.sent_bytes + row.sent_bytes,
-        )
-    return [totals[key] for key in sorted(totals)]
-
-
 def group_of(args: Sequence[Any]) -> Any:
     """The process group among the arguments of a c10d operator."""
     (group,) = (

@@ -8,7 +8,6 @@ and FakeTensorMode see the GPU; what C++ then asks of "meta" the tracer turns ba
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +33,6 @@ class Patch:
 
 
 INSTALLED: list[Patch] = []
-LAUNCHES: Counter[str] = Counter()
 
 
 def replace(owner: Any, name: str, value: Any, reason: str) -> None:

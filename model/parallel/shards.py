@@ -54,16 +54,6 @@ class ShardSpec:
         ]
         return torch.cat(own, dim=self.dim)
 
-    def unshard(self, parts: Sequence[Tensor]) -> Tensor:
-        """Join the parts of all ranks of the axis, in rank order, to the tensor whole along `dim`; of copies the first counts."""
-        size = len(parts)
-        pieces = [part.split(list(self.local_segments(size)), dim=self.dim) for part in parts]
-        columns = [
-            torch.cat([column[index * size // slices] for index in range(slices)], dim=self.dim)
-            for column, slices in zip(zip(*pieces), self.slices(size))
-        ]
-        return torch.cat(columns, dim=self.dim)
-
 
 @dataclass(frozen=True)
 class Shard:

@@ -75,15 +75,10 @@ def read_full_state(checkpoint_dir: Path, report: Report = silent, *, averaged: 
     if averaged and AVERAGE not in kinds.values():
         raise ValueError(f"{checkpoint_dir} has no averaged weights; a run keeps them if it has a section `ema`")
     sources = {name: reader.source(kind, name) for name, kind in kinds.items()}
-    for name in model_buffers(manifest):
+    for name in (name for name in manifest["buffers"] if not name.startswith(OWNED)):  # the model's, not an optimizer's
         buffer = reader.buffer(name)
         sources[name] = source_of(buffer.float() if buffer.is_floating_point() else buffer)
     return OnDemand(sources)
-
-
-def model_buffers(manifest: dict[str, Any]) -> list[str]:
-    """Names of a checkpoint's buffers that are the model's, and not an optimizer's."""
-    return [name for name in manifest["buffers"] if not name.startswith(OWNED)]
 
 
 def read_parameters(checkpoint_dir: Path, manifest: dict[str, Any], kind: str) -> Iterator[tuple[str, Tensor]]:

@@ -123,10 +123,6 @@ def relocate(problem: Problem, config: RunConfig, stage: RunStage) -> Problem:
 def declaring_stage(config: RunConfig, index: int, field: str) -> int | None:
     """Index of the stage whose value of a field the stage `index` has; None if it comes from outside of the stages."""
     first = index if field in NOT_INHERITED else 0
-    places = [place for place in range(first, min(index + 1, len(config.stages))) if has_own(config, place, field)]
+    declared = [getattr(section, field) is not None for section in config.stages]
+    places = [place for place in range(first, min(index + 1, len(declared))) if declared[place]]
     return places[-1] if places else None
-
-
-def has_own(config: RunConfig, place: int, field: str) -> bool:
-    """Whether a stage declares a field."""
-    return getattr(config.stages[place], field) is not None

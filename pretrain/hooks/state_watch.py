@@ -187,7 +187,7 @@ class StateWatch:
 
     def examine_recomputed(self, run_twice: Callable[[], dict[str, Tensor]], step: int) -> None:
         """Run something twice and compare every bit of its results by name. Every rank must call this."""
-        first, second = (fetch_named(run_twice()) for _ in range(2))
+        first, second = ({name: int(digest(each)) for name, each in run_twice().items()} for _ in range(2))
         wrong = [
             f"{name}: a micro-batch that was run twice gave other bits" for name in first if first[name] != second[name]
         ]
@@ -277,11 +277,6 @@ class StateWatch:
         ]
         if found:
             raise RuntimeError(f"state is damaged at step {step}: {' | '.join(found)}; {REMEDY}")
-
-
-def fetch_named(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Digest tensors by name."""
-    return {name: int(digest(tensor)) for name, tensor in tensors.items()}
 
 
 def judge_replicas(

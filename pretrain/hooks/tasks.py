@@ -22,7 +22,7 @@ from typing import Any
 from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
 from amfm.model.hybrid import ModelOutput
 from amfm.pretrain.checks.evaluate import SETTING, generation_rule
-from amfm.pretrain.config.schema import EvaluateConfig, ParallelConfig, RunConfig
+from amfm.pretrain.config.schema import ParallelConfig, RunConfig
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.inference.passes import RowPasses
 from amfm.pretrain.micro_batch import MicroBatch
@@ -44,7 +44,9 @@ def open_tasks(config: RunConfig, parallel: Parallel) -> TaskSuite | None:
     Data that cannot be had is no reason not to train: it is tried again at each measurement. Every rank must call this.
     Raises ValueError on every rank for unknown names, a missing lm-eval, and generation on ranks that share tokens.
     """
-    suite = open_on_first(_choice(config.evaluate), SETTING, RankGroup(parallel.rank, parallel.world_size))
+    section = config.evaluate
+    choice = TaskChoice(section.tasks, section.include_path, section.limit, section.num_fewshot)
+    suite = open_on_first(choice, SETTING, RankGroup(parallel.rank, parallel.world_size))
     kinds = set() if suite is None or suite.loaded is None else suite.kinds()
     problem = generation_problem(config.evaluate.tasks, kinds, config.parallel)
     problem = RankGroup(parallel.rank, parallel.world_size).broadcast(problem)
@@ -127,10 +129,6 @@ def build_scorer(run: Run) -> Scorer:
         max_length=train.sequence_length,
         row_length=train.sequence_length,
     )
-
-
-def _choice(section: EvaluateConfig) -> TaskChoice:
-    return TaskChoice(section.tasks, section.include_path, section.limit, section.num_fewshot)
 
 
 def generation_problem(names: Sequence[str], kinds: set[str], parallel: ParallelConfig) -> str | None:

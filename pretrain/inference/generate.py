@@ -87,13 +87,6 @@ class TextModel:
         return stream_text(tokenizer, ids, generate_tokens(self.model, ids, max_new_tokens, sampling, **sizes))
 
 
-def load_text_model(
-    path: str | Path, *, device: str = "cpu", backend: str = "auto", report: Report = silent
-) -> TextModel:
-    """Load a checkpoint, the newest one of a run, or an imported model. Raises as `read_weights` does."""
-    return TextModel(read_weights(path, report), device=device, backend=backend)
-
-
 def check_request(max_new_tokens: int, sampling: Sampling) -> None:
     """Raise ValueError for settings of a generation that are out of range."""
     sampling.check()
@@ -117,7 +110,7 @@ def generate(
     blocks however long the text is. Raises ValueError for an empty prompt or impossible settings.
     """
     check_request(max_new_tokens, sampling or Sampling())  # before the model is read, which takes time
-    model = load_text_model(checkpoint, device=device, backend=backend, report=report)
+    model = TextModel(read_weights(checkpoint, report), device=device, backend=backend)
     return model.stream(prompt, max_new_tokens, sampling)
 
 

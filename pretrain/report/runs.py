@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from amfm.pretrain.monitor.follow import FollowedRun, to_seconds
-from amfm.pretrain.report.data import RunRecord, read_run
+from amfm.pretrain.report.data import read_run
 from amfm.pretrain.report.goodput import measure_goodput
 from amfm.pretrain.report.verdict import describe_state, judge_run, number
 
@@ -75,7 +75,7 @@ def read_row(directory: Path, folder: Path) -> RunRow:
         describe_state(record, seen)[0].partition(":")[0],
         record.last_step(),
         record.num_steps,
-        newest_loss(record),
+        number(record.metrics[-1], "loss"),
         best,
         best_step,
         record.last("tokens"),
@@ -85,11 +85,6 @@ def read_row(directory: Path, folder: Path) -> RunRow:
         moment,
         judge_run(followed, seen, record).words(),
     )
-
-
-def newest_loss(record: RunRecord) -> float | None:
-    """Loss of the newest step; None if it was not finite."""
-    return number(record.metrics[-1], "loss")
 
 
 def find_newest(events: Sequence[dict[str, Any]], step_time: object) -> tuple[str, float | None]:

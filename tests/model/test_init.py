@@ -13,6 +13,7 @@ from amfm.model.hybrid import HybridModel
 from amfm.model.init import fill_part, initial_values
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.parallel.shards import Shard, ShardSpec, parameter_shards
+from tests.helpers.shards import unshard
 
 WIDE = ModelConfig(
     pattern="M*E-",
@@ -124,7 +125,7 @@ def test_matrices_of_many_pieces_are_the_same_on_any_ranks_that_share_them(monke
         if shard.per_expert or name.endswith(("A_log", "dt_bias")):
             continue  # drawn expert by expert; drawn whole by the mixer
         parts = [filled_part(name, parameter.shape, shard, rank, ranks) for rank in range(ranks)]
-        joined = shard.cuts[0].unshard(parts) if shard.cuts else parts[0]
+        joined = unshard(shard.cuts[0], parts) if shard.cuts else parts[0]
         assert torch.equal(joined, parameter), name
     embedding = WIDE.vocab_size, WIDE.hidden_size
     assert torch.equal(initial_values("embedding.weight", embedding, WIDE, 3), whole.embedding.weight)

@@ -13,9 +13,10 @@ import torch
 
 from amfm.launch.plan.exchanges.step import check_exact, expected_bytes
 from amfm.launch.plan.layout import Layout
-from amfm.launch.simulate.count_collectives import CommunicationCounter, Traffic, sum_traffic
+from amfm.launch.simulate.count_collectives import CommunicationCounter, Traffic
 from amfm.pretrain.config.schema import RunConfig
 from benchmarks.small_steps import begin_ranks, build_for_steps, load_small, take_step
+from tests.helpers.shards import sum_traffic
 
 
 def load_layout(overrides: Sequence[str], world_size: int) -> RunConfig:

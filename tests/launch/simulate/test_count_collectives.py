@@ -6,10 +6,11 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
-from amfm.launch.simulate.count_collectives import CommunicationCounter, Traffic, sum_traffic
+from amfm.launch.simulate.count_collectives import CommunicationCounter, Traffic
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.patience import PATIENCE_SECONDS
+from tests.helpers.shards import sum_traffic
 from tests.helpers.spawn import run_ranks
 
 

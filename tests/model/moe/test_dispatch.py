@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from amfm.kernels.linear.op import linear_float32
 from amfm.kernels.moe.capacity import expert_capacity
 from amfm.kernels.moe.op import route
-from amfm.launch.simulate.count_collectives import CommunicationCounter, Traffic, sum_traffic
+from amfm.launch.simulate.count_collectives import CommunicationCounter, Traffic
 from amfm.model.config.core_options import Mamba2Config
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig
@@ -29,7 +29,7 @@ from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients
 from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.patience import PATIENCE_SECONDS
-from tests.helpers.shards import join_parts
+from tests.helpers.shards import join_parts, sum_traffic
 from tests.helpers.spawn import run_ranks
 from tests.model.small_models import cut_batch, loss_of, small_config
 
