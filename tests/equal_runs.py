@@ -348,9 +348,9 @@ def strip(value: Any) -> Any:
 def compare(name: str, old: Any, new: Any) -> Iterator[str]:
     """Name what differs, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
-        # A saved configuration may have settings that OLD does not know, at values that change nothing, and lack empty
-        # sections of mixers that became a package.
-        saved = "/manifest.json/config" in name
+        # A saved configuration, and a layout in an event, may have settings that OLD does not know, at values that change
+        # nothing, and lack empty sections of mixers that became a package.
+        saved = "/manifest.json/config" in name or name.endswith("/parallel")
         added = [key for key in new if key not in old and not saved]
         for key in [*(key for key in old if not saved or key in new or old[key] is not None), *added]:
             yield from compare(f"{name}/{key}", old.get(key, "(missing)"), new.get(key, "(missing)"))
