@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,15 @@ FOLDER = Path(__file__).parents[2] / "kernels"
 FILES = sorted(path for path in FOLDER.rglob("*.py") if "import triton.language as tl" in path.read_text())
 
 
+@cache
+def _parse(path: Path) -> ast.Module:
+    """A file's tree, which several tests look at."""
+    return ast.parse(path.read_text())
+
+
 def _calls(path: Path, name: str) -> Iterator[tuple[int, set[str]]]:
     """Line and named arguments of each `tl.NAME(...)` in a file."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(_parse(path)):
         if (
             isinstance(node, ast.Call)
             and isinstance(node.func, ast.Attribute)
@@ -44,7 +51,7 @@ def test_every_kernel_is_compiled_ahead_of_time() -> None:
     kernels = {
         node.name
         for path in FILES
-        for node in ast.parse(path.read_text()).body
+        for node in _parse(path).body
         if isinstance(node, ast.FunctionDef) and node.decorator_list and node.name.endswith("_kernel")
     }
     assert kernels == {launch.kernel.__name__ for found in launches.values() for launch in found}
@@ -69,7 +76,7 @@ def _kernels(path: Path) -> list[ast.FunctionDef]:
     """Functions of a file that Triton compiles."""
     return [
         node
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(_parse(path))
         if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(mark) for mark in node.decorator_list)
     ]
 
@@ -131,7 +138,7 @@ def test_an_operation_names_itself_where_its_backend_is_chosen(path: Path) -> No
     """By this name its kernels are checked at their first use on a GPU; without it no one would check them."""
     calls = [
         node
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(_parse(path))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "resolve_backend"
     ]
     named = {

@@ -1,4 +1,4 @@
-"""What kernels compute once more is bitwise identical: in each case on a GPU, in every third in Triton's interpreter."""
+"""What kernels compute once more is bitwise identical: in each case on a GPU, in every fifth in Triton's interpreter."""
 
 from __future__ import annotations
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from contextlib import redirect_stderr
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from amfm.kernels.acceptance import __main__ as command
 from amfm.kernels.acceptance.__main__ import Report, main
-from amfm.kernels.acceptance.process import run_child
+from amfm.kernels.acceptance.process import Finished, run_child
 from amfm.kernels.runtime.backend import INTERPRETED
 from tests.helpers.patience import PATIENCE_SECONDS
+from tests.kernels.acceptance.forked_child import run_forked
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the command starts interpreters of its own")
 
@@ -32,10 +36,22 @@ def accept(folder: Path, *operations: str, stages: str = "compile,check") -> Pla
     return code, said.getvalue(), json.loads(out.read_text())
 
 
+def run_forked_child(settings: dict[str, Any], _seconds: float, *, interpreted: bool, **_: object) -> Finished:
+    """As `run_child`, in a fork. A child with its own interpreter: `crashed`, and runtime/test_first_use.py in `make test`."""
+    assert interpreted
+    child = run_forked(
+        [sys.executable, "-P", "-m", "amfm.kernels.acceptance.child", json.dumps(settings)], cwd=Path.cwd()
+    )
+    assert child.returncode == 0, child.stderr
+    return Finished([json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")], "")
+
+
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
     """One check of the operation with a wrong gradient behind a right trial."""
-    return accept(tmp_path_factory.mktemp("acceptance"), "wrong", stages="check")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "run_child", run_forked_child)
+        return accept(tmp_path_factory.mktemp("acceptance"), "wrong", stages="check")
 
 
 @pytest.fixture(scope="module")

@@ -61,12 +61,12 @@ def twice(request: pytest.FixtureRequest) -> Twice:
     """Computes something, and in some cases once more, bitwise identical.
 
     The interpreter runs programs one after the other in one order, and what they leave unwritten is poisoned: a second
-    time shows what a launcher remembers from the first, which a third of the cases shows. On a GPU, and with --twice,
+    time shows what a launcher remembers from the first, which a fifth of the cases shows. On a GPU, and with --twice,
     each case is computed twice.
     """
     case = getattr(request.node, "callspec", None)
-    third = case is None or sum(case.indices.values()) % 3 == 1
-    return compute_twice if third or ON_CARD or request.config.getoption("--twice", default=False) else compute_once
+    some = case is None or sum(case.indices.values()) % 5 == 1
+    return compute_twice if some or ON_CARD or request.config.getoption("--twice", default=False) else compute_once
 
 
 @pytest.fixture(autouse=True)

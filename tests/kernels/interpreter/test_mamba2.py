@@ -25,7 +25,7 @@ CASES = {
     "one_token": MixerCase(T=1, lengths=()),
     "one_token_of_two_rows": MixerCase(B=2, T=1),
     "odd_sizes": MixerCase(T=33, P=20, N=12, model=7, width=3, bias=False),
-    "documents": MixerCase(B=2, T=37, lengths=(5, 1, 31)),
+    "documents": MixerCase(B=2, T=37, P=8, N=8, lengths=(5, 1, 31)),
     "groups": MixerCase(T=20, H=4, G=2, P=8, N=8, norm_groups=2, width=2),
     "two_tiles": MixerCase(T=100, P=8, N=8, chunk=128, lengths=(40, 30, 30)),
 }
@@ -79,7 +79,7 @@ def test_a_rank_whose_row_is_cut_for_its_gpu_too_hands_on_the_same(monkeypatch: 
 
 @pytest.mark.parametrize("segments", [3, pytest.param(0, marks=pytest.mark.slow)])
 def test_the_gradient_of_the_outputs_weight_lands_in_its_sum_to_the_bit(segments: int, poisoned_memory: None) -> None:
-    case = MixerCase(T=18, P=8, N=8, model=7)
+    case = MixerCase(T=18, H=1, P=8, N=8, model=7)
     leaves = make_leaves(case, torch.float32)
     wanted = run_mixer(case, leaves, "triton", segments=segments)
     place = Place.of(leaves["out_weight"])
@@ -92,7 +92,7 @@ def test_the_gradient_of_the_outputs_weight_lands_in_its_sum_to_the_bit(segments
 
 
 def test_an_output_weight_with_a_recipe_multiplies_the_normed_rows_by_it() -> None:
-    case = MixerCase(T=33, P=20, N=12, model=7)
+    case = MixerCase(T=17, P=20, N=12, model=7)
     leaves = make_leaves(case, torch.float32)
     weight = leaves["out_weight"]
     weight.recipe = Recipe("fp8_block")  # type: ignore[attr-defined]
@@ -130,7 +130,7 @@ def test_states_made_again_and_shared_groups_change_nothing(
 
 
 def test_a_document_never_feels_another() -> None:
-    case = MixerCase(T=40, lengths=(5, 14, 21))
+    case = MixerCase(T=40, H=1, P=8, N=8, lengths=(5, 14, 21))
     leaves = make_leaves(case, torch.float32)
     before = run_mixer(case, leaves, "triton")
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_little_is_kept_for_backward(keep: bool, groups: int, limit: float) -> N
     """Limits in d numbers per token, states aside; the B and C of 4 groups weigh half a d, as those of Nemotron's 8
     do.
     """
-    case = MixerCase(T=64, H=8, P=32, N=16, G=groups, chunk=64)
+    case = MixerCase(T=64, H=4, P=64, N=16, G=groups, chunk=64)
     leaves = {
         name: leaf.detach().bfloat16().requires_grad_() for name, leaf in make_leaves(case, torch.float32).items()
     }

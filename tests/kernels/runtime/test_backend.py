@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import sys
 
 import pytest
@@ -19,6 +18,7 @@ from amfm.kernels.runtime.backend import (
     resolve_for_run,
 )
 from amfm.kernels.runtime.launch_failure import describe_launch_failure
+from tests.helpers.processes.zygote import BARE, run_program
 
 CPU = torch.device("cpu")
 
@@ -112,10 +112,11 @@ def test_multiply_adds_fuse_without_a_warning_unless_the_environment_forbids(sai
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_DEFAULT_FP_FUSION"}
     environment |= {} if said is None else {"TRITON_DEFAULT_FP_FUSION": said}
     code = (
-        "import amfm.kernels.runtime.backend; from triton import knobs; print(knobs.language.fp_fusion_enabled(None))"
+        "import warnings; warnings.simplefilter('error', UserWarning)\n"
+        "import amfm.kernels.runtime.backend\n"
+        "from triton import knobs; print(knobs.language.fp_fusion_enabled(None))"
     )
-    command = [sys.executable, "-W", "error::UserWarning", "-c", code]
-    child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    child = run_program([sys.executable, "-c", code], env=environment, zygote=BARE)
     assert (child.stdout.strip(), child.stderr) == (fuses, "")
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import torch
 from amfm.kernels.runtime import backend, first_use
 from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.runtime.first_use import CannotCheck, digest_source, read_or_check
+from tests.kernels.acceptance.forked_child import run_forked
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the check starts its own interpreter")
 
@@ -106,6 +109,8 @@ def test_a_gpu_for_one_process_is_checked_in_this_one_and_draws_nothing_from_its
     monkeypatch: pytest.MonkeyPatch, operation: str, faults: list[str]
 ) -> None:
     """The cases reject every process but this one in CUDA's words, as a GPU in exclusive-process mode does."""
+    forks = SimpleNamespace(run=run_forked, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(first_use, "subprocess", forks)
     monkeypatch.setenv("AMFM_TEST_OWNER", str(os.getpid()))
     before = torch.get_rng_state()
     with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(refuse_to_keep, refuse_to_keep):
