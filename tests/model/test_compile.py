@@ -11,7 +11,8 @@ BATCHES = [((7, 1, 12, 3), (23,)), ((23,), (23,)), ((5, 18), (10, 13))]
 
 
 def count_graph_breaks(pattern, dtype):
-    model = small_model(small_config(pattern, moe=MOE, mamba=MAMBA), dtype=dtype)
+    mamba = MAMBA.model_copy(update={"chunk_size": 16})  # two chunks per row
+    model = small_model(small_config(pattern, moe=MOE, mamba=mamba), dtype=dtype)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model.compile_blocks(compiler="eager")  # graphs are broken before a compiler gets them

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
@@ -89,7 +88,7 @@ def python(code: str) -> list[str]:
 
 def test_a_package_registers_its_mixer_by_entry_point(tmp_path):
     environment = install(tmp_path, "halving = halving_plugin:SPEC")
-    found = subprocess.run(python(USE), env=environment, capture_output=True, text=True, check=False)
+    found = run_program(python(USE), env=environment, zygote=BARE)
     assert found.returncode == 0, found.stderr
     assert "torch.Size([1, 8, 8])" in found.stdout
     assert "'model.mixers.halving.share'" in found.stdout
