@@ -240,7 +240,8 @@ LAYOUTS = [
     Layout(2, {"expert": 2, "overlap_experts": "two_batch"}, "padded", {"train__micro_batch_size": 4}),
     Layout(4, {"expert": 4, "expert_buffer_factor": 2.0}, "padded"),
     Layout(2, {"expert": 2, "zero_stage": 2}, "padded_recycle"),
-    Layout(4, {"context": 2, "expert": 2}, "padded_recycle", {"train__recompute": "full"}, quick=True),
+    Layout(4, {"context": 2, "expert": 2}, "padded_recycle", {"train__recompute": "full"}),
+    Layout(2, {"context": 2, "expert": 2}, "padded_recycle", {"train__recompute": "full"}, quick=True),
     # Pipeline.
     Layout(2, {"pipeline": 2}),
     Layout(2, {"pipeline": 2, "zero_stage": 0}),
@@ -269,7 +270,7 @@ LAYOUTS = [
     # Two of the four stages have no experts.
     Layout(8, {"pipeline": 4, "tensor": 2, "expert": 2, "zero_stage": 2}),
     # Context parallel.
-    Layout(2, {"context": 2}, quick=True),
+    Layout(2, {"context": 2}),
     Layout(2, {"context": 2, "zero_stage": 2}, "latent"),
     Layout(4, {"context": 4}, "latent"),
     Layout(4, {"context": 2, "zero_stage": 2}),

@@ -46,10 +46,10 @@ def test_bf16_losses_and_norms_are_those_of_one_rank(parallels: list[dict[str, A
 # Layout, precision, and the weight whose gradient is bad on the last rank.
 Poisoned = list[tuple[dict[str, Any], str, str]]
 POISONED: Poisoned = [
-    (TENSOR | {"zero_stage": 3}, "float32", "blocks.3.mixer.down_proj.weight"),
     ({"expert": 2, "zero_stage": 2}, "bf16", "blocks.1.mixer.experts.down"),
 ]
 POISONED_MORE: Poisoned = [
+    (TENSOR | {"zero_stage": 3}, "float32", "blocks.3.mixer.down_proj.weight"),
     (TENSOR | {"zero_stage": 0}, "bf16", "blocks.3.mixer.down_proj.weight"),
     ({"context": 2}, "float32", "blocks.0.mixer.out_proj.weight"),
     (TENSOR | {"zero_stage": 0}, "float32", "blocks.3.mixer.down_proj.weight"),
