@@ -17,6 +17,7 @@ from amfm.launch.plan.roofline import Roofline
 from amfm.model.build import sample_mixer
 from amfm.model.config.options import MixerOptions
 from amfm.model.config.schema import ModelConfig
+from amfm.model.parallel.shards import parameter_shards
 from amfm.pretrain.config.schema import RunConfig
 
 
@@ -35,8 +36,7 @@ class PlannedBlock:
         tokens, tensor = layout.tokens(self.config), layout.tensor
         measured = block_bytes(self.model, self.symbol, storage, cut_of(self.config, layout, self.symbol, imbalance))
         sizes = measured_sizes(self.model, self.symbol, self.config.train.sequence_length)
-        for name, outputs, inputs in sizes.matrices:
-            line.product(tokens, inputs, outputs / tensor, weight=name)
+        add_products(line, sizes, layout, tokens)
         flops = tokens * sizes.sequence_flops / tensor
         if storage.backend == "triton":
             self.mix(line, flops, 0.0)
@@ -50,14 +50,23 @@ class PlannedBlock:
         line.mixing(flops, moved)
 
 
+def add_products(line: Roofline, sizes: MeasuredSizes, layout: Layout, tokens: float) -> None:
+    """Add products with all matrices: of all tokens with a rank's part of one, or with a whole one of a rank's tokens."""
+    for name, outputs, inputs, is_cut in sizes.matrices:
+        if is_cut:
+            line.product(tokens, inputs, outputs / layout.tensor, weight=name)
+        else:
+            line.product(tokens / layout.stream_ranks, inputs, outputs, weight=name)
+
+
 @dataclass(frozen=True)
 class MeasuredSizes:
     """Sizes of one mixer, uncut.
 
-    `matrices`: name, out and in of each. `sequence_flops`: per token, of the recurrence or attention in forward.
+    `matrices`: name, out and in of each, and whether tensor ranks cut it. `sequence_flops`: per token, of the recurrence or attention in forward.
     """
 
-    matrices: tuple[tuple[str, int, int], ...]
+    matrices: tuple[tuple[str, int, int, bool], ...]
     sequence_flops: float
 
 
@@ -66,8 +75,8 @@ def measured_sizes(config: ModelConfig, symbol: str, sequence_length: int) -> Me
     """Build one mixer on the meta device and read its sizes. Cached: a search asks for the same few again and again."""
     mixer = sample_mixer(config, symbol)
     matrices = tuple(
-        (name, weight.shape[-2], weight.numel() // weight.shape[-2])
-        for name, weight in mixer.named_parameters()
+        (name, weight.shape[-2], weight.numel() // weight.shape[-2], any(cut.axis == "tp" for cut in shard.cuts))
+        for name, weight, shard in parameter_shards(mixer)
         if weight.dim() > 1 and not name.endswith("tables")  # looked up
     )
     return MeasuredSizes(matrices, mixer.sequence_flops(sequence_length))

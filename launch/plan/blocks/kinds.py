@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 
 from amfm.kernels.delta_block.op import DeltaSizes, block_bytes, scan_bytes
 from amfm.launch.plan.activations import FLOAT32_BYTES, Storage
 from amfm.launch.plan.blocks import indexer
-from amfm.launch.plan.blocks.block import PlannedBlock, measured_sizes
+from amfm.launch.plan.blocks.block import PlannedBlock, add_products, measured_sizes
 from amfm.launch.plan.blocks.indexer import PlannedLatent
 from amfm.launch.plan.blocks.moe import PlannedMoe
 from amfm.launch.plan.layout import Layout
@@ -68,9 +69,8 @@ class PlannedDelta(PlannedBlock):
             return
         tokens, tensor, e = layout.tokens(self.config), layout.tensor, line.element_bytes
         measured = measured_sizes(self.model, self.symbol, self.config.train.sequence_length)
-        for name, outputs, inputs in measured.matrices:
-            if name != "conv.weight":
-                line.product(tokens, inputs, outputs / tensor, weight=name)
+        products = tuple(matrix for matrix in measured.matrices if matrix[0] != "conv.weight")
+        add_products(line, replace(measured, matrices=products), layout, tokens)
         share, chunk = tokens / tensor, self.options.chunk_size
         around, around_back = (share * block_bytes(sizes, value_bytes=e, backward=way) for way in (False, True))
         scan, scan_back = (share * scan_bytes(sizes, chunk, value_bytes=e, backward=way) for way in (False, True))

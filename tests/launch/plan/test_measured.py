@@ -58,7 +58,7 @@ def test_kept_bytes_of_a_registered_mixer_are_those_of_a_real_pass(name):
     symbol = registered_kinds()[name].symbol
     # PyTorch pads what its attention keeps of each query.
     assert block_bytes(config, symbol, PLAIN).kept == pytest.approx(kept_by(config), rel=0.03)
-    matrices = [sizes for _, *sizes in measured_sizes(config, symbol, TOKENS).matrices]
+    matrices = [(rows, columns) for _, rows, columns, _ in measured_sizes(config, symbol, TOKENS).matrices]
     assert sum(rows * columns for rows, columns in matrices) == sum(
         weight.numel()
         for name, weight in small_model(config).blocks[0].mixer.named_parameters()
