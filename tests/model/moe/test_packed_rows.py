@@ -1,5 +1,7 @@
 """Rows that are sent to experts as codes: the same results bitwise by fp8_block, three quarters of the bytes."""
 
+import itertools
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -66,17 +68,26 @@ def dispatch_rows(cases):
     return found
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_rows_as_codes_change_no_bit_but_of_subnormal_numbers_in_weights_gradients(parts):
-    cases = [(kind, parts, dispatch) for kind in (RowsByRank, RowsBySlot) for dispatch in ("bf16", "fp8")]
-    ranks = run_ranks(dispatch_rows, cases, num_ranks=2)
+PARTS = [1, 2]
+
+
+@pytest.fixture(scope="module")
+def dispatched():
+    kinds, dispatches = (RowsByRank, RowsBySlot), ("bf16", "fp8")
+    return run_ranks(dispatch_rows, [*itertools.product(kinds, PARTS, dispatches)], num_ranks=2)
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_rows_as_codes_change_no_bit_but_of_subnormal_numbers_in_weights_gradients(parts, dispatched):
     for kind in ("RowsByRank", "RowsBySlot"):
-        for found in ranks:
+        for found in dispatched:
             packed, wide = (found[kind, parts, each][0] for each in ("fp8", "bf16"))
             assert all(torch.equal(ours, exact) for ours, exact in zip(packed[:3], wide[:3], strict=True))
             # Scales are powers of two: rounding along the tokens too moves only what is subnormal in one of both runs.
             for ours, exact in zip(packed[3:], wide[3:], strict=True):
                 assert (ours.float() - exact.float()).norm() < 1e-3 * exact.float().norm()
         # There, and gradients there, in a byte and its part of a row's end; home in bfloat16.
-        packed_bytes, wide_bytes = (sum(found[kind, parts, each][1] for found in ranks) for each in ("fp8", "bf16"))
+        packed_bytes, wide_bytes = (
+            sum(found[kind, parts, each][1] for found in dispatched) for each in ("fp8", "bf16")
+        )
         assert packed_bytes * 4 * MODEL == wide_bytes * (packed_width(MODEL) + 2 * MODEL)
