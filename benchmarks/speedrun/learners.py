@@ -17,7 +17,7 @@ from amfm.model.loss import IGNORE_INDEX
 from amfm.pretrain.config.schema import RunConfig, ScheduleConfig
 from amfm.pretrain.micro_batch import MicroBatches
 from amfm.pretrain.parallel import Parallel
-from amfm.pretrain.schedule import learning_rate
+from amfm.pretrain.stages import learning_rate
 from benchmarks.small_steps import accumulate_gradients, build_for_steps
 from benchmarks.speedrun.ways import Way
 

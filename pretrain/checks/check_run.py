@@ -43,8 +43,7 @@ from amfm.pretrain.config.hook_sections import validation_problems
 from amfm.pretrain.config.schedules import schedule_specs
 from amfm.pretrain.config.schema import EvaluateConfig, RunConfig, ScheduleConfig
 from amfm.pretrain.recompute import recompute_problems
-from amfm.pretrain.schedule import learning_rate
-from amfm.pretrain.stages import RunStage, resolve_stages, stage_of, step_of_sample
+from amfm.pretrain.stages import RunStage, learning_rate, resolve_stages, stage_of, step_of_sample
 
 _MODEL_KEY = re.compile(r"model(\.[a-z_0-9]+)+")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from amfm.pretrain import schedule
+from amfm.pretrain import stages
 from amfm.pretrain.config.file import resolved_yaml
 from tests.cluster.cluster import (
     NETWORK,
@@ -177,7 +177,7 @@ def test_a_node_with_other_code_is_excluded_with_its_name_and_the_others_continu
     folder: Path, undisturbed: list[float], watch: WatchRun
 ) -> None:
     write_run(folder, folder / "run", launch__node_wait_seconds=1.0)
-    log, source = folder / "launch.log", Path(schedule.__file__).resolve()
+    log, source = folder / "launch.log", Path(stages.__file__).resolve()
     (folder / "other.py").write_text(source.read_text() + "\n# another commit\n")
     with cluster(3, "ray", folder=folder) as nodes:
         nodes.run(2, "mount", "--bind", str(folder / "other.py"), str(source))

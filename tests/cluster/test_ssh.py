@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from amfm.pretrain import schedule
+from amfm.pretrain import stages
 from tests.cluster.cluster import (
     FAKE_CLOCK,
     PATIENCE_SECONDS,
@@ -196,7 +196,7 @@ def test_nodes_that_are_not_like_the_launcher_are_excluded_with_their_names_befo
     log, stale = folder / "launch.log", folder / "stale"
     stale.mkdir()
     (folder / "run").mkdir()
-    source = Path(schedule.__file__).resolve()
+    source = Path(stages.__file__).resolve()
     (folder / "other.py").write_text(source.read_text() + "\n# another commit\n")
     (folder / "no_names").write_text("127.0.0.1 localhost\n")
     expected = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from amfm.pretrain.config.schema import ScheduleConfig
-from amfm.pretrain.schedule import learning_rate
+from amfm.pretrain.stages import learning_rate
 
 PEAK, STEPS = 2.0, 100
 

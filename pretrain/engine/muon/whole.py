@@ -59,7 +59,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class MuonOptions:
-    """Muon's settings, the width of muP's base model where a model has one, and the dtype of Newton-Schulz: None of masters."""
+    """Muon's settings, the width of muP's base model where a model has one, and the dtype of Newton-Schulz: None for that of the master weights."""
 
     muon: MuonConfig
     base_width: int | None
