@@ -1,4 +1,4 @@
-"""Forgetting attention next to its definition, one query and key after the other, and its sums in rows of several documents."""
+"""Forgetting attention next to its definition, one query after the other, and its sums in rows of several documents."""
 
 from __future__ import annotations
 
@@ -45,11 +45,9 @@ def one_head(mixer: FoxMixer, x_TD: Tensor, head: int) -> Tensor:
     forget = torch.sigmoid(x_TD @ mixer.f_proj.weight[head] + mixer.f_proj.bias[head])
     outputs = []
     for i in range(len(x_TD)):
-        weights, faded = [], torch.ones((), dtype=x_TD.dtype)
-        for j in range(i, -1, -1):
-            weights.append((q[i] @ k[j] / own.head_dim**0.5).exp() * faded)
-            faded = faded * forget[j]
-        weight_S = torch.stack(weights[::-1])
+        # A key's weight has faded by the gates of all tokens after it, up to the query's.
+        faded_S = torch.cat([forget.new_ones(1), forget[1 : i + 1].flip(0)]).cumprod(0).flip(0)
+        weight_S = (k[: i + 1] @ q[i] / own.head_dim**0.5).exp() * faded_S
         outputs.append(weight_S @ v[: i + 1] / weight_S.sum())
     return torch.stack(outputs)
 

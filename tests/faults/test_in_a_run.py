@@ -28,6 +28,7 @@ from tests.helpers.tiny_store import make_tiny_store
 from tests.pretrain.tiny_run import read_metrics, tiny_config, tiny_data
 
 SETTINGS: dict[str, Any] = {
+    "model__pattern": "E-",
     "train__steps": 6,
     "train__checkpoint_every_steps": 2,
     "launch__heartbeat_seconds": 6,

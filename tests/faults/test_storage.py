@@ -17,7 +17,7 @@ from tests.faults.disk import fault, with_faults
 from tests.helpers.patience import PATIENCE_SECONDS
 from tests.pretrain.tiny_run import read_events, read_metrics, tiny_data
 
-SETTINGS = {"train__steps": 4, "train__checkpoint_every_steps": 2}
+SETTINGS = {"model__pattern": "E-", "train__steps": 4, "train__checkpoint_every_steps": 2}
 
 # Name -> (operation, path below the run directory, error, calls that pass before it).
 PASSING = {

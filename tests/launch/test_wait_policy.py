@@ -7,21 +7,21 @@ import sys
 import pytest
 
 CHOOSE = """
-import os, sys, time
+import sys, time
 from amfm.launch import wait_policy
-environment = dict(pair.split("=") for pair in sys.argv[2:])
 time.sleep(0.3)
-print(wait_policy.choose_wait_policy(environment, 1, eval(sys.argv[1])), environment.get("OMP_WAIT_POLICY"))
+for threads, *pairs in eval(sys.argv[1]):
+    environment = dict(pair.split("=") for pair in pairs)
+    print(wait_policy.choose_wait_policy(environment, 1, threads), environment.get("OMP_WAIT_POLICY"))
 """
+DECIDED = ((1,), (None, "OMP_WAIT_POLICY=active"), (None, "GOMP_SPINCOUNT=5"), (None, "RANK=0"))
 
 
-def choose(threads, *variables):
-    """The line and the variable of a program that starts now."""
-    answer = subprocess.run(
-        [sys.executable, "-c", CHOOSE, str(threads), *variables], check=False, capture_output=True, text=True
-    )
+def choose(*cases):
+    """The lines and the variable of a program that starts now, for threads and variables each."""
+    answer = subprocess.run([sys.executable, "-c", CHOOSE, str(cases)], check=False, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
-    return answer.stdout.strip()
+    return answer.stdout.splitlines()
 
 
 @pytest.fixture
@@ -37,11 +37,10 @@ def busy_processors():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux' processor times")
 def test_threads_sleep_next_to_other_programs_unless_the_user_or_a_launcher_decided(busy_processors):
+    line, *others = choose((None,), *DECIDED)
     if busy_processors > 1:
-        line = choose(None)
         assert line.startswith("other programs use ") and line.endswith("(OMP_WAIT_POLICY) passive"), line
-    for threads, *variables in ((1,), (None, "OMP_WAIT_POLICY=active"), (None, "GOMP_SPINCOUNT=5"), (None, "RANK=0")):
-        assert not choose(threads, *variables).startswith("other"), variables
+    assert len(others) == len(DECIDED) and not any(each.startswith("other") for each in others), others
 
 
 def test_few_threads_on_many_processors_spin_as_before(monkeypatch):
