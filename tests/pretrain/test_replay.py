@@ -84,12 +84,12 @@ def test_steps_of_a_sound_run_are_given_again_to_the_bit_and_the_run_stays(
 
 
 def test_a_flipped_bit_and_a_changed_number_are_named(data: DataConfig, tmp_path: Path, replay: Replayed) -> None:
-    run = finished(data, tmp_path / "run")
+    run = finished(data, tmp_path / "run", model__pattern="E-")
     rewrite(run, 4, partial(flip, bit=0))
     code, found = replay(run, 4)
     first = found["difference"]
     assert code == 3 and not found["equal"] and found["tensors"] == 1
-    assert first["name"] == "weight of blocks.1.mixer.shared.down_proj.weight"
+    assert first["name"] == "weight of blocks.0.mixer.shared.down_proj.weight"
     assert (first["step"], first["rank"], first["index"]) == (4, 0, 3)
     # What is computed from a wrong checkpoint differs from the run's lines.
     rewrite(run, 4, partial(flip, bit=22))
@@ -106,7 +106,7 @@ def test_a_flipped_bit_and_a_changed_number_are_named(data: DataConfig, tmp_path
 def test_what_cannot_be_computed_again_is_one_message(
     data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = finished(data, tmp_path / "run")
+    run = finished(data, tmp_path / "run", model__pattern="E-")
     assert run_cli(["replay", str(run), "--step", "9"]) == 2
     assert f"--step 9: {run} has steps 1 to 5" in " ".join(capsys.readouterr().err.split())
     assert run_cli(["replay", str(tmp_path), "--step", "2"]) == 2

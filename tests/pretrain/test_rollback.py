@@ -40,7 +40,13 @@ def url(server: None, tmp_path: Path) -> str:
 
 
 def settings(**others: Any) -> dict[str, Any]:
-    return {"train__steps": 6, "train__checkpoint_every_steps": 2, "train__keep_last": 2, **others}
+    return {
+        "model__pattern": "E-",
+        "train__steps": 6,
+        "train__checkpoint_every_steps": 2,
+        "train__keep_last": 2,
+        **others,
+    }
 
 
 def names(folder: Path) -> list[str]:

@@ -48,7 +48,7 @@ def test_what_cannot_be_forked_is_named_and_leaves_nothing(
     data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    assert train(tiny_config(data, run, train__steps=3, train__checkpoint_every_steps=2)) == 0
+    assert train(tiny_config(data, run, model__pattern="E-", train__steps=3, train__checkpoint_every_steps=2)) == 0
     for words, message in (
         (["--step", "1"], f"--step 1: {run} has checkpoints of steps 2, 3"),
         (["--step", "2", "optimizer.learning_rate=0.1"], "cannot resume step 2: optimizer.learning_rate"),
@@ -61,19 +61,24 @@ def test_what_cannot_be_forked_is_named_and_leaves_nothing(
 
 
 def test_a_time_limit_saves_and_the_next_start_goes_on(data: DataConfig, tmp_path: Path) -> None:
-    config = tiny_config(data, tmp_path / "run", train__steps=4, train__stop_after_minutes=1e-6)
+    config = tiny_config(data, tmp_path / "run", model__pattern="E-", train__steps=4, train__stop_after_minutes=1e-6)
     assert train(config) == 0
     assert len(losses(tmp_path / "run")) == 2, "the step in which the time ran out, and the next"
     (event,) = read_events(tmp_path / "run", "time_limit")
     assert event["step"] == 1
-    assert train(tiny_config(data, tmp_path / "run", train__steps=4)) == 0
-    assert train(tiny_config(data, tmp_path / "straight", train__steps=4)) == 0
+    assert train(tiny_config(data, tmp_path / "run", model__pattern="E-", train__steps=4)) == 0
+    assert train(tiny_config(data, tmp_path / "straight", model__pattern="E-", train__steps=4)) == 0
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")
 
 
 def test_steps_that_are_left_out_read_what_would_have_followed(data: DataConfig, tmp_path: Path) -> None:
-    assert train(tiny_config(data, tmp_path / "plain", train__steps=4)) == 0
-    assert train(tiny_config(data, tmp_path / "steps", train__steps=4, data__skip_steps=[[2, 3]])) == 0
-    assert train(tiny_config(data, tmp_path / "samples", train__steps=4, data__skip=[[4, 12]])) == 0
+    assert train(tiny_config(data, tmp_path / "plain", model__pattern="E-", train__steps=4)) == 0
+    assert (
+        train(tiny_config(data, tmp_path / "steps", model__pattern="E-", train__steps=4, data__skip_steps=[[2, 3]]))
+        == 0
+    )
+    assert (
+        train(tiny_config(data, tmp_path / "samples", model__pattern="E-", train__steps=4, data__skip=[[4, 12]])) == 0
+    )
     plain, steps, samples = (losses(tmp_path / name) for name in ("plain", "steps", "samples"))
     assert steps == samples and steps[0] == plain[0] and steps[1] != plain[1]

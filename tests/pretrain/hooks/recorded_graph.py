@@ -34,6 +34,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+        self.plan: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor | None] | None]] | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and note it."""
@@ -48,18 +49,31 @@ class Recorder(TorchDispatchMode):
     @torch.no_grad()
     def replay(self) -> None:
         """Run what was recorded again, on the same memory."""
-        for func, args, kwargs, made in self.calls:
-            if func.namespace == "c10d":
-                wait(func(*args, **kwargs))
+        if self.plan is None:
+            self.plan = [
+                (func, args, kwargs, places_of(*call)) for call in self.calls for func, args, kwargs, _ in [call]
+            ]
+        for func, args, kwargs, places in self.plan:
+            if places is None:
                 continue
-            memory = {tensor.untyped_storage().data_ptr() for tensor in tensors_of((args, kwargs))}
-            places = [place for place in tensors_of(made) if place.untyped_storage().data_ptr() not in memory]
-            if tensors_of(made) and not places and not func._schema.is_mutable:
-                continue  # a view, which sees what its memory holds
-            results = tensors_of(func(*args, **kwargs))
-            for place, result in zip(tensors_of(made), results, strict=True):
-                if any(place is one for one in places):
-                    place.copy_(result)
+            made = func(*args, **kwargs)
+            if func.namespace == "c10d":
+                wait(made)
+            elif places:
+                for place, result in zip(places, tensors_of(made), strict=True):
+                    if place is not None:
+                        place.copy_(result)
+
+
+def places_of(func: Any, args: Any, kwargs: Any, made: Any) -> list[Tensor | None] | None:
+    """For each result, where it is written to in a replay, None where its memory was an argument's; None for a view, which sees it."""
+    if func.namespace == "c10d":
+        return []
+    memory, results = {tensor.untyped_storage().data_ptr() for tensor in tensors_of((args, kwargs))}, tensors_of(made)
+    places = [None if place.untyped_storage().data_ptr() in memory else place for place in results]
+    if results and all(place is None for place in places):
+        return [] if func._schema.is_mutable else None
+    return places
 
 
 def wait(made: Any) -> None:

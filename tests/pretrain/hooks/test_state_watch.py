@@ -157,7 +157,7 @@ def check_named(said: list[dict[str, str]], folder: Path, texts: dict[str, str])
 
 def test_a_flipped_bit_on_one_of_three_ranks_is_named(data: DataConfig, tmp_path: Path) -> None:
     texts = {"exp_avg": "exp_avg changed in memory", "update": "differ from those of", "forward": "gave other bits"}
-    small = {"train__global_batch_size": 3, "model__pattern": "M-", "model__moe": None}
+    small = {"train__global_batch_size": 3, "model__pattern": "-", "model__moe": None}
     settings = {"parallel__zero_stage": 0, **small}
     said = run_ranks(train_and_hurt, data, str(tmp_path), settings, list(texts), num_ranks=3)
     check_named(said, tmp_path, texts)

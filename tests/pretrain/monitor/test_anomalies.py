@@ -25,6 +25,7 @@ from tests.pretrain.tiny_run import MODEL, Trained, collect_weights, read_events
 
 BLOW_STEP = 9
 SETTINGS: dict[str, Any] = {
+    "model__pattern": "E-",
     "train__steps": 14,
     "train__checkpoint_every_steps": 20,
     "health__spike_window": 8,
