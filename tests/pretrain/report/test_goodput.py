@@ -12,7 +12,7 @@ from amfm.pretrain.monitor.held import Starting, extend_held, holding, overlap, 
 from amfm.pretrain.report.data import read_run
 from amfm.pretrain.report.goodput import measure_goodput
 from amfm.pretrain.report.report import write_report
-from tests.pretrain.report.test_report import line, make_run
+from tests.pretrain.report.test_report import brief, make_run
 
 ORIGIN = 1_800_000_000
 
@@ -26,7 +26,7 @@ def write_events(run_dir: Path, *events: dict[str, object]) -> None:
 
 
 def test_what_releases_before_recorded_counts_restarts_and_no_pause_between_two_calls(tmp_path: Path) -> None:
-    run = make_run(tmp_path, [line(step, seconds=0.25) for step in range(1, 101)])
+    run = make_run(tmp_path, [brief(step, seconds=0.25) for step in range(1, 101)])
     assert measure_goodput(read_run(run)) is None
     seconds = {"start": 0, "checkpoint": 20, "again": 100, "restarted": 101, "signal": 110, "later": 5000, "end": 5010}
     names = {"again": "start", "later": "start"}
@@ -43,7 +43,7 @@ def test_a_run_that_was_killed_and_restarted_by_hand_shows_all_that_it_lost(tmp_
     """Killed after 20 steps without a checkpoint, and after 40 with one of step 25; one start failed while it loaded."""
     times = {step: 111.0 + step for step in range(1, 26)} | {step: 186.0 + step for step in range(26, 61)}
     run = make_run(
-        tmp_path, [line(step, seconds=1.0, time=ORIGIN + when + 0.5 * (step > 50)) for step, when in times.items()]
+        tmp_path, [brief(step, seconds=1.0, time=ORIGIN + when + 0.5 * (step > 50)) for step, when in times.items()]
     )
     failed = [{"began_at": at(160), "seconds": 12.0, "at": "opening the data"}]
     write_events(
@@ -69,7 +69,7 @@ def test_a_run_that_was_killed_and_restarted_by_hand_shows_all_that_it_lost(tmp_
 def test_what_a_launcher_held_is_counted_before_between_and_after_the_starts_of_its_ranks(tmp_path: Path) -> None:
     """The first launcher lost a rank and then its host, 40 s of queue later another one finished the run."""
     times = {step: 20.0 + step for step in range(1, 11)} | {step: 80.0 + step for step in range(11, 31)}
-    lines = [line(step, seconds=1.0, time=ORIGIN + when) for step, when in times.items()]
+    lines = [brief(step, seconds=1.0, time=ORIGIN + when) for step, when in times.items()]
     lines[10]["seconds"] = 3.5  # graphs were recorded in it
     run = make_run(tmp_path, lines)
     (run / "launch").mkdir()
@@ -108,7 +108,7 @@ def test_a_launcher_s_last_sign_stays_where_it_is_killed_and_the_next_one_begins
 
 
 def test_rollbacks_are_lost_time_until_they_are_taken_back(tmp_path: Path) -> None:
-    run = make_run(tmp_path, [line(step, seconds=1.0) for step in range(1, 11)])
+    run = make_run(tmp_path, [brief(step, seconds=1.0) for step in range(1, 11)])
     events = [
         {"event": "start", "step": 0, "time": at(0)},
         {"event": "end", "step": 10, "time": at(20)},
@@ -145,7 +145,7 @@ def test_a_start_that_fails_before_its_log_is_in_the_next_ones_event(tmp_path: P
 def test_a_log_that_was_renamed_or_emptied_is_named_and_hides_the_goodput(
     tmp_path: Path, steps: Sequence[int], begins_at: int, note: str
 ) -> None:
-    run = make_run(tmp_path, [line(step, seconds=1.0, time=ORIGIN + step) for step in steps])
+    run = make_run(tmp_path, [brief(step, seconds=1.0, time=ORIGIN + step) for step in steps])
     write_events(
         run,
         {"event": "start", "step": begins_at, "time": at(begins_at), "began_at": at(begins_at)},
@@ -156,6 +156,6 @@ def test_a_log_that_was_renamed_or_emptied_is_named_and_hides_the_goodput(
     page = write_report([run]).read_text()
     assert note in page and "Goodput" not in page
     # Of an unharmed run, and of one whose first steps another folder has (the state was imported).
-    whole = [line(step, seconds=1.0, time=ORIGIN + step) for step in range(13, 21)]
+    whole = [brief(step, seconds=1.0, time=ORIGIN + step) for step in range(13, 21)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in whole))
     assert (read_run(run).gap is None) == (begins_at == 12)

@@ -7,7 +7,7 @@ import pytest
 from amfm.pretrain.report.data import read_run
 from amfm.pretrain.report.overlay import MAX_RUNS, compare_configs, compare_numbers, overlay_plots
 from amfm.pretrain.report.report import choose_place, write_report
-from tests.pretrain.report.test_report import data_of, line, make_run
+from tests.pretrain.report.test_report import brief, data_of, make_run
 
 
 def make_runs(folder: Path, *rates: str) -> list[Path]:
@@ -17,7 +17,7 @@ def make_runs(folder: Path, *rates: str) -> list[Path]:
         place.mkdir(parents=True)
         run = make_run(
             place,
-            [line(step, loss=8.0 / (step + number)) for step in range(1, 30 + number)],
+            [brief(step, loss=8.0 / (step + number), lr=1e-3) for step in range(1, 30 + number)],
             f"optimizer.learning_rate={rate}",
             f"run.name=rate-{rate}",
         )
@@ -57,7 +57,7 @@ def test_what_differs_comes_before_the_curves_at_the_same_step_and_at_the_same_t
     for number, per_step in enumerate((512, 1024)):
         (tmp_path / str(number)).mkdir()
         lines = [
-            line(
+            brief(
                 step,
                 loss=9.0 - step * per_step / 1e4,
                 tokens=per_step * step,

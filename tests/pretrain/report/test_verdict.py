@@ -17,7 +17,7 @@ from amfm.pretrain.report.report import write_report
 from amfm.pretrain.report.verdict import Verdicts, judge
 from tests.helpers.json_output import one_object
 from tests.pretrain.monitor.test_follow import age, append, beat
-from tests.pretrain.report.test_report import line, make_run
+from tests.pretrain.report.test_report import brief, line, make_run
 
 Lines = list[dict[str, Any]]
 
@@ -119,8 +119,8 @@ def test_a_verdict_is_kept_until_the_state_changes_or_its_time_is_over(run_dir: 
 
 def lines(number: int = 400, **newest: object) -> Lines:
     """A loss that falls, and in the newest ten steps other values."""
-    return [line(step, loss=4 + 1 / step, grad_norm=1.0, skipped=False) for step in range(1, number - 9)] + [
-        line(step, **{"loss": 4 + 1 / step, "grad_norm": 1.0, "skipped": False, **newest})
+    return [brief(step, loss=4 + 1 / step, grad_norm=1.0, skipped=False) for step in range(1, number - 9)] + [
+        brief(step, **{"loss": 4 + 1 / step, "grad_norm": 1.0, "skipped": False, **newest})
         for step in range(number - 9, number + 1)
     ]
 
@@ -128,7 +128,7 @@ def lines(number: int = 400, **newest: object) -> Lines:
 SICK: dict[str, tuple[Lines, Lines, str]] = {
     "skips": (lines(skipped=True), [], "10 of the newest 10 steps were skipped"),
     "skips before": (
-        [line(step, loss=4.0, grad_norm=1.0) for step in range(1, 401)],
+        [brief(step, loss=4.0, grad_norm=1.0) for step in range(1, 401)],
         [{"event": "skipped_step", "step": step} for step in (7, 7, 9)],
         "2 of 400 steps were skipped",
     ),
