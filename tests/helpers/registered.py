@@ -21,12 +21,14 @@ def nothing_stays_registered() -> Iterator[None]:
     before = {model: {name: info.annotation for name, info in model.model_fields.items()} for model in models}
     packages = {model: model.packages for model in models if issubclass(model, PluginSections)}
     yield
-    for model, known in before.items():
+    for model, known in before.items() if IN_PROCESS else ():
         for name in model.model_fields.keys() - known.keys():
             del model.model_fields[name]
         for name, annotation in known.items():
             model.model_fields[name].annotation = annotation
     for section, of in packages.items():
+        if section.packages is of:
+            continue
         section.packages = of
         done: dict[Any, bool] = {}
         for each in models:
