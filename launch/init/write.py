@@ -191,7 +191,7 @@ def compose(answers: Answers, text: Text) -> dict[str, Any]:
             "validation_fraction": held,
         },
         "train": train,
-        "optimizer": {"learning_rate": size.learning_rate, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1},
+        "optimizer": optimizer(size, is_short),
         "schedule": {"kind": "wsd", "warmup_steps": 20 if is_short else size.warmup_steps, "min_ratio": 0.1},
         "export": {"target": "auto"},
     }
@@ -241,6 +241,17 @@ def short_training() -> dict[str, Any]:
     }
 
 
+def optimizer(size: Size, is_short: bool) -> dict[str, Any]:
+    """The `optimizer` section: AdamW at the rate of the size, and in the short run Muon at twice that rate.
+
+    Muon's lead is measured in short runs of small models (docs/benchmarks/speedrun.md), and not beyond.
+    """
+    learns = (
+        {"kind": "muon", "learning_rate": 2 * size.learning_rate} if is_short else {"learning_rate": size.learning_rate}
+    )
+    return learns | {"beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1}
+
+
 def changed_settings(choice: Choice) -> dict[str, Any]:
     """The `parallel` section without settings at their defaults, ZeRO stage always named."""
     settings = choice.estimate.layout.settings()
@@ -266,6 +277,7 @@ REMARKS = {
     "train.micro_batch_size": "sequences per pass: the largest that fits, by the plan",
     "train.checkpoint_every_steps": "what a crash may cost",
     "train.recompute": "without it nothing fits",
+    "optimizer.kind": "for matrices, AdamW for the rest: the lowest loss per second in short runs of small models",
     "optimizer.learning_rate": "lower it if the loss jumps",
     "parallel.zero_stage": "the layout is the plan's fastest that fits",
     "export.target": "what amfm export writes: the class of transformers that holds this model exactly, else our own",
