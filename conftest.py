@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import gc
-import logging
 import os
 import sys
 from collections.abc import Generator, Iterator
@@ -30,27 +29,10 @@ for folder in ("examples/mixers", "tests/helpers/installed"):
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*filter(None, known), place]))
 
 import pytest  # noqa: E402
-from _pytest.logging import catching_logs  # noqa: E402
 
 from tests.helpers.seeds import seed_of, seeded  # noqa: E402
 
 pytest_plugins = ["tests.helpers.processes.processor"]
-
-
-def _attach_to_root(catching: Any) -> logging.Handler:
-    """As pytest 8: later ones look at each logger there is, thousands here, six times per test, for those that do not propagate."""
-    root, handler = logging.getLogger(), catching.handler
-    if catching.level is not None:
-        handler.setLevel(catching.level)
-        catching.orig_level = root.level
-        root.setLevel(min(root.level, catching.level))
-    root.addHandler(handler)
-    catching.attached_loggers.append(root)
-    return handler
-
-
-if "attached_loggers" in getattr(catching_logs, "__slots__", ()):
-    catching_logs.__enter__ = _attach_to_root
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
