@@ -205,8 +205,7 @@ def gradient_exchanges(config: RunConfig, layout: Layout, model: HybridModel) ->
 def step_exchanges(config: RunConfig, layout: Layout) -> list[Exchange]:
     """The few numbers that the ranks of a stage agree on with all others at the end of a step.
 
-    Counts of labels, the step's float64 sums with what only single ranks know, the gradient norm, and
-    in bf16 under ZeRO DeepSpeed's flag for infinities.
+    Counts of labels, the step's float64 sums with what only single ranks know, and the gradient norm.
     """
     world, model_ranks = layout.ranks, layout.tensor * layout.pipeline
     if world == 1:
@@ -223,8 +222,6 @@ def step_exchanges(config: RunConfig, layout: Layout) -> list[Exchange]:
         found.append(reduce("world", "float32", FLOAT32))
     elif model_ranks > 1:
         found.append(reduce("mp", "float32", FLOAT32))
-    if config.train.precision == "bf16" and layout.zero_stage > 0:
-        found += [reduce("dp_cp", "uint8", 1)] * (world > model_ranks) + [reduce("mp", "uint8", 1)] * (model_ranks > 1)
     return found
 
 
