@@ -63,7 +63,7 @@ class Muon(AdamW):
     ) -> None:
         """Learn which ranges of which matrices are in the tensors that are stepped. No communication."""
         # bf16 is enough for a direction, and half of the traffic; processors that multiply it are twice as fast with it.
-        is_bf16 = precision == "bf16" or (len(parts) > 0 and parts[0].master.device.type == "cuda")
+        is_bf16 = precision == "bf16" or any(part.master.is_cuda for part in parts)
         dtype = torch.bfloat16 if is_bf16 else None
         by_label = [part for part in parts if self.param_groups[part.group]["label"] in (MUON, MATRICES)]
         together: dict[int, list[Part]] = {}
