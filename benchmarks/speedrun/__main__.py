@@ -46,6 +46,8 @@ def speedrun(
     names = ways.split(",")
     if unknown := [name for name in names if name not in WAYS]:
         raise ValueError(f"--ways {unknown[0]!r} must be among {', '.join(WAYS)}")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)  # not after hours
     overrides = prepare_text(config, work.absolute(), megabytes)
     task = {"config": str(config.absolute()), "rows": rows, "overrides": [*overrides, f"train.num_threads={threads}"]}
     runs = Runs(work / "runs.json", task)
