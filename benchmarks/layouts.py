@@ -3,8 +3,9 @@
 `python -m benchmarks.layouts --search NAME --gpus 64 --write docs/layouts.md` searches on H100 with the defaults of
 `amfm plan configs/NAME.yaml --gpus 64 --gpu h100 --search`, of the first training stage only, and puts one row into the page.
 With `--nearby` each axis is at most halved or doubled from the preset's layout, which is a tenth of the combinations of a
-large model. Rows that were searched stay in the page; a preset that was not searched for the GPUs of its header has the
-layout of its file and the numbers of its header (`python -m tests.launch.plan.presets` writes headers). Nothing is measured.
+large model. A pattern that is cut at `|` is searched without. Rows that were searched stay in the page; a preset that was not
+searched for the GPUs of its header, or whose own layout is faster, has the layout of its file and the numbers of its header
+(`python -m tests.launch.plan.presets` writes headers). Nothing is measured.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ def search(folder: Path, name: str, gpus: int, *, nearby: bool = False) -> Row:
     """The row of the fastest layout of a preset's first training stage. Raises ValueError if none fits."""
     hardware = HARDWARE["h100"]
     run = resolve_stages(load_checked(folder / f"{name}.yaml", []))[0].config
-    own = Layout.of(run, gpus)
+    own, model = Layout.of(run, gpus), run.model
+    uncut = model.model_copy(update={"pattern": model.pattern.replace("|", "")})
+    run = run.model_copy(update={"model": uncut})
     layouts = [
         layout for layout in all_layouts(run, gpus, hardware.gpus_per_node) if not nearby or is_near(layout, own)
     ]
@@ -108,8 +111,12 @@ def write_table(page: Path, rows: list[Row]) -> None:
 
 
 def joined(own: list[Row], searched: list[Row]) -> list[Row]:
-    """Rows by size and GPUs: those that were searched, and presets that were not searched for as many GPUs."""
-    found = {(row[0], row[3]): row for row in (*own, *searched)}
+    """Rows by size and GPUs: for a preset on as many GPUs the faster of those that were searched and its own."""
+    found = {(row[0], row[3]): row for row in own}
+    for row in searched:
+        before = found.setdefault((row[0], row[3]), row)
+        if before[4] != OWN or float(row[-1].rstrip("%")) >= float(before[-1].rstrip("%")):
+            found[row[0], row[3]] = row
     sizes = {"M": 1e6, "B": 1e9}
     return sorted(
         found.values(),

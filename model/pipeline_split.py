@@ -45,11 +45,11 @@ def cut_pieces(
 ) -> tuple[Piece, ...]:
     """Cut a model into the pieces of a pipeline: at each `|` of the pattern, else so that the costliest costs least.
 
-    balance: as `parallel.balance`, which says whether that is a piece, or a rank of `num_ranks` with all of its pieces.
+    One piece ignores `|`. balance: as `parallel.balance`, which says whether that is a piece, or a rank of `num_ranks` with all of its pieces.
     Raises ValueError if the `|` make another number of pieces, and if there are more pieces than blocks.
     """
     pattern = config.parsed_pattern
-    if pattern.piece_cuts:
+    if pattern.piece_cuts and num_pieces > 1:
         if len(pattern.pieces()) != num_pieces:
             raise ValueError(
                 f"model.pattern has {len(pattern.piece_cuts)} '|' and so {len(pattern.pieces())} parts, where parallel.pipeline "

@@ -23,8 +23,10 @@ from typing import Any
 from amfm.launch.bench.calibration import fit_efficiencies
 from amfm.launch.plan.activations import FLOAT32_BYTES, storage_of
 from amfm.launch.plan.estimate import Assumptions, Estimate, estimate, memory_of
+from amfm.launch.plan.exchanges.seconds import exchange_seconds
+from amfm.launch.plan.exchanges.stage import reduction_exchanges
 from amfm.launch.plan.hardware import HARDWARE, LIBRARY_GROUPED, LIBRARY_NARROW, Hardware
-from amfm.launch.plan.layout import Layout, held_by_stages
+from amfm.launch.plan.layout import Layout, StageShare, held_by_stages
 from amfm.launch.plan.memory import Memory
 from amfm.launch.plan.roofline import Roofline
 from amfm.model.config.moe import MoeConfig
@@ -32,6 +34,7 @@ from amfm.model.config.schema import ModelConfig, MtpConfig
 from amfm.model.flops import flops_per_token
 from amfm.model.moe.transfer import expected_ranks
 from amfm.pretrain.checks.load import load_checked
+from amfm.pretrain.config.file import load_config
 from amfm.pretrain.config.schema import RunConfig
 from benchmarks.published.runs import PUBLISHED, PUBLISHED_FP8, PublishedRun
 
@@ -86,17 +89,24 @@ class Anchor:
         return memory_of(self.config, self.layout, self.assumptions, THEIRS)
 
     def plan(self, hardware: Hardware) -> Estimate:
-        """The step by the plan's formulas, with the multiprocessors that its dispatcher takes, and without a router that it has not."""
+        """The step by the plan's formulas, with the multiprocessors that its dispatcher takes, without a router that it has not,
+        and with what FSDP and its loss do again.
+        """
         number = self.published.multiprocessors
         share = hardware.collective_share if number is None else number / MULTIPROCESSORS
         taken = hardware.model_copy(update={"collective_share": share})
         found = estimate(self.config, self.layout, taken, self.assumptions, self.memory)
-        if self.published.has_router:
-            return found
-        saved = self.router_seconds(taken)
-        idle = found.step.bubble / (found.step.total() - found.step.bubble)
-        compute = found.step.compute | {"moe": found.step.compute["moe"] - saved}
-        step = replace(found.step, compute=compute, bubble=found.step.bubble - idle * saved)
+        step = found.step
+        if not self.published.has_router:
+            saved = self.router_seconds(taken)
+            idle = step.bubble / (step.total() - step.bubble)
+            compute = step.compute | {"moe": step.compute["moe"] - saved}
+            step = replace(step, compute=compute, bubble=step.bubble - idle * saved)
+        if self.published.heads_again:
+            step = replace(
+                step, compute=step.compute | {"head": 4 / 3 * step.compute["head"]}
+            )  # four products for three
+        step = replace(step, exposed_gathers=step.exposed_gathers + self.sent_again(taken))
         ratio = found.step.total() / step.total()
         return replace(found, step=step, mfu=ratio * found.mfu, tokens_per_second=ratio * found.tokens_per_second)
 
@@ -116,6 +126,25 @@ class Anchor:
         line.backward_passes(tokens * (experts * (2 * FLOAT32_BYTES + 3 * e) + 3 * model.hidden_size * e))
         held = held_by_stages(model, layout, self.config.train.sequence_length)
         return layout.micro_batches(self.config) * max(each.routed_blocks for each in held) * line.seconds
+
+    def sent_again(self, hardware: Hardware) -> float:
+        """Seconds of a step that FSDP sends more than ZeRO 1 does, as far as passes do not hide it, of the stage that sends most.
+
+        Gradients of experts, which its code at that time reduced in bf16, and of the rest in float32.
+        """
+        again = {"all_gather": self.published.gathers - 1, "reduce_scatter": self.published.reductions - 1}
+        held = held_by_stages(self.config.model, self.layout, self.config.train.sequence_length)
+
+        def seconds(stage: StageShare) -> float:
+            found = 0.0
+            for parameters, is_spread in stage.gradient_groups(self.layout):
+                for exchange in reduction_exchanges(self.config, self.layout, parameters, is_spread=is_spread):
+                    is_narrow = is_spread and exchange.collective == "reduce_scatter"
+                    size = exchange_seconds(exchange, self.layout, hardware) / (2 if is_narrow else 1)
+                    found += again[exchange.collective] * size
+            return found
+
+        return (1 - self.assumptions.overlap) * max(map(seconds, held))
 
     def ratio(self, found: Estimate) -> float:
         """Planned over published speed: of tokens, or of FLOPs where the preset stands for another model."""
@@ -140,8 +169,10 @@ def load_anchor(run: PublishedRun, presets: Path) -> Anchor:
     recompute = [f"train.recompute={run.recompute}"]
     if run.recompute not in ("none", "full"):
         recompute = ["train.recompute=selective", f"train.recompute_blocks='{run.recompute}'"]
+    path = presets / f"{run.preset}.yaml"
     overrides = [
         *WITHOUT_LAYOUT,
+        f"model.pattern='{load_config(path).model.pattern.replace('|', '')}'",
         *(f"parallel.{key}={value}" for key, value in run.layout.items()),
         "parallel.zero_stage=1",
         *recompute,
@@ -152,7 +183,7 @@ def load_anchor(run: PublishedRun, presets: Path) -> Anchor:
         *run.low_precision,
         *(() if run.has_router else WITHOUT_LOSSES),
     ]
-    config = load_checked(presets / f"{run.preset}.yaml", overrides, world_size=run.gpus)
+    config = load_checked(path, overrides, world_size=run.gpus)
     config = config.model_copy(update={"model": with_depths(config.model, run.depths)})
     layout = Layout.of(config, run.gpus)
     assert config.model.moe is not None, f"{run.preset} has no experts, and every published run has"

@@ -9,7 +9,8 @@ Sources: NeMo Automodel's benchmark examples (examples/llm_benchmark) and Megatr
 performance recipes, read in November 2026. Automodel's rows are planned by its recipe and code as they were when the row's speed
 was published (its git history), since both changed later: whole blocks are recomputed, the shared expert runs on a separate
 stream next to the dispatch, and gradient accumulation fills and drains the pipeline each time. Its FSDP cuts weights and gradients
-over data ranks; here these rows are planned with ZeRO 1, whose compute is the same. Its rows of forced routing have
+over data ranks; here these rows are planned with ZeRO 1, whose compute is the same, and with what FSDP sends more often
+(`gathers`, `reductions`). Its rows of forced routing have
 `fake_balanced_gate: true`, in place of a router (`FakeBalancedGate` in nemo_automodel/components/moe/layers.py, without noise in
 all of them: token t takes the K experts from number t K on).
 """
@@ -39,6 +40,8 @@ class PublishedRun:
     `has_router`: False where routing is balanced by a stand-in that has no logits and no losses, and counts tokens off to experts:
     those of a token are next to each other, on one node or two. `multiprocessors`: that the
     dispatcher takes, of 132; None: as many as the plan assumes.
+    `gathers`, `reductions`: times per step that FSDP gathers the weights of a rank and reduces their gradients; ZeRO 1 does each
+    once. `heads_again`: whether the loss makes logits again in its backward pass.
     `cause`: what the publication says, or does not say, that the plan does not count; for rows that are planned more than a
     fifth off.
     """
@@ -64,6 +67,9 @@ class PublishedRun:
     padding: float = 1.0
     has_router: bool = True
     multiprocessors: int | None = None
+    gathers: int = 1
+    reductions: int = 1
+    heads_again: bool = False
 
 
 NANO, SUPER, ULTRA = "nemotron3_nano_30b", "nemotron3_super_120b", "nemotron3_ultra_550b"
@@ -106,6 +112,8 @@ PUBLISHED = (
         meanwhile="shared",
         repeats=2,
         has_router=False,
+        gathers=8,
+        reductions=4,
     ),
     PublishedRun(
         "Nemotron 3 Ultra, MTP",
@@ -121,7 +129,9 @@ PUBLISHED = (
         meanwhile="shared",
         repeats=2,
         has_router=False,
-        cause="not counted: FSDP gathers weights in both passes, its loss makes logits again; the rest is not known",
+        cause="not known; of the rows with one micro-batch per step it is the only one",
+        gathers=2,
+        heads_again=True,
     ),
     PublishedRun(
         "Nemotron 3 Super, MTP",
@@ -208,6 +218,8 @@ PUBLISHED = (
         meanwhile="shared",
         repeats=1,
         has_router=False,
+        gathers=8,
+        reductions=8,
     ),
     PublishedRun(
         "DeepSeek-V3",
@@ -215,7 +227,9 @@ PUBLISHED = (
         1024,
         865,
         216 * TERA,
-        _interleaved(4, 4, 64),  # by its recipe; the table of speeds has 8 virtual stages
+        # By the table of speeds and the code that day; the recipe that was added two days later has 4 virtual stages, and gathers
+        # and reduces once a step.
+        _interleaved(4, 8, 64),
         1,
         8192,
         "full",
@@ -223,7 +237,8 @@ PUBLISHED = (
         repeats=1,
         drains=4,
         has_router=False,
-        cause="not counted: FSDP cuts experts over 4 ranks, and gathers and reduces in 4 rounds a step; the rest is not known",
+        gathers=32,
+        reductions=32,
     ),
     PublishedRun(
         "Kimi K2",
@@ -239,7 +254,8 @@ PUBLISHED = (
         repeats=1,
         drains=2,
         has_router=False,
-        cause="not known: its layers are cut by number, and its head is in the last stage",
+        gathers=16,
+        reductions=16,
     ),
     PublishedRun(
         "Qwen3-30B-A3B", QWEN, 8, 12_040, 277 * TERA, {"expert": 8}, 4, 512, "full", repeats=1, has_router=False

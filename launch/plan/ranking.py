@@ -107,14 +107,12 @@ def least_recomputed(
 
 
 def faster_choices(found: Estimate, config: RunConfig) -> Iterator[dict[str, Any]]:
-    """What may make a layout faster, and no other axis depends on: of several pieces per rank another cut, of spread experts more.
+    """What may make a layout faster, and no other axis depends on: of spread experts more, of several pieces per rank another cut.
 
     Halves, of experts' rows or two-batch overlap, save at most the waiting time, and a buffer for rows the waits of the host
     that counts them.
     """
     total = found.step.total()
-    if found.layout.virtual_stages > 1:
-        yield {"balance": "ranks"}
     if found.step.communication.get("expert", 0.0) > LEAST_WAITING * total:
         yield {"overlap_experts": True}
         if is_allowed(with_layout(config, replace(found.layout, overlap_experts="two_batch")), found.layout.ranks):
@@ -123,6 +121,8 @@ def faster_choices(found: Estimate, config: RunConfig) -> Iterator[dict[str, Any
     is_counted = found.layout.expert > 1 and moe is not None and moe.capacity_factor is None
     if is_counted and found.step.host > LEAST_WAITING * total:
         yield {"expert_buffer_factor": ROOM}
+    if found.layout.virtual_stages > 1:
+        yield {"balance": "ranks"}
 
 
 def memory_of_stages(

@@ -64,6 +64,8 @@ def test_a_search_writes_its_row_and_keeps_the_others(tmp_path: Path) -> None:
     rows = read_table(page)
     assert kept in rows and [row[3:5] for row in rows if row[0] == "tiny"] == [("1", SEARCHED)]
     assert joined([(*kept[:4], OWN, *kept[5:])], [kept]) == [kept]
+    faster = (*kept[:4], OWN, *kept[5:-1], "10.0%")
+    assert joined([faster], [kept]) == [faster]
 
 
 def test_near_a_layout_is_each_axis_halved_or_doubled_at_most() -> None:

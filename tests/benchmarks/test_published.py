@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import replace
-from math import comb
+from math import ceil, comb
 from pathlib import Path
 
 import pytest
 
 from amfm.launch.plan.estimate import estimate
+from amfm.launch.plan.exchange import BUCKET_ELEMENTS
+from amfm.launch.plan.layout import held_by_stages
 from amfm.model.config.low_precision import LowPrecisionConfig
 from amfm.model.flops import count_parameters
 from amfm.pretrain.checks.load import load_checked
@@ -109,6 +111,19 @@ def test_rows_of_a_stand_in_for_routers_are_planned_without_their_products_and_l
         faster, slower = (each.plan(THEIRS).tokens_per_second for each in (anchor, with_router))
         assert (faster == slower) == anchor.published.has_router and slower <= faster < 1.1 * slower
         assert anchor.published.has_router or not anchor.config.model.moe.sequence_loss_weight
+
+
+def test_fsdp_sends_weights_and_gradients_more_often_than_zero_1(anchors):
+    for anchor in anchors:
+        once = replace(anchor, published=replace(anchor.published, gathers=1, reductions=1))
+        assert once.sent_again(THEIRS) == 0 and (anchor.sent_again(THEIRS) > 0) == (anchor.published.gathers > 1)
+    # Of Super all 64 ranks have other experts, so it gathers the rest 7 times more in bf16 and reduces it 3 times more in float32.
+    anchor = next(each for each in anchors if each.published.preset == "nemotron3_super_120b")
+    (held,) = held_by_stages(anchor.config.model, anchor.layout, anchor.config.train.sequence_length)
+    moved = (7 * 2 + 3 * 4) * held.dense * 63 / 64
+    hops = (7 + 3) * ceil(held.dense / BUCKET_ELEMENTS) * 63
+    expected = 0.5 * (moved / THEIRS.ring_bytes_per_second(64, 1) + hops * THEIRS.hop_seconds)
+    assert anchor.sent_again(THEIRS) == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_fit_finds_efficiencies_that_explain_the_speeds():

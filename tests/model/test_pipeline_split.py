@@ -64,6 +64,7 @@ def test_bars_decide_the_cuts():
     pieces = cut_pieces(small_config("M|*E-|M"), 3, 64)
     assert [(piece.start, piece.stop) for piece in pieces] == [(0, 1), (1, 4), (4, 5)]
     assert [(piece.is_first, piece.is_last) for piece in pieces] == [(True, False), (False, False), (False, True)]
+    assert cut_pieces(small_config("M|*E-|M"), 1, 64) == (Piece(0, 5, is_first=True, is_last=True),)
 
 
 def test_every_second_piece_is_a_ranks_own():
