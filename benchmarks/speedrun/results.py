@@ -115,6 +115,6 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
             axes.plot([seconds[-1]] * len(curve.ends), curve.ends, "_", color=COLORS[kind], markersize=9)
         axes.set_xlabel("processor seconds in steps")
         axes.set_ylabel("bits per byte of held-out text")
-        axes.legend()
+        canvas.legend(loc="outside upper left", ncols=2, fontsize=8, columnspacing=1)
         with replacing(path) as temporary:
             canvas.savefig(temporary, format="png", dpi=150)
