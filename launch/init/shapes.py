@@ -19,7 +19,8 @@ SHORT_RUN_STEPS = 1_000
 class Size:
     """One rung of the ladder: shapes with Nemotron's blocks, and the run that suits them.
 
-    Widths of experts are those of squared ReLU. `pattern`: of mixers `M` or `*` and experts `E`. `delta_pattern`: about
+    Widths of experts are those of squared ReLU. `pattern`: of mixers `M` or `*` and experts `E`, or dense blocks `-` of the width
+    that a token passes of them, which families of experts only do not have. `delta_pattern`: about
     the same depth, in groups of three Gated DeltaNet blocks and one of attention. `sequence_length` in tokens,
     `global_batch_size` in sequences per step.
     """
@@ -39,9 +40,10 @@ class Size:
 
 
 SIZES = {
-    # Trains in minutes on a laptop, as configs/tiny_cpu.yaml does, which also has a dense block.
+    # Trains in minutes on a laptop. So small a model learns more per second with dense blocks (docs/benchmarks/speedrun.md);
+    # configs/tiny_cpu.yaml has its width, and experts, because it shows every kind of block.
     "3m": Size(
-        pattern="(ME)*2 *E (ME)*2",
+        pattern="(M-)*2 *- (M-)*2",
         delta_pattern="(GE)*3 *E",
         vocab_size=2_048,
         hidden_size=192,
@@ -170,18 +172,29 @@ def model_section(name: str, style: str, size: Size | None = None) -> dict[str, 
         section["mamba"] = {"num_heads": heads, "head_dim": 64, "state_size": state, "num_groups": groups}
         section["mamba"] |= {"chunk_size": 128} if name == "30b" else {}
     section["attention"] = attention_section(size, style)
+    if "-" in section["pattern"]:
+        _, top_k, width, shared = size.experts
+        return section | {"feed_forward": {"hidden_size": top_k * width + shared}}
     section["moe"] = moe_section(size, name, style)
     return section
 
 
 def pattern_of(size: Size, name: str, style: str) -> str:
     """Block pattern of a size in the letters of the style's family."""
+    if style == "nemotron":
+        return size.pattern
     if style == "qwen3next":
         return size.delta_pattern
+    pattern = with_experts(size).pattern
     if style == "turbos":
-        pairs = "((ME)*4 AE)*4 (ME)*4" if name == "30b" else size.pattern.replace("*E", "AE")
+        pairs = "((ME)*4 AE)*4 (ME)*4" if name == "30b" else pattern.replace("*E", "AE")
         return pairs.replace("E", "F")
-    return size.pattern
+    return pattern
+
+
+def with_experts(size: Size) -> Size:
+    """The size with experts for dense blocks."""
+    return replace(size, pattern=size.pattern.replace("-", "E"))
 
 
 def attention_section(size: Size, style: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from amfm.data_pipeline.prepare.hub import is_hub, parse_hub
 from amfm.data_pipeline.store.object_store import is_url
 from amfm.launch.init.laws import LAWS, Recipe, recipe_of
 from amfm.launch.init.machine import Choice, Machine, find_layout, larger_machines
-from amfm.launch.init.shapes import STYLES, Size, bias_update_rate, model_section, size_of
+from amfm.launch.init.shapes import SIZES, STYLES, Size, bias_update_rate, model_section, size_of, with_experts
 from amfm.launch.init.text import DEFAULT, Text, describe_text
 from amfm.model.config.schema import ModelConfig
 from amfm.model.flops import count_parameters, flops_per_token
@@ -174,7 +174,7 @@ def compose(answers: Answers, text: Text) -> dict[str, Any]:
     train = short_training() if is_short else training(size)
     if answers.machine.is_cpu:
         train["precision"] = "float32"
-    if "bias_update_rate" in model["moe"]:
+    if "bias_update_rate" in model.get("moe", {}):
         model["moe"]["bias_update_rate"] = bias_update_rate(train["steps"])
     model["vocab_size"] = min([model["vocab_size"], *small_vocabularies(answers, text)])
     held = text.held_fraction(train["sequence_length"])
@@ -266,7 +266,7 @@ def changed_settings(choice: Choice) -> dict[str, Any]:
 # Said next to a key of the file: why it has this value, and when to change it.
 REMARKS = {
     "run.dir": "checkpoints, metrics and the report; the same directory resumes",
-    "model.pattern": "M Mamba2, G Gated DeltaNet, * or A attention, E or F experts",
+    "model.pattern": "M Mamba2, G Gated DeltaNet, * or A attention, E or F experts, - a dense feed-forward",
     "model.vocab_size": "of the tokenizer below",
     "data.store": "where amfm prepare writes tokens",
     "data.sources": "more of them may follow, each with a weight",
@@ -321,7 +321,7 @@ def describe_time(answers: Answers, choice: Choice) -> list[str]:
         return []
     train = choice.config.train
     assert train.steps is not None and train.global_batch_size is not None, "compose sets them"
-    smaller = ModelConfig.model_validate(model_section("3m", answers.style))
+    smaller = ModelConfig.model_validate(model_section("3m", answers.style, with_experts(SIZES["3m"])))
     tokens = train.steps * train.global_batch_size * train.sequence_length
     hours = tokens * cpu_seconds_per_token(choice.config.model, train.sequence_length, smaller) / 3600
     cores = train.num_threads or count_cores()

@@ -250,9 +250,15 @@ def test_the_column_with_the_text_is_found_and_a_folder_s_name_is_quoted(
     assert "has no text; its fields are a, b" in capsys.readouterr().err
 
 
-def test_a_short_run_balances_its_experts_in_big_steps(for_a_cpu: Path) -> None:
+def test_a_short_run_balances_its_experts_in_big_steps(tmp_path: Path, text: Path) -> None:
+    of_experts = compose(Answers(tmp_path, "20m", "nemotron", str(text), find_machine("cpu")), describe_text(str(text)))
+    assert of_experts["model"]["moe"]["bias_update_rate"] == 2e-2
+
+
+def test_the_smallest_model_is_dense_where_its_family_may_be(for_a_cpu: Path) -> None:
     short = load_config(for_a_cpu)
-    assert short.model.moe is not None and short.model.moe.bias_update_rate == 2e-2
+    assert short.model.moe is None and short.model.feed_forward is not None
+    assert [style for style in STYLES if "-" in model_section("3m", style)["pattern"]] == ["nemotron"]
     # Fewer steps than planned still leave a schedule that fits: the decay is a share of them.
     load_checked(for_a_cpu, ["train.steps=60"], world_size=1)
 

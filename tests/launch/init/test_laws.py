@@ -24,7 +24,7 @@ def test_the_shape_at_the_width_of_a_preset_is_the_preset_s() -> None:
     made = dial_size(6, 256, preset.vocab_size)
     assert made.pattern.split() == ["ME", "ME", "ME", "*E", "ME", "ME"]
     assert (made.mamba, made.experts) == (preset.mamba, preset.experts)
-    assert dial_size(5).pattern.split() == ["ME", "ME", "*E", "ME", "ME"], "the pattern of 3m"
+    assert dial_size(5).pattern.split() == ["ME", "ME", "*E", "ME", "ME"]
 
 
 @pytest.mark.parametrize(("depth", "style"), itertools.product((2, 3, 7, 12), STYLES))
