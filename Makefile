@@ -168,7 +168,7 @@ dist: $(VENV)/.installed-dev
 docs: $(VENV)/.installed
 	$(BIN)/amfm config --reference > docs/configuration.md
 	$(BIN)/amfm config --schema > configs/schema.json
-	$(BIN)/python -m tests.pretrain.foreign_states.megatron_arguments.page docs/from_megatron.md
+	$(BIN)/python -m tests.examples.foreign_states.megatron_arguments.page docs/from_megatron.md
 	$(BIN)/python -m tests.published > docs/published_bugs.md
 
 # All pages and the API reference as a site in build/site/html; a warning fails it. Needs npm, for the script that draws diagrams.

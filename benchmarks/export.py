@@ -3,7 +3,7 @@
 How it works: weights of the right shapes are written to a folder, and the two verbs run on it as someone would start
 them, each a separate process whose peak the system tells its parent. Tensors go through both some rows at a time, so
 the peaks of a model and of one three times as deep are the same. The verification of an export, which loads the whole
-model with transformers, is left out (`--no-verify`).
+model with transformers, is left out (`--no-verify`). Needs `pip install ./examples/foreign_states`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Annotated, Any, Literal
 
 import torch
 import typer
+from amfm_foreign_states.adopt import Expected, make_record
+from amfm_foreign_states.state import TrainingState, write_run
 from torch import Tensor
 
 from amfm.data_pipeline.config import TokenizerConfig
@@ -34,8 +36,6 @@ from amfm.model.on_demand import OnDemand, Shape, Source, on_demand
 from amfm.model.shapes import weight_shapes
 from amfm.pretrain.config.file import load_config
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.foreign_states.adopt import Expected, make_record
-from amfm.pretrain.foreign_states.state import TrainingState, write_run
 from amfm.pretrain.inference.weights import Weights, write_weights
 from benchmarks.command import main
 

@@ -9,6 +9,7 @@ import difflib
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/")  # a Path has one slash after the colon
@@ -114,3 +115,20 @@ def choose_config(path: Path | None, overrides: Sequence[str] | None, preset: st
             raise ValueError(f"{path} and --preset {preset} both name a configuration; give one of them")
         words.insert(0, str(path))
     return preset_path(preset), words
+
+
+def load_packaged(name: str, folder: str) -> Any:
+    """Load what an installed package brings to the command line, an entry point of the group `amfm.verbs`.
+
+    A verb is a typer application. A part of one, such as `import.training-state`, is a function that gets what the verb has parsed.
+    Raises ValueError if there is none; folder: of examples/, which has the package.
+    """
+    from importlib.metadata import entry_points
+
+    for entry in entry_points(group="amfm.verbs", name=name):
+        return entry.load()
+    verb, _, part = name.partition(".")
+    words = f"{verb} ({part})" if part else verb
+    raise ValueError(
+        f"amfm {words} is in a package that is not installed; in a clone of amfm: pip install ./examples/{folder}"
+    )

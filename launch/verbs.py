@@ -11,9 +11,11 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from amfm.launch.existing import load_packaged
+
 PACKAGED = "examples"
 # Name -> panel of the list, file below launch/commands, first paragraph of its help. A verb of `PACKAGED` comes with a package of
-# examples/ (entry point group `amfm.verbs`, a typer application).
+# examples/ (entry point group `amfm.verbs`, a typer application); `load_packaged` loads parts of verbs too.
 VERBS = {
     "init": (
         "Start",
@@ -161,25 +163,13 @@ def load_verb(name: str) -> Any:
     _, file, text = VERBS[name]
     part = typer.Typer()
     if file == PACKAGED:
-        part.add_typer(load_packaged(name), name=name)
+        part.add_typer(load_packaged(name, name), name=name)
     else:
         import_file(file).add_verbs(part)
     command = typer.main.get_group(part).commands[name]
     _, gap, rest = (command.help or "").partition("\n\n")
     command.help = text + gap + rest
     return without_types_of_flags(command)
-
-
-def load_packaged(name: str) -> typer.Typer:
-    """The application of a verb that an installed package brings. Raises ValueError if there is none."""
-    from importlib.metadata import entry_points
-
-    for entry in entry_points(group="amfm.verbs", name=name):
-        application: typer.Typer = entry.load()
-        return application
-    raise ValueError(
-        f"amfm {name} is a package that is not installed; in a clone of amfm: pip install ./examples/{name}"
-    )
 
 
 def import_file(name: str) -> Any:

@@ -1,6 +1,6 @@
 """A file for each format that is read which would write another file if anything in it ran: none does.
 
-Pickles and TorchScript in checkpoints of other programs are in tests/pretrain/foreign_states/test_hostile.py.
+Pickles and TorchScript in checkpoints of other programs are in tests/examples/foreign_states/test_hostile.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from amfm.pretrain.config.file import load_config
 from amfm.pretrain.export.import_huggingface import import_huggingface
 from amfm.pretrain.inference.weights import read_weights
 from amfm.pretrain.tensor_files import TensorFile
-from tests.pretrain.foreign_states.conftest import Evil
+from tests.examples.foreign_states.conftest import Evil
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("launch", "pretrain", "model", "kernels", "data_pipeline", "examples", "benchmarks")
 MARKS = re.compile(r"\.load\b|Unpickler|PackageImporter|allow_pickle|trust_remote_code|weights_only")
 # Bases of an unpickler: only one whose names are a list.
-UNPICKLERS = {"pretrain/foreign_states/dcp_folder.py"}
+UNPICKLERS = {"examples/foreign_states/amfm_foreign_states/dcp_folder.py"}
 
 
 def test_no_file_is_loaded_in_a_way_that_runs_what_it_names() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,6 +17,7 @@ from amfm.data_pipeline.durable.files import check_free
 from amfm.data_pipeline.terminal import Waiting
 from amfm.launch.arguments import CheckpointArgument, JsonOption, WeightsOption
 from amfm.launch.console import print_json, print_pairs, say
+from amfm.launch.existing import load_packaged
 from amfm.launch.heavy_imports import loading
 from amfm.launch.push import Hub, require_export
 from amfm.model.huggingface.hf_class import Target
@@ -183,7 +183,7 @@ def export(
         export_tokens(checkpoint, out, as_json=as_json)
         return
     if file_format != "huggingface":
-        export_state(checkpoint, out, file_format, as_json=as_json)
+        load_packaged("export.training-state", "foreign_states")(checkpoint, out, file_format, as_json=as_json)
         return
     require_extra("export", "amfm export")
     with loading("export", "PyTorch and transformers"):
@@ -290,35 +290,6 @@ def check_export_options(
         raise ValueError("--target, --weights and --no-verify are about writing an export; leave them out, or name OUT")
     if check is not None:
         check_installed(check, python or sys.executable)
-
-
-# The model of Megatron-DeepSpeed whose names a format has; None: ours.
-NAMES: dict[str, Literal["pipeline", "plain"] | None] = {
-    "deepspeed-universal": None,
-    "megatron-deepspeed": "pipeline",
-    "megatron-deepspeed-plain": "plain",
-}
-
-
-def export_state(checkpoint: Path, out: Path, file_format: str, *, as_json: bool) -> None:
-    """Write master weights and moments for torch Distributed Checkpoint or DeepSpeed's loader, and print what was written."""
-    from amfm.pretrain.foreign_states.dcp import export_dcp
-    from amfm.pretrain.foreign_states.megatron_write import export_megatron
-    from amfm.pretrain.foreign_states.universal import export_universal
-
-    with Waiting("amfm export") as waiting:
-        if file_format.startswith("torch-dist"):
-            report = export_megatron(checkpoint, out, waiting, is_gpt=file_format.endswith("gpt"))
-        else:
-            write = export_dcp if file_format == "dcp" else partial(export_universal, gpt=NAMES[file_format])
-            report = write(checkpoint, out, waiting)
-    if as_json:
-        given = {key: value for key, value in asdict(report).items() if value is not None}
-        print_json({**given, "path": str(report.path)})
-        return
-    pairs: list[tuple[str, object]] = [("folder", report.path), ("step", report.step)]
-    pairs += [("tensors", f"{report.num_tensors:,}"), ("bytes", f"{report.num_bytes:,}")]
-    print_pairs(f"Training state as {file_format}", pairs)
 
 
 def export_tokens(store_path: Path, out: Path, *, as_json: bool) -> None:

@@ -1,7 +1,4 @@
-"""Verb import: checkpoints, arguments and tokenizers of other programs.
-
-`amfm import megatron-args` and `blend`: a configuration out of the arguments or the blend file of Megatron-LM, and a summary.
-"""
+"""Verb import: models and tokenizers of other programs; their training states and arguments by the package of `PACKAGE`."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from amfm.data_pipeline.durable.files import check_free, write_file_atomically
 from amfm.data_pipeline.terminal import Waiting
 from amfm.launch.arguments import JsonOption
 from amfm.launch.console import print_json, print_pairs
-from amfm.launch.existing import require_exists, require_model
+from amfm.launch.existing import load_packaged, require_exists, require_model
 from amfm.pretrain.extras import require_extra
 
 TRAINING_STATES = (
@@ -24,6 +21,8 @@ TRAINING_STATES = (
     "metadata.json",
     "latest_checkpointed_iteration.txt",
 )
+WORD, BLEND = "megatron-args", "blend"
+PACKAGE = "foreign_states"  # of examples/: arguments and training states of other programs
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Output folder; must be missing or empty.")]
 
 
@@ -97,7 +96,7 @@ def import_(
     if pattern is not None or special:
         raise ValueError(f"--pattern and --special are for a .tiktoken file, and {source} is none; leave them out")
     if any((source / name).is_file() for name in TRAINING_STATES):
-        import_training_state(source, out, config, step, changed or [], as_json=as_json)
+        load_packaged("import.training-state", PACKAGE)(source, out, config, step, changed or [], as_json=as_json)
         return
     if config is not None or step is not None or changed:
         raise ValueError(
@@ -140,34 +139,13 @@ def import_model(source: Path, out: Path, *, as_json: bool) -> None:
     print_pairs("Import", pairs)
 
 
-def import_training_state(
-    source: Path, out: Path, config: Path | None, step: int | None, changed: list[str], *, as_json: bool
-) -> None:
-    """Read a training state of another program, and print what it became."""
-    from amfm.pretrain.config.file import load_config
-    from amfm.pretrain.foreign_states.adopt import import_state
-    from amfm.pretrain.foreign_states.state import WrittenRun
-    from amfm.pretrain.startup.precision import settle_precision
-
-    run = None if config is None else settle_precision(load_config(config))[0]
-    with Waiting("amfm import") as waiting:
-        written = import_state(source, out, run, step=step, changed=changed, report=waiting)
-    if not isinstance(written, WrittenRun):
-        if as_json:
-            print_json({"path": str(out), "kind": "weights", "tensors": len(written.state)})
-        else:
-            pairs = [("folder", out), ("tensors", f"{len(written.state):,}"), ("use", f"run.initial_weights={out}")]
-            print_pairs("Import of weights without moments", pairs)
-        return
-    if as_json:
-        kept = {"path": str(written.path), "kind": "run", "checkpoint": str(written.checkpoint)}
-        counts = {"step": written.step, "tensors": written.num_tensors, "bytes": written.num_bytes}
-        print_json({**kept, **counts, "warnings": list(written.warnings)})
-        return
-    pairs = [("run directory", written.path), ("checkpoint", written.checkpoint.name), ("step", written.step)]
-    pairs += [("tensors", f"{written.num_tensors:,}"), ("bytes", f"{written.num_bytes:,}")]
-    pairs += [("data", warning) for warning in written.warnings]
-    print_pairs("Import of a training state", [*pairs, ("continue", f"amfm train {written.path}/config.yaml")])
+def import_words(word: str, source: Path, out: Path | None, *, as_json: bool) -> None:
+    """Write OUT.yaml out of what the word says that SOURCE is. Raises ValueError if OUT exists, and as the readers do."""
+    if out is None or out.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"amfm import {word} needs a source and a file to write: amfm import {word} SOURCE run.yaml")
+    if out.exists():
+        raise ValueError(f"{out} exists; name another file, or delete it")
+    load_packaged(f"import.{word}", PACKAGE)(source, out, as_json=as_json)
 
 
 def import_tokenizer(source: Path, out: Path, pattern: str | None, special: list[str], *, as_json: bool) -> None:
@@ -194,78 +172,3 @@ def import_tokenizer(source: Path, out: Path, pattern: str | None, special: list
 def add_verbs(app: typer.Typer) -> None:
     """Register the verb of this file."""
     app.command("import", epilog="Example: amfm import exports/tiny_cpu imports/tiny_cpu")(import_)
-
-
-WORD, BLEND = "megatron-args", "blend"
-
-
-def import_words(word: str, source: Path, out: Path | None, *, as_json: bool) -> None:
-    """Write OUT.yaml out of what the word says that SOURCE is. Raises ValueError if OUT exists, and as the readers do."""
-    if out is None or out.suffix not in (".yaml", ".yml"):
-        raise ValueError(f"amfm import {word} needs a source and a file to write: amfm import {word} SOURCE run.yaml")
-    if out.exists():
-        raise ValueError(f"{out} exists; name another file, or delete it")
-    (import_arguments if word == WORD else import_blend)(source, out, as_json=as_json)
-
-
-def import_blend(source: Path, out: Path, *, as_json: bool) -> None:
-    """Write the sources of a blend file, with its validation sets, and print how many there are."""
-    import yaml
-
-    from amfm.pretrain.foreign_states.megatron_arguments.blend import read_blend
-
-    blend = read_blend(source)
-    tree: dict[str, object] = {"data": {"sources": blend.sources}}
-    if blend.validation:
-        tree["validation"] = blend.validation
-    head = f"# Sources of {source}. data.tokenizer.model must name the tokenizer that made these ids.\n"
-    write_file_atomically(out, (head + yaml.safe_dump(tree, sort_keys=False)).encode())
-    if as_json:
-        print_json(
-            {
-                "path": str(out),
-                "sources": blend.sources,
-                "validation": blend.validation,
-                "left_out": list(blend.left_out),
-            }
-        )
-        return
-    pairs: list[tuple[str, object]] = [("file", out), ("sources", len(blend.sources))]
-    pairs += [("validation sets", len(blend.validation))] if blend.validation else []
-    pairs += [("left out", f"{name}: amfm has no such split") for name in blend.left_out]
-    pairs += [("next", "set data.store and data.tokenizer.model, then `amfm prepare CONFIG`")]
-    print_pairs("Blend of Megatron-LM", pairs)
-
-
-def import_arguments(source: Path, out: Path, *, as_json: bool) -> None:
-    """Write OUT.yaml and print how many arguments are equal, in another form, missing and not known.
-
-    Raises ValueError if the arguments describe no model.
-    """
-    from amfm.pretrain.config.file import load_config
-    from amfm.pretrain.foreign_states.megatron_arguments.sources import read_arguments
-    from amfm.pretrain.foreign_states.megatron_arguments.translation import translate
-    from amfm.pretrain.foreign_states.megatron_arguments.write import flag, summarize, write_yaml
-
-    translated = translate(read_arguments(source))
-    write_file_atomically(out, write_yaml(translated).encode())
-    counts = summarize(translated)
-    missing = {flag(each.name): each.row.users or "L" for each in translated.missing if each.row is not None}
-    approximate = [found.setting for found in translated.lines.values() if found.is_approximate]
-    try:
-        load_config(out)
-        problem = None
-    except ValueError as error:
-        problem = str(error)
-    if as_json:
-        print_json(
-            {"path": str(out), **counts, "missing_flags": missing, "approximated": approximate, "to_correct": problem}
-        )
-        return
-    pairs: list[tuple[str, object]] = [("file", out), ("equal here", counts["equal"])]
-    pairs += [("in another form", counts["differs"]), ("not known", counts["unknown"])]
-    pairs += [("missing", f"{counts['missing']} (users: high {counts['H']}, medium {counts['M']}, low {counts['L']})")]
-    pairs += [("missing, high", name) for name, users in missing.items() if users == "H"]
-    pairs += [("approximated", setting) for setting in approximate]
-    pairs += [("to correct", problem)] if problem else [("next", f"amfm plan {out}")]
-    print_pairs("Arguments of Megatron-LM", pairs)

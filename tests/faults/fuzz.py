@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
+from amfm_foreign_states.dcp_folder import DcpFolder
+from amfm_foreign_states.torch_file import find_steps, read_common, read_integer
+from amfm_foreign_states.universal import UniversalFolder
 from yaml import safe_dump
 
 from amfm.data_pipeline.config import FilterConfig, SourceConfig, TokenizerConfig
@@ -44,9 +47,6 @@ from amfm.pretrain.checkpoint.files import verify_checkpoint
 from amfm.pretrain.checkpoint.manifest_file import encode_manifest, read_manifest
 from amfm.pretrain.config.file import load_config
 from amfm.pretrain.failures import exit_code, is_bug
-from amfm.pretrain.foreign_states.dcp_folder import DcpFolder
-from amfm.pretrain.foreign_states.torch_file import find_steps, read_common, read_integer
-from amfm.pretrain.foreign_states.universal import UniversalFolder
 from amfm.pretrain.inference.weights import read_weights
 from amfm.pretrain.launcher_protocol import BAD_INPUT
 from amfm.pretrain.monitor.beats import read_beats

@@ -54,8 +54,26 @@ def test_help_of_a_verb_begins_with_its_line_in_the_list():
 def test_a_verb_of_a_package_that_is_not_installed_says_how_to_install_it(capsys, monkeypatch):
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not list(Path(entry).glob("amfm_study-*"))])
     assert run(["study", "mixers", "study.yaml"]) == 2
-    said = "amfm: amfm study is a package that is not installed; in a clone of amfm: pip install ./examples/study\n"
+    said = "amfm: amfm study is in a package that is not installed; in a clone of amfm: pip install ./examples/study\n"
     assert capsys.readouterr().err == said
+
+
+def test_a_part_of_a_verb_whose_package_is_not_installed_says_how_to_install_it(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        sys, "path", [entry for entry in sys.path if not list(Path(entry).glob("amfm_foreign_states-*"))]
+    )
+    (tmp_path / ".metadata").touch()
+    script = tmp_path / "train.sh"
+    script.touch()
+    for part, words in (
+        ("import (training-state)", ["import", tmp_path, tmp_path / "out"]),
+        ("import (megatron-args)", ["import", "megatron-args", script, tmp_path / "run.yaml"]),
+        ("import (blend)", ["import", "blend", script, tmp_path / "sources.yaml"]),
+        ("export (training-state)", ["export", tmp_path, tmp_path / "out", "--format", "dcp"]),
+    ):
+        assert run([str(word) for word in words]) == 2
+        remedy = "is in a package that is not installed; in a clone of amfm: pip install ./examples/foreign_states\n"
+        assert capsys.readouterr().err == f"amfm: amfm {part} {remedy}"
 
 
 @pytest.mark.parametrize("verb", [name for name, (_, file, _) in VERBS.items() if file != PACKAGED])

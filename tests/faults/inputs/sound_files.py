@@ -12,12 +12,12 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 import tokenizers
+from amfm_foreign_states.dcp import export_dcp
+from amfm_foreign_states.universal import export_universal
 
 from amfm.data_pipeline.store.megatron_files import HEADER, MAGIC
 from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.export.export import export_checkpoint
-from amfm.pretrain.foreign_states.dcp import export_dcp
-from amfm.pretrain.foreign_states.universal import export_universal
 from amfm.pretrain.train import train
 from tests.pretrain.export.exported_models import weights_folder
 from tests.pretrain.tiny_run import tiny_config, tiny_data

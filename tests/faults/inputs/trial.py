@@ -133,7 +133,7 @@ if __name__ == "__main__":
     for module in (
         "torch",
         "transformers",
-        "amfm.pretrain.foreign_states.adopt",
+        "amfm_foreign_states.adopt",
         "amfm.pretrain.export.import_huggingface",
     ):
         importlib.import_module(module)

@@ -26,7 +26,7 @@ Action = Callable[[Path], Any]  # writes OUT
 
 
 def of_torch(module: str, name: str, source: str, **options: Any) -> Action:
-    function = getattr(importlib.import_module(f"amfm.pretrain.{module}"), name)
+    function = getattr(importlib.import_module(module), name)
     return lambda out: function(PLACE / source, out, **options)
 
 
@@ -62,11 +62,11 @@ def preparing() -> Action:
 
 
 VERBS: dict[str, Callable[[], Action]] = {
-    "export": lambda: of_torch("export.export", "export_checkpoint", "run", verify=False),
-    "dcp": lambda: of_torch("foreign_states.dcp", "export_dcp", "run"),
-    "universal": lambda: of_torch("foreign_states.universal", "export_universal", "run"),
-    "import": lambda: of_torch("export.import_huggingface", "import_huggingface", "exported"),
-    "state": lambda: of_torch("foreign_states.adopt", "import_state", "state"),
+    "export": lambda: of_torch("amfm.pretrain.export.export", "export_checkpoint", "run", verify=False),
+    "dcp": lambda: of_torch("amfm_foreign_states.dcp", "export_dcp", "run"),
+    "universal": lambda: of_torch("amfm_foreign_states.universal", "export_universal", "run"),
+    "import": lambda: of_torch("amfm.pretrain.export.import_huggingface", "import_huggingface", "exported"),
+    "state": lambda: of_torch("amfm_foreign_states.adopt", "import_state", "state"),
     "merge": merging,
     "tokens": writing_tokens,
     "prepare": preparing,

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from amfm_foreign_states.dcp import export_dcp
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.pretrain.export.export import export_checkpoint
-from amfm.pretrain.foreign_states.dcp import export_dcp
 from amfm.pretrain.launcher_protocol import RUN_FAILED
 from amfm.pretrain.train import train
 from tests.faults.crash.states import NAMES, Operation, read_record

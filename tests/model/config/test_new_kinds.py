@@ -175,7 +175,7 @@ BRANCH = re.compile(
     r"""|["'][ME*-]["'] (not )?in |\.(count|index)\(["'][ME*-]["']\)"""
 )
 # Classes of other programs name their own kinds; a modelling file that leaves amfm stands on its own.
-FOREIGN = ("model/huggingface/", "pretrain/export/modeling_template/", "pretrain/foreign_states/megatron_arguments/")
+FOREIGN = ("model/huggingface/", "pretrain/export/modeling_template/")
 
 
 def test_no_code_of_model_pretrain_and_the_plan_branches_on_the_letter_of_a_block() -> None:

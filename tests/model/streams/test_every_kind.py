@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from amfm_foreign_states.megatron_blocks import check_fits
 
 from amfm.launch.plan.stand_ins import default_dtype
 from amfm.model.config.checks import check_model
@@ -18,7 +19,6 @@ from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.shapes import weight_shapes
 from amfm.pretrain.export.vllm_plugin.vllm_amfm.served import unserved
-from amfm.pretrain.foreign_states.megatron_blocks import check_fits
 from tests.helpers.numbers import assert_near
 from tests.model.small_models import decode, loss_of, meta_of, packed_batch, small_config
 from tests.model.streams.trained import trained_model

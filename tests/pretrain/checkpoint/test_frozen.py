@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from amfm_foreign_states.universal import export_universal
 
 from amfm.pretrain.checkpoint.inspect import diff_checkpoints, inspect_checkpoint, read_full_state
 from amfm.pretrain.checkpoint.manifest_file import read_manifest
-from amfm.pretrain.foreign_states.universal import export_universal
 from amfm.pretrain.parallel import initialize_parallel, set_determinism
 from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks

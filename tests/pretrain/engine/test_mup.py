@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from amfm_foreign_states.universal import export_universal
 from torch import Tensor
 
 from amfm.data_pipeline.config import DataConfig
@@ -23,7 +24,6 @@ from amfm.model.parallel.groups import single_rank_groups
 from amfm.pretrain.config.schema import OptimizerConfig
 from amfm.pretrain.engine.engine import build_engine
 from amfm.pretrain.engine.optimizer import build_optimizer
-from amfm.pretrain.foreign_states.universal import export_universal
 from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from amfm_foreign_states.universal import export_universal
 
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
@@ -15,7 +16,6 @@ from amfm.model.packing import PackMeta
 from amfm.pretrain.checkpoint.inspect import diff_checkpoints, inspect_checkpoint, read_full_state
 from amfm.pretrain.config.schema import OptimizerConfig, ParallelConfig
 from amfm.pretrain.engine.engine import ZeroEngine, build_engine
-from amfm.pretrain.foreign_states.universal import export_universal
 from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
