@@ -21,8 +21,8 @@ gc.disable()
 # Processes that tests start would compile our sources again and again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-# Two packages of examples, as if they were installed: before amfm is imported, here and in every process of a test.
-for folder in ("examples/mixers", "examples/foreign_states", "tests/helpers/installed"):
+# Packages of examples, as if they were installed: before amfm is imported, here and in every process of a test.
+for folder in ("examples/mixers", "examples/foreign_states", "examples/clients", "tests/helpers/installed"):
     place = str(Path(__file__).parent / folder)
     sys.path.append(place)
     known = os.environ.get("PYTHONPATH", "").split(os.pathsep)

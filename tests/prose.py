@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = ("**/*.md",)
 COMMENTED = ("**/*.yaml", "**/*.yml", "**/*.sh", "Makefile", "Dockerfile", "pyproject.toml")
 # Texts that models continue in tests and checks.
-PROMPTS = ("pretrain/export/clients/check.py", "tests/pretrain/export/habits/trainer.py")
+PROMPTS = ("examples/clients/amfm_clients/check.py", "tests/pretrain/export/habits/trainer.py")
 # Of a month, and a tokenizer's text, which stay as they were written.
 EXEMPT = (
     "docs/log/",

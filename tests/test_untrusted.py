@@ -55,7 +55,6 @@ RENAMES = {
     "pretrain/checkpoint/fork.py": "a folder that mkdir made",
     "pretrain/checkpoint/remote.py": "a folder that mkdir made",
     "pretrain/checkpoint/files.py": "opened with x",
-    "pretrain/export/clients/check.py": "in a folder of mode 700",
     "pretrain/export/export.py": "a folder that mkdir made",
     "pretrain/export/files.py": "a folder that mkdir made",
     "pretrain/hooks/trace_choices.py": "opened with x",

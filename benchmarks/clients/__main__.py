@@ -34,7 +34,8 @@ def clients(
     as_json: JsonOption = False,
 ) -> None:
     """Train a small model of each class, export it, and compare what other programs make of it with transformers."""
-    from amfm.pretrain.export.clients.check import CLIENTS, check_installed
+    from amfm_clients.check import CLIENTS, check_installed
+
     from benchmarks.clients.bench import Environments, bench_clients, choose_models, to_page
     from benchmarks.clients.models import MODELS
     from benchmarks.clients.page import merge, read_page, to_markdown

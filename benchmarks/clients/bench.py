@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from amfm_clients.check import CLIENTS, ClientReport, check_export
 
 from amfm.model.huggingface.refusals import ClientName
-from amfm.pretrain.export.clients.check import CLIENTS, ClientReport, check_export
 from amfm.pretrain.tasks.suite import flatten_results
 from benchmarks.clients.models import MODELS
 from benchmarks.clients.page import EXPLANATION, Page, describe, to_row

@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from amfm_clients.check import CLIENTS, ClientReport
+
 from amfm.model.huggingface.refusals import ClientName
-from amfm.pretrain.export.clients.check import CLIENTS, ClientReport
 
 TITLE = "# Other programs on our exports"
 TASKS_TITLE = "## One task, three ways"

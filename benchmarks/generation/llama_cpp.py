@@ -22,7 +22,7 @@ def main() -> None:
     import xllamacpp
 
     export, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    script = Path(__file__).parents[2] / "pretrain/export/clients/convert_gguf.py"
+    script = Path(__file__).parents[2] / "examples/clients/amfm_clients/convert_gguf.py"
     runpy.run_path(str(script))["convert"](export, folder / "model.gguf")
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(folder / "model.gguf")

@@ -89,5 +89,6 @@ def test_it_resumes_bit_for_bit_and_exports_weights_alone(tmp_path: Path) -> Non
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     exported = amfm("export", "whole", "out", "--format", "huggingface", packages=packages, cwd=tmp_path)
     assert exported.returncode == 0, exported.stderr
+    packages += install_example("foreign_states", tmp_path / "foreign_states")
     refused = amfm("export", "whole", "other", "--format", "dcp", packages=packages, cwd=tmp_path)
     assert refused.returncode == 2 and "has states of whole matrices" in refused.stderr

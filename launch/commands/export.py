@@ -1,15 +1,11 @@
-"""Verb export.
-
-What `amfm export` does with other programs: run one on an export, and write the file of llama.cpp.
-"""
+"""Verb export; other programs on an export, and training states for them, are parts that packages of examples/ bring."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -24,76 +20,7 @@ from amfm.model.huggingface.hf_class import Target
 from amfm.model.huggingface.refusals import ClientName
 from amfm.pretrain.extras import require_extra
 
-if TYPE_CHECKING:
-    from amfm.model.huggingface.refusals import ClientName
-    from amfm.pretrain.export.clients.check import ClientReport
-
-
-def check_installed(client: ClientName, python: str) -> None:
-    """Reject, before any work, a program that is not installed there. Raises ValueError."""
-    from amfm.pretrain.export.clients.check import check_installed
-
-    check_installed(client, python)
-
-
-def check_client(export: Path, client: ClientName, python: str | None) -> ClientReport:
-    """Run a program on an export."""
-    from amfm.pretrain.export.clients.check import check_export
-
-    return check_export(export, client, python=python)
-
-
-def show_check(export: Path, client: ClientName, python: str | None, *, as_json: bool) -> None:
-    """Run a program on an export that exists and print what it made of it."""
-    with Waiting("amfm export") as waiting:
-        waiting(f"running {client}")
-        report = check_client(export, client, python)
-    if as_json:
-        print_json(asdict(report))
-    else:
-        print_check(export, report)
-    require_equal(report)
-
-
-def print_check(export: Path, report: ClientReport) -> None:
-    """Print what a program made of an export."""
-    pairs: list[tuple[str, object]] = [("outcome", report.outcome)]
-    if report.version is not None:
-        pairs.append(("version", report.version))
-    if report.max_difference is not None:
-        allowed = f"at most {report.tolerance:g} is allowed"
-        pairs.append(("largest difference", f"{report.max_difference:.1e} of 64 log-probabilities, {allowed}"))
-    pairs += [("differs", problem) for problem in report.problems]
-    if report.expected is not None:
-        pairs.append(("known", report.expected))
-    if report.error is not None:
-        pairs.append(("its words", report.error))
-    pairs += [(name.replace("_", " "), value) for name, value in report.details.items()]
-    print_pairs(f"{report.client} on {export}", pairs)
-
-
-def require_equal(report: ClientReport | None) -> None:
-    """Raise for a program that does not read the export as transformers does: ValueError if that is known of it,
-    since another try cannot help, else RuntimeError.
-    """
-    if report is not None and report.outcome != "equal":
-        cause = report.expected or "; ".join(report.problems) or report.error
-        raise (ValueError if report.expected else RuntimeError)(
-            f"{report.client} does not read this export as transformers does ({report.outcome}): {cause}"
-        )
-
-
-def export_gguf(export: Path, out: Path, python: str | None, *, as_json: bool) -> None:
-    """Convert an export to a file of llama.cpp and print what it is."""
-    from amfm.pretrain.export.clients.check import write_gguf
-
-    num_bytes = write_gguf(export, out, python)
-    if as_json:
-        print_json({"path": str(out), "bytes": num_bytes})
-    else:
-        print_pairs("Export for llama.cpp", [("file", out), ("bytes", f"{num_bytes:,}"), ("tensors", "float32")])
-
-
+PACKAGE = "clients"  # of examples/: other programs on an export
 CheckOption = Annotated[
     ClientName | None,
     typer.Option(
@@ -168,16 +95,17 @@ def export(
     python = None if client_python is None else str(client_python.absolute())
     writes_for_transformers = target is not None or not verify or weights != "last"
     check_export_options(file_format, out, check, python, push, writes_for_transformers=writes_for_transformers)
+    client = None if check is None else load_packaged("export.check", PACKAGE)(check, python)
     hub = None if push is None else Hub(push)
     if out is None:
-        if check is not None:
-            show_check(checkpoint, check, python, as_json=as_json)
+        if client is not None:
+            client.show(checkpoint, as_json=as_json)
             return
         assert hub is not None, "checked above"
         push_export(checkpoint, hub, as_json=as_json)
         return
     if file_format == "gguf":
-        export_gguf(checkpoint, out, python, as_json=as_json)
+        load_packaged("export.gguf", PACKAGE)(checkpoint, out, python, as_json=as_json)
         return
     if file_format == "megatron":
         export_tokens(checkpoint, out, as_json=as_json)
@@ -193,9 +121,7 @@ def export(
     with Waiting("amfm export") as waiting:
         source = checkpoint if weights == "last" else read_weights(checkpoint, waiting, averaged=True)
         report = export_checkpoint(source, out, target=target, verify=verify, report=waiting)
-        if check is not None:
-            waiting(f"running {check}")
-        checked = None if check is None else check_client(out, check, python)
+        checked = None if client is None else client.run(out, waiting)
         is_right = checked is None or checked.outcome == "equal"
         pushed = hub.push(out) if hub is not None and is_right else None
     if as_json:
@@ -217,7 +143,8 @@ def export(
             | ({} if checked is None else {"check": asdict(checked)})
             | ({} if pushed is None else {"pushed": pushed})
         )
-        require_equal(checked)
+        if client is not None:
+            client.require_equal(checked)
         return
     verification = "not verified"
     if report.max_logit_difference is not None:
@@ -237,9 +164,9 @@ def export(
     pairs += [("pushed to", pushed)] if pushed is not None else []
     pairs += known_incompatibilities(report.refusals, whole=notes)
     print_pairs("Export", pairs)
-    if checked is not None:
-        print_check(out, checked)
-    require_equal(checked)
+    if client is not None:
+        client.print(out, checked)
+        client.require_equal(checked)
     say(f"next: in Python, transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})")
 
 
@@ -288,8 +215,6 @@ def check_export_options(
         check_free(out)
     if out is None and writes_for_transformers:
         raise ValueError("--target, --weights and --no-verify are about writing an export; leave them out, or name OUT")
-    if check is not None:
-        check_installed(check, python or sys.executable)
 
 
 def export_tokens(store_path: Path, out: Path, *, as_json: bool) -> None:

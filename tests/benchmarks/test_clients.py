@@ -4,10 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from amfm_clients.check import CLIENTS, ClientReport
 
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.targets import explain_unfit
-from amfm.pretrain.export.clients.check import CLIENTS, ClientReport
 from benchmarks.clients.bench import ClientBench, choose_models, to_page
 from benchmarks.clients.models import MODELS
 from benchmarks.clients.page import merge, read_page, to_markdown

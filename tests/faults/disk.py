@@ -11,9 +11,10 @@ import pytest
 from tests.soak.disk import build_library as build
 from tests.soak.disk import fault, fault_variables
 
-__all__ = ["ROOT", "build_library", "fault", "with_faults", "with_record"]
+__all__ = ["PATHS", "ROOT", "build_library", "fault", "with_faults", "with_record"]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+PATHS = os.pathsep.join((str(ROOT), os.environ["PYTHONPATH"]))  # and the packages of conftest.py
 
 
 def build_library() -> Path:
@@ -27,10 +28,10 @@ def build_library() -> Path:
 def with_faults(rules: Sequence[str]) -> dict[str, str]:
     """The environment of a process that meets these faults."""
     build_library()
-    return {**os.environ, **fault_variables(rules), "PYTHONPATH": str(ROOT)}
+    return {**os.environ, **fault_variables(rules), "PYTHONPATH": PATHS}
 
 
 def with_record(record: Path, under: Path) -> dict[str, str]:
     """The environment of a process whose changes below a folder are written down."""
     variables = {"LD_PRELOAD": str(build_library()), "AMFM_RECORD": str(record), "AMFM_RECORD_UNDER": str(under)}
-    return {**os.environ, **variables, "PYTHONPATH": str(ROOT)}
+    return {**os.environ, **variables, "PYTHONPATH": PATHS}

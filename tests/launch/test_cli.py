@@ -59,21 +59,22 @@ def test_a_verb_of_a_package_that_is_not_installed_says_how_to_install_it(capsys
 
 
 def test_a_part_of_a_verb_whose_package_is_not_installed_says_how_to_install_it(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        sys, "path", [entry for entry in sys.path if not list(Path(entry).glob("amfm_foreign_states-*"))]
-    )
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not list(Path(entry).glob("amfm_clients-*"))])
     (tmp_path / ".metadata").touch()
     script = tmp_path / "train.sh"
     script.touch()
-    for part, words in (
-        ("import (training-state)", ["import", tmp_path, tmp_path / "out"]),
-        ("import (megatron-args)", ["import", "megatron-args", script, tmp_path / "run.yaml"]),
-        ("import (blend)", ["import", "blend", script, tmp_path / "sources.yaml"]),
-        ("export (training-state)", ["export", tmp_path, tmp_path / "out", "--format", "dcp"]),
+    states, clients = "foreign_states", "clients"
+    for part, package, words in (
+        ("import (training-state)", states, ["import", tmp_path, tmp_path / "out"]),
+        ("import (megatron-args)", states, ["import", "megatron-args", script, tmp_path / "run.yaml"]),
+        ("import (blend)", states, ["import", "blend", script, tmp_path / "sources.yaml"]),
+        ("export (training-state)", states, ["export", tmp_path, tmp_path / "out", "--format", "dcp"]),
+        ("export (check)", clients, ["export", tmp_path, "--check", "vllm"]),
+        ("export (gguf)", clients, ["export", tmp_path, tmp_path / "out.gguf", "--format", "gguf"]),
     ):
         assert run([str(word) for word in words]) == 2
-        remedy = "is in a package that is not installed; in a clone of amfm: pip install ./examples/foreign_states\n"
-        assert capsys.readouterr().err == f"amfm: amfm {part} {remedy}"
+        remedy = "is in a package that is not installed; in a clone of amfm: pip install ./examples"
+        assert capsys.readouterr().err == f"amfm: amfm {part} {remedy}/{package}\n"
 
 
 @pytest.mark.parametrize("verb", [name for name, (_, file, _) in VERBS.items() if file != PACKAGED])

@@ -45,9 +45,6 @@ def test_local_ranks_and_torchruns_ranks_are_apart_from_the_working_directory(pl
 # Where a path of the interpreter is not a start of a command line, or one that is given by the user.
 ELSEWHERE = {
     ("launch/doctor/machine.py", "printed"),
-    ("launch/commands/export.py", "check_installed starts it with -P"),
-    ("pretrain/export/clients/check.py", "_run and check_installed start it with -P"),
-    ("pretrain/export/clients/check.py", "with -P below"),
 }
 
 

@@ -9,11 +9,8 @@ import pytest
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.monitor import peaks
 from tests.helpers.spawn import run_ranks
-from tests.pretrain.tiny_run import Trained, tiny_config, tiny_data, train_and_collect
-
-peaks.MEASURED_SECONDS = 0.0  # as in tests/pretrain/conftest.py: no test claims what a CPU can do
+from tests.pretrain.tiny_run import Trained, tiny_config, train_and_collect
 
 
 @dataclass(frozen=True)
@@ -41,12 +38,6 @@ class Evil:
 
     def __reduce__(self) -> tuple[object, tuple[Path]]:
         return Path.touch, (self.path,)
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    """One small store for the whole session; nothing writes to it."""
-    return tiny_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from amfm.data_pipeline.config import DataConfig
-from tests.faults.disk import ROOT
+from tests.faults.disk import PATHS
 from tests.faults.inputs.requests import requests
 from tests.faults.inputs.sound_files import write_sound_files
 from tests.helpers.patience import PATIENCE_SECONDS
@@ -39,7 +39,7 @@ def test_bad_input_ends_with_a_message_and_the_documented_code(
     place: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [sys.executable, "-P", "-W", "ignore", "-m", "tests.faults.inputs.trial", str(place), kind]
-    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    variables = {**os.environ, "PYTHONPATH": PATHS}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout.splitlines()[-1])

@@ -8,11 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from amfm.data_pipeline.config import DataConfig
-from amfm.launch.cli import run
-from amfm.launch.commands.export import require_equal
-from amfm.pretrain.export.clients.check import (
+from amfm_clients.check import (
     CLIENTS,
     ClientReport,
     check_export,
@@ -23,7 +19,11 @@ from amfm.pretrain.export.clients.check import (
     needs_bf16,
     write_gguf,
 )
-from amfm.pretrain.export.clients.convert_gguf import with_pre_tokenizer
+from amfm_clients.convert_gguf import with_pre_tokenizer
+from amfm_clients.verbs import ClientCheck
+
+from amfm.data_pipeline.config import DataConfig
+from amfm.launch.cli import run
 from amfm.pretrain.export.export import export_checkpoint
 from amfm.pretrain.export.tokenizer import OUR_DESCRIPTION
 from tests.pretrain.export.exported_models import weights_folder
@@ -131,11 +131,11 @@ def test_only_gated_deltanet_is_run_in_bf16(fields: dict[str, object], is_needed
 
 
 def test_what_is_known_of_a_program_is_no_reason_to_try_again() -> None:
-    require_equal(ClientReport("llama.cpp", "equal"))
+    ClientCheck.require_equal(ClientReport("llama.cpp", "equal"))
     with pytest.raises(ValueError, match="known to"):
-        require_equal(ClientReport("llama.cpp", "refused", expected="known to"))
+        ClientCheck.require_equal(ClientReport("llama.cpp", "refused", expected="known to"))
     with pytest.raises(RuntimeError, match="no memory"):
-        require_equal(ClientReport("llama.cpp", "failed", error="no memory"))
+        ClientCheck.require_equal(ClientReport("llama.cpp", "failed", error="no memory"))
 
 
 def test_refusals_that_no_setting_mends_are_expected(export: Path) -> None:
@@ -180,7 +180,7 @@ def test_tokenizer_files_say_what_is_added_to_a_text(export: Path) -> None:
 
 
 def test_what_a_program_needs_is_what_make_clients_pins() -> None:
-    folder = Path(__file__).parents[4] / "recipes" / "clients"
+    folder = Path(__file__).parents[3] / "recipes" / "clients"
     pinned = {line.strip() for path in folder.glob("*.txt") for line in path.read_text().splitlines()}
     for client in CLIENTS.values():
         for requirement in client.install.split(" (")[0].replace("'", "").split():

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from amfm_clients.check import check_export, known_faults
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.model.config.rope import YarnStretch
 from amfm.model.config.schema import ModelConfig
-from amfm.pretrain.export.clients.check import check_export, known_faults
 from amfm.pretrain.export.export import export_checkpoint
 from amfm.pretrain.export.plugin_files import export_refusals
 from amfm.pretrain.inference.weights import write_weights
