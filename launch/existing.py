@@ -37,15 +37,22 @@ def require_all_exist(paths: list[Path]) -> list[Path]:
 def require_model(path: Path) -> Path:
     """Typer callback of a model's folder, or a .tiktoken file, that must exist.
 
-    A name of the Hugging Face Hub is answered with the command that downloads it.
+    A name of the Hugging Face Hub is answered with the command that downloads it. Raises RuntimeError for a checkpoint that
+    was never completed.
     """
+    from amfm.pretrain.checkpoint.manifest_file import MANIFEST_NAME, read_manifest
+    from amfm.pretrain.checkpoint.names import CHECKPOINT_NAME
+
     if path.is_file() and path.suffix != ".tiktoken":
         raise ValueError(f"{path} is a file; name the folder of a model")
     is_hub_name = HUB_NAME.fullmatch(str(path)) and not path.parent.exists()
     download = (
         f"to take it from the Hugging Face Hub: hf download {path} --local-dir {path.name}, then name {path.name}"
     )
-    return require(path, download if is_hub_name else "name an existing folder")
+    require(path, download if is_hub_name else "name an existing folder")
+    if CHECKPOINT_NAME.fullmatch(path.name) and not (path / MANIFEST_NAME).exists():
+        read_manifest(path)
+    return path
 
 
 def nearest_paths(path: Path) -> list[Path]:

@@ -27,6 +27,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("configs/nemotron3_nano_30b.yaml", "configs/tiny_cpu.yaml", "runs/first/config.yaml"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
+    (tmp_path / "runs/step-00000005").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -65,6 +66,7 @@ REFUSED = [
     (["train", "--preset", "tiny_cpu", "train.step=9"], "did you mean train.steps?"),
     (["prepare", "--preset", "tiny_cpu", "train.steps=-9"], "train.steps=-9: must be"),
     (["plan", "--preset", "tiny_cpu", "--gpus", "1", "model.hidden_size=0"], "model.hidden_size=0: must be"),
+    (["export", "runs/step-00000005", "exports/new"], "the checkpoint was never completed"),
 ]
 
 
@@ -72,6 +74,7 @@ def test_paths_gpus_and_settings_are_judged_before_torch_is_imported(here: Path)
     command = [sys.executable, "-c", LISTED, json.dumps([arguments for arguments, _ in REFUSED])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     answers = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [(code, with_torch) for code, _, with_torch in answers] == [(2, False)] * len(REFUSED), done.stderr
+    codes = [3 if "checkpoint" in said else 2 for _, said in REFUSED]
+    assert [(code, with_torch) for code, _, with_torch in answers] == [(code, False) for code in codes], done.stderr
     for (arguments, said), (_, errors, _) in zip(REFUSED, answers):
         assert said in errors, arguments
