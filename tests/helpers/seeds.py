@@ -1,4 +1,8 @@
-"""Random numbers of tests: each test draws by its own name, so that it draws the same alone, in any order, on any worker."""
+"""Random numbers of tests: each test draws by its own name, so that it draws the same alone, in any order, on any worker.
+
+PyTorch is imported when something is drawn: the process that starts the workers draws nothing, and its imports are 5 s of a
+run of pytest.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy
-import torch
 
 # Devices by which the drivers of GPUs are there, as conftest.py looks for them.
 HAS_GPU = any(Path("/dev", name).exists() for name in ("nvidiactl", "kfd"))
@@ -26,6 +29,8 @@ def seed_all(seed: int) -> None:
     Where there is no GPU, only that of the CPU: `torch.manual_seed` keeps the stack of every call, as text, for GPUs that are
     not in use yet: 0.75 ms, half of the least that a test takes here.
     """
+    import torch
+
     random.seed(seed)
     numpy.random.seed(seed)
     if HAS_GPU:
@@ -37,6 +42,8 @@ def seed_all(seed: int) -> None:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Draw by a seed inside, and continue outside as if nothing had been drawn."""
+    import torch
+
     states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
     seed_all(seed)
     try:

@@ -10,6 +10,7 @@ allocate on a GPU too; what they do to save is called here on its own: `get_para
 from __future__ import annotations
 
 import copy
+import queue
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -23,6 +24,7 @@ from megatron.core.dist_checkpointing.optimizer import (
     get_param_id_to_sharded_param_map,
     optim_state_to_sharding_state,
 )
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.fusions import fused_softmax
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
@@ -49,6 +51,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+# Of saves, which wait for their writers here. Megatron has a process of its own hold it, which imports PyTorch: 3 s.
+filesystem_async._results_queue = queue.Queue()
 
 VOCAB, WIDTH, LENGTH = 448, 32, 48
 STEPS = 2

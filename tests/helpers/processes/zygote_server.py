@@ -38,15 +38,18 @@ FULL_MODULES = ("amfm.launch.cli", "amfm.launch.cluster.local", "amfm.pretrain.t
 # What a first run imports where it needs it: a third of the seconds of a fork that trains for a few steps.
 FOR_RUNS = (
     *("amfm.model.mixers.attention", "amfm.model.mixers.mamba2", "amfm.model.moe.block", "amfm.model.feed_forward"),
-    *("amfm.model.huggingface.classes", "amfm.pretrain.hooks.lost_losses", "amfm.pretrain.hooks.lost_losses"),
+    *("amfm.model.huggingface.classes", "amfm.pretrain.hooks.lost_losses"),
     *("deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.zero.muon.muon_optimizer", "numpy.ma"),
     *("torch.nested._internal.nested_tensor", "torch.fx.experimental._constant_symnode", "rich._emoji_codes"),
+    # A second in each rank that measures tasks, a third of one where a store is written.
+    *("lm_eval.evaluator", "lm_eval.tasks", "datasets", "zarr"),
 )
 # What modules of tests import, which a fork imports to find the function that it calls: a fifth of its seconds.
 FOR_TESTS = (
     *("pytest", "tests.pretrain.tiny_run", "tests.parallel.layouts", "tests.model.small_models"),
     *("amfm.pretrain.pipeline", "amfm.pretrain.checks.early", "amfm.pretrain.startup.kernels"),
     *("amfm.pretrain.engine.muon", "amfm.launch.simulate.count_collectives", "amfm.launch.plan.measured"),
+    "amfm.pretrain.report.page",  # and with it matplotlib
 )
 # Of Arrow's allocator, which stops it before a fork and does without it afterwards.
 ARROWS_THREAD = "jemalloc_bg_thd"

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from amfm.launch.cluster.forked import can_fork
 from amfm.launch.cluster.local import join_codes, run_command
 from tests.helpers.patience import PATIENCE_SECONDS
-from tests.helpers.processes.zygote import run_program
+from tests.helpers.processes.zygote import call, run_program
 
 
 def python(code: str) -> list[str]:
@@ -105,30 +106,28 @@ def test_forked_ranks_are_told_apart_and_end_as_processes_of_their_own_do(
     assert len({(tmp_path / str(rank)).read_text() for rank in range(3)}) == 1
 
 
-COMPUTED = """
-import torch  # whose BLAS threads, and numpy's, know of forks
-from amfm.launch.cluster.forked import can_fork
-assert can_fork()
-torch.ones(1 << 20).mul(2).sum()
-assert not can_fork(), "OpenMP's threads would be missing in a fork, which waits for them for ever"
-"""
+def compute_with_two_threads() -> None:
+    assert can_fork()
+    torch.set_num_threads(2)
+    torch.ones(1 << 20).mul(2).sum()
+    assert not can_fork(), "OpenMP's threads would be missing in a fork, which waits for them for ever"
 
 
 def test_a_process_that_has_computed_with_two_threads_is_not_forked() -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(python(COMPUTED), env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert call(compute_with_two_threads).wait() == 0
+
+
+def launch(command: list[str]) -> None:
+    sys.exit(run_command(command, 2))
 
 
 def test_signals_reach_every_rank(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WAITING, str(tmp_path)]
-    launcher = subprocess.Popen(
-        python(f"import sys; from amfm.launch.cluster.local import run_command; sys.exit(run_command({command!r}, 2))")
-    )
+    launcher = call(launch, command)
     deadline = time.monotonic() + PATIENCE_SECONDS
     while len(list(tmp_path.glob("ready*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.2)
     os.kill(launcher.pid, signal.SIGUSR1)
-    assert launcher.wait(timeout=PATIENCE_SECONDS) == 0
+    assert launcher.wait() == 0
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == [str(int(signal.SIGUSR1))] * 2

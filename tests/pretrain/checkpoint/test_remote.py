@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,53 +33,30 @@ from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.train import run_steps, train
 from tests.helpers.killing_proxy import Gate, killing_proxy
 from tests.helpers.patience import PATIENCE_SECONDS
+from tests.helpers.processes.zygote import call
 from tests.helpers.s3 import BUCKET, s3_server
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import read_events, read_metrics, tiny_config
 
 ALONE = RankGroup(0, 1)
-PUSH = """
-import os, sys
-from pathlib import Path
-from amfm.pretrain.checkpoint.remote import RemoteCheckpoints
-from amfm.pretrain.ranks.group import RankGroup
-while place := sys.stdin.readline().strip():
-    pid = os.fork()
-    if pid == 0:
-        print(os.getpid(), flush=True)
-        sys.stdin.readline()
-        os._exit(bool(eval("RemoteCheckpoints(place)." + sys.argv[2])))
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
 
 
-COPY = "push(Path(sys.argv[1]), RankGroup(0, 1), 1)"
+def send(checkpoint: str, place: str, endpoint: str) -> None:
+    os.environ["AWS_ENDPOINT_URL"] = endpoint
+    sys.exit(bool(RemoteCheckpoints(place).push(Path(checkpoint), ALONE, 1)))
 
 
-class Pusher:
-    """A process that copies a checkpoint, each time in a separate fork, killed at its request of a given number.
+def send_aside(name: str, place: str, endpoint: str, names: list[str]) -> None:
+    os.environ["AWS_ENDPOINT_URL"] = endpoint
+    sys.exit(bool(RemoteCheckpoints(place).rename(name, f"aside/{name}", names)))
 
-    work: what it does instead of copying.
-    """
 
-    def __init__(self, checkpoint: Path, endpoint: str, gate: Gate, work: str = COPY) -> None:
-        self.gate = gate
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", PUSH, str(checkpoint), work],
-            env={**os.environ, "AWS_ENDPOINT_URL": endpoint},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-        )
-
-    def push(self, place: str, kill: int) -> int:
-        """Exit code of the copy."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(f"{place}\n")
-        self.gate.count, self.gate.fatal, self.gate.victim = 0, kill, int(self.process.stdout.readline())
-        self.process.stdin.write("go\n")
-        return int(self.process.stdout.readline())
+def killed(gate: Gate, number: int, work: Callable[..., None], *arguments: Any) -> int:
+    """Exit code of a process that works at an object store and is killed at its request of a given number."""
+    with gate.lock:  # no request passes until it is known whom it kills
+        process = call(work, *arguments)
+        gate.count, gate.fatal, gate.victim = 0, number, process.pid
+    return process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -320,13 +296,11 @@ def test_killed_while_a_step_is_sent_anew_no_manifest_names_files_of_two(
 ) -> None:
     _, second, older = two_runs(data, tmp_path)
     with killing_proxy(server["AWS_ENDPOINT_URL"]) as (endpoint, gate):
-        pusher = Pusher(second, endpoint, gate)
         for kill in (2, 3):  # the manifest is gone; the first file is not there yet, or it is
             assert RemoteCheckpoints(f"{url}/{kill}").push(older, ALONE, 2) == []
-            assert pusher.push(f"{url}/{kill}", kill) == -9
+            assert killed(gate, kill, send, str(second), f"{url}/{kill}", endpoint) == -9
             assert RemoteCheckpoints(f"{url}/{kill}").pull_newer(tmp_path / f"copy {kill}", ALONE).passed_over == ()
             assert list_checkpoints(tmp_path / f"copy {kill}") == []
-        pusher.process.kill()
 
 
 @pytest.mark.slow
@@ -336,14 +310,13 @@ def test_killed_at_any_request_the_store_holds_a_whole_checkpoint(
     """A process that copies step 2 over the store with step 1, and over one with another step 2, dies at each request."""
     first, second, older = two_runs(data, tmp_path)
     with killing_proxy(server["AWS_ENDPOINT_URL"]) as (endpoint, gate):
-        pusher = Pusher(second, endpoint, gate)
         for again in (False, True):
             kill, code = 0, -9
             while code == -9:
                 place, copy = f"{url}/{again}-{kill}", tmp_path / f"{again}-{kill}"
                 for checkpoint in (first, older) if again else (first,):
                     assert RemoteCheckpoints(place).push(checkpoint, ALONE, 2) == []
-                code = pusher.push(place, kill)
+                code = killed(gate, kill, send, str(second), place, endpoint)
                 assert RemoteCheckpoints(place).pull_newer(copy, ALONE).passed_over == ()
                 (found,) = list_checkpoints(copy)
                 assert inspect_checkpoint(found)["ok"] and found.name in (first.name, second.name)
@@ -351,7 +324,6 @@ def test_killed_at_any_request_the_store_holds_a_whole_checkpoint(
                 assert list(RemoteCheckpoints(place).list_objects()) == [second.name]
                 kill += 1
             assert code == 0 and kill > 6, "each object and each deletion was a request"
-        pusher.process.kill()
 
 
 @pytest.mark.slow
@@ -361,15 +333,13 @@ def test_killed_at_any_request_a_step_that_is_renamed_is_whole_in_one_place(
     step = save_by_hand(tmp_path / "step-00000001", 1)
     names = ["manifest.json", rank_file_name(0), rank_file_name(300)]
     with killing_proxy(server["AWS_ENDPOINT_URL"]) as (endpoint, gate):
-        pusher = Pusher(step, endpoint, gate, f"rename('step-00000001', 'aside/step-00000001', {names})")
         kill, code = 0, -9
         while code == -9:
             store = RemoteCheckpoints(f"{url}/{kill}")
             assert store.push(step, ALONE, 2) == []
-            code = pusher.push(store.folder.url, kill)
+            code = killed(gate, kill, send_aside, step.name, store.folder.url, endpoint, names)
             here, aside = store.list_whole(), store.list_whole("aside")
             assert all(sorted(objects) == sorted(names) for objects in (*here.values(), *aside.values()))
             assert here or aside
             kill += 1
         assert code == 0 and not here and aside and kill > 9, "each copy and each deletion was a request"
-        pusher.process.kill()
