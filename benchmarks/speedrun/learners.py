@@ -23,9 +23,9 @@ from benchmarks.speedrun.ways import Way
 
 PLACES = 1000  # of a schedule, which follows the share of the seconds that are spent
 CHUNK = 64  # of a scan in transformers on a processor: faster than its default
-# Of the peer: layers, width, heads, key-value heads, inner width; with a vocabulary of 2,048 as many parameters as are active in
-# tiny_cpu.
-LLAMA = (5, 192, 6, 2, 512)
+# Of the peer, by the width of our model: layers, heads, key-value heads, inner width; with a vocabulary of 2,048 as many
+# parameters as are active in tiny_cpu and in active_20m.yaml.
+LLAMAS = {192: (5, 6, 2, 512), 512: (6, 8, 2, 1536)}
 
 
 class Learner(Protocol):
@@ -146,7 +146,8 @@ def build_llama(config: RunConfig) -> Any:
     """A Llama as transformers initializes it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    layers, width, heads, key_heads, inner = LLAMA
+    width = config.model.hidden_size
+    layers, heads, key_heads, inner = LLAMAS[width]
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=config.model.vocab_size,
