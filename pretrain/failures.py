@@ -151,7 +151,7 @@ def launches_in_words() -> Iterator[None]:
         # Triton's errors are not RuntimeErrors. It need not be installed, and then nothing of it is raised.
         if not any(base.__module__.partition(".")[0] == "triton" for base in type(error).__mro__):
             raise
-        from amfm.kernels.runtime.launch_failure import describe_launch_failure
+        from amfm.kernels.runtime.tuning import describe_launch_failure
 
         words = describe_launch_failure(error)
         if words is None:

@@ -7,7 +7,7 @@ import torch
 from amfm_mixers.feature_maps import FeatureMapMixer
 from torch import Tensor
 
-from amfm.kernels.rope.reference import norm_rope_reference
+from amfm.kernels.rope.op import norm_rope_reference
 from amfm.model.packing import PackMeta
 from tests.helpers.numbers import assert_near
 from tests.model.mixers.samples import ROTARY_FORMS, sample_options

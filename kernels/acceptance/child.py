@@ -36,8 +36,7 @@ from amfm.kernels.proof.check import (
     measure_milliseconds,
     narrowest,
 )
-from amfm.kernels.runtime.launch_failure import describe_launch_failure
-from amfm.kernels.runtime.tuning import Table, find_environment, tune
+from amfm.kernels.runtime.tuning import Table, describe_launch_failure, find_environment, tune
 
 FIRST_FP8 = 89  # compute capability from which products take FP8
 PACKAGES = (

@@ -15,7 +15,9 @@ their input's gradient, leave the weight's as a function on the micro-batch's li
 schedule runs the list when its turn comes. What else a backward pass computes (scans, norms, small parameters) stays whole.
 
 The list belongs to the process and not to a thread, since autograd runs a GPU's backward pass in a separate thread.
-"""
+
+For rows of an embedding table torch makes a table of zeros for the gradient of each micro-batch, adds to the rows of its tokens,
+and whoever sums gradients reads the whole of it. Here (`embedding`) the rows are added to the sum itself."""
 
 from __future__ import annotations
 
@@ -23,10 +25,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from amfm.kernels.common.gemm_precision import gemm_dtype
 
@@ -200,3 +203,36 @@ def weight_gradient(x: Tensor, weight_OI: Tensor, grad: Tensor, total: GradientS
     dtype = gemm_dtype(x)
     product: Tensor = grad.flatten(0, -2).to(dtype).t() @ x.flatten(0, -2).to(dtype)
     return product.to(weight_OI.dtype)
+
+
+def embedding(ids: Tensor, weight_VD: Tensor) -> Tensor:
+    """Rows of the table [V, D] at ids [...] int64 -> [..., D]."""
+    total = gradient_sum_of(weight_VD)
+    if total is None:
+        return functional.embedding(ids, weight_VD)
+    rows: Tensor = _Embedding.apply(ids, weight_VD, total)
+    return rows
+
+
+class _Embedding(torch.autograd.Function):
+    """The look-up whose gradient lands in a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight_VD: Tensor, total: GradientSum) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.total = total
+        return functional.embedding(ids, weight_VD)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+        (ids,) = ctx.saved_tensors
+        place, adds = ctx.total.take()
+        grad = grad.to(place.dtype)
+        if place.device.type == "cuda":
+            # With repeated ids this adds in one order, by sorting them.
+            (place if adds else place.zero_()).index_put_((ids,), grad, accumulate=True)
+            return None, None, None
+        # On a CPU a pass's rows are added up first, as in `add_outer`.
+        table_VD = torch.ops.aten.embedding_dense_backward(grad, ids, len(place), -1, False)
+        place.add_(table_VD) if adds else place.copy_(table_VD)
+        return None, None, None

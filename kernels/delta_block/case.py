@@ -25,7 +25,7 @@ from amfm.kernels.cases import (
 from amfm.kernels.common.inputs import first_tokens
 from amfm.kernels.delta_block.op import DeltaSizes, block_bytes, delta_mix, scan_bytes
 from amfm.kernels.delta_scan.op import delta_flops
-from amfm.kernels.mamba2.exchange import SegmentsInOrder
+from amfm.kernels.mamba2.rank_part import SegmentsInOrder
 
 
 def gated_deltanet(

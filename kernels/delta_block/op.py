@@ -6,19 +6,22 @@ another, what is kept is the projection and the scan's o, and every gradient is 
 (README.md).
 
 Sources: Yang et al. 2024 (arXiv 2406.06484, 2412.06464), Siems et al. 2025 (arXiv 2502.10297), Kimi Team 2025 (arXiv 2510.26692).
-"""
+
+`mix_by_parts` is the same out of separate operations: what it means, and with `reference` one token at a time."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from amfm.kernels.causal_conv1d.op import WIDTHS
+from amfm.kernels.causal_conv1d.op import WIDTHS, causal_conv1d
 from amfm.kernels.common.inputs import check_documents, check_float, check_shape
-from amfm.kernels.delta_block.sizes import DeltaSizes
+from amfm.kernels.delta_block.sizes import DeltaSizes, cut_columns
+from amfm.kernels.delta_scan.op import delta_scan
 from amfm.kernels.linear.op import linear
 from amfm.kernels.low_precision.recipe import recipe_of
-from amfm.kernels.mamba2.exchange import Exchange
+from amfm.kernels.mamba2.rank_part import Exchange
 from amfm.kernels.runtime.backend import resolve_backend
 
 __all__ = ["DeltaSizes", "block_bytes", "delta_mix", "scan_bytes"]
@@ -67,7 +70,6 @@ def delta_mix(
         settings = decay_BTX, gate_BTI, document_starts_BT, chunk_size, exchange
         mixed = mix_triton(projected_BTX, *weights, sizes, *settings)
         return mixed if own is not None else linear(mixed, out_weight_DI)
-    from amfm.kernels.delta_block.reference import mix_by_parts  # for comparisons: mixers run their parts themselves
 
     wide = torch.float64 if projected_BTX.dtype == torch.float64 else torch.float32
     given = (projected_BTX, conv_weight_CW, A_log_H, dt_bias_X, norm_weight_V, out_weight_DI)
@@ -162,3 +164,52 @@ def scan_bytes(sizes: DeltaSizes, chunk_size: int, *, value_bytes: int = 2, back
     if sizes.channels:
         gradients += value_bytes * (2 * v + sizes.inner + 2 * (pairs + scores))
     return prepare + walks + gradients
+
+
+def mix_by_parts(
+    projected_BTX: Tensor,
+    conv_weight_CW: Tensor,
+    A_log_H: Tensor | None,
+    dt_bias_X: Tensor | None,
+    norm_weight_V: Tensor,
+    out_weight_DI: Tensor,
+    sizes: DeltaSizes,
+    decay_BTX: Tensor | None,
+    gate_BTI: Tensor | None,
+    starts_BT: Tensor | None,
+    chunk_size: int,
+    backend: str,
+) -> Tensor:
+    """Convolution, unit lengths, gates, scan, norm by head and gate, product with the output's weight."""
+    parts = cut_columns(projected_BTX, sizes.widths(decay=decay_BTX is None, gate=gate_BTI is None))
+    inputs_BTC = projected_BTX[..., : sizes.channel_count]
+    convolved_BTC = causal_conv1d(
+        inputs_BTC, conv_weight_CW, None, document_ids_BT=starts_BT, activation="silu", backend=backend
+    )
+    q, k, v = convolved_BTC.split(sizes.convolved, dim=-1)
+    q_BTGK = _unit(q.unflatten(-1, (sizes.key_heads, sizes.key))) * sizes.key**-0.5
+    k_BTNGK = _unit(k.unflatten(-1, (sizes.key_heads, sizes.steps, sizes.key))).transpose(2, 3)
+    v_BTNHV = v.unflatten(-1, (sizes.heads, sizes.steps, sizes.value)).transpose(2, 3)
+    beta_BTNH = sizes.factor * parts["beta"].unflatten(-1, (sizes.heads, sizes.steps)).transpose(2, 3).sigmoid()
+    g = None
+    if A_log_H is not None and dt_bias_X is not None:
+        raw = parts["decay"] if decay_BTX is None else decay_BTX
+        step = (raw + dt_bias_X).unflatten(-1, (sizes.heads, -1))
+        rate = A_log_H.exp()[:, None]
+        g = -rate * functional.softplus(step) if sizes.decay == "softplus" else sizes.floor * (rate * step).sigmoid()
+        g = g if sizes.channels else g[..., 0]
+    scanned = delta_scan(
+        q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g, document_ids_BT=starts_BT, chunk_size=chunk_size, backend=backend
+    )
+    o_BTHV = scanned.o_BTHV
+    mean = o_BTHV.square().mean(-1, keepdim=True)
+    closed_BTI = (o_BTHV * torch.rsqrt(mean + sizes.epsilon) * norm_weight_V).flatten(-2)
+    if sizes.act != "none":
+        gate = parts["gate"] if gate_BTI is None else gate_BTI
+        closed_BTI = closed_BTI * (functional.silu(gate) if sizes.act == "silu" else gate.sigmoid())
+    return functional.linear(closed_BTI, out_weight_DI)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Vectors of the last dim at length 1; zero stays zero."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)

@@ -23,7 +23,7 @@ from amfm.kernels.delta_block.sizes import DeltaSizes, cut_columns, row_ranges
 from amfm.kernels.delta_scan.triton_impl import scan_rows, scan_rows_backward
 from amfm.kernels.delta_scan.vector.triton_impl import scan_vector_rows, scan_vector_rows_backward
 from amfm.kernels.linear.op import linear
-from amfm.kernels.mamba2.exchange import Exchange
+from amfm.kernels.mamba2.rank_part import Exchange
 from amfm.kernels.norm.heads import norm_heads, norm_heads_backward
 from amfm.kernels.runtime.compiling import disable_compile
 

@@ -18,7 +18,7 @@ from amfm.kernels.common.limits import DELTA_LIMITS, VECTOR_DELTA_LIMITS
 from amfm.kernels.delta_block.launch import split_gates
 from amfm.kernels.delta_block.passes import Rows, mix_segments
 from amfm.kernels.delta_block.sizes import DeltaSizes
-from amfm.kernels.mamba2.exchange import Exchange
+from amfm.kernels.mamba2.rank_part import Exchange
 from amfm.kernels.runtime.interpreter import dot_dtype
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from amfm.kernels.common.channel_gates import cut_gates
+from amfm.kernels.common.chunks import cut_gates
 from amfm.kernels.delta_scan.terms import Terms, invert_unit_lower
 from amfm.kernels.delta_scan.vector.terms import ScoreSums, VectorTerms
 

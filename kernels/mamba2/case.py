@@ -28,8 +28,8 @@ from amfm.kernels.cases import (
 from amfm.kernels.common.inputs import first_tokens
 from amfm.kernels.decay_scan.case import HEAD_DIM, STATE_SIZE
 from amfm.kernels.decay_scan.op import scan_flops
-from amfm.kernels.mamba2.exchange import SegmentsInOrder
 from amfm.kernels.mamba2.op import MixerSizes, mamba2_mix, mixer_bytes
+from amfm.kernels.mamba2.rank_part import SegmentsInOrder
 
 # Sums over all tokens: a head's gradients are judged by the size of what they sum.
 SUMS = {"A_log": "dt", "dt_bias": "dt"}

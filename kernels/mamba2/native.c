@@ -1,5 +1,5 @@
 // Mamba2's mixer between its projections in float32 on a CPU: convolution and SiLU, chunked scan, gated norm, both ways.
-// Sources: reference.py says what is computed, decay_scan/README.md how a scan goes by chunks. No library is needed.
+// Sources: op.py says what is computed, decay_scan/README.md how a scan goes by chunks. No library is needed.
 //
 // Names: B rows of T tokens, X numbers each in `projected`: z [I], then C channels x [H P], B [G N], C [G N], then dt [H].
 // Work is cut into jobs by the shape of the tensors, never by threads, and sums over jobs are taken in their order: bits are

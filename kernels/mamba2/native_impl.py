@@ -19,7 +19,7 @@ from amfm.kernels.common.custom_op import differentiate, fake_of
 from amfm.kernels.common.limits import NATIVE_CHUNK as CHUNK
 from amfm.kernels.common.limits import NATIVE_MULTIPLE as MULTIPLE
 from amfm.kernels.common.limits import refuse_native_sizes
-from amfm.kernels.mamba2.sizes import MixerSizes
+from amfm.kernels.mamba2.rank_part import MixerSizes
 from amfm.kernels.runtime.native import MAMBA2, MAMBA2_STEP, call_native, find_openmp
 
 _BLOCK = 128  # tokens a job of the convolution and of the norm

@@ -6,22 +6,22 @@ back gradients of slices are copied together. As one operation in Triton they ke
 make the others again, take the gates inside the scan's kernels, and write every gradient into its slice of one buffer (README.md).
 
 Source: Dao and Gu 2024 (arXiv 2405.21060), section 7. No ranks communicate here.
-"""
+
+`mix_by_steps` is the definition, one token at a time."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from amfm.kernels.causal_conv1d.op import WIDTHS, causal_conv1d
+from amfm.kernels.causal_conv1d.op import WIDTHS, causal_conv1d, convolve_by_steps
 from amfm.kernels.common.inputs import check_documents, check_float, check_shape
-from amfm.kernels.decay_scan.op import mamba2_scan
+from amfm.kernels.decay_scan.op import mamba2_by_steps, mamba2_scan
 from amfm.kernels.linear.op import linear
 from amfm.kernels.low_precision.recipe import recipe_of
-from amfm.kernels.mamba2.exchange import Exchange
-from amfm.kernels.mamba2.reference import mix_by_steps
-from amfm.kernels.mamba2.sizes import MixerSizes
+from amfm.kernels.mamba2.rank_part import Exchange, MixerSizes
 from amfm.kernels.norm.op import gated_rms_norm
+from amfm.kernels.norm.torch_impl import normalize_gated
 from amfm.kernels.runtime.backend import resolve_backend
 
 __all__ = ["MixerSizes", "mamba2_mix", "mixer_bytes"]
@@ -143,3 +143,24 @@ def mixer_bytes(B: int, T: int, sizes: MixerSizes, *, value_bytes: int = 2, back
     if backward:
         return B * T * value_bytes * (2 * (inner + channels + heads) + 4 * channels + 5 * inner)
     return B * T * value_bytes * ((inner + channels + heads) + 2 * channels + 3 * inner)
+
+
+def mix_by_steps(
+    projected_BTX: Tensor,
+    conv_weight_CW: Tensor,
+    conv_bias_C: Tensor | None,
+    A_log_H: Tensor,
+    D_H: Tensor,
+    dt_bias_H: Tensor,
+    norm_weight_I: Tensor,
+    out_weight_DI: Tensor,
+    sizes: MixerSizes,
+    document_starts_BT: Tensor | None,
+) -> Tensor:
+    """z, x, B, C, dt of the projection; convolution of x, B and C; scan; norm of y silu(z); product with the output's weight."""
+    z_BTI, inputs_BTC, dt_BTH = projected_BTX.split(sizes.parts(), dim=-1)
+    convolved_BTC = convolve_by_steps(inputs_BTC, conv_weight_CW, conv_bias_C, document_starts_BT, None)
+    x, B, C = sizes.split(convolved_BTC)
+    y_BTHP, _, _ = mamba2_by_steps(x, dt_BTH, A_log_H, B, C, D_H, dt_bias_H, document_starts_BT, None)
+    normed_BTI = normalize_gated(y_BTHP.flatten(-2), z_BTI, norm_weight_I, sizes.epsilon, sizes.norm_groups)
+    return torch.nn.functional.linear(normed_BTI, out_weight_DI)

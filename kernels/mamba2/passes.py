@@ -15,7 +15,7 @@ from amfm.kernels.causal_conv1d.triton_impl import convolve_rows, convolve_rows_
 from amfm.kernels.common.custom_op import is_accumulated
 from amfm.kernels.common.tiles import sum_first, sum_parts
 from amfm.kernels.common.weight_gradients import add_outer
-from amfm.kernels.decay_scan.launch import (
+from amfm.kernels.decay_scan.triton_impl import (
     DecayLaunch,
     Gates,
     find_gradients,
@@ -25,7 +25,7 @@ from amfm.kernels.decay_scan.launch import (
     walk_to_start,
 )
 from amfm.kernels.linear.op import linear
-from amfm.kernels.mamba2.sizes import MixerSizes
+from amfm.kernels.mamba2.rank_part import MixerSizes
 from amfm.kernels.norm.triton_impl import norm_rows, norm_rows_backward
 
 

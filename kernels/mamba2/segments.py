@@ -22,7 +22,6 @@ from torch.autograd.function import once_differentiable
 from amfm.kernels.causal_conv1d.triton_impl import split_taps
 from amfm.kernels.common.custom_op import fake_of
 from amfm.kernels.common.weight_gradients import GradientSum, gradient_sum_of
-from amfm.kernels.mamba2.exchange import Exchange
 from amfm.kernels.mamba2.passes import (
     Rows,
     fake_sizes,
@@ -31,7 +30,7 @@ from amfm.kernels.mamba2.passes import (
     scan_gradients_like,
     split_heads,
 )
-from amfm.kernels.mamba2.sizes import MixerSizes
+from amfm.kernels.mamba2.rank_part import Exchange, MixerSizes
 from amfm.kernels.runtime.compiling import disable_compile
 
 

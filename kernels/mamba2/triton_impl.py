@@ -17,7 +17,6 @@ from amfm.kernels.causal_conv1d.triton_impl import split_taps
 from amfm.kernels.common.custom_op import differentiate, fake_of
 from amfm.kernels.common.limits import DECAY_LIMITS
 from amfm.kernels.common.scan_launch import differentiated
-from amfm.kernels.mamba2.exchange import Exchange
 from amfm.kernels.mamba2.passes import (
     Rows,
     mixed_like,
@@ -25,8 +24,8 @@ from amfm.kernels.mamba2.passes import (
     scan_gradients_like,
     split_heads,
 )
+from amfm.kernels.mamba2.rank_part import Exchange, MixerSizes
 from amfm.kernels.mamba2.segments import mix_segments
-from amfm.kernels.mamba2.sizes import MixerSizes
 from amfm.kernels.norm.triton_impl import LARGEST_GROUP
 from amfm.kernels.runtime.interpreter import dot_dtype
 

@@ -62,7 +62,7 @@ def _experts_of_best_groups(appeal: list[float], num_groups: int, group_top_k: i
 
 def activate_reference(hidden_RF: Tensor, activation: str) -> Tensor:
     """A gated unit of [gate, up], or a plain one."""
-    from amfm.kernels.swiglu.reference import plain_unit_reference, swiglu_reference
+    from amfm.kernels.swiglu.op import plain_unit_reference, swiglu_reference
 
     unit = find_gate(activation)
     return plain_unit_reference(hidden_RF, activation) if unit is None else swiglu_reference(hidden_RF, unit)

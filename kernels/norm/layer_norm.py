@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from amfm.kernels.common.inputs import check_float, check_shape
 from amfm.kernels.norm.op import check_rows
-from amfm.kernels.norm.reference import normalize
+from amfm.kernels.norm.torch_impl import normalize
 from amfm.kernels.runtime.backend import resolve_backend
 
 

@@ -1,6 +1,6 @@
 """Root-mean-square norms: plain, with a residual added first, and gated over groups as Mamba-2 uses it.
 
-How: the reference is the formula; `torch_impl.py` walks blocks of rows that fit a core's cache with a backward
+How: `torch_impl.py` has the formulas, and walks blocks of rows that fit a core's cache with a backward
 written out; `triton_impl.py` reads and writes each value once. All take means in float32: in bfloat16 the sum
 of a few thousand squares would lose the small ones.
 """
@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from amfm.kernels.common.inputs import check_float, check_shape
-from amfm.kernels.norm.reference import normalize, normalize_gated
-from amfm.kernels.norm.torch_impl import gated_rms_norm_torch, rms_norm_torch
+from amfm.kernels.norm.torch_impl import gated_rms_norm_torch, normalize, normalize_gated, rms_norm_torch
 from amfm.kernels.runtime.backend import resolve_backend
 
 

@@ -6,7 +6,8 @@ d_a = r (dy w - n mean(dy w n)) and dw = sum over rows of dy n.
 Each pass works on blocks of about 1 MiB of float32 a thread and reuses one scratch buffer: whole-tensor
 operations would write and read every intermediate through memory. Under torch.compile the plain formula runs
 instead, which Inductor fuses to the same effect.
-"""
+
+`normalize` and `normalize_gated` are the formulas, in any dtype: what every other form is compared with."""
 
 from __future__ import annotations
 
@@ -14,10 +15,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from amfm.kernels.norm.reference import normalize, normalize_gated
+
+def normalize(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last dim (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon) * weight
+
+
+def normalize_gated(y: Tensor, z: Tensor, weight: Tensor, epsilon: float, num_groups: int) -> Tensor:
+    """The norm of y silu(z) over each of `num_groups` equal parts of the last dim."""
+    gated = (y * F.silu(z)).unflatten(-1, (num_groups, -1))
+    return normalize(gated, weight.unflatten(0, (num_groups, -1)), epsilon).flatten(-2)
+
 
 # Values of one intermediate tensor in a block, for each thread: 1 MiB of float32.
 _BLOCK_VALUES = 262144

@@ -30,7 +30,7 @@ from triton.testing import do_bench
 from amfm.kernels.cases import Call, Problem, Sized, evaluate
 from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.runtime.interpreter import EMULATIONS
-from amfm.kernels.runtime.launch_failure import describe_launch_failure
+from amfm.kernels.runtime.tuning import describe_launch_failure
 
 _TF32_BITS = np.uint32(0xFFFFE000)
 # How many times as far from float64 as PyTorch in the same dtype a kernel may be: it adds in another order.

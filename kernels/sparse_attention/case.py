@@ -21,7 +21,7 @@ from amfm.kernels.cases import (
     each_pass,
 )
 from amfm.kernels.sparse_attention.op import choose_keys, chosen_loss, sparse_attention, sparse_bytes, sparse_flops
-from amfm.kernels.sparse_attention.rows import IndexRows
+from amfm.kernels.sparse_attention.reference import IndexRows
 
 # Heads, key heads, channels of keys and of values, which are the first channels of keys.
 LATENTS = (128, 1, 576, 512)

@@ -19,7 +19,7 @@ from amfm.kernels.attention.log_sums import raise_highest
 from amfm.kernels.common.inputs import check_documents, check_float, check_shape
 from amfm.kernels.runtime.backend import BACKENDS, resolve_backend
 from amfm.kernels.sparse_attention import reference, torch_impl
-from amfm.kernels.sparse_attention.rows import IndexRows, keep
+from amfm.kernels.sparse_attention.reference import IndexRows, keep
 
 
 def choose_keys(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from amfm.kernels.sparse_attention.rows import IndexRows, visible
+from amfm.kernels.sparse_attention.reference import IndexRows, visible
 
 # Queries of a block, and the numbers of its largest tensor, of which a block of fewer queries has at most so many.
 _QUERIES, _NUMBERS = 128, 1 << 23

@@ -20,7 +20,7 @@ from amfm.kernels.common.custom_op import differentiate, fake_of
 from amfm.kernels.runtime.backend import INTERPRETED
 from amfm.kernels.runtime.interpreter import dot_dtype
 from amfm.kernels.runtime.tuning import Config, config_for
-from amfm.kernels.sparse_attention.rows import FORWARD_HEADS, SLOPE_HEADS, SUM_CHANNELS
+from amfm.kernels.sparse_attention.reference import FORWARD_HEADS, SLOPE_HEADS, SUM_CHANNELS
 from amfm.kernels.sparse_attention.triton_kernels import (
     chosen_forward_kernel,
     chosen_key_gradient_kernel,

@@ -16,7 +16,7 @@ from amfm.kernels.attention.op import attention, fastest_backend
 from amfm.kernels.attention.varlen import DocumentEnds
 from amfm.kernels.linear.op import linear
 from amfm.kernels.rope.op import qk_norm_rope
-from amfm.kernels.sparse_attention.rows import IndexRows
+from amfm.kernels.sparse_attention.reference import IndexRows
 from amfm.model.config.key_mixer_options import MlaOptions, keys_and_scores
 from amfm.model.mixers.attention import frequencies_of, make_sinks
 from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer, SoftmaxMixer

@@ -56,7 +56,7 @@ def gather_rows(parts_CBTX: Tensor, segments: Segments, groups: ProcessGroupColl
 
 
 class SegmentExchange:
-    """What Mamba2's mixer as one operation asks of context ranks (kernels/mamba2/exchange.py): the functions above without autograd."""
+    """What Mamba2's mixer as one operation asks of context ranks (kernels/mamba2/rank_part.py): the functions above without autograd."""
 
     def __init__(self, segments: Segments, groups: ProcessGroupCollection) -> None:
         self.segments, self.group = segments, groups.cp

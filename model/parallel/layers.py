@@ -23,7 +23,7 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel import layers as megatron_layers
 from torch import Tensor, nn
 
-from amfm.kernels.embedding.op import embedding
+from amfm.kernels.common.weight_gradients import embedding
 from amfm.kernels.linear.op import linear
 from amfm.kernels.norm.op import rms_norm
 from amfm.model.parallel.groups import ProcessGroupCollection

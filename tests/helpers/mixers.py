@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from amfm.kernels.common.inputs import first_tokens
-from amfm.kernels.mamba2.exchange import SegmentsInOrder
 from amfm.kernels.mamba2.op import MixerSizes, mamba2_mix
+from amfm.kernels.mamba2.rank_part import SegmentsInOrder
 from tests.helpers.scans import ScanCase, make_documents
 
 NAMES = ("projected", "conv_weight", "conv_bias", "A_log", "D", "dt_bias", "norm_weight", "out_weight")

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from amfm.kernels.common.channel_gates import cut_gates
+from amfm.kernels.common.chunks import cut_gates
 from amfm.kernels.delta_scan.op import delta_scan, delta_step
 from amfm.kernels.delta_scan.torch_impl import compose_delta
 from tests.helpers.deltas import DeltaCase, call_delta, make_delta_inputs, run_delta

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from amfm.kernels.diag_scan.carry import read_carried_state
 from amfm.kernels.diag_scan.op import diag_scan, diag_step
+from amfm.kernels.diag_scan.torch_impl import read_carried_state
 from tests.helpers.diags import NAMES, DiagCase, call, make, run
 from tests.helpers.numbers import assert_all_near, assert_bitwise, assert_near
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from amfm.kernels.embedding.op import embedding
+from amfm.kernels.common.weight_gradients import embedding
 from tests.helpers.gradient_place import Place
 
 

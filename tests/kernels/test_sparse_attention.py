@@ -9,7 +9,7 @@ from torch import Tensor
 from amfm.kernels.attention.op import attention
 from amfm.kernels.sparse_attention import torch_impl
 from amfm.kernels.sparse_attention.op import choose_keys, chosen_loss, sparse_attention, warm_up_loss
-from amfm.kernels.sparse_attention.rows import IndexRows
+from amfm.kernels.sparse_attention.reference import IndexRows
 from tests.helpers.numbers import assert_all_near, assert_bitwise, assert_near
 
 # float64: the same sums in another order.

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from amfm.kernels.diag_scan.carry import read_carried_state
 from amfm.kernels.diag_scan.op import diag_scan, diag_step
+from amfm.kernels.diag_scan.torch_impl import read_carried_state
 from amfm.kernels.linear.op import linear
 from amfm.model.mixers.base import LinearMixer, Part
 from amfm.model.mixers.interface import BuildContext

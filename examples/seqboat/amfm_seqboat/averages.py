@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from amfm.kernels.diag_scan.carry import read_carried_state
 from amfm.kernels.diag_scan.op import diag_scan
+from amfm.kernels.diag_scan.torch_impl import read_carried_state
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.context import receive_states
 from amfm.model.parallel.groups import ProcessGroupCollection

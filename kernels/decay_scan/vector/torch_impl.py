@@ -4,7 +4,7 @@ The derivation, with the names used here, is in README.md next to this file.
 
 How: with a decay of each channel the decay no longer leaves q k^T as a factor. Splitting it at the chunk's
 start needs e^(-b), which overflows; so the chunk is halved down to single tokens, and each level of halves is
-one product of queries decayed from the middle and keys decayed to it (`amfm.kernels.common.channel_gates`). Tiles of some
+one product of queries decayed from the middle and keys decayed to it (`amfm.kernels.common.chunks`). Tiles of some
 heads and chunks are walked so that the levels of one stay in cache. Documents are cut by gates of -inf and need
 no masks.
 """
@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from amfm.kernels.common.channel_gates import (
+from amfm.kernels.common.chunks import (
     blocks_below,
     compose_scores,
     cut_gates,
     dot_rows,
     halves,
+    pad_tokens,
     spread_rows,
     walk_levels,
 )
-from amfm.kernels.common.chunks import pad_tokens
 from amfm.kernels.common.gemm_precision import gemm_dtype
 
 # Numbers of q in a tile for each thread, 1 MiB of float32: smaller tiles spend their time in calls, larger ones in memory.

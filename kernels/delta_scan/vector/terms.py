@@ -1,6 +1,6 @@
 """What chunks contribute to the delta rule where each key channel has its own gate: README.md of delta_scan derives it.
 
-One step a token, as many key heads as heads. Documents are cut by gates of -inf (kernels/common/channel_gates.py), so that no mask
+One step a token, as many key heads as heads. Documents are cut by gates of -inf (kernels/common/chunks.py), so that no mask
 is needed here.
 
 How: scores of queries and of keys with earlier keys are taken together, because they share the decayed keys of
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amfm.kernels.common.channel_gates import (
+from amfm.kernels.common.chunks import (
+    Chunks,
     blocks_below,
     compose_scores,
     dot_rows,
@@ -23,7 +24,6 @@ from amfm.kernels.common.channel_gates import (
     spread_rows,
     walk_levels,
 )
-from amfm.kernels.common.chunks import Chunks
 from amfm.kernels.delta_scan.terms import ChunkedRows, steps_of_heads
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from amfm.kernels.sparse_attention.rows import FORWARD_HEADS, SLOPE_HEADS, SUM_CHANNELS
+from amfm.kernels.sparse_attention.reference import FORWARD_HEADS, SLOPE_HEADS, SUM_CHANNELS
 from amfm.launch.plan.activations import FLOAT32_BYTES, Storage
 from amfm.launch.plan.blocks.block import PlannedBlock
 from amfm.launch.plan.hardware import Hardware

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from amfm.kernels.rope.op import qk_norm_rope
 from amfm.kernels.runtime.compiling import disable_compile
 from amfm.kernels.sparse_attention.op import choose_keys, chosen_loss, sparse_attention, warm_up_loss
-from amfm.kernels.sparse_attention.rows import IndexRows
+from amfm.kernels.sparse_attention.reference import IndexRows
 from amfm.model.config.key_mixer_options import IndexerConfig
 from amfm.model.mixers.interface import BuildContext
 from amfm.model.packing import PackMeta

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from amfm.kernels.decay_scan import launch as scan_launch
+from amfm.kernels.decay_scan import triton_impl as scan_launch
 from amfm.kernels.linear.op import linear
 from amfm.kernels.low_precision.recipe import Recipe
 from amfm.kernels.mamba2 import triton_impl

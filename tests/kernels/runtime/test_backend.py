@@ -17,7 +17,7 @@ from amfm.kernels.runtime.backend import (
     resolve_backend,
     resolve_for_run,
 )
-from amfm.kernels.runtime.launch_failure import describe_launch_failure
+from amfm.kernels.runtime.tuning import describe_launch_failure
 from tests.helpers.processes.zygote import BARE, run_program
 
 CPU = torch.device("cpu")

@@ -32,7 +32,7 @@ from amfm.kernels.low_precision import products, triton_impl
 from amfm.kernels.low_precision.recipe import ExpertRecipes, Recipe
 from amfm.kernels.mamba2 import native_impl, segments
 from amfm.kernels.mamba2 import triton_impl as mamba2
-from amfm.kernels.mamba2.sizes import MixerSizes
+from amfm.kernels.mamba2.rank_part import MixerSizes
 from amfm.kernels.moe import counting_sort, recycling, triton_codes, triton_experts, triton_only_expert, triton_router
 from amfm.kernels.moe import torch_impl as experts_torch
 from amfm.kernels.moe.rows import triton_impl as rows_triton

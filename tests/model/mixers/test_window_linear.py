@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from amfm.kernels.rope.reference import norm_rope_reference
+from amfm.kernels.rope.op import norm_rope_reference
 from amfm.model.config.checks import check_model
 from amfm.model.config.core_options import AttentionConfig
 from amfm.model.config.rope import Llama3Stretch, RopeConfig
