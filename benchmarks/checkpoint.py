@@ -35,7 +35,7 @@ from amfm.pretrain.checkpoint.fragments import collect_fragments
 from amfm.pretrain.checkpoint.replicas.memory import NodeMemory
 from amfm.pretrain.checkpoint.save import save_checkpoint
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.config.train_section import TrainConfig
+from amfm.pretrain.config.train_and_launch import TrainConfig
 from amfm.pretrain.engine.engine import ZeroEngine, build_engine
 from amfm.pretrain.engine.parts import list_parts
 from amfm.pretrain.parallel import initialize_parallel

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from amfm.launch.console import UNUSED_LIBRARIES
 from amfm.launch.existing import choose_config
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.extras import require_extra
+from amfm.pretrain.packages import require_extra
 
 if TYPE_CHECKING:
     from amfm.data_pipeline.prepare.report import PrepareReport

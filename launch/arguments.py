@@ -11,7 +11,7 @@ import typer
 
 from amfm.launch.console import print_rows, say
 from amfm.launch.existing import require_exists, require_model
-from amfm.pretrain.extras import require_extra
+from amfm.pretrain.packages import require_extra
 
 
 def choose_device(name: str) -> str:

@@ -24,9 +24,9 @@ from amfm.data_pipeline.terminal import LastingStream
 from amfm.launch.console import UNUSED_LIBRARIES, print_json, say
 from amfm.launch.verbs import Verbs, without_types_of_flags
 from amfm.pretrain.config.errors import ConfigError
-from amfm.pretrain.extras import DISTRIBUTION, absent_extras_in_words
 from amfm.pretrain.failures import OwnCodeError, describe, exit_code, imports_in_words, is_bug, launches_in_words
 from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, INTERRUPTED, RUN_FAILED
+from amfm.pretrain.packages import DISTRIBUTION, absent_extras_in_words
 
 OLD_VERBS = {("bench", "card"): ("bench", "gpu"), ("corpus",): ("sample-data",), ("shrink",): ("compact",)}
 OLD_OPTIONS = {

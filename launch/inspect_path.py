@@ -161,7 +161,7 @@ def inspect_run(folder: Path, report: Report = silent) -> Inspection:
     from amfm.pretrain.checkpoint.files import verify_checkpoint
     from amfm.pretrain.checkpoint.names import list_checkpoints
     from amfm.pretrain.config.file import flatten, load_config
-    from amfm.pretrain.event_log import read_events
+    from amfm.pretrain.launcher_protocol import read_events
     from amfm.pretrain.report.data import read_json_lines
     from amfm.pretrain.stages import total_steps
 

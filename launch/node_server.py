@@ -33,7 +33,7 @@ from amfm.launch.heavy_imports import heavy_imports
 from amfm.launch.rank_command import expand_segments, isolated_python, rank_command, rank_variables
 from amfm.pretrain.launcher_protocol import GOES_ON, LAUNCHER_PID, RESTART_CAUSE
 from amfm.pretrain.monitor.signals import WATCHED, note_signals
-from amfm.pretrain.versions import collect_versions
+from amfm.pretrain.packages import collect_versions
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 10.0  # for the other ranks of the node to end on their own after one failed

@@ -23,7 +23,7 @@ from typing import Any
 from amfm.data_pipeline.durable.foreign_files import take, understood
 from amfm.data_pipeline.terminal import format_bytes
 from amfm.model.config.kinds import describe_symbol
-from amfm.pretrain.config.train_section import PREFIX
+from amfm.pretrain.config.train_and_launch import PREFIX
 from amfm.pretrain.report.data import read_run
 
 BACKWARD = "autograd::engine::evaluate_function: "

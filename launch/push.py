@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
-from amfm.pretrain.extras import require_extra
+from amfm.pretrain.packages import require_extra
 
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")

@@ -4,6 +4,8 @@ A packed sequence holds several documents, and nothing may pass from one to the 
 recurrent states reset. What blocks need for that is found once, on the CPU, while the micro-batch is still there (reading
 a value of a device tensor makes the host wait for all that is queued), and moved to the device as a whole. No block looks
 at values again: whether there is anything to reset at all is a Python bool.
+
+CUDA graphs read a micro-batch's layout at addresses that stay (`FixedLayout`).
 """
 
 from __future__ import annotations
@@ -237,3 +239,37 @@ def _map_choices(
 ) -> Mapping[int, Tensor] | None:
     """Apply a function to the choices of each block."""
     return None if choices is None else {index: change(choices_BTK) for index, choices_BTK in choices.items()}
+
+
+class FixedLayout:
+    """The layout of rows, whatever documents they hold, in tensors that each micro-batch is copied to.
+
+    Rows without boundaries are read as rows with them: one list of launches serves both.
+    """
+
+    def __init__(self, meta: PackMeta) -> None:
+        self.last: PackMeta | None = None
+        self.meta = replace(
+            meta,
+            document_ids_BT=meta.document_ids_BT.clone(),
+            positions_BT=meta.positions_BT.clone(),
+            starts_BT=torch.empty_like(meta.document_ids_BT),
+            single_document=False,
+            document_ends=None,
+            padding=None if meta.padding is None else meta.padding.map_tensors(torch.clone),
+        )
+        self.take(meta)
+
+    def take(self, meta: PackMeta) -> None:
+        """Copy the layout of a micro-batch, once for all of its blocks."""
+        if meta is self.last:
+            return
+        assert self.meta.starts_BT is not None and meta.segments is None and not meta.halves
+        self.meta.document_ids_BT.copy_(meta.document_ids_BT)
+        self.meta.positions_BT.copy_(meta.positions_BT)
+        if self.meta.padding is not None and meta.padding is not None:
+            self.meta.padding.is_padding_BT.copy_(meta.padding.is_padding_BT)
+            self.meta.padding.lengths_B.copy_(meta.padding.lengths_B)
+        starts_BT = meta.document_starts_BT()
+        self.meta.starts_BT.zero_() if starts_BT is None else self.meta.starts_BT.copy_(starts_BT)
+        self.last = meta

@@ -22,14 +22,14 @@ from torch import Tensor
 
 from amfm.data_pipeline.durable.files import check_free
 from amfm.data_pipeline.terminal import Report, silent
-from amfm.pretrain.checkpoint.fork import copy_teacher, fork_run
 from amfm.pretrain.checkpoint.inspect import require_sound
 from amfm.pretrain.checkpoint.names import checkpoint_name, list_checkpoints, step_of
 from amfm.pretrain.checkpoint.reader import RangeReader, kinds_of
 from amfm.pretrain.config.file import load_config, resolved_yaml
 from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.packages import OWN_CODE, collect_versions
 from amfm.pretrain.report.data import Attempt, list_attempts, read_run
-from amfm.pretrain.versions import OWN_CODE, collect_versions
+from amfm.pretrain.rollback import copy_teacher, fork_run
 
 # What a step computes, in the order in which it does; the rest of its line depends on time and machine.
 NUMBERS = ("lr", "tokens", "loss", "auxiliary", "mtp_loss", "expert_load", "grad_norm", "skipped")

@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 from amfm.data_pipeline.loader.loader import PretrainLoader
 from amfm.model.hybrid import HybridModel
 from amfm.pretrain.checkpoint.background import BackgroundSaver
-from amfm.pretrain.checkpoint.masters import MasterView
+from amfm.pretrain.checkpoint.engine_layout import MasterView
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.engine import ZeroEngine
 from amfm.pretrain.hook import Hook

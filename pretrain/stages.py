@@ -19,9 +19,9 @@ from itertools import pairwise
 from amfm.data_pipeline.config import DataConfig, PhaseConfig
 from amfm.model.config.key_mixer_options import IndexerStage
 from amfm.model.config.schema import in_indexer_stage
-from amfm.pretrain.config.schedules import schedule_specs
+from amfm.pretrain.config.optimizers import schedule_specs
 from amfm.pretrain.config.schema import ParallelConfig, RunConfig, ScheduleConfig, StageConfig
-from amfm.pretrain.config.train_section import BatchRampConfig, TrainConfig
+from amfm.pretrain.config.train_and_launch import BatchRampConfig, TrainConfig
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from amfm.pretrain.checkpoint.names import continued_step
 from amfm.pretrain.checkpoint.remote import RemoteCheckpoints
 from amfm.pretrain.checkpoint.replicas.memory import NodeMemory
 from amfm.pretrain.checks.check_run import check_run
-from amfm.pretrain.checks.ranks import describe_parallel
+from amfm.pretrain.checks.stages import describe_parallel
 from amfm.pretrain.config.fields import flatten_settings
 from amfm.pretrain.config.file import without_secrets
 from amfm.pretrain.config.schema import RunConfig
@@ -48,6 +48,7 @@ from amfm.pretrain.monitor.ownership import Ownership, lock_directory
 from amfm.pretrain.monitor.profile import StepProfiler
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.monitor.stragglers import PhaseClock
+from amfm.pretrain.packages import collect_versions
 from amfm.pretrain.parallel import (
     initialize_parallel,
     launcher_goes_on,
@@ -63,7 +64,6 @@ from amfm.pretrain.startup.data import check_tokenizer, check_vocabulary, open_l
 from amfm.pretrain.startup.first_passes import compile_first
 from amfm.pretrain.startup.log import gather_hosts, open_log
 from amfm.pretrain.startup.model import build_model, build_pipeline, choose_flash, share_tiles
-from amfm.pretrain.versions import collect_versions
 
 SHOWN_RANKS = 4
 
@@ -127,7 +127,7 @@ def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent, 
     record_collectives(Path(config.run.dir) / "flight")
     rank, world_size, _, _ = start_process_group(config.train.timeout_seconds)
     require_same_on_all_ranks(describe_start(config))
-    from amfm.pretrain.startup.precision import settle_precision
+    from amfm.pretrain.startup.arithmetic import settle_precision
 
     config, notes = settle_precision(config, RankGroup(rank, world_size))
     newest = RankGroup(rank, world_size).broadcast(continued_step(config) if rank == 0 else None)

@@ -8,6 +8,9 @@ Whichever way the global batch is cut into micro-batches and ranks, the sum is t
 Nothing waits for the device before the last backward pass is queued: losses, counts and auxiliary losses add up in
 device tensors (`StepSums`) and cross to the host once, in one reduction over all ranks, together with the signal that
 any rank may have received.
+
+Layers that depend on the step are set before its first forward pass, as a function of only the seed and the step, the same on
+all ranks: there is nothing to save, and a resumed run continues with what an uninterrupted one has.
 """
 
 from __future__ import annotations
@@ -15,17 +18,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from amfm.data_pipeline.batch import Batch
 from amfm.model.config.schema import ModelConfig
-from amfm.model.hybrid import ModelOutput
+from amfm.model.hybrid import HybridModel, ModelOutput
 from amfm.model.loss import IGNORE_INDEX
 from amfm.model.parallel.groups import opened
-from amfm.model.scheduled import set_step
 from amfm.pretrain.engine.engine import StepOutcome
 from amfm.pretrain.micro_batch import LossShare, MicroBatch, MicroBatches, send, shift_batch
 from amfm.pretrain.monitor.anomalies import StepAnomaly, describe_skip, explain_refusal, judge_loss, remember
@@ -240,3 +242,18 @@ def count_valid_tokens(batches: Sequence[Batch], parallel: Parallel, model: Mode
         sum(int((given[depth].labels_BT != IGNORE_INDEX).sum()) for given in ahead) for depth in range(model.num_depths)
     ]
     return parallel.sum_over_data(send(torch.tensor(own, dtype=torch.int64), parallel.device))
+
+
+@runtime_checkable
+class Scheduled(Protocol):
+    """A module that depends on the step."""
+
+    def set_step(self, step: int, total_steps: int, seed: int) -> None:
+        """Prepare for the step that follows `step` steps of `total_steps`. No collectives."""
+
+
+def set_step(model: HybridModel, step: int, total_steps: int) -> None:
+    """Prepare every module of a model that depends on the step, after `step` steps of `total_steps`. No collectives."""
+    for module in model.modules():
+        if isinstance(module, Scheduled):
+            module.set_step(step, total_steps, model.seed)

@@ -12,7 +12,7 @@ functions of the step, so the loop has no state of its own.
 
 A step with non-finite gradients or a loss spike is a `StepAnomaly`. The step itself was skipped on every rank or
 applied on every rank; `handle_anomaly` then continues, goes back to the newest checkpoint's weights, or ends the run,
-as the section `health` says (recovery.py).
+as the section `health` says.
 """
 
 from __future__ import annotations
@@ -22,17 +22,25 @@ import signal
 from collections.abc import Sequence
 
 from amfm.data_pipeline.terminal import Waiting
+from amfm.pretrain.checkpoint.names import newest_saved_step
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.failures import describe, is_bug, while_running
 from amfm.pretrain.hook import HookMaker
 from amfm.pretrain.launcher_protocol import DONE, INTERRUPTED, NEXT_LAYOUT, RUN_FAILED
+from amfm.pretrain.monitor.anomalies import StepAnomaly, too_many_skips
 from amfm.pretrain.monitor.beats import describe_lost
 from amfm.pretrain.monitor.guard import START_MARGIN_SECONDS, Guard
 from amfm.pretrain.monitor.signals import SignalWatch, signal_name
 from amfm.pretrain.parallel import is_first_rank
-from amfm.pretrain.recovery import handle_anomaly
 from amfm.pretrain.run import Run, apply_stage
-from amfm.pretrain.saving import finish_copies, finish_saving, save, save_if_due, send_missing_copy
+from amfm.pretrain.saving import (
+    finish_copies,
+    finish_saving,
+    restore_newest_weights,
+    save,
+    save_if_due,
+    send_missing_copy,
+)
 from amfm.pretrain.start import announce_fresh_start, close_run, needed_now, start_run
 from amfm.pretrain.step import train_step
 
@@ -145,3 +153,66 @@ def stop_on_signal(run: Run, number: int) -> int:
     name = signal_name(number)
     run.tell("signal", f"{name}: saved at step {run.progress.step}; the same command continues from there", name=name)
     return INTERRUPTED if number == signal.SIGINT else DONE
+
+
+def handle_anomaly(run: Run, anomaly: StepAnomaly) -> bool:
+    """Skip, roll back or stop after a step that went wrong, as `health` says; False when the run must end.
+
+    Every rank must call this.
+    """
+    policy = anomaly.policy(run.config.health)
+    if policy == "stop":
+        return abort_run(run, f"{anomaly.text} (health.on_{anomaly.kind}=stop)")
+    if policy == "rollback":
+        return roll_back(run, anomaly)
+    if too_many_skips(run.progress.skipped_in_row, run.config.train.max_skipped_steps):
+        limit = f"train.max_skipped_steps={run.config.train.max_skipped_steps}"
+        return abort_run(run, f"{run.progress.skipped_in_row} steps in a row were skipped ({limit}): {anomaly.text}")
+    return True
+
+
+def roll_back(run: Run, anomaly: StepAnomaly) -> bool:
+    """Restore the newest checkpoint's weights and continue with the data after this step; False when that is not
+    possible.
+
+    The data that led here is not read again, and the steps since the checkpoint count as skipped, so that schedule,
+    stages and data stay functions of the step. Saves at once: a restart must not meet the old data again. Every rank
+    must call this.
+    """
+    progress, limit = run.progress, run.config.health.max_rollbacks
+    if progress.rollbacks >= limit:
+        return abort_run(run, f"{anomaly.text}, after {limit} rollbacks (health.max_rollbacks)")
+    back_at = restore_newest_weights(run)
+    if back_at is None:
+        return abort_run(run, f"{anomaly.text}, and there is no checkpoint to go back to")
+    # Counted in the saved progress, so that restarts cannot roll back for ever.
+    progress.rollbacks += 1
+    for hook in run.hooks:
+        hook.after_rollback()
+    run.tell(
+        "rolled_back",
+        f"step {progress.step}: {anomaly.text}; back to the weights of step {back_at}, on with the data after step "
+        f"{progress.step}",
+        cause=anomaly.text,
+        weights_of_step=back_at,
+        rollbacks=progress.rollbacks,
+    )
+    save(run)
+    return True
+
+
+def abort_run(run: Run, cause: str) -> bool:
+    """Give up a run that no longer learns, saying what to do; the newest checkpoint stays.
+
+    Every rank must call this.
+    """
+    finish_saving(run)
+    again = "again" if newest_saved_step(run.config.run.dir) < 0 else "again from the newest checkpoint"
+    run.tell(
+        "gave_up",
+        f"{cause}; events.jsonl names the samples and parameters. Lower optimizer.learning_rate or check the data, "
+        f"then start {again}",
+        cause=cause,
+        skipped_in_row=run.progress.skipped_in_row,
+    )
+    return False

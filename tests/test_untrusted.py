@@ -52,14 +52,13 @@ RENAMES = {
     "kernels/runtime/native.py": "in a folder of mode 700",
     "kernels/runtime/user_cache.py": "kernels import no other package; opened with x",
     "pretrain/checkpoint/commit.py": "folders that mkdir made",
-    "pretrain/checkpoint/fork.py": "a folder that mkdir made",
     "pretrain/checkpoint/remote.py": "a folder that mkdir made",
     "pretrain/checkpoint/files.py": "opened with x",
     "pretrain/export/export.py": "a folder that mkdir made",
     "pretrain/export/files.py": "a folder that mkdir made",
     "pretrain/hooks/trace_choices.py": "opened with x",
     "pretrain/monitor/heartbeat.py": "opened with x",
-    "pretrain/rollback.py": "files and folders of the run, which have their names already",
+    "pretrain/rollback.py": "a folder that mkdir made; files and folders of the run, which have their names already",
 }
 
 

@@ -21,7 +21,7 @@ from amfm.launch.cluster.child import open_answers
 from amfm.pretrain.checks.load import load_checked
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.scores import bits_per_byte
-from amfm.pretrain.startup.precision import settle_precision
+from amfm.pretrain.startup.arithmetic import settle_precision
 from benchmarks.small_steps import begin_ranks
 from benchmarks.speedrun.learners import Learner, build_learner, may_multiply_bf16
 from benchmarks.speedrun.ways import WAYS

@@ -290,7 +290,9 @@ def walk_back(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the states that leave chunks [B, chunks, H, K, V], in the dtype of d_y, and of the first state."""
     leaving = launch.chunk_states(d_y)
-    return leaving, launch.over_segments(_launch_backward(launch, q, gates, firsts, d_y, leaving), d_final, backward=True)
+    return leaving, launch.over_segments(
+        _launch_backward(launch, q, gates, firsts, d_y, leaving), d_final, backward=True
+    )
 
 
 def walk_to_start(launch: DecayLaunch, q: Tensor, gates: Gates, firsts: Tensor | None, d_y: Tensor) -> Tensor:

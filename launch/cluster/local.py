@@ -25,10 +25,18 @@ from amfm.launch.cluster.forked import ForkedRank, RankProcess, can_fork
 from amfm.launch.heavy_imports import heavy_imports
 from amfm.launch.rank_command import rank_command, rank_variables
 from amfm.pretrain.checkpoint.names import continued_step
-from amfm.pretrain.checks.ranks import ranks_of_stage
+from amfm.pretrain.checks.stages import ranks_of_stage
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.event_log import VANISHED, has_vanished
-from amfm.pretrain.launcher_protocol import DONE, GOES_ON, INTERRUPTED, LAUNCHER_PID, NEXT_LAYOUT, RUN_FAILED
+from amfm.pretrain.launcher_protocol import (
+    DONE,
+    GOES_ON,
+    INTERRUPTED,
+    LAUNCHER_PID,
+    NEXT_LAYOUT,
+    RUN_FAILED,
+    VANISHED,
+    has_vanished,
+)
 from amfm.pretrain.monitor.signals import SAVING, take_noted
 from amfm.pretrain.stages import resolve_stages, stage_of
 

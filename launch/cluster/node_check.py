@@ -26,7 +26,7 @@ from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.launch.cluster.links import LINK_SECONDS, await_links, blame_links, check_link, find_port, listen
 from amfm.launch.cluster.storage import blame_inputs, blame_storage, check_inputs, describe_refusal, probe
 from amfm.launch.doctor.machine import has_cuda
-from amfm.pretrain.versions import collect_versions, digest_code
+from amfm.pretrain.packages import collect_versions, digest_code
 
 CLOCK_SECONDS = 60.0
 STORAGE_SECONDS = 5.0

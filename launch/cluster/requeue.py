@@ -13,8 +13,7 @@ from amfm.launch.cluster.slurm import Allocation
 from amfm.launch.console import say
 from amfm.pretrain.checkpoint.names import newest_saved_step
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.event_log import last_word
-from amfm.pretrain.launcher_protocol import DONE
+from amfm.pretrain.launcher_protocol import DONE, last_word
 from amfm.pretrain.stages import resolve_stages
 
 

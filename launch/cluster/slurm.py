@@ -42,8 +42,7 @@ from amfm.launch.cluster.supervise import Attempt, Outcome, forward_to_ranks
 from amfm.launch.console import say
 from amfm.launch.rank_command import isolated_python, rank_command
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.event_log import read_events
-from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, RESTART_CAUSE, RUN_FAILED
+from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, RESTART_CAUSE, RUN_FAILED, read_events
 
 POLL_SECONDS = 0.5
 CHECK_SECONDS = 120.0

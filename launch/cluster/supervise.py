@@ -30,8 +30,7 @@ from amfm.pretrain.checkpoint.names import continued_step, newest_saved_step
 from amfm.pretrain.checks.check_run import check_run
 from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.event_log import VANISHED, has_vanished
-from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, INTERRUPTED, RUN_FAILED
+from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, INTERRUPTED, RUN_FAILED, VANISHED, has_vanished
 from amfm.pretrain.stages import RunStage, fresh_starts, resolve_stages, stage_of
 
 POLL_SECONDS = 1.0

@@ -243,7 +243,7 @@ def numerics(
     """
     from amfm.launch.bench.numerics import RECIPES, compare_recipes, find_excess
     from amfm.pretrain.config.file import load_config
-    from amfm.pretrain.startup.precision import settle_precision
+    from amfm.pretrain.startup.arithmetic import settle_precision
 
     names = [name for name in RECIPES if name in recipes.split(",")]
     unknown = [word for word in recipes.split(",") if word not in RECIPES]

@@ -51,7 +51,7 @@ def config(
     if show_precision and diff is not None:
         raise ValueError("--show-precision and --diff print different things; give one of them")
     if show_precision:
-        from amfm.pretrain.startup.precision import settle_precision
+        from amfm.pretrain.startup.arithmetic import settle_precision
 
         print_precision(settle_precision(resolved)[0], str(path), as_json=as_json)
     elif diff is not None:

@@ -16,8 +16,8 @@ from amfm.data_pipeline.terminal import Waiting, format_bytes
 from amfm.launch.arguments import ConfigArgument, JsonOption, OverridesArgument, choose_device
 from amfm.launch.commands.evaluate import BackendOption, DeviceOption
 from amfm.launch.console import print_json, print_pairs, print_rows, say
-from amfm.pretrain.extras import require_extra
 from amfm.pretrain.launcher_protocol import DONE
+from amfm.pretrain.packages import require_extra
 
 if TYPE_CHECKING:
     from amfm.pretrain.config.schema import RunConfig
@@ -67,8 +67,7 @@ def convert(
             say(f"amfm convert: stopped in convert-{stage.name}; the same command continues")
             raise typer.Exit(DONE)
     with Waiting("amfm convert") as waiting:
-        from amfm.pretrain.convert.measure import measure_conversion
-        from amfm.pretrain.convert.report import write_result
+        from amfm.pretrain.convert.measure import measure_conversion, write_result
 
         found, tuned = measure_conversion(config, {stage.name: stage for stage in stages}, start, waiting)
         waiting("writing the result")

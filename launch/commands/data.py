@@ -18,8 +18,8 @@ from amfm.launch.commands.evaluate import show_synthetic_row
 from amfm.launch.console import print_json, print_pairs, print_rows, say, show_progress
 from amfm.launch.existing import choose_config
 from amfm.launch.heavy_imports import loading
-from amfm.pretrain.extras import require_extra
 from amfm.pretrain.launcher_protocol import BAD_INPUT
+from amfm.pretrain.packages import require_extra
 
 if TYPE_CHECKING:
     from amfm.data_pipeline.prepare.report import Progress

@@ -18,7 +18,7 @@ from amfm.launch.heavy_imports import loading
 from amfm.launch.push import Hub, require_export
 from amfm.model.huggingface.hf_class import Target
 from amfm.model.huggingface.refusals import ClientName
-from amfm.pretrain.extras import require_extra
+from amfm.pretrain.packages import require_extra
 
 PACKAGE = "clients"  # of examples/: other programs on an export
 CheckOption = Annotated[

@@ -12,7 +12,7 @@ from amfm.data_pipeline.terminal import Waiting
 from amfm.launch.arguments import JsonOption
 from amfm.launch.console import print_json, print_pairs
 from amfm.launch.existing import load_packaged, require_exists, require_model
-from amfm.pretrain.extras import require_extra
+from amfm.pretrain.packages import require_extra
 
 TRAINING_STATES = (
     ".metadata",

@@ -14,8 +14,8 @@ from amfm.launch.arguments import JsonOption
 from amfm.launch.console import print_json, print_pairs, say
 from amfm.launch.heavy_imports import loading
 from amfm.launch.init.shapes import SIZES, STYLES, dial_size
-from amfm.pretrain.extras import require_extra
 from amfm.pretrain.launcher_protocol import INTERRUPTED
+from amfm.pretrain.packages import require_extra
 
 if TYPE_CHECKING:
     from amfm.launch.init.write import Written

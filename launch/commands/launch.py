@@ -20,8 +20,7 @@ from amfm.launch.cluster.storage import list_inputs
 from amfm.launch.commands.train import summarize
 from amfm.launch.console import print_json, say
 from amfm.launch.rank_command import rank_command
-from amfm.pretrain.event_log import last_word
-from amfm.pretrain.launcher_protocol import DONE, RUN_FAILED, STOPPED_FAILS
+from amfm.pretrain.launcher_protocol import DONE, RUN_FAILED, STOPPED_FAILS, last_word
 
 if TYPE_CHECKING:
     from amfm.launch.cluster.hosts import RemoteHosts

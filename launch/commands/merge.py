@@ -112,7 +112,7 @@ def compact(
 
     OUT is a weights folder: for export, generation, evaluation, or run.initial_weights of a run that trains on.
     """
-    from amfm.pretrain.pruning.shrink import shrink_checkpoint
+    from amfm.pretrain.shrink import shrink_checkpoint
 
     with Waiting("amfm compact") as waiting:
         report = shrink_checkpoint(checkpoint, out, waiting)

@@ -22,7 +22,7 @@ from amfm.launch.commands.trace import print_seconds, print_trace
 from amfm.launch.console import print_json, print_pairs, print_rows, say, show_progress
 from amfm.launch.existing import choose_config
 from amfm.launch.heavy_imports import loading
-from amfm.pretrain.extras import is_installed
+from amfm.pretrain.packages import is_installed
 
 if TYPE_CHECKING:
     from amfm.launch.plan.estimate import Assumptions, Estimate

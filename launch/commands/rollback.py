@@ -92,9 +92,9 @@ def fork(
     if not (run_dir / "config.yaml").is_file():
         raise FileNotFoundError(f"{run_dir} holds no config.yaml, so it is not a run directory; give run.dir of a run")
     with Waiting("amfm fork") as waiting, heavy_imports():
-        from amfm.pretrain.checkpoint.fork import fork_run
         from amfm.pretrain.checks.check_run import check_run
         from amfm.pretrain.config.file import load_config
+        from amfm.pretrain.rollback import fork_run
 
         # Its own name, or the curves of both would be one at Weights & Biases.
         own = ["run.name=null", "train.resume_step=null", *(overrides or []), f"run.dir={json.dumps(str(out))}"]

@@ -24,8 +24,8 @@ from amfm.launch.console import print_json, print_pairs, say
 from amfm.launch.existing import choose_config, require_all_exist
 from amfm.launch.heavy_imports import heavy_imports
 from amfm.launch.wait_policy import choose_wait_policy
-from amfm.pretrain.extras import require_extra
 from amfm.pretrain.launcher_protocol import GOES_ON
+from amfm.pretrain.packages import require_extra
 
 
 def train(

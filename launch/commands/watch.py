@@ -15,8 +15,7 @@ from amfm.launch.console import plain, print_json, print_rows, say
 from amfm.pretrain.launcher_protocol import DONE, INTERRUPTED, RUN_FAILED
 
 if TYPE_CHECKING:
-    from amfm.pretrain.report.runs import RunRow
-    from amfm.pretrain.report.verdict import Verdicts
+    from amfm.pretrain.report.verdict import RunRow, Verdicts
 
 
 LOOK_SECONDS = 1.0
@@ -193,7 +192,7 @@ def runs(
     A row per run: state, step, loss, lowest validation loss, tokens, speed, time on its machines, newest event and whether it is
     well. Runs without a step come last.
     """
-    from amfm.pretrain.report.runs import find_runs, read_row, sort_rows
+    from amfm.pretrain.report.verdict import find_runs, read_row, sort_rows
 
     found, damaged = [], []
     for directory in find_runs(folder):

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from amfm.pretrain.extras import DISTRIBUTION, EXTRAS, install_command
+from amfm.pretrain.packages import DISTRIBUTION, EXTRAS, install_command
 
 GIB = 2**30
 MIN_FREE_GIB = 2.0
@@ -147,7 +147,7 @@ def examine_devices() -> list[Finding]:
 
     from amfm.kernels.runtime.backend import refuse_triton
     from amfm.kernels.runtime.native import refuse_native
-    from amfm.pretrain.startup.precision import faster_on_processor
+    from amfm.pretrain.startup.arithmetic import faster_on_processor
 
     if not torch.cuda.is_available():
         waits = "sleep" if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive" else "spin"

@@ -26,7 +26,7 @@ from amfm.launch.doctor.machine import (
     installed_version,
     usable_cores,
 )
-from amfm.pretrain.versions import ROOT, digest_code
+from amfm.pretrain.packages import ROOT, digest_code
 
 COMPARED_PACKAGES = ("torch", "deepspeed", "megatron-core", "triton")
 NETWORK_FILE_SYSTEMS = {

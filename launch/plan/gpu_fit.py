@@ -14,7 +14,7 @@ from amfm.launch.plan.hardware import GIB, HARDWARE, Hardware
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.ranking import rank_layouts
 from amfm.launch.plan.search import all_layouts, neighbour_layouts
-from amfm.pretrain.checks.ranks import ranks_of_stage
+from amfm.pretrain.checks.stages import ranks_of_stage
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.stages import resolve_stages, stage_of
 

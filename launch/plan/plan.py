@@ -31,7 +31,7 @@ from amfm.launch.plan.ranking import Found, at_stage, choose_layouts, rank_layou
 from amfm.launch.plan.search import LARGEST_CONTEXT, all_layouts, is_allowed, neighbour_layouts, with_layout
 from amfm.model.config.schema import has_indexer
 from amfm.model.flops import Counts, count_parameters, flops_per_token
-from amfm.pretrain.checks.ranks import ranks_of_stage
+from amfm.pretrain.checks.stages import ranks_of_stage
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.stages import RunStage, resolve_stages
 

@@ -17,9 +17,9 @@ from itertools import chain, product
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.left_out import Tally
 from amfm.model.flops import block_flops
-from amfm.pretrain.checks.cuda_graphs import graph_problems
+from amfm.pretrain.checks.blocks import graph_problems
 from amfm.pretrain.checks.parallel import layout_problems, micro_batch_problems, pipeline_problems, world_problems
-from amfm.pretrain.checks.ranks import batch_problems
+from amfm.pretrain.checks.stages import batch_problems
 from amfm.pretrain.config.errors import Problem
 from amfm.pretrain.config.schema import ParallelConfig, RunConfig
 

@@ -260,8 +260,8 @@ def build_run(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
 
 
 def read_fixed_layout(model: Any) -> None:
-    """Let blocks that graphs can hold read documents where graphs do, in tensors that stay (pretrain/cuda_graphs/layout.py)."""
-    from amfm.pretrain.cuda_graphs.layout import FixedLayout
+    """Let blocks that graphs can hold read documents where graphs do, in tensors that stay (model/packing.py)."""
+    from amfm.model.packing import FixedLayout
 
     layouts: list[FixedLayout] = []
 

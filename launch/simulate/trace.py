@@ -25,7 +25,7 @@ from amfm.launch.plan.memory import Memory, estimate_stage
 from amfm.model.config.pattern import block_kind
 from amfm.model.flops import block_flops, depth_projection_flops, head_flops
 from amfm.pretrain.checks.parallel import micro_batch_problems
-from amfm.pretrain.checks.ranks import ranks_of_stage
+from amfm.pretrain.checks.stages import ranks_of_stage
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.recompute import recomputed_letters
 from amfm.pretrain.stages import resolve_stages

@@ -40,10 +40,10 @@ from amfm.pretrain.checkpoint.reader import RangeReader, kinds_of
 from amfm.pretrain.checkpoint.save import ENGINE_COUNTERS, ranks_of
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.moments import AVERAGE, FROZEN
-from amfm.pretrain.event_log import find_saved
+from amfm.pretrain.launcher_protocol import find_saved
+from amfm.pretrain.packages import collect_versions
 from amfm.pretrain.ranks.group import RankGroup
 from amfm.pretrain.tensor_files import open_tensors
-from amfm.pretrain.versions import collect_versions
 
 GUIDE = ".guide_weight"  # end of the names of parameters that a run leaves behind
 

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from amfm.pretrain.event_log import find_rollback
+from amfm.pretrain.launcher_protocol import find_rollback
 
 if TYPE_CHECKING:
     from amfm.pretrain.config.schema import RunConfig

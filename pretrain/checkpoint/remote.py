@@ -44,7 +44,7 @@ from amfm.pretrain.checkpoint.commit import (
 from amfm.pretrain.checkpoint.files import make_place, replace_text, sync_folders
 from amfm.pretrain.checkpoint.manifest_file import EVERY, MANIFEST_NAME, MARK_NAME, read_manifest
 from amfm.pretrain.checkpoint.names import list_checkpoints
-from amfm.pretrain.event_log import find_rollback, find_saved
+from amfm.pretrain.launcher_protocol import find_rollback, find_saved
 from amfm.pretrain.ranks.group import RankGroup
 
 FETCH_BYTES = 1 << 24

@@ -56,8 +56,8 @@ from amfm.pretrain.config.saved import packages_used
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.engine import ZeroEngine
 from amfm.pretrain.engine.moments import AVERAGE
+from amfm.pretrain.packages import collect_versions
 from amfm.pretrain.ranks.group import RankGroup
-from amfm.pretrain.versions import collect_versions
 
 # Room for the manifest, directories and the `latest` file, beyond the tensors.
 SPARE_BYTES = 1 << 20

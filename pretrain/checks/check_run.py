@@ -20,10 +20,8 @@ from amfm.data_pipeline.config import CacheConfig
 from amfm.data_pipeline.store.object_store import is_url
 from amfm.model.config.checks import check_model
 from amfm.model.config.low_precision import LowPrecisionConfig
-from amfm.pretrain.checks.cuda_graphs import graph_problems
-from amfm.pretrain.checks.mixers import kernel_problems, training_problems
+from amfm.pretrain.checks.blocks import graph_problems, kernel_problems, training_problems
 from amfm.pretrain.checks.parallel import layout_problems, pipeline_problems
-from amfm.pretrain.checks.ranks import rank_problems, ranks_of_stage, with_nearest
 from amfm.pretrain.checks.sections import (
     conversion_problems,
     editing_problems,
@@ -35,12 +33,15 @@ from amfm.pretrain.checks.sections import (
 from amfm.pretrain.checks.stages import (
     declaration_problems,
     ramp_problems,
+    rank_problems,
+    ranks_of_stage,
     relocate,
     total_problems,
+    with_nearest,
 )
 from amfm.pretrain.config.errors import ConfigError, Problem
 from amfm.pretrain.config.hook_sections import validation_problems
-from amfm.pretrain.config.schedules import schedule_specs
+from amfm.pretrain.config.optimizers import schedule_specs
 from amfm.pretrain.config.schema import EvaluateConfig, RunConfig, ScheduleConfig
 from amfm.pretrain.recompute import recompute_problems
 from amfm.pretrain.stages import RunStage, learning_rate, resolve_stages, stage_of, step_of_sample
@@ -65,14 +66,14 @@ def check_run(
     declared, synthetic = list(declaration_problems(config)), list[Problem]()
     task = config.data.synthetic
     if task is not None:
-        from amfm.pretrain.checks.synthetic import synthetic_length_problems, synthetic_problems
+        from amfm.pretrain.checks.tasks import synthetic_length_problems, synthetic_problems
 
         synthetic += synthetic_problems(config, task)
     from amfm.pretrain.checks.early import keeping_problems, vocabulary_problems
 
     problems = [*declared, *vocabulary_problems(config), *data_problems(config), *synthetic, *keeping_problems(config)]
     if config.evaluate != EvaluateConfig():
-        from amfm.pretrain.checks.evaluate import evaluate_problems
+        from amfm.pretrain.checks.tasks import evaluate_problems
 
         problems += evaluate_problems(config)
     problems += [*conversion_problems(config), *routed_problems(config)]

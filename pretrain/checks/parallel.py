@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from amfm.model.config.schema import ModelConfig
 from amfm.model.pipeline_split import cut_pieces
-from amfm.pretrain.checks.mixers import kinds_in_use, longest_lookback, refusal_problems
+from amfm.pretrain.checks.blocks import kinds_in_use, longest_lookback, refusal_problems
 from amfm.pretrain.config.errors import Problem
 from amfm.pretrain.config.schema import ParallelConfig, RunConfig
 from amfm.pretrain.recompute import recomputed_letters

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 
 from amfm.model.config.structure import DENSE
-from amfm.pretrain.checks.mixers import kinds_in_use
+from amfm.pretrain.checks.blocks import kinds_in_use
 from amfm.pretrain.config.errors import Problem
 from amfm.pretrain.config.hook_registry import hook_specs
 from amfm.pretrain.config.hook_sections import PruneConfig

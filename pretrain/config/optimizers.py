@@ -1,7 +1,8 @@
-"""Optimizers of installed packages: what `optimizer.kind` may name besides ours, and the section of their options.
+"""Optimizers and learning-rate schedules: those of installed packages, and the sections of their options.
 
-A package registers one with an entry point of the group `amfm.optimizers` that names an `OptimizerSpec`. As with schedules the
-spec names code by its import path, because configurations are read if nothing else of the package is needed.
+What `optimizer.kind` may name besides ours: a package registers one with an entry point of the group `amfm.optimizers` that names
+an `OptimizerSpec`. As with schedules the spec names code by its import path, because configurations are read if nothing else of
+the package is needed.
 
 The code is a function `update(weight, gradient, moments, step, group, options)` that changes `weight` and the tensors in
 `moments` in place. All are float32 vectors of the same length: ZeRO flattens and cuts them anywhere, so the rule must be one of
@@ -14,9 +15,12 @@ returns the new weights, [N, R, C]; it changes the tensors of `state`, [N, *shap
 master weights, float32, and start as zeros. What it does to one matrix must not depend on the others. A second function,
 `shapes(rows, columns, options)`, gives the shapes of the state of one matrix, by name.
 
-The section of Muon and of its kinds.
+Sections of Muon and of its kinds, and of rates and weight decay by group of parameters.
 
-Sections of rates and weight decay by group of parameters.
+What `schedule.kind` may name besides ours: a package registers one with an entry point of the group `amfm.schedules` that names a
+`ScheduleSpec`. The code is a function `factor(step, total_steps, schedule, options) -> float`: the share of the peak rate at step
+number `step` of `total_steps`, counted from 1, after the warm-up, which is ours. `schedule` is the ScheduleConfig (min_ratio,
+warmup_length). It must be a pure function of its arguments: a run that resumes asks it again.
 """
 
 from __future__ import annotations
@@ -38,8 +42,8 @@ from amfm.model.config.plugins import (
 )
 from amfm.model.config.section import Section
 
-ENTRY_POINTS = "amfm.optimizers"
-OURS = ("adamw", "muon")
+OPTIMIZERS = "amfm.optimizers"
+OWN_OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class PackageOptimizerSpec:
     defaults.
     """
 
-    group: ClassVar[str] = ENTRY_POINTS
+    group: ClassVar[str] = OPTIMIZERS
 
     name: str
     update: str | Callable[..., Any]
@@ -112,15 +116,15 @@ class PackageMatrices:
 @cache
 def optimizer_specs() -> dict[str, PackageOptimizerSpec]:
     """Collect the optimizers of installed packages by name. Raises RuntimeError as mixers do, and for a name that is taken."""
-    return specs_by_name(ENTRY_POINTS, PackageOptimizerSpec, OURS, "an optimizer")
+    return specs_by_name(OPTIMIZERS, PackageOptimizerSpec, OWN_OPTIMIZERS, "an optimizer")
 
 
 @with_sections({name: (spec.options, "None: its defaults.") for name, spec in optimizer_specs().items()})
 class RegisteredOptimizers(PluginSections):
     """Options of optimizers of installed packages, by name; `kind` chooses one (entry point group `amfm.optimizers`)."""
 
-    group: ClassVar[str] = ENTRY_POINTS
-    packages: ClassVar[Mapping[str, str]] = list_packages(ENTRY_POINTS, PackageOptimizerSpec)
+    group: ClassVar[str] = OPTIMIZERS
+    packages: ClassVar[Mapping[str, str]] = list_packages(OPTIMIZERS, PackageOptimizerSpec)
 
 
 class MuonConfig(Section):
@@ -204,3 +208,42 @@ def group_of(name: str, *, is_matrix: bool) -> str:
     if is_matrix:
         return "matrices"
     return "norms" if name.endswith(("norm.weight", "norm.bias")) else "vectors"
+
+
+SCHEDULES = "amfm.schedules"
+OWN_SCHEDULES = ("wsd", "cosine", "constant", "inverse_sqrt")
+
+
+@dataclass(frozen=True)
+class ScheduleSpec:
+    """A schedule as configurations see it, without importing it.
+
+    name: lower case, a value of `schedule.kind`. factor: `package.module:function`. options: its section, whose fields have
+    defaults.
+    """
+
+    group: ClassVar[str] = SCHEDULES
+
+    name: str
+    factor: str | Callable[..., Any]
+    options: type[Section]
+
+    def load(self) -> Callable[..., float]:
+        """Import the function."""
+        found: Callable[..., float] = load_named(self.factor)
+        return found
+
+
+@until_registered
+@cache
+def schedule_specs() -> dict[str, ScheduleSpec]:
+    """Collect the schedules of installed packages by name. Raises RuntimeError as mixers do, and for a name that is taken."""
+    return specs_by_name(SCHEDULES, ScheduleSpec, OWN_SCHEDULES, "a schedule")
+
+
+@with_sections({name: (spec.options, "None: its defaults.") for name, spec in schedule_specs().items()})
+class RegisteredSchedules(PluginSections):
+    """Options of schedules of installed packages, by name; `kind` chooses one (entry point group `amfm.schedules`)."""
+
+    group: ClassVar[str] = SCHEDULES
+    packages: ClassVar[Mapping[str, str]] = list_packages(SCHEDULES, ScheduleSpec)

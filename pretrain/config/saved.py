@@ -14,12 +14,16 @@ from amfm.model.huggingface.hf_class import ENTRY_POINTS as TARGETS
 from amfm.model.huggingface.hf_class import OURS as OWN_TARGETS
 from amfm.model.huggingface.hf_class import PACKAGED, HfTarget
 from amfm.pretrain.config.hooks import RegisteredHooks
-from amfm.pretrain.config.optimizers import ENTRY_POINTS as OPTIMIZERS
-from amfm.pretrain.config.optimizers import OURS as OWN_OPTIMIZERS
-from amfm.pretrain.config.optimizers import RegisteredOptimizers, optimizer_specs
-from amfm.pretrain.config.schedules import ENTRY_POINTS as SCHEDULES
-from amfm.pretrain.config.schedules import OURS as OWN_SCHEDULES
-from amfm.pretrain.config.schedules import RegisteredSchedules, schedule_specs
+from amfm.pretrain.config.optimizers import (
+    OPTIMIZERS,
+    OWN_OPTIMIZERS,
+    OWN_SCHEDULES,
+    SCHEDULES,
+    RegisteredOptimizers,
+    RegisteredSchedules,
+    optimizer_specs,
+    schedule_specs,
+)
 from amfm.pretrain.config.schema import RunConfig
 
 

@@ -30,9 +30,9 @@ from amfm.pretrain.config.hook_sections import (
     with_sources,
 )
 from amfm.pretrain.config.hooks import RegisteredHooks
-from amfm.pretrain.config.launch import LaunchConfig
-from amfm.pretrain.config.optimizers import OURS as OWN_OPTIMIZERS
 from amfm.pretrain.config.optimizers import (
+    OWN_OPTIMIZERS,
+    OWN_SCHEDULES,
     DecayFactors,
     MatrixOptimizerSpec,
     MuonConfig,
@@ -40,11 +40,11 @@ from amfm.pretrain.config.optimizers import (
     PackageMatrices,
     RateFactors,
     RegisteredOptimizers,
+    RegisteredSchedules,
     optimizer_specs,
+    schedule_specs,
 )
-from amfm.pretrain.config.schedules import OURS as OWN_SCHEDULES
-from amfm.pretrain.config.schedules import RegisteredSchedules, schedule_specs
-from amfm.pretrain.config.train_section import TrainConfig
+from amfm.pretrain.config.train_and_launch import LaunchConfig, TrainConfig
 
 if TYPE_CHECKING:
     OptimizerKind = str

@@ -29,7 +29,7 @@ from amfm.model.shapes import weight_shapes
 from amfm.pretrain.checkpoint.inspect import find_checkpoint, read_full_state
 from amfm.pretrain.checkpoint.manifest_file import read_manifest
 from amfm.pretrain.config.convert import ConvertConfig, TuneConfig
-from amfm.pretrain.convert.adapters import find_adapter
+from amfm.pretrain.convert.rules import find_adapter
 from amfm.pretrain.inference.own_part import take_own_part
 from amfm.pretrain.tensor_files import TensorFile
 

@@ -23,8 +23,8 @@ from amfm.model.routed_updates import ENDS
 from amfm.pretrain.checkpoint.inspect import find_checkpoint, read_full_state
 from amfm.pretrain.checkpoint.manifest_file import read_manifest
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.convert.adapters import find_adapter
 from amfm.pretrain.convert.prepare import check_updates
+from amfm.pretrain.convert.rules import find_adapter
 from amfm.pretrain.convert.stages import (
     WINDOW_LINEAR,
     ConversionStage,

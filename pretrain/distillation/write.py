@@ -40,7 +40,7 @@ from amfm.pretrain.distillation.store import (
 )
 from amfm.pretrain.distillation.teacher import Teacher, read_rows, require_same_tokens
 from amfm.pretrain.micro_batch import MicroBatch
-from amfm.pretrain.startup.precision import settle_precision
+from amfm.pretrain.startup.arithmetic import settle_precision
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,31 @@
 """The hooks of a run, in the order in which they are called.
 
-The hooks that a section asks for, ours and those of packages, from one table (config/hook_registry.py).
+The hooks that a section asks for, ours and those of packages, are from one table (config/hook_registry.py). The two of `train`
+that are a few lines are here: replicas in the memory of the nodes, and the end of a start after some minutes.
 """
 
 from __future__ import annotations
 
+import signal
+import time
 from collections.abc import Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from amfm.pretrain.checkpoint.replicas.memory import NodeMemory
 from amfm.pretrain.config.hook_registry import BUILT_IN, HookSpec, hook_specs
 from amfm.pretrain.failures import describe, describe_exit
 from amfm.pretrain.hook import Hook, HookMaker
 from amfm.pretrain.hooks.metrics import Experts, Metrics, Stragglers
-from amfm.pretrain.hooks.replicas import build_replicas
 from amfm.pretrain.hooks.validate import Validations
 from amfm.pretrain.run import Run
+from amfm.pretrain.saving import collect_state, record_begun
+from amfm.pretrain.step_sums import StepResult
 
 if TYPE_CHECKING:
     from amfm.pretrain.tasks.suite import TaskSuite
+
 
 MOMENTS = tuple(name for name in vars(Hook) if not name.startswith("_"))
 
@@ -123,8 +129,6 @@ def build_hooks(run: Run, suite: TaskSuite | None, makers: Sequence[HookMaker] =
 
         sets.append(Inspection(run, run.config.train.inspect_every_steps))
     if run.config.train.stop_after_minutes is not None:
-        from amfm.pretrain.hooks.time_limit import TimeLimit
-
         sets.append(TimeLimit(run, run.config.train.stop_after_minutes))
     if run.parallel.device.type == "cuda":
         from amfm.pretrain.hooks.energy import Energy
@@ -150,3 +154,56 @@ def build_hooks(run: Run, suite: TaskSuite | None, makers: Sequence[HookMaker] =
         Experts(run),
         *build_replicas(run),
     )
+
+
+class Replicas(Hook):
+    """Writes one where the newest checkpoint or replica is old enough; removes them when the run ended in order."""
+
+    def __init__(self, run: Run, memory: NodeMemory, every_steps: int) -> None:
+        self.run, self.memory, self.every_steps = run, memory, every_steps
+        self.newest_step = 0
+
+    def at_start(self) -> None:
+        """Report what was found in memory, and what is kept there."""
+        for text in self.memory.describe():
+            self.run.tell("replicas", f"replicas: {text}", text=text)
+
+    def between_saves(self) -> None:
+        """Start a replica if it is due.
+
+        Nothing is being written, or steps would wait for a checkpoint on a slow disk.
+        """
+        step = self.run.progress.step
+        if step - max(self.run.saved_step or 0, self.newest_step) < self.every_steps:
+            return
+        finished = self.run.saver.replicate(step, **collect_state(self.run))
+        self.newest_step = step
+        record_begun(self.run, finished)
+
+    def at_end(self) -> None:
+        """Remove them: what is to continue is on the disk."""
+        for remark in self.memory.clear():
+            self.run.say(f"warning: {remark}")
+
+
+def build_replicas(run: Run) -> list[Hook]:
+    """The hook, where the run asks for it."""
+    memory, every = run.saver.replicas, run.config.train.replica_every_steps
+    return [] if memory is None or every is None else [Replicas(run, memory, every)]
+
+
+class TimeLimit(Hook):
+    """Gives the main rank a signal once the time is over: with the next step, all ranks agree, save and end."""
+
+    def __init__(self, run: Run, minutes: float) -> None:
+        self.run, self.minutes = run, minutes
+        self.ends = time.monotonic() + 60 * minutes
+
+    def after_step(self, result: StepResult) -> None:
+        """Note that the time is over, once, on the main rank."""
+        run = self.run
+        if run.parallel.is_main and not run.signals.received and time.monotonic() >= self.ends:
+            run.tell(
+                "time_limit", f"train.stop_after_minutes={self.minutes:g} are over: the next step is this start's last"
+            )
+            run.signals.received = signal.SIGTERM

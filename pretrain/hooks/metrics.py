@@ -16,8 +16,8 @@ import torch
 from amfm.data_pipeline.loader.loader import SourceUse
 from amfm.model.config.moe import MoeConfig
 from amfm.model.flops import flops_per_token, mean_auxiliary, megatron_flops_per_token
-from amfm.pretrain.event_log import log_time
 from amfm.pretrain.hook import Hook
+from amfm.pretrain.launcher_protocol import log_time
 from amfm.pretrain.monitor.anomalies import EXPERT_STEPS, find_collapsed
 from amfm.pretrain.monitor.environment import describe_allocator, read_peak_memory
 from amfm.pretrain.monitor.metrics import finite

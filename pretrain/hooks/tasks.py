@@ -21,7 +21,7 @@ from typing import Any
 
 from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
 from amfm.model.hybrid import ModelOutput
-from amfm.pretrain.checks.evaluate import SETTING, generation_rule
+from amfm.pretrain.checks.tasks import SETTING, generation_rule
 from amfm.pretrain.config.schema import ParallelConfig, RunConfig
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.inference.passes import RowPasses

@@ -21,7 +21,7 @@ from amfm.model.hybrid import HybridModel
 from amfm.model.loss import LOGITS_SLICE
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.parallel.shards import parameter_shards
-from amfm.pretrain.checks.mixers import refusal_problems, refuse_native_model
+from amfm.pretrain.checks.blocks import refusal_problems, refuse_native_model
 from amfm.pretrain.checks.parallel import size_problems
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.inference.passes import alone

@@ -44,7 +44,7 @@ from amfm.model.shapes import weight_shapes
 from amfm.pretrain.checkpoint.inspect import find_checkpoint, read_full_state
 from amfm.pretrain.checkpoint.manifest_file import MANIFEST_NAME, read_manifest
 from amfm.pretrain.checkpoint.names import CHECKPOINT_NAME, list_checkpoints
-from amfm.pretrain.checks.mixers import refuse_native_model
+from amfm.pretrain.checks.blocks import refuse_native_model
 from amfm.pretrain.config.convert import ConvertConfig
 from amfm.pretrain.config.saved import read_saved_config
 from amfm.pretrain.config.schema import RunConfig

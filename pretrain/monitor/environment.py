@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from amfm.pretrain.monitor.panel import plural
+from amfm.pretrain.packages import read_version
 from amfm.pretrain.parallel import Parallel, describe_environment
-from amfm.pretrain.versions import read_version
 
 LIBRARIES = (
     "torch",

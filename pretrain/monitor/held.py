@@ -22,7 +22,7 @@ from typing import Any
 
 from amfm.data_pipeline.durable.lines import LineFile, read_lines
 from amfm.data_pipeline.terminal import Report
-from amfm.pretrain.event_log import in_iso, log_time
+from amfm.pretrain.launcher_protocol import in_iso, log_time
 
 HELD = "launch/held.jsonl"
 SIGN_SECONDS = 5.0

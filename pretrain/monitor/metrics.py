@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from amfm.data_pipeline.durable.files import replacing
 from amfm.data_pipeline.durable.lines import LineFile, read_lines
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.event_log import describe_event
-from amfm.pretrain.extras import describe_missing, is_installed
+from amfm.pretrain.launcher_protocol import describe_event
+from amfm.pretrain.packages import describe_missing, is_installed
 
 if TYPE_CHECKING:
     from amfm.pretrain.monitor.tracking import Services

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from amfm.data_pipeline.durable.files import named
 from amfm.model.hybrid import HybridModel
-from amfm.pretrain.config.train_section import PREFIX, ProfileConfig
+from amfm.pretrain.config.train_and_launch import PREFIX, ProfileConfig
 from amfm.pretrain.monitor.heartbeat import Heartbeat
 
 MEMORY_ENTRIES = 200_000  # allocations that a memory snapshot keeps

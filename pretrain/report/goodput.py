@@ -20,7 +20,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-from amfm.pretrain.event_log import IN_ORDER
+from amfm.pretrain.launcher_protocol import IN_ORDER
 from amfm.pretrain.monitor.held import is_held, overlap, read_held
 from amfm.pretrain.report.curves import Kind, kind_of
 from amfm.pretrain.report.data import RunRecord, is_number

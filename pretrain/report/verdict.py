@@ -6,23 +6,26 @@ run can lack (ranks, room for the next checkpoint) is asked only of a running on
 Each rule is a function of the lines of metrics and of the events, and gives what it found, what to do, and the page that
 explains it. Compared is the newest hundredth of the steps (at least MIN_LINES) with the run's own past; nothing is asked of the
 run.
+
+Rows of `amfm runs` are what each run directory of a folder says about its run, with that verdict.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Literal
 
 from amfm.pretrain.checkpoint.names import checkpoint_name
-from amfm.pretrain.event_log import IN_ORDER
+from amfm.pretrain.launcher_protocol import IN_ORDER
 from amfm.pretrain.monitor.beats import Beat, describe_lost
-from amfm.pretrain.monitor.follow import FollowedRun, Seen
+from amfm.pretrain.monitor.follow import FollowedRun, Seen, to_seconds
 from amfm.pretrain.monitor.panel import plural
 from amfm.pretrain.report.data import RunRecord, read_run
 from amfm.pretrain.report.goodput import USES, measure_goodput
@@ -261,3 +264,91 @@ def number(line: Line, key: str) -> float | None:
     value = line.get(key)
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if is_number and value is not None else None
+
+
+LOGS = {"events.jsonl", "metrics.jsonl"}
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """One run. step: the newest, 0 before the first. loss: of the newest step. best: lowest validation loss.
+
+    seconds: for which it held its machines. last_event, last_time: the newest that was written, seconds since 1970.
+    """
+
+    run: str
+    state: str
+    step: int
+    steps: int
+    loss: float | None
+    best: float | None
+    best_step: int | None
+    tokens: float | None
+    tokens_per_second: float | None
+    seconds: float | None
+    last_event: str
+    last_time: float | None
+    health: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as JSON values."""
+        return asdict(self)
+
+
+def find_runs(folder: Path) -> Iterator[Path]:
+    """Run directories at or below a folder, in the order of their names; none inside of another, and no links are followed.
+
+    Raises FileNotFoundError for a folder that is not there.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder; give one that holds run directories")
+    for place, folders, files in os.walk(folder):
+        folders.sort()
+        if "config.yaml" in files and LOGS.intersection(files):
+            folders.clear()
+            yield Path(place)
+
+
+def read_row(directory: Path, folder: Path) -> RunRow:
+    """Read a run directory. Raises ValueError for files in it that cannot be read."""
+    followed = FollowedRun(directory)
+    seen = followed.poll()
+    name = str(directory.relative_to(folder)) if directory != folder else directory.resolve().name
+    if not followed.has_steps:
+        steps = followed.panel.last_step
+        last, moment = find_newest(seen.events, None)
+        return RunRow(name, seen.state, 0, steps, None, None, None, None, None, None, last, moment, "-")
+    record = read_run(directory)
+    steps_of, losses = record.series("validation_loss")
+    best, best_step = min(zip(losses, steps_of), default=(None, None))
+    last, moment = find_newest(record.events, record.metrics[-1].get("time"))
+    use = measure_goodput(record)
+    return RunRow(
+        name,
+        describe_state(record, seen)[0].partition(":")[0],
+        record.last_step(),
+        record.num_steps,
+        number(record.metrics[-1], "loss"),
+        best,
+        best_step,
+        record.last("tokens"),
+        record.typical("tokens_per_second"),
+        record.seconds() if use is None else use.held(),
+        last,
+        moment,
+        judge_run(followed, seen, record).words(),
+    )
+
+
+def find_newest(events: Sequence[dict[str, Any]], step_time: object) -> tuple[str, float | None]:
+    """Name of the newest event, and when it or the newest step was written."""
+    times = [moment for event in events[-1:] if (moment := to_seconds(event.get("time"))) is not None]
+    times += [float(step_time)] if isinstance(step_time, int | float) else []
+    return str(events[-1].get("event")) if events else "-", max(times, default=None)
+
+
+def sort_rows(rows: Sequence[RunRow], column: str, *, reverse: bool) -> list[RunRow]:
+    """Sort by a column, rows without a value in it last."""
+    known = [row for row in rows if getattr(row, column) is not None]
+    unknown = [row for row in rows if getattr(row, column) is None]
+    return sorted(known, key=lambda row: getattr(row, column), reverse=reverse) + unknown

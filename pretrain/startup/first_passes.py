@@ -28,11 +28,10 @@ from amfm.kernels.low_precision.kept_weights import keep_weights
 from amfm.model.block import Stream
 from amfm.model.hybrid import HybridModel
 from amfm.model.low_precision import attach_recipes
+from amfm.model.packing import FixedLayout
 from amfm.model.parallel.groups import AXES, opened
 from amfm.model.pipeline_split import Piece, whole_piece
-from amfm.model.scheduled import set_step
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.cuda_graphs.layout import FixedLayout
 from amfm.pretrain.engine.engine import restore_buffers
 from amfm.pretrain.micro_batch import MicroBatch
 from amfm.pretrain.parallel import Parallel
@@ -40,6 +39,7 @@ from amfm.pretrain.recompute import recomputed_letters
 from amfm.pretrain.startup.alike_group import alike_groups, destroy
 from amfm.pretrain.startup.data import example_batch
 from amfm.pretrain.startup.model import choose_backend, held_pieces
+from amfm.pretrain.step import set_step
 
 _LOG = logging.getLogger(__name__)
 SEVERAL = ", sequences of several documents"

@@ -23,18 +23,17 @@ from amfm.model.flops import count_parameters, flops_per_token
 from amfm.pretrain.checkpoint.compatibility import digest_config
 from amfm.pretrain.checkpoint.load import LoadedCheckpoint
 from amfm.pretrain.config.file import resolved_yaml
-from amfm.pretrain.event_log import FRESH_START_EVENTS, read_events
-from amfm.pretrain.launcher_protocol import RESTART_CAUSE, TORCHRUN_RESTARTS
+from amfm.pretrain.launcher_protocol import FRESH_START_EVENTS, RESTART_CAUSE, TORCHRUN_RESTARTS, read_events
 from amfm.pretrain.monitor.anomalies import describe_unbalanced
 from amfm.pretrain.monitor.environment import record_environment
 from amfm.pretrain.monitor.live import Display
 from amfm.pretrain.monitor.metrics import RunLog
 from amfm.pretrain.monitor.panel import plural
+from amfm.pretrain.packages import OWN_CODE, collect_versions
 from amfm.pretrain.parallel import describe_environment
 from amfm.pretrain.ranks.group import RankGroup
 from amfm.pretrain.run import Run
 from amfm.pretrain.startup.data import check_tokenizer
-from amfm.pretrain.versions import OWN_CODE, collect_versions
 
 FOLDER = "starts"  # of configurations, below the run directory
 JOB = (
@@ -83,7 +82,7 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None, origin: dict[str, Any]) 
     Drops lines of metrics.jsonl beyond the step that the run resumes from. Everything that loading passed over, warned
     of or found changed goes to the events too. origin: what else the event of the start records.
     """
-    from amfm.pretrain.startup import kernels  # of the main rank only
+    from amfm.pretrain.startup import arithmetic  # of the main rank only
 
     counts = count_parameters(run.model.config)
     length = run.stage.train.sequence_length
@@ -92,10 +91,10 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None, origin: dict[str, Any]) 
         "parameters": counts.total,
         "active_parameters": counts.active,
         "flops_per_token": sum(flops_per_token(run.model.config, length).values()),
-        "by_kind": kernels.describe_kinds(run.config),
+        "by_kind": arithmetic.describe_kinds(run.config),
         "kernels": run.model.backend,
-    } | kernels.describe_products(run.config)
-    changed_kernels = kernels.kernel_changes(run.directory, run.model.backend)
+    } | arithmetic.describe_products(run.config)
+    changed_kernels = arithmetic.kernel_changes(run.directory, run.model.backend)
     environment = record_environment(run.parallel, run.peak, facts, keeps_freed_memory=run.keeps_freed_memory)
     # Whole or as they were: a full disk or a kill must not take from a run what it is.
     text = resolved_yaml(run.config)
@@ -113,7 +112,7 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None, origin: dict[str, Any]) 
     run.say(
         f"{facts['pattern']}: {counts.total:,} parameters ({counts.active:,} active), {run.config.train.precision}, "
         f"ZeRO {run.engine.zero_stage}, {plural(run.parallel.world_size, 'rank')} on {device} with "
-        f"{plural(torch.get_num_threads(), 'thread')}, {kernels.describe_kernels(run.config, run.model.backend)}, "
+        f"{plural(torch.get_num_threads(), 'thread')}, {arithmetic.describe_kernels(run.config, run.model.backend)}, "
         f"{run.stage.train.global_batch_size} x {length} tokens per step"
     )
     for remark in run.loader.describe_repeats(run.stages[-1].first_sample + run.stages[-1].num_samples()):

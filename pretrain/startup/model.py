@@ -22,8 +22,7 @@ from amfm.model.hybrid import HybridModel
 from amfm.model.low_precision import attach_recipes
 from amfm.model.pipeline_split import Piece, cut_pieces, pieces_of_rank
 from amfm.pretrain.checkpoint.names import list_checkpoints
-from amfm.pretrain.checks.cuda_graphs import check_graph_device
-from amfm.pretrain.checks.mixers import check_kernels, refuse_native_model
+from amfm.pretrain.checks.blocks import check_graph_device, check_kernels, refuse_native_model
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.engine import ZeroEngine
 from amfm.pretrain.parallel import Parallel
@@ -51,7 +50,7 @@ def share_tiles(config: RunConfig, parallel: Parallel) -> None:
     if parallel.device.type != "cuda" or choose_backend(config, parallel) != "triton":
         return
     from amfm.kernels.runtime.tuning import load_table
-    from amfm.pretrain.startup.kernels import agree_on_tiles
+    from amfm.pretrain.startup.arithmetic import agree_on_tiles
 
     agree_on_tiles(load_table(parallel.device))
 
@@ -85,7 +84,7 @@ def build_model(
     `draws` there are none: a checkpoint will be loaded, and of a large model they take minutes. Every rank must call this.
     """
     if parallel.device.type == "cpu" and parallel.world_size > 1:
-        from amfm.pretrain.startup.kernels import share_native
+        from amfm.pretrain.startup.arithmetic import share_native
 
         share_native(config, parallel, choose_backend(config, parallel))
     backend = choose_backend(config, parallel)

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from amfm.model.config.routers import Routed, RouterInput, RouterSpec
     from amfm.pretrain.config.errors import ConfigError
     from amfm.pretrain.config.hook_registry import HookSpec
-    from amfm.pretrain.config.optimizers import OptimizerSpec
-    from amfm.pretrain.config.schedules import ScheduleSpec
+    from amfm.pretrain.config.optimizers import OptimizerSpec, ScheduleSpec
     from amfm.pretrain.failures import OwnCodeError
     from amfm.pretrain.hook import Hook
 
@@ -35,7 +34,7 @@ _ELSEWHERE = {
     "OwnCodeError": "amfm.pretrain.failures",
     **dict.fromkeys(("Routed", "RouterInput"), "amfm.model.config.routers"),
     "RouterSpec": "amfm.model.config.routers",
-    "ScheduleSpec": "amfm.pretrain.config.schedules",
+    "ScheduleSpec": "amfm.pretrain.config.optimizers",
     "register": "amfm.model.config.registering",
 }
 __all__ = [

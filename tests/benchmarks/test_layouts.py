@@ -9,7 +9,7 @@ from amfm.launch.plan.estimate import Assumptions, estimate
 from amfm.launch.plan.hardware import HARDWARE
 from amfm.launch.plan.layout import Layout
 from amfm.pretrain.checks.load import load_checked
-from amfm.pretrain.config.train_section import TrainConfig
+from amfm.pretrain.config.train_and_launch import TrainConfig
 from benchmarks.command import run
 from benchmarks.layouts import (
     HEADER,

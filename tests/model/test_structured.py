@@ -14,9 +14,9 @@ from amfm.model.feed_forward import FeedForward
 from amfm.model.flops import count_parameters, flops_per_token
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
-from amfm.model.scheduled import set_step
 from amfm.model.shapes import weight_shapes
 from amfm.model.structured import dense_matrix, dense_singular_values
+from amfm.pretrain.step import set_step
 from tests.model.small_models import small_config
 
 KINDS = {

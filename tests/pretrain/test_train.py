@@ -23,10 +23,10 @@ from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.hooks.validate import Validation
 from amfm.pretrain.monitor.ownership import lock_directory
 from amfm.pretrain.monitor.signals import SignalWatch
+from amfm.pretrain.packages import OWN_CODE, collect_versions
 from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.step import train_step
 from amfm.pretrain.train import run_steps, train
-from amfm.pretrain.versions import OWN_CODE, collect_versions
 from tests.helpers.full_disk import largest_file
 from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.processes.zygote import call

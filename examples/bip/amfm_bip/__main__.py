@@ -19,7 +19,7 @@ from amfm.model.config.schema import ModelConfig
 from amfm.pretrain.export.export import check_free, proof_text
 from amfm.pretrain.export.import_huggingface import write_model
 from amfm.pretrain.inference.weights import Weights, read_weights
-from amfm.pretrain.pruning.shrink import LOGIT_TOLERANCE, logit_difference
+from amfm.pretrain.shrink import LOGIT_TOLERANCE, logit_difference
 from amfm_bip.block import FIRST_SCORES
 from amfm_bip.spec import SPEC, BipOptions
 

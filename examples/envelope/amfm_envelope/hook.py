@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from amfm.model.shapes import weight_shapes
-from amfm.pretrain.checkpoint.masters import MasterView
+from amfm.pretrain.checkpoint.engine_layout import MasterView
 from amfm.pretrain.hook import Hook
-from amfm.pretrain.pruning.groups import GroupPlan, choose_groups, plan_groups
+from amfm.pretrain.hooks.prune import GroupPlan, choose_groups, plan_groups
 from amfm.pretrain.run import Run
 from amfm.pretrain.step_sums import StepResult
 from amfm_envelope.spec import EnvelopeOptions

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from amfm.pretrain.convert.adapters import AdapterSpec
+from amfm.pretrain.convert.rules import AdapterSpec
 
 SPEC = AdapterSpec("flora", "amfm_flora.flora:FLORA")

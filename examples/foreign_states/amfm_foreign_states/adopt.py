@@ -36,10 +36,10 @@ from amfm.pretrain.engine.moments import FROZEN
 from amfm.pretrain.engine.optimizer import group_parameters
 from amfm.pretrain.export.import_huggingface import only_sound, write_model
 from amfm.pretrain.inference.weights import Weights
+from amfm.pretrain.packages import collect_versions
 from amfm.pretrain.parallel import set_determinism
 from amfm.pretrain.run import Progress, identities_of
 from amfm.pretrain.stages import data_of_stages, last_stage, resolve_stages
-from amfm.pretrain.versions import collect_versions
 from amfm_foreign_states.dcp import DcpStates
 from amfm_foreign_states.megatron import MegatronFolder, is_megatron
 from amfm_foreign_states.megatron_arguments.compare import check_recorded

@@ -20,7 +20,7 @@ def import_training_state(
 ) -> None:
     """Read a training state of another program, and print what it became."""
     from amfm.pretrain.config.file import load_config
-    from amfm.pretrain.startup.precision import settle_precision
+    from amfm.pretrain.startup.arithmetic import settle_precision
     from amfm_foreign_states.adopt import import_state
     from amfm_foreign_states.state import WrittenRun
 

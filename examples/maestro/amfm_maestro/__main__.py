@@ -21,7 +21,7 @@ from amfm.model.flops import count_parameters
 from amfm.pretrain.export.export import check_free, proof_text
 from amfm.pretrain.export.import_huggingface import write_model
 from amfm.pretrain.inference.weights import Weights, read_weights
-from amfm.pretrain.pruning.shrink import LOGIT_TOLERANCE, logit_difference
+from amfm.pretrain.shrink import LOGIT_TOLERANCE, logit_difference
 from amfm_maestro.block import MATRICES
 from amfm_maestro.spec import SPEC, MaestroOptions
 

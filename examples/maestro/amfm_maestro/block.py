@@ -1,7 +1,7 @@
 """Maestro (Horvath et al. 2023, arXiv 2308.14929) as a block: low-rank matrices that a step computes in part.
 
 In each training step one matrix of all blocks computes with only its leading components. Which, and how many, is a
-function of the seed and the step, the same on all ranks (`set_step`, model/scheduled.py): there is nothing to save.
+function of the seed and the step, the same on all ranks (`set_step`, pretrain/step.py): there is nothing to save.
 """
 
 from __future__ import annotations

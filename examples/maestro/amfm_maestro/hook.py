@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from amfm.pretrain.checkpoint.masters import Grouping, MasterView
+from amfm.pretrain.checkpoint.engine_layout import Grouping, MasterView
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.run import Run
 from amfm.pretrain.step_sums import StepResult

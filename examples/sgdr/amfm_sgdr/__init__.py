@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from amfm.model.config.section import Section
-from amfm.pretrain.config.schedules import ScheduleSpec
+from amfm.pretrain.config.optimizers import ScheduleSpec
 
 if TYPE_CHECKING:  # the schema asks for this file while it is being built
     from amfm.pretrain.config.schema import ScheduleConfig

@@ -12,8 +12,8 @@ import typer
 from amfm.launch.arguments import JsonOption, OverridesArgument
 from amfm.launch.console import print_json, print_rows, say, show_progress
 from amfm.launch.existing import require_exists
-from amfm.pretrain.extras import require_extra
 from amfm.pretrain.launcher_protocol import DONE, RUN_FAILED
+from amfm.pretrain.packages import require_extra
 
 if TYPE_CHECKING:
     from amfm_study.grid import Cell

@@ -47,7 +47,7 @@ FOR_RUNS = (
 # What modules of tests import, which a fork imports to find the function that it calls: a fifth of its seconds.
 FOR_TESTS = (
     *("pytest", "tests.pretrain.tiny_run", "tests.parallel.layouts", "tests.model.small_models"),
-    *("amfm.pretrain.pipeline", "amfm.pretrain.checks.early", "amfm.pretrain.startup.kernels"),
+    *("amfm.pretrain.pipeline", "amfm.pretrain.checks.early", "amfm.pretrain.startup.arithmetic"),
     *("amfm.pretrain.engine.muon", "amfm.launch.simulate.count_collectives", "amfm.launch.plan.measured"),
     "amfm.pretrain.report.page",  # and with it matplotlib
 )
@@ -262,7 +262,7 @@ def collect(tests: list[str]) -> dict[str, str] | None:
 def prepare_runs() -> None:
     """Do once what each run does at its start and what its result does not depend on."""
     from amfm.pretrain.monitor import peaks
-    from amfm.pretrain.versions import collect_versions
+    from amfm.pretrain.packages import collect_versions
 
     collect_versions()  # reads 800 files of ours, and what is said of installed packages
     peaks.MEASURED_SECONDS = 0.0  # one product of matrices in place of 0.1 s: no test claims what a CPU can do

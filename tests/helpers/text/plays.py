@@ -13,7 +13,7 @@ from torch import Tensor
 from amfm.data_pipeline.prepare.sample_text import fetch_corpus
 from amfm.model.hybrid import HybridModel, ModelOutput
 from amfm.model.packing import PackMeta
-from amfm.model.scheduled import set_step
+from amfm.pretrain.step import set_step
 
 ROWS, TOKENS, WARMUP = 16, 64, 20
 

@@ -77,11 +77,11 @@ from amfm.model.flops import block_flops, count_parameters
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups
-from amfm.pretrain.checks.mixers import kinds_in_use
+from amfm.pretrain.checks.blocks import kinds_in_use
 from amfm.pretrain.checks.parallel import layout_problems
 from amfm.pretrain.config.file import load_config
 from amfm.pretrain.config.fields import describe_fields
-from amfm.pretrain.pruning.groups import plan_groups
+from amfm.pretrain.hooks.prune import plan_groups
 
 root, symbol, key = sys.argv[1:]
 pattern = f"M{symbol}*{symbol}"

@@ -15,10 +15,10 @@ from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import ProcessGroupCollection, single_rank_groups
 from amfm.model.parallel.shards import parameter_shards
-from amfm.model.scheduled import set_step
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients
 from amfm.pretrain.parallel import initialize_parallel
+from amfm.pretrain.step import set_step
 from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.shards import join_parts
 from tests.helpers.spawn import run_ranks

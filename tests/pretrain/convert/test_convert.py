@@ -17,8 +17,7 @@ from amfm.model.packing import PackMeta
 from amfm.pretrain.checkpoint.inspect import diff_checkpoints, find_checkpoint, read_full_state
 from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.convert.measure import ConversionReport, judge, measure_conversion
-from amfm.pretrain.convert.report import write_result
+from amfm.pretrain.convert.measure import ConversionReport, judge, measure_conversion, write_result
 from amfm.pretrain.convert.rules import check_conversion
 from amfm.pretrain.convert.stages import ConversionStage, conversion_stages, converted_model
 from amfm.pretrain.convert.weights import StartReport, stage_weights, write_start

@@ -16,9 +16,9 @@ from fractions import Fraction
 from pathlib import Path
 
 from amfm.model.flops import count_parameters
-from amfm.pretrain.checkpoint.fork import fork_run
 from amfm.pretrain.config.errors import ConfigError, Problem
 from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.rollback import fork_run
 from amfm_study.grid import Cell, load_run
 from amfm_study.ladder.config import LadderConfig, LadderSize, RateConfig, SizesConfig
 from amfm_study.study import Study

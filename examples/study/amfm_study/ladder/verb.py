@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from amfm.launch.arguments import JsonOption, OverridesArgument
 from amfm.launch.console import print_json
-from amfm.pretrain.extras import require_extra
+from amfm.pretrain.packages import require_extra
 from amfm_study.verbs import DryRunOption, StudyArgument, print_table, replace_files, study, train_all
 
 if TYPE_CHECKING:

@@ -11,16 +11,16 @@ import torch
 from amfm.data_pipeline.config import DataConfig
 from amfm.model.init import initial_values, named_seed
 from amfm.model.moe.block import PRUNED_BIAS
-from amfm.pretrain.checkpoint.masters import MasterView
+from amfm.pretrain.checkpoint.engine_layout import MasterView
 from amfm.pretrain.checks.check_run import check_run
 from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.config.hook_sections import PRUNED_GROUPS, PruneConfig
 from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.hooks.prune import plan_groups, pruned_share, prunes_after
 from amfm.pretrain.inference.weights import read_weights
 from amfm.pretrain.launcher_protocol import DONE
 from amfm.pretrain.monitor.anomalies import EXPERT_STEPS
 from amfm.pretrain.monitor.signals import SignalWatch
-from amfm.pretrain.pruning.groups import plan_groups, pruned_share, prunes_after
 from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.train import run_steps
 from tests.helpers.spawn import run_ranks

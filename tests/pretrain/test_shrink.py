@@ -14,7 +14,7 @@ from amfm.launch.cli import run as run_cli
 from amfm.model.moe.block import PRUNED_BIAS
 from amfm.pretrain.export.export import LOGIT_TOLERANCE, export_checkpoint
 from amfm.pretrain.inference.weights import Weights, read_weights, write_weights
-from amfm.pretrain.pruning.shrink import logit_difference, shrink_weights
+from amfm.pretrain.shrink import logit_difference, shrink_weights
 from tests.pretrain.export.exported_models import OWN, random_weights
 from tests.pretrain.tiny_run import MODEL
 

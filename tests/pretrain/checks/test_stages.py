@@ -9,7 +9,7 @@ import pytest
 
 from amfm.data_pipeline.config import DataConfig, SourceConfig
 from amfm.pretrain.checks.check_run import check_run
-from amfm.pretrain.checks.ranks import describe_parallel, ranks_of_stage
+from amfm.pretrain.checks.stages import describe_parallel, ranks_of_stage
 from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.stages import fresh_starts, resolve_stages

@@ -26,9 +26,9 @@ from amfm.model.packing import PackMeta
 from amfm.pretrain.config.hook_sections import PRUNED_GROUPS
 from amfm.pretrain.export.export import proof_text
 from amfm.pretrain.export.import_huggingface import write_model
+from amfm.pretrain.hooks.prune import GroupPlan, Unit, plan_groups
 from amfm.pretrain.inference.merge import factored_places
 from amfm.pretrain.inference.weights import Weights, check_shapes, read_weights
-from amfm.pretrain.pruning.groups import GroupPlan, Unit, plan_groups
 
 LOGIT_TOLERANCE = 1e-5
 

@@ -10,7 +10,7 @@ import pytest
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.pretrain import start
-from amfm.pretrain.event_log import log_time
+from amfm.pretrain.launcher_protocol import log_time
 from amfm.pretrain.report.data import read_run
 from amfm.pretrain.report.goodput import measure_goodput
 from amfm.pretrain.train import train
