@@ -28,7 +28,7 @@ ASK = """
 import json, sys, threading, time
 from pathlib import Path
 from amfm.pretrain.inference.generate import Sampling
-from amfm.launch.serve.served_model import load_model
+from amfm.launch.serve.completions import load_model
 
 path, tokens, prompt, *askers = sys.argv[1:]
 shared = load_model(Path(path), device="cpu", backend="auto", max_state_bytes=1 << 30).shared

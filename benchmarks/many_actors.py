@@ -23,7 +23,7 @@ import typer
 
 from amfm.data_pipeline.config import FilterConfig
 from amfm.data_pipeline.memory import no_garbage_collection
-from amfm.data_pipeline.prepare.journal import Journal
+from amfm.data_pipeline.prepare.finished_units import Journal
 from amfm.data_pipeline.prepare.plan import SEGMENTS_PER_PART, Unit, UnitSettings, make_units
 from amfm.data_pipeline.prepare.ray_actors import OBJECT_STORE_BYTES, Dispatcher, patient_start
 from amfm.data_pipeline.prepare.segments import cut_segments

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amfm.data_pipeline.durable.foreign_files import read_object, take
+from amfm.data_pipeline.durable.json_files import read_object, take
 from amfm.data_pipeline.terminal import Report, silent
 
 # Events that someone who looks at a run should know of.

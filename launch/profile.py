@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amfm.data_pipeline.durable.foreign_files import take, understood
+from amfm.data_pipeline.durable.json_files import take, understood
 from amfm.data_pipeline.terminal import format_bytes
 from amfm.model.config.kinds import describe_symbol
 from amfm.pretrain.config.train_and_launch import PREFIX

@@ -16,7 +16,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, get_args
 
-from amfm.launch.cluster.excluded_nodes import file_of, read_excluded
+from amfm.launch.cluster.node_check import file_of, read_excluded
 from amfm.launch.http_server import HttpHandler, HttpServer
 from amfm.pretrain.monitor.follow import Seen, State
 from amfm.pretrain.monitor.held import read_held

@@ -88,7 +88,7 @@ VERBS = {
     ),
     "profile": (
         "Scale",
-        "profile",
+        "watch",
         "Show where the time of a traced step went, by kind of work, kind of block and operation.",
     ),
     "bench": (
@@ -194,8 +194,6 @@ def import_file(name: str) -> Any:
             from amfm.launch.commands import watch as module
         case "launch":
             from amfm.launch.commands import launch as module
-        case "profile":
-            from amfm.launch.commands import profile as module
         case "tasks":
             from amfm.launch.commands import tasks as module
         case "convert":

@@ -12,7 +12,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from amfm.data_pipeline.store.remote_files import NoCredentialsError
+from amfm.data_pipeline.store.object_store import NoCredentialsError
 from amfm.pretrain.launcher_protocol import BAD_INPUT, RUN_FAILED
 
 # What a path in the settings can be wrong about; the rest of the system's errors are the machine's state.

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from amfm.data_pipeline.durable.lines import LineFile, read_lines
+from amfm.data_pipeline.durable.json_files import LineFile, read_lines
 
 DONE = 0
 BAD_INPUT = 2  # settings and files: the same command would be rejected again

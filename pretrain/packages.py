@@ -7,7 +7,6 @@ only the core. What reads text, exports, draws or measures tasks imports its pac
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import importlib.util
 import platform
 from collections.abc import Iterator
@@ -30,9 +29,11 @@ def collect_versions() -> dict[str, str]:
 @cache
 def read_version(library: str) -> str | None:
     """Look up the installed version of a distribution, None where it is missing. Read once a process."""
+    from importlib import metadata  # not for a command line that only asks for an extra
+
     try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
         return None
 
 

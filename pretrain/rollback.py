@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from amfm.data_pipeline.durable.files import check_free, make_folders, named, replacing, sync, write_file_atomically
-from amfm.data_pipeline.durable.foreign_files import parse_object, read_object, understood
-from amfm.data_pipeline.durable.lines import read_lines
+from amfm.data_pipeline.durable.json_files import parse_object, read_lines, read_object, understood
 from amfm.data_pipeline.terminal import Report, silent
 from amfm.pretrain.checkpoint.commit import LATEST_NAME, RankFailure, mark
 from amfm.pretrain.checkpoint.compatibility import check_resumable

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from amfm.data_pipeline.config import DataConfig
-from amfm.data_pipeline.prepare.journal import JOURNAL
+from amfm.data_pipeline.prepare.finished_units import JOURNAL
 from benchmarks import ROOT
 from benchmarks.preparation.processes import MemoryWatch, below, memory_by_tenth, title
 

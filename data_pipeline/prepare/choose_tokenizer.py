@@ -14,7 +14,7 @@ from typing import Any
 
 from amfm.data_pipeline.config import DataConfig, SourceConfig
 from amfm.data_pipeline.durable.files import write_file_atomically
-from amfm.data_pipeline.durable.foreign_files import read_object
+from amfm.data_pipeline.durable.json_files import read_object
 from amfm.data_pipeline.prepare.dialogues import describe_columns, dialogues_of
 from amfm.data_pipeline.prepare.documents import NAME_TOKENIZER, SegmentReader
 from amfm.data_pipeline.prepare.reading import make_filter, reading_of

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from amfm.data_pipeline.config import SourceConfig, TokenizerConfig
-from amfm.data_pipeline.durable.foreign_files import read_bounded
+from amfm.data_pipeline.durable.json_files import read_bounded
 from amfm.data_pipeline.tokenizer.chat_template import (
     MAX_TEMPLATE_BYTES,
     NOTHING_LEARNED,

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from amfm.data_pipeline.durable.files import write_file_atomically
-from amfm.data_pipeline.durable.foreign_files import read_object
+from amfm.data_pipeline.durable.json_files import read_object
 from amfm.data_pipeline.store.http_files import HttpError, ask, origin
 
 PREFIX = "hub:"

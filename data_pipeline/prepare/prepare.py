@@ -22,14 +22,13 @@ from amfm.data_pipeline.durable.files import UNFINISHED, make_folders, take_lock
 from amfm.data_pipeline.prepare.choose_tokenizer import choose_tokenizer, keep_tokenizer
 from amfm.data_pipeline.prepare.dialogues import describe_columns, dialogues_of
 from amfm.data_pipeline.prepare.duplicates import mark_duplicates, units_to_hash
+from amfm.data_pipeline.prepare.finished_units import Journal, run_units, take_tokens
 from amfm.data_pipeline.prepare.hub import pin_revisions, read_pins, write_pins
-from amfm.data_pipeline.prepare.journal import Journal
 from amfm.data_pipeline.prepare.plan import Unit, UnitSettings, make_units, part_bytes_of, plan_sources
 from amfm.data_pipeline.prepare.reading import reading_of
 from amfm.data_pipeline.prepare.rejects import count_rejects, describe_first_damage, describe_first_reject
 from amfm.data_pipeline.prepare.report import PrepareReport, Progress, ShowProgress, make_report
 from amfm.data_pipeline.prepare.segments import Segment
-from amfm.data_pipeline.prepare.token_limit import run_units, take_tokens
 from amfm.data_pipeline.prepare.unit import UnitFailure, UnitReport
 from amfm.data_pipeline.store.manifest import (
     PART_NAME,

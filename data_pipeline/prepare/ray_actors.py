@@ -9,6 +9,8 @@ Ray's start on a machine that is busy: it waits for its processes as long as the
 Ray gives its server of tables, its node and each worker a limit of 30 to 60 seconds. At a load of 15 all three are passed
 by processes that only wait for a core. Two limits are variables of the environment; that of the node is a number in the
 middle of a function (`ray._private.node`, 2.52 to 2.60), so what it asks in a loop waits in its place.
+
+A cluster has a token: Ray listens on all addresses of a machine, and runs what anyone sends to it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,11 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import secrets
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -28,11 +34,65 @@ from amfm.data_pipeline.config import DataConfig
 from amfm.data_pipeline.memory import keep_freed_memory
 from amfm.data_pipeline.prepare.own_code import local_modules
 from amfm.data_pipeline.prepare.plan import Unit
-from amfm.data_pipeline.prepare.ray_token import START_RAY, choose_token, must_answer
 from amfm.data_pipeline.prepare.unit import UnitFailure, UnitReport, run_unit
 from amfm.data_pipeline.store.part_writer import import_zarr
 from amfm.data_pipeline.terminal import Report, silent
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
+
+ANSWER_SECONDS = 10  # in which the head of a cluster takes a connection
+ASK_SECONDS = 120  # for a process that imports Ray, on a busy machine
+START_RAY = "start one with `ray start --head`, name the address that it prints, or leave --address out"
+
+
+def choose_token(address: str | None = None) -> None:
+    """Set Ray's token for the cluster at an address, or for a new one on this machine. Call it before Ray is imported.
+
+    A new cluster admits only this process and its children. A cluster that `ray start --head` made asks for the token in
+    its user's file, which programs that join send only in the mode `token`; where a cluster asks for none, the workers of a
+    program in that mode never start. Ray reads the variables once, at its import: a program that imported it before, or
+    set RAY_AUTH_MODE, has chosen. Raises ValueError for an address at which nothing listens.
+    """
+    if "ray" in sys.modules or "RAY_AUTH_MODE" in os.environ:
+        return
+    if address is None:
+        os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
+        return
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    file = Path(named) if named else Path.home() / ".ray" / "auth_token"
+    if ("RAY_AUTH_TOKEN" in os.environ or file.is_file()) and not _is_open(address):
+        os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def must_answer(address: str) -> None:
+    """Raise ValueError if nothing listens at HOST:PORT; other forms of an address (auto, ray://) are Ray's to judge."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not port.isdigit() or not host:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
+    except OSError as error:
+        raise ValueError(
+            f"--address {address}: no Ray cluster answers there ({error.strerror or error}); {START_RAY}"
+        ) from error
+
+
+def _is_open(address: str) -> bool:
+    """Whether the cluster at an address answers a program without a token; a separate process asks it."""
+    must_answer(address)
+    question = [sys.executable, "-P", "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        answer = subprocess.run(
+            question,
+            check=False,
+            env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=ASK_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return answer.returncode == 0
+
 
 START_SECONDS = 900  # most of them for one process that lives: a core that serves thirty others gives it half a minute
 LOOK_SECONDS = 0.5

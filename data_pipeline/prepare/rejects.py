@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from amfm.data_pipeline.durable.files import replacing
-from amfm.data_pipeline.durable.lines import read_lines
+from amfm.data_pipeline.durable.json_files import read_lines
 from amfm.data_pipeline.prepare.plan import Unit
 from amfm.data_pipeline.prepare.records import DAMAGED, Reject
 from amfm.data_pipeline.prepare.segments import Segment

@@ -2,7 +2,7 @@
 
 1. Mixture (`mixture.py`): the number gives the source it is drawn from, and how many draws of that source came before.
 2. Shuffle (`permutation.py`): that draw, within its epoch, is permuted by a keyed bijection to a place in the source.
-3. Window or bin (`packing.py`, `bins.py`): the place is a run of the joined documents, or documents fitted into a row.
+3. Window or bin (`packing.py`): the place is a run of the joined documents, or documents fitted into a row.
 4. Read (`store/`): its chunks are read and verified, and the row is cut into documents; `loader/` stacks rows to batches.
    Where only some tokens are learned the row brings its labels (`packing.py`); where a source asks for it, middles are
    moved to the end (`fim.py`).
@@ -23,9 +23,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from amfm.data_pipeline.samples.bins import BinIndex
 from amfm.data_pipeline.samples.mixture import EpochSpan, Mixture, PhaseSettings, Shift, phases_of
-from amfm.data_pipeline.samples.packing import Row, count_windows, is_counted, label_counted, starts_in_window
+from amfm.data_pipeline.samples.packing import BinIndex, Row, count_windows, is_counted, label_counted, starts_in_window
 from amfm.data_pipeline.samples.permutation import (
     BLOCK_WINDOWS,
     BLOCKS_PER_SHUFFLE,

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Any
 
-from amfm.data_pipeline.store.remote_files import RangeStream
+from amfm.data_pipeline.store.object_store import RangeStream
 
 SCHEMES = ("https", "http")
 STREAM_BYTES = 4 * 2**20  # the least that one request of a file brings

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from amfm.data_pipeline.durable.files import digest_files, write_file_atomically
-from amfm.data_pipeline.durable.foreign_files import MAX_JSON_BYTES
+from amfm.data_pipeline.durable.json_files import MAX_JSON_BYTES
 from amfm.data_pipeline.store.shards import Compression, DamagedError
 
 FORMAT_VERSION = 3

@@ -1,20 +1,58 @@
 """Folders at a URL (s3://, gs://, az://): listing, reading and writing of objects, with errors that say what to do.
 
 Credentials, region and endpoint come from where the provider's own tools take them (AWS_ENDPOINT_URL and the like).
+
+Files behind a URL share the error, and a stream of ranges.
 """
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from amfm.data_pipeline.durable.files import named
-from amfm.data_pipeline.store.remote_files import NoCredentialsError, RangeStream
+
+
+class NoCredentialsError(RuntimeError):
+    """This machine has no credentials for an object store: for its user to set where a command starts."""
+
+
+class RangeStream(io.RawIOBase):
+    """`num_bytes` bytes behind `read_range(start, stop)`, to be wrapped in a buffer."""
+
+    def __init__(self, num_bytes: int, read_range: Callable[[int, int], bytes]) -> None:
+        super().__init__()
+        self._num_bytes, self._read_range, self._offset = num_bytes, read_range, 0
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` with the next bytes; returns how many, 0 at the end."""
+        stop = min(self._num_bytes, self._offset + len(buffer))
+        if stop <= self._offset:
+            return 0
+        content = self._read_range(self._offset, stop)
+        buffer[: len(content)] = content
+        self._offset += len(content)
+        return len(content)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a place; nothing is asked for before the next read."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._offset, io.SEEK_END: self._num_bytes}[whence]
+        self._offset = base + offset
+        return self._offset
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
 
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 METADATA_REQUEST = "/latest/api/token"  # what a machine in AWS asks first for the credentials of its role

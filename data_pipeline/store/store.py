@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from amfm.data_pipeline.durable.files import digest_files, digest_folder
-from amfm.data_pipeline.durable.foreign_files import inside, parse_object, read_bounded, understood
+from amfm.data_pipeline.durable.json_files import inside, parse_object, read_bounded, understood
 from amfm.data_pipeline.memory import no_garbage_collection
 from amfm.data_pipeline.store.manifest import (
     DOCUMENT_CHUNK,

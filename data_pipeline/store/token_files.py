@@ -22,7 +22,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from amfm.data_pipeline.durable.foreign_files import MAX_JSON_BYTES
+from amfm.data_pipeline.durable.json_files import MAX_JSON_BYTES
 
 FLAT_KINDS = ("dolma", "datatrove", "nanogpt", "litdata")
 Open = Callable[[str], IO[bytes]]

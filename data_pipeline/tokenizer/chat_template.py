@@ -22,7 +22,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from amfm.data_pipeline.durable.foreign_files import read_bounded, read_object
+from amfm.data_pipeline.durable.json_files import read_bounded, read_object
 
 MAX_TEMPLATE_BYTES = 1 << 20
 # By what a template calls: filters and operators raise what Python's own do. Jinja makes Python of it, which may have too many loops in

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from amfm.data_pipeline.durable.foreign_files import read_object
+from amfm.data_pipeline.durable.json_files import read_object
 
 if TYPE_CHECKING:
     import tokenizers

@@ -21,7 +21,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from amfm.data_pipeline.durable.lines import read_lines
+from amfm.data_pipeline.durable.json_files import read_lines
 from amfm.model.config.low_precision import LowPrecisionConfig, RecipeName
 from amfm.model.low_precision import attach_recipes
 from amfm.pretrain.checks.check_run import check_run

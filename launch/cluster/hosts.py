@@ -28,10 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from amfm.launch.cluster.child import ending_with_us
-from amfm.launch.cluster.excluded_nodes import ExcludedNodes
 from amfm.launch.cluster.lines import check_host, remote_command, shell_line, with_variables
 from amfm.launch.cluster.links import find_port
-from amfm.launch.cluster.node_check import MARK, blame, make_request
+from amfm.launch.cluster.node_check import MARK, ExcludedNodes, blame, make_request
 from amfm.launch.cluster.node_logs import find_message, is_telling
 from amfm.launch.cluster.supervise import Attempt, Outcome, forward_to_ranks
 from amfm.launch.console import say

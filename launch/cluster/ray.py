@@ -30,9 +30,8 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from amfm.data_pipeline.prepare.ray_actors import start_ray
-from amfm.launch.cluster.excluded_nodes import ExcludedNodes
 from amfm.launch.cluster.links import find_port
-from amfm.launch.cluster.node_check import blame, make_request, read_answers
+from amfm.launch.cluster.node_check import ExcludedNodes, blame, make_request, read_answers
 from amfm.launch.cluster.node_logs import Follower, copy_labelled, last_words, node_log
 from amfm.launch.cluster.supervise import Attempt, Outcome, forward_to_ranks
 from amfm.launch.console import say

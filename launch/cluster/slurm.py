@@ -25,7 +25,6 @@ from pathlib import Path
 
 from amfm.launch.cluster.child import ending_with_us
 from amfm.launch.cluster.controller import AWAY, BatchHostWatch, address_of, ask
-from amfm.launch.cluster.excluded_nodes import ExcludedNodes
 from amfm.launch.cluster.lines import (
     check_variables,
     plain,
@@ -35,7 +34,7 @@ from amfm.launch.cluster.lines import (
     with_variables,
 )
 from amfm.launch.cluster.links import candidates
-from amfm.launch.cluster.node_check import blame, make_request, read_answers
+from amfm.launch.cluster.node_check import ExcludedNodes, blame, make_request, read_answers
 from amfm.launch.cluster.node_logs import NO_STEP, SIGNALLED, Follower, SrunOutput, first_message, node_log
 from amfm.launch.cluster.storage import list_inputs
 from amfm.launch.cluster.supervise import Attempt, Outcome, forward_to_ranks

@@ -185,7 +185,7 @@ def run_attempts(
     config: RunConfig, work: Work, cluster: RemoteHosts | Allocation | RayCluster, nodes: int, ranks: int
 ) -> int:
     """Run once if there is no checkpoint to resume (the doctor), else under supervision; returns the exit code."""
-    from amfm.launch.cluster.one_launcher import launching
+    from amfm.launch.cluster.launcher import launching
     from amfm.launch.cluster.supervise import start_once, supervise
 
     if work.max_restarts is None:
@@ -296,7 +296,7 @@ def launch_slurm(
 
     script_arguments: the command line that the script runs; name: of its file in the run directory.
     """
-    from amfm.launch.cluster.requeue import queue_rest
+    from amfm.launch.cluster.launcher import queue_rest
     from amfm.launch.cluster.slurm import Allocation, is_inside_allocation, submit, write_script
     from amfm.pretrain.monitor.signals import note_signals
 
@@ -329,7 +329,7 @@ def launch_ray(
             f"{{'{'GPU' if gpus else 'CPU'}': {ranks}}} on {nodes} nodes (STRICT_SPREAD), one actor a rank, each runs:"
         )
         return show_commands([with_variables(environment, rank_command(work.arguments))], what)
-    from amfm.data_pipeline.prepare.ray_token import choose_token
+    from amfm.data_pipeline.prepare.ray_actors import choose_token
 
     choose_token(address)
     from amfm.launch.cluster.ray import RayCluster

@@ -48,7 +48,7 @@ def serve(
     folder has a chat template.
     """
     with loading("serve"):
-        from amfm.launch.serve.served_model import load_model
+        from amfm.launch.serve.completions import load_model
         from amfm.launch.serve.server import ModelServer
 
     # The port first: it is known at once whether it is free, and loading takes time.

@@ -1,4 +1,4 @@
-"""What CUDA graphs of blocks (pretrain/cuda_graphs/) cost and save: memory at addresses that stay, and launches."""
+"""What CUDA graphs of blocks (pretrain/hooks/cuda_graphs.py) cost and save: memory at addresses that stay, and launches."""
 
 from __future__ import annotations
 

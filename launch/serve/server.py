@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from amfm.launch.http_server import HttpHandler, HttpServer
-from amfm.launch.serve.completions import Kind, RefusedError, begin_answer, parse_request
-from amfm.launch.serve.served_model import ServedModel
+from amfm.launch.serve.completions import Kind, RefusedError, ServedModel, begin_answer, parse_request
 
 MAX_BODY_BYTES = 4 << 20
 MAX_BODY_DIGITS = 10

@@ -33,8 +33,7 @@ from amfm.kernels.rope.op import qk_norm_rope
 from amfm.model.config.window_linear import WindowLinearOptions
 from amfm.model.mixers.attention import attend, llama3_numbers
 from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
-from amfm.model.mixers.older_tokens import Past, Rows, SharedReads, delay_rows
-from amfm.model.mixers.recurrence import ScanRows, ScanSettings, add_initial_state
+from amfm.model.mixers.recurrence import Past, Rows, ScanRows, ScanSettings, SharedReads, add_initial_state, delay_rows
 from amfm.model.mixers.shared_layers import HeadNorm, gate_heads, gate_projection
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.context import receive_states, receive_windows

@@ -54,8 +54,8 @@ from amfm.model.parallel.regions import (
 from amfm.model.parallel.shards import Shard, ShardSpec, divide, own_shapes
 
 if TYPE_CHECKING:
+    from amfm.model.moe.balance import RequiredBiases
     from amfm.model.moe.package_router import PackageRouter
-    from amfm.model.moe.quantile import RequiredBiases
 
 # Bias of an expert that is pruned: no score reaches the others, and no update moves it within float32.
 PRUNED_BIAS = -1e9
@@ -92,7 +92,7 @@ class MoeMixer(Mixer):
 
             self.package_router = PackageRouter(spec, moe)
         if moe.bias_rule == "quantile":
-            from amfm.model.moe.quantile import RequiredBiases
+            from amfm.model.moe.balance import RequiredBiases
 
             self.required = RequiredBiases(moe.num_experts, moe.top_k, groups)
         width = moe.latent_size or build.hidden_size

@@ -31,11 +31,10 @@ from amfm.data_pipeline.terminal import Report, silent
 from amfm.pretrain.checkpoint.commit import RankFailure, examine_latest
 from amfm.pretrain.checkpoint.compatibility import check_resumable, describe_raised_rate, understand_config
 from amfm.pretrain.checkpoint.engine_layout import EngineLayout
-from amfm.pretrain.checkpoint.files import file_names_by_rank, find_foreign_files, verify_file
+from amfm.pretrain.checkpoint.files import file_names_by_rank, find_foreign_files, restore_random_state, verify_file
 from amfm.pretrain.checkpoint.fragments import create_state, refresh_working_weights, restore_group_settings
 from amfm.pretrain.checkpoint.manifest_file import StorageError, read_manifest
 from amfm.pretrain.checkpoint.names import list_checkpoints
-from amfm.pretrain.checkpoint.random_state import restore_random_state
 from amfm.pretrain.checkpoint.reader import RangeReader, kinds_of
 from amfm.pretrain.checkpoint.save import ENGINE_COUNTERS, ranks_of
 from amfm.pretrain.config.schema import RunConfig

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from amfm.data_pipeline.durable.foreign_files import inside, parse_object, read_bounded, take, understood
+from amfm.data_pipeline.durable.json_files import inside, parse_object, read_bounded, take, understood
 
 FORMAT = "amfm-checkpoint"
 FORMAT_VERSION = 2

@@ -44,13 +44,19 @@ from amfm.pretrain.checkpoint.commit import (
 )
 from amfm.pretrain.checkpoint.compatibility import digest_config
 from amfm.pretrain.checkpoint.engine_layout import EngineLayout, WriterAssignment, assign_writers
-from amfm.pretrain.checkpoint.files import FileEntry, make_place, measure_tensors, sync_folders, write_tensors
+from amfm.pretrain.checkpoint.files import (
+    FileEntry,
+    collect_random_state,
+    make_place,
+    measure_tensors,
+    sync_folders,
+    write_tensors,
+)
 from amfm.pretrain.checkpoint.fragments import collect_fragments, collect_group_settings
 from amfm.pretrain.checkpoint.manifest import JoinedReports, RankReport, complete_manifest, describe_tensor
 from amfm.pretrain.checkpoint.manifest_file import EVERY, rank_file_name
 from amfm.pretrain.checkpoint.names import checkpoint_name
 from amfm.pretrain.checkpoint.placement import list_axes
-from amfm.pretrain.checkpoint.random_state import collect_random_state
 from amfm.pretrain.checkpoint.remote import RemoteCheckpoints
 from amfm.pretrain.config.saved import packages_used
 from amfm.pretrain.config.schema import RunConfig

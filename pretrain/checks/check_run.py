@@ -349,7 +349,7 @@ def export_problems(config: RunConfig) -> Iterator[Problem]:
     """Check that the declared export class can hold the model; `auto` finds one when it exports."""
     if config.export.target == "auto":
         return
-    from amfm.model.huggingface.targets import explain_unfit, unfit_tokenizer
+    from amfm.model.huggingface.classes import explain_unfit, unfit_tokenizer
 
     for reason in explain_unfit(config.model, config.export.target):
         yield whole_message(

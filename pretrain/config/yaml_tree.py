@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from amfm.data_pipeline.durable.foreign_files import read_bounded
+from amfm.data_pipeline.durable.json_files import read_bounded
 from amfm.model.config.old_names import use_current_names
 from amfm.pretrain.config.errors import ConfigError, Origin, Problem
 

@@ -19,7 +19,7 @@ import google_crc32c
 import numpy as np
 import torch
 
-from amfm.data_pipeline.durable.foreign_files import read_object, take
+from amfm.data_pipeline.durable.json_files import read_object, take
 from amfm.data_pipeline.loader.loader import PretrainLoader
 from amfm.data_pipeline.samples.mixture import phases_of
 from amfm.model.divergence import Outcomes

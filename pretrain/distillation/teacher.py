@@ -13,7 +13,7 @@ from pathlib import Path
 from blake3 import blake3
 from torch import Tensor
 
-from amfm.data_pipeline.durable.foreign_files import read_object, take
+from amfm.data_pipeline.durable.json_files import read_object, take
 from amfm.model.config.schema import ModelConfig, read_saved_model
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from amfm.data_pipeline.durable.files import replacing, take_lock, write_file_atomically
-from amfm.data_pipeline.durable.foreign_files import read_object, take, understood
+from amfm.data_pipeline.durable.json_files import read_object, take, understood
 from amfm.data_pipeline.loader.loader import PretrainLoader
 from amfm.data_pipeline.terminal import Report, silent
 from amfm.model.divergence import SLICE, Divergence, HeadRows, Outcomes

@@ -39,8 +39,8 @@ from amfm.data_pipeline.store.store import TokenStore
 from amfm.data_pipeline.terminal import Report, silent
 from amfm.data_pipeline.tokenizer.id_vocabulary import IdVocabulary
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
+from amfm.model.huggingface.classes import choose_target, explain_unfit, find_target, left_out_depths, unfit_tokenizer
 from amfm.model.huggingface.hf_class import Target
-from amfm.model.huggingface.targets import choose_target, explain_unfit, find_target, left_out_depths, unfit_tokenizer
 from amfm.model.hybrid import HybridModel
 from amfm.model.mixers.interface import Mixer
 from amfm.model.on_demand import OnDemand, on_demand

@@ -31,9 +31,15 @@ from amfm.data_pipeline.tokenizer.id_vocabulary import IdVocabulary
 from amfm.model.config.kinds import describe_symbol
 from amfm.model.config.schema import ModelConfig
 from amfm.model.flops import count_parameters
-from amfm.model.huggingface.classes import NATIVE_TARGETS, WRITTEN, TokenIds, huggingface_config, weight_map
+from amfm.model.huggingface.classes import (
+    NATIVE_TARGETS,
+    WRITTEN,
+    TokenIds,
+    explain_unfit,
+    huggingface_config,
+    weight_map,
+)
 from amfm.model.huggingface.hf_class import HfTarget, Target
-from amfm.model.huggingface.targets import explain_unfit
 from amfm.model.on_demand import Shape, on_demand
 from amfm.pretrain.export.plugin_files import PLUGIN_FOLDER, export_refusals, is_served, write_plugin
 from amfm.pretrain.export.tokenizer import OUR_DESCRIPTION, write_tokenizer

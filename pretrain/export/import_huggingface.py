@@ -20,16 +20,22 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from amfm.data_pipeline.durable.files import check_free, named
-from amfm.data_pipeline.durable.foreign_files import inside, read_object, take, understood
+from amfm.data_pipeline.durable.json_files import inside, read_object, take, understood
 from amfm.data_pipeline.terminal import Report, silent
 from amfm.data_pipeline.tokenizer.id_vocabulary import IdVocabulary
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer, read_tokenizer_file
 from amfm.model.config.checks import check_model
 from amfm.model.config.schema import ModelConfig, read_saved_model
-from amfm.model.huggingface.classes import BY_NAME, BY_TYPE, TokenIds, huggingface_config, model_config_from_huggingface
+from amfm.model.huggingface.classes import (
+    BY_NAME,
+    BY_TYPE,
+    TokenIds,
+    explain_unfit,
+    huggingface_config,
+    model_config_from_huggingface,
+)
 from amfm.model.huggingface.hf_class import HfTarget, Source, Target
 from amfm.model.huggingface.own import OWN_MODEL_TYPE
-from amfm.model.huggingface.targets import explain_unfit
 from amfm.model.on_demand import OnDemand
 from amfm.model.on_demand import Source as OnDemandSource
 from amfm.pretrain.export.files import begin_export, put_in_place, sync_files

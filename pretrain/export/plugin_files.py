@@ -11,10 +11,10 @@ from pathlib import Path
 
 import amfm.pretrain.export.vllm_plugin
 from amfm.model.config.schema import ModelConfig
+from amfm.model.huggingface.classes import find_target, known_refusals
 from amfm.model.huggingface.hf_class import Target
 from amfm.model.huggingface.own import MODELING_VERSION, own_fields
 from amfm.model.huggingface.refusals import NO_SQUARED_RELU_EXPERTS, Refusal
-from amfm.model.huggingface.targets import find_target, known_refusals
 from amfm.pretrain.export.vllm_plugin.vllm_amfm.served import ATTENDING, attention_sizes, block_names, unserved
 
 PLUGIN_FOLDER = "vllm_plugin"

@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from amfm.data_pipeline.durable.foreign_files import read_bounded, read_object, understood
+from amfm.data_pipeline.durable.json_files import read_bounded, read_object, understood
 from amfm.pretrain.checkpoint.names import CHECKPOINT_NAME
 
 FILE = "released.json"

@@ -32,7 +32,7 @@ from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from amfm.data_pipeline.durable.lines import parse_line
+from amfm.data_pipeline.durable.json_files import parse_line
 
 # In the order in which a step passes them: who is in an earlier one than the others is waited for.
 PHASES = ("start", "compile", "data", "count", "forward", "reduce", "optimizer", "validate", "tasks", "save")

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from amfm.data_pipeline.durable.files import named
-from amfm.data_pipeline.durable.foreign_files import open_regular
-from amfm.data_pipeline.durable.lines import parse_line
+from amfm.data_pipeline.durable.json_files import open_regular, parse_line
 from amfm.pretrain.config.file import load_config
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.monitor.beats import Beat, describe_lost, read_beats

@@ -20,7 +20,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from amfm.data_pipeline.durable.lines import LineFile, read_lines
+from amfm.data_pipeline.durable.json_files import LineFile, read_lines
 from amfm.data_pipeline.terminal import Report
 from amfm.pretrain.launcher_protocol import in_iso, log_time
 

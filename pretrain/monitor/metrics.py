@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from amfm.data_pipeline.durable.files import replacing
-from amfm.data_pipeline.durable.lines import LineFile, read_lines
+from amfm.data_pipeline.durable.json_files import LineFile, read_lines
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.launcher_protocol import describe_event
 from amfm.pretrain.packages import describe_missing, is_installed

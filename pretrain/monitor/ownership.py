@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from amfm.data_pipeline.durable.files import named, take_lock, write_file_atomically
-from amfm.data_pipeline.durable.lines import parse_line
+from amfm.data_pipeline.durable.json_files import parse_line
 from amfm.pretrain.monitor.beats import read_beats
 from amfm.pretrain.monitor.heartbeat import WRITE_SECONDS
 

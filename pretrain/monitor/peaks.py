@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from amfm.data_pipeline.durable.lines import parse_line
+from amfm.data_pipeline.durable.json_files import parse_line
 from amfm.kernels.runtime.user_cache import can_write, user_folder, write_whole
 
 MEASURED_SECONDS = 0.1

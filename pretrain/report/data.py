@@ -19,8 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from amfm.data_pipeline.durable.foreign_files import read_object
-from amfm.data_pipeline.durable.lines import read_lines
+from amfm.data_pipeline.durable.json_files import read_lines, read_object
 from amfm.model.flops import Counts, count_parameters, flops_per_token
 from amfm.pretrain.config.file import load_config
 from amfm.pretrain.config.schema import RunConfig

@@ -155,7 +155,7 @@ def warn_of_model(run: Run) -> None:
         if warning is not None:
             run.tell("low_precision", f"warning: {warning}", text=warning)
     if run.config.export.target == "auto":
-        from amfm.model.huggingface.targets import unfit_for_all
+        from amfm.model.huggingface.classes import unfit_for_all
 
         for reason in unfit_for_all(run.config.model):
             run.say(f"this model trains, and amfm export will reject it: {reason}")

@@ -25,7 +25,7 @@ import numpy
 import torch
 
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
-from amfm.pretrain.checkpoint.random_state import collect_random_state, restore_random_state
+from amfm.pretrain.checkpoint.files import collect_random_state, restore_random_state
 from amfm.pretrain.failures import describe
 from amfm.pretrain.inference.over_ranks import Precision, Work, join_ranks, open_model
 from amfm.pretrain.inference.passes import RowPasses

@@ -7,7 +7,7 @@ import pytest
 from amfm_clients.check import CLIENTS, ClientReport
 
 from amfm.model.config.schema import ModelConfig
-from amfm.model.huggingface.targets import explain_unfit
+from amfm.model.huggingface.classes import explain_unfit
 from benchmarks.clients.bench import ClientBench, choose_models, to_page
 from benchmarks.clients.models import MODELS
 from benchmarks.clients.page import merge, read_page, to_markdown

@@ -27,11 +27,11 @@ from amfm_foreign_states.universal import UniversalFolder
 from yaml import safe_dump
 
 from amfm.data_pipeline.config import FilterConfig, SourceConfig, TokenizerConfig
-from amfm.data_pipeline.durable.foreign_files import read_object
+from amfm.data_pipeline.durable.json_files import read_object
 from amfm.data_pipeline.prepare.dialogues import dialogues_of
 from amfm.data_pipeline.prepare.documents import SegmentReader
 from amfm.data_pipeline.prepare.duplicates import mark_duplicates
-from amfm.data_pipeline.prepare.journal import Journal
+from amfm.data_pipeline.prepare.finished_units import Journal
 from amfm.data_pipeline.prepare.plan import Unit, UnitSettings
 from amfm.data_pipeline.prepare.reading import make_filter
 from amfm.data_pipeline.prepare.rejects import place_of

@@ -1,4 +1,4 @@
-"""kernels/embedding: the gradient that lands in a sum is the table that torch makes."""
+"""Rows of an embedding table: the gradient that lands in a sum is the table that torch makes."""
 
 from __future__ import annotations
 

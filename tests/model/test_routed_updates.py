@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from amfm.model.config.schema import LoraMixerConfig
 from amfm.model.flops import count_parameters
-from amfm.model.huggingface.targets import choose_target
+from amfm.model.huggingface.classes import choose_target
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.parallel.layers import ColumnLinear, RowLinear

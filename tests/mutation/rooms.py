@@ -24,7 +24,7 @@ ROOMS: dict[str, Room] = {
     ),
     "packing": Room(
         ("data_pipeline/samples/packing.py", "model/packing.py"),
-        (f"{SAMPLES}/test_packing.py", "tests/model/test_packing.py", f"{SAMPLES}/test_bins.py"),
+        (f"{SAMPLES}/test_packing.py", "tests/model/test_packing.py"),
         (LOADER, "tests/data_pipeline/test_synthetic.py", "tests/model/test_document_isolation.py"),
     ),
     "store": Room(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amfm.data_pipeline.durable.lines import read_lines
+from amfm.data_pipeline.durable.json_files import read_lines
 from amfm.launch.rank_command import isolated_python, rank_command
 from tests.soak.disk import fault, fault_variables
 from tests.soak.processes import Process, descendants, find_ranks, send, wait_until_gone

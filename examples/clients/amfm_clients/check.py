@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from amfm.data_pipeline.durable.files import sync
-from amfm.data_pipeline.durable.foreign_files import read_object
+from amfm.data_pipeline.durable.json_files import read_object
 from amfm.model.config.schema import ModelConfig, read_saved_model
 from amfm.model.huggingface.refusals import ClientName, Refusal
 from amfm.pretrain.export.tokenizer import MODEL_FILE, OUR_DESCRIPTION

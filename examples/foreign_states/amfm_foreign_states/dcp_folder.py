@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from amfm.data_pipeline.durable.files import named
-from amfm.data_pipeline.durable.foreign_files import inside, parse_object, read_bounded, take, understood
+from amfm.data_pipeline.durable.json_files import inside, parse_object, read_bounded, take, understood
 from amfm.model.on_demand import Shape, Source
 from amfm_foreign_states.torch_file import READ_TYPES, UNREADABLE, Unread, find_numbers, read_numbers
 

@@ -26,7 +26,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from amfm.data_pipeline.durable.foreign_files import read_object, read_word
+from amfm.data_pipeline.durable.json_files import read_object, read_word
 from amfm.model.config.schema import ModelConfig
 from amfm.model.on_demand import OnDemand, Shape, Source
 from amfm.model.shapes import block_shapes

@@ -22,15 +22,14 @@ import torch
 from torch import Tensor
 
 from amfm.data_pipeline.durable.files import check_free
-from amfm.data_pipeline.durable.foreign_files import take
+from amfm.data_pipeline.durable.json_files import take
 from amfm.data_pipeline.terminal import Report, silent
 from amfm.model.on_demand import Shape, Source, cut_rows, source_of
 from amfm.pretrain.checkpoint.commit import commit, make_temporary
-from amfm.pretrain.checkpoint.files import FileEntry
+from amfm.pretrain.checkpoint.files import FileEntry, collect_random_state
 from amfm.pretrain.checkpoint.inspect import find_checkpoint, require_sound
 from amfm.pretrain.checkpoint.manifest import JoinedReports, RankReport, complete_manifest, describe_tensor
 from amfm.pretrain.checkpoint.manifest_file import MAPPINGS, rank_file_name
-from amfm.pretrain.checkpoint.random_state import collect_random_state
 from amfm.pretrain.checkpoint.reader import RangeReader, kinds_of
 from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.config.saved import read_saved_config

@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.api import CheckpointException
 
 from amfm.data_pipeline.durable.files import named
-from amfm.data_pipeline.durable.foreign_files import take
+from amfm.data_pipeline.durable.json_files import take
 from amfm.model.on_demand import BLOCK_NUMEL, OnDemand, Shape, Source, cut_rows
 from amfm.pretrain.engine.moments import moments_of
 from amfm.pretrain.tensor_files import tensor_bytes

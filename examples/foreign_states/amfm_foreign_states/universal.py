@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amfm.data_pipeline.durable.foreign_files import inside, read_object, read_word
+from amfm.data_pipeline.durable.json_files import inside, read_object, read_word
 from amfm.data_pipeline.terminal import Report, silent
 from amfm.model.config.schema import ModelConfig
 from amfm.model.on_demand import OnDemand, Shape, Source, source_of

@@ -19,8 +19,7 @@ from torch.nn import functional
 
 from amfm.kernels.linear.op import linear
 from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
-from amfm.model.mixers.older_tokens import delay_rows
-from amfm.model.mixers.recurrence import DecayRecurrence, ScanRows, ScanSettings, add_initial_state
+from amfm.model.mixers.recurrence import DecayRecurrence, ScanRows, ScanSettings, add_initial_state, delay_rows
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.context import receive_states, receive_windows
 from amfm.model.parallel.layers import ColumnLinear, RowLinear

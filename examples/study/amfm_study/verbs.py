@@ -141,7 +141,7 @@ def room_of(config: RunsConfig) -> Room:
     """What there is for the runs of a study: of this machine, or as many as a cluster is asked for at once."""
     import torch
 
-    from amfm.data_pipeline.prepare.ray_token import choose_token
+    from amfm.data_pipeline.prepare.ray_actors import choose_token
 
     choose_token(config.ray_address if config.on == "ray" else None)  # before Ray is imported
     from amfm_study.run import Room, find_room

@@ -29,9 +29,8 @@ from amfm.model.huggingface.fields import (
     unfit_multipliers,
 )
 from amfm.model.huggingface.hf_class import HfTarget, any_tokenizer, nothing_skipped
-from amfm.model.huggingface.plain.families import Experts, Family
+from amfm.model.huggingface.plain.families import Experts, Family, plain_map
 from amfm.model.huggingface.plain.refusals import RELEASED, none_missing, plain_refusals
-from amfm.model.huggingface.plain.weights import plain_map
 from amfm.model.huggingface.refusals import IGNORED_ARGUMENTS, needs_byte_level
 
 LAYER_TYPES = {"W": "sliding_attention", "*": "full_attention"}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from amfm.data_pipeline.durable.files import take_lock
-from amfm.data_pipeline.durable.lines import LineFile
+from amfm.data_pipeline.durable.json_files import LineFile
 
 
 def test_a_lock_has_one_holder_and_keeps_what_is_in_the_file(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 
 from amfm.data_pipeline.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
-from amfm.data_pipeline.prepare.journal import Journal
+from amfm.data_pipeline.prepare.finished_units import Journal
 from amfm.data_pipeline.prepare.prepare import prepare
 from amfm.data_pipeline.store.store import TokenStore
 from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer

@@ -92,7 +92,7 @@ def test_killed_actors_lose_and_duplicate_nothing(reference, ray_session, tmp_pa
 SLOW_NODE = """
 import sys, time
 from pathlib import Path
-from amfm.data_pipeline.prepare.ray_token import choose_token
+from amfm.data_pipeline.prepare.ray_actors import choose_token
 choose_token()
 from ray._private import services
 from amfm.data_pipeline.prepare.ray_actors import running_ray

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from amfm.data_pipeline.config import DataConfig
-from amfm.data_pipeline.prepare import token_limit
+from amfm.data_pipeline.prepare import finished_units
 from amfm.data_pipeline.prepare.prepare import prepare
 from tests.data_pipeline.prepare.stores import contents, elsewhere
 
@@ -16,7 +16,7 @@ from tests.data_pipeline.prepare.stores import contents, elsewhere
 def test_a_small_corpus_is_written_here_with_the_bytes_of_any_other_way(
     reference: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_actors: int | None
 ) -> None:
-    monkeypatch.setattr(token_limit, "run_on_ray", lambda *_, **__: pytest.fail("Ray was asked"))
+    monkeypatch.setattr(finished_units, "run_on_ray", lambda *_, **__: pytest.fail("Ray was asked"))
     config, seen = elsewhere(reference, tmp_path, num_actors=num_actors), []
     report = prepare(config, progress=seen.append)
     assert report.units_written == seen[-1].units_done > 6
@@ -42,7 +42,7 @@ def test_ray_writes_where_several_actors_a_cluster_or_much_text_is_given(
     def ask(*_: object, address: str | None, **__: object) -> None:
         raise AskedError(address)
 
-    monkeypatch.setattr(token_limit, "run_on_ray", ask)
-    monkeypatch.setattr(token_limit, "SMALL_BYTES", small_bytes)
+    monkeypatch.setattr(finished_units, "run_on_ray", ask)
+    monkeypatch.setattr(finished_units, "SMALL_BYTES", small_bytes)
     with pytest.raises(AskedError, match=str(address)):
         prepare(elsewhere(reference, tmp_path, num_actors=num_actors), address=address)

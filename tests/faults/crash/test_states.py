@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from amfm.data_pipeline.config import DataConfig
-from amfm.data_pipeline.durable.lines import read_lines
+from amfm.data_pipeline.durable.json_files import read_lines
 from amfm.data_pipeline.prepare.prepare import prepare
 from amfm.data_pipeline.store.node_cache import BlockCache, CacheSettings
 from amfm.data_pipeline.store.store import TokenStore

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from amfm.launch.cluster import node_check
-from amfm.launch.cluster.excluded_nodes import ExcludedNodes
 from amfm.launch.cluster.links import LINK_SECONDS, blame_links, candidates, listen
 from amfm.launch.cluster.node_check import (
+    ExcludedNodes,
     blame,
     check_code,
     check_links,

@@ -23,7 +23,7 @@ from amfm.launch.plan.plan import make_plan
 from amfm.model.config.checks import check_model
 from amfm.model.config.schema import ModelConfig
 from amfm.model.flops import count_parameters, flops_per_token
-from amfm.model.huggingface.targets import choose_target
+from amfm.model.huggingface.classes import choose_target
 from amfm.pretrain.checks.load import load_checked
 from amfm.pretrain.config.file import load_config
 from tests.terminal import CTRL_C, Terminal

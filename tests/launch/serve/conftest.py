@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from amfm.data_pipeline.config import DataConfig
-from amfm.launch.serve.served_model import load_model
+from amfm.launch.serve.completions import load_model
 from amfm.launch.serve.server import ModelServer
 from amfm.pretrain.export.export import export_checkpoint
 from tests.pretrain.conftest import data

@@ -7,7 +7,7 @@ from amfm.model.config.core_options import AttentionConfig, FeedForwardConfig
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.mup import WidthScales, logits_multiplier, width_scales, without_mup
 from amfm.model.config.schema import ModelConfig, MupConfig
-from amfm.model.huggingface.targets import choose_target, explain_unfit
+from amfm.model.huggingface.classes import choose_target, explain_unfit
 
 
 def config(pattern: str = "*E-", **changes: object) -> ModelConfig:

@@ -6,10 +6,15 @@ import pytest
 import torch
 
 from amfm.model.config.schema import ModelConfig, MtpConfig
-from amfm.model.huggingface.classes import TokenIds, huggingface_config, model_config_from_huggingface, weight_map
+from amfm.model.huggingface.classes import (
+    TokenIds,
+    huggingface_config,
+    left_out_depths,
+    model_config_from_huggingface,
+    weight_map,
+)
 from amfm.model.huggingface.depths import count_depths
 from amfm.model.huggingface.hf_class import Target
-from amfm.model.huggingface.targets import left_out_depths
 from amfm.model.packing import PackMeta
 from amfm.model.shapes import weight_shapes
 from tests.model.huggingface.cases import (

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from amfm.model.config.schema import ModelConfig
-from amfm.model.huggingface.classes import TokenIds, huggingface_config, weight_map
-from amfm.model.huggingface.targets import choose_target, explain_unfit
+from amfm.model.huggingface.classes import TokenIds, choose_target, explain_unfit, huggingface_config, weight_map
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
 from tests.model.huggingface.cases import NEMOTRON_H, TARGETED, VOCABULARY, build_ours

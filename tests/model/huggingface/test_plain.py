@@ -12,11 +12,11 @@ from amfm.model.huggingface.classes import (
     BY_TYPE,
     NATIVE_TARGETS,
     TokenIds,
+    explain_unfit,
     huggingface_config,
     model_config_from_huggingface,
 )
 from amfm.model.huggingface.plain.families import FAMILIES
-from amfm.model.huggingface.targets import explain_unfit
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
 from tests.model.huggingface.differences import PAGE, find_differences, relative_difference

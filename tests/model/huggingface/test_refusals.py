@@ -6,8 +6,8 @@ import pytest
 
 from amfm.model.config.core_options import AttentionConfig, Mamba2Config
 from amfm.model.config.schema import ModelConfig
+from amfm.model.huggingface.classes import known_refusals
 from amfm.model.huggingface.hf_class import Target
-from amfm.model.huggingface.targets import known_refusals
 from tests.model.huggingface.cases import (
     YARN,
     deepseek_v3_config,

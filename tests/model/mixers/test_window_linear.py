@@ -14,7 +14,7 @@ from amfm.model.config.core_options import AttentionConfig
 from amfm.model.config.rope import Llama3Stretch, RopeConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
-from amfm.model.mixers.older_tokens import window_sum
+from amfm.model.mixers.recurrence import window_sum
 from amfm.model.mixers.window_linear import WindowLinearMixer
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from amfm.model.config.moe import MoeConfig
+from amfm.model.moe.balance import NUM_BINS, RequiredBiases
 from amfm.model.moe.block import PRUNED_BIAS
-from amfm.model.moe.quantile import NUM_BINS, RequiredBiases
 from amfm.model.packing import PackMeta, Padding
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.pretrain.config.schema import ParallelConfig

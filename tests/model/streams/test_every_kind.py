@@ -13,8 +13,8 @@ from amfm.model.config.checks import check_model
 from amfm.model.config.schema import ModelConfig
 from amfm.model.config.streams import STREAMS
 from amfm.model.flops import count_parameters
+from amfm.model.huggingface.classes import explain_unfit
 from amfm.model.huggingface.own import own_fields
-from amfm.model.huggingface.targets import explain_unfit
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.shapes import weight_shapes

@@ -15,7 +15,7 @@ from tests.pretrain.tiny_run import tiny_config, tiny_data
 
 
 def test_ours_are_known_without_any_package_and_labels_name_their_moments() -> None:
-    assert set(optimizers.OURS) == {"adamw", "muon"} and not optimizers.optimizer_specs()
+    assert set(optimizers.OWN_OPTIMIZERS) == {"adamw", "muon"} and not optimizers.optimizer_specs()
     assert moments_of("one_decay") == moments_of("muon") == ("momentum",)
     assert moments_of("decay") == moments_of("no_decay") == ("exp_avg", "exp_avg_sq")
 

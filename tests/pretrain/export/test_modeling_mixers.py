@@ -12,8 +12,14 @@ from torch import Tensor
 from amfm.data_pipeline.config import DataConfig
 from amfm.model.config import kinds as registry
 from amfm.model.config.schema import ModelConfig
-from amfm.model.huggingface.classes import TokenIds, huggingface_config, model_config_from_huggingface, weight_map
-from amfm.model.huggingface.targets import choose_target, explain_unfit
+from amfm.model.huggingface.classes import (
+    TokenIds,
+    choose_target,
+    explain_unfit,
+    huggingface_config,
+    model_config_from_huggingface,
+    weight_map,
+)
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
 from amfm.model.shapes import weight_shapes

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from amfm.data_pipeline.config import DataConfig
-from amfm.launch.serve.served_model import load_model
+from amfm.launch.serve.completions import load_model
 from amfm.pretrain.export.export import ExportReport, export_checkpoint
 from amfm.pretrain.export.import_huggingface import ImportReport, import_huggingface
 from amfm.pretrain.train import train

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from amfm.data_pipeline.config import SourceConfig
-from amfm.data_pipeline.durable.foreign_files import parse_object, read_bounded
+from amfm.data_pipeline.durable.json_files import parse_object, read_bounded
 from amfm.data_pipeline.prepare.sources import list_files
 from amfm_foreign_states.megatron_arguments.training_settings import read_sources
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from amfm.data_pipeline.durable.foreign_files import read_bounded, understood
+from amfm.data_pipeline.durable.json_files import read_bounded, understood
 from amfm_foreign_states.megatron_arguments.table import Arguments, resolve
 
 MAX_BYTES = 1 << 24

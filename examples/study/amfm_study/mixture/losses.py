@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from amfm.data_pipeline.durable.files import write_file_atomically
-from amfm.data_pipeline.durable.foreign_files import read_object
+from amfm.data_pipeline.durable.json_files import read_object
 from amfm.pretrain.inference.evaluate import evaluate_checkpoint
 from amfm_study.grid import Cell
 from amfm_study.mixture.cells import Search

@@ -1,4 +1,10 @@
-"""One launcher for a run: a second one would hold its nodes for as long as the first trains, and take that one's progress for its own."""
+"""The launcher of a run: there is one, and whether its job of Slurm is queued again when it ends.
+
+A second launcher would hold its nodes for as long as the first trains, and take that one's progress for its own.
+
+A job is queued again where a signal stopped the run, and steps are left. By the newest checkpoint and by the events that came while this launcher ran, and not by the log of metrics, which others may
+rotate. A run that was told to stop at a step (`train.stop_after_steps`) has ended.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +18,16 @@ from pathlib import Path
 from typing import IO
 
 from amfm.data_pipeline.durable.files import take_lock, write_file_atomically
+from amfm.launch.cluster.controller import ask, describe, name_job
+from amfm.launch.cluster.slurm import Allocation
 from amfm.launch.cluster.storage import StorageWait
 from amfm.launch.console import say
 from amfm.launch.follow_run import following
 from amfm.pretrain.checkpoint.names import newest_saved_step
 from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.launcher_protocol import DONE, last_word
 from amfm.pretrain.monitor.held import holding
+from amfm.pretrain.stages import resolve_stages
 
 LEAVING_SECONDS = 120.0  # for ranks of the launcher before, and locks of a host that is gone
 POLL_SECONDS = 1.0
@@ -82,3 +92,29 @@ def describe_launcher(folder: Path) -> str:
         return f"process {facts['process']} on {facts['host']}{job}"
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return "which has not written who it is"
+
+
+def queue_rest(config: RunConfig, allocation: Allocation, code: int) -> int:
+    """Queue the job again where a signal, or Slurm, stopped a run that has steps left; returns the launcher's exit code.
+
+    code: of the attempts. Raises RuntimeError when Slurm rejects.
+    """
+    is_ending, word = allocation.is_ending(), last_word(Path(config.run.dir), allocation.num_events)
+    is_finished = newest_saved_step(config.run.dir) >= resolve_stages(config)[-1].last_step
+    # Ranks that the time limit's signal ended badly (while they loaded, or in a collective) continue in the next job too.
+    is_stopped = is_ending or allocation.was_signalled or allocation.is_lost() or (code == DONE and word == "signal")
+    if not config.launch.slurm.requeue or word == "end" or is_finished or not is_stopped:
+        return code
+    reason = "the job's time" if is_ending else "a signal"
+    if allocation.is_lost():
+        reason = "Slurm, which starts no more steps in this job,"
+    fields = describe("job", name_job())
+    if fields.get("BatchFlag") == "0":
+        say(
+            f"amfm launch: {reason} ended the run before its last step; the same command continues it in another allocation"
+        )
+        return code
+    if fields.get("JobState") == "RUNNING":  # else Slurm has cancelled the job, or queued it itself
+        say(f"amfm launch: {reason} ended the run before its last step; the job is queued again")
+        ask("scontrol", "requeue", name_job())
+    return code

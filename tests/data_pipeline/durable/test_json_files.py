@@ -1,4 +1,4 @@
-"""What others wrote leads nowhere else, is looked at before it is read, and gives one message."""
+"""What others wrote leads nowhere else, is looked at before it is read, and gives one message; JSON lines survive cuts at any byte."""
 
 from __future__ import annotations
 
@@ -7,8 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from amfm.data_pipeline.durable.foreign_files import inside, read_bounded, read_object, read_word, take, understood
-from amfm.data_pipeline.durable.lines import read_lines
+from amfm.data_pipeline.durable.json_files import (
+    LineFile,
+    inside,
+    read_bounded,
+    read_lines,
+    read_object,
+    read_word,
+    take,
+    understood,
+)
 
 
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "", ".", "a\0b", None, 3, ["x"]])
@@ -72,3 +80,46 @@ def test_a_file_of_one_word_is_one_word(tmp_path: Path) -> None:
 def test_what_the_storage_refuses_while_it_is_read_has_its_path() -> None:
     with pytest.raises(OSError, match="/proc/self/mem"):  # whose first page is never there
         read_bounded(Path("/proc/self/mem"))
+
+
+RECORDS = [{"step": 1, "loss": 2.5}, {"step": 2, "text": "é\n"}, {"step": 3}]
+
+
+def test_cut_at_every_byte_whole_lines_stay_and_the_next_one_is_apart(tmp_path: Path) -> None:
+    path = tmp_path / "whole"
+    file = LineFile(path)
+    for record in RECORDS:
+        file.write(record)
+    file.close()
+    content = path.read_bytes()
+    ends = [index + 1 for index, byte in enumerate(content) if byte == ord("\n")]
+    for size in range(len(content) + 1):
+        cut = tmp_path / "cut"
+        cut.write_bytes(content[:size])
+        file = LineFile(cut)
+        file.write({"step": 9})
+        file.sync()
+        file.close()
+        # A line that lacks only its newline is whole.
+        kept = sum(end <= size + 1 for end in ends) if size else 0
+        assert [record for _, record in read_lines(cut)] == [*RECORDS[:kept], {"step": 9}], size
+
+
+def test_what_is_no_object_is_none_and_keeps_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "odd.jsonl"
+    path.write_bytes(b'null\n[]\n\n{"step": 1}\n' + b"[" * 100_000 + b"\n\xff\xfe\n")
+    assert list(read_lines(path)) == [(1, None), (2, None), (4, {"step": 1}), (5, None), (6, None)]
+
+
+def test_a_file_that_was_renamed_or_removed_is_begun_at_its_path_at_the_next_sync(tmp_path: Path) -> None:
+    path, rotated = tmp_path / "log", tmp_path / "log.1"
+    file = LineFile(path)
+    for number, take_away in enumerate((lambda: path.rename(rotated), path.unlink)):
+        file.write({"step": 2 * number})
+        take_away()
+        file.write({"step": 2 * number + 1})
+        file.sync()
+    file.write({"step": 4})
+    file.close()
+    assert [record for _, record in read_lines(rotated)] == [{"step": 0}, {"step": 1}]
+    assert [record for _, record in read_lines(path)] == [{"step": 4}]
