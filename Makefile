@@ -67,7 +67,8 @@ $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 	rm -rf $(UNPACKED)
 	touch $(VENV)/.installed $@
 
-# Once per environment and by one process: what each worker, and the process that they fork from, would compile at the same time.
+# For CI, next to the checks, which leave a core free. Others need it not: workers are forked from a process that has collected the
+# tests, and so compiled what they import.
 $(VENV)/.compiled: $(VENV)/.installed-dev
 	@echo "compiling what the tests import, once: about a minute"
 	@mkdir -p build
@@ -76,7 +77,7 @@ $(VENV)/.compiled: $(VENV)/.installed-dev
 	touch $@
 
 # Whole files, longest first; processor seconds are printed, and fail CI where they grew. RECORD=1 records them instead.
-test: $(VENV)/.compiled
+test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --junitxml=build/test.xml \
 		--processor-seconds $(if $(RECORD),record,compare)
 
