@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from amfm.model.config.schema import ModelConfig
 from amfm.model.config.structure import Activation, matrices_of
@@ -31,6 +32,20 @@ class Handed:
     tokens: int
 
 
+class Product(NamedTuple):
+    """A product of activations with a weight, [rows per token of a micro-batch, in] x [in, out]; `groups` matrices share the rows.
+
+    `is_wide`: of factors of few bits a result in float32.
+    """
+
+    weight: str
+    rows: float
+    inputs: int
+    outputs: int
+    groups: int = 1
+    is_wide: bool = False
+
+
 @dataclass(frozen=True)
 class BlockBytes:
     """Activation bytes per token of one block: `kept` from forward to backward, `working` in addition at backward's
@@ -38,8 +53,9 @@ class BlockBytes:
 
     `left`: what remains of a pass that puts off the gradients of weights, of which they will be made. `launches`: operations
     that the host starts, forward and backward, whatever the tokens. `is_graphable`: whether CUDA graphs can replay them.
-    `between`: bytes that PyTorch's operations between kernels move, forward and backward; `kernels`: those of the tensors that
-    our kernels are given. `handed`: to collectives, forward and backward together.
+    Per token, forward and backward: bytes that PyTorch's operations move `between` kernels, those of the tensors that our `kernels`
+    without products are given, those of attention and scans (`mixed`), and FLOPs of `scans`. `products`: with weights, of the forward
+    pass. `handed`: to collectives, forward and backward together.
     """
 
     kept: float
@@ -49,6 +65,9 @@ class BlockBytes:
     is_graphable: bool = False
     between: tuple[float, float] = (0.0, 0.0)
     kernels: tuple[float, float] = (0.0, 0.0)
+    mixed: tuple[float, float] = (0.0, 0.0)
+    scans: tuple[float, float] = (0.0, 0.0)
+    products: tuple[Product, ...] = ()
     handed: tuple[Handed, ...] = ()
 
 

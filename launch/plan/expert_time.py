@@ -15,14 +15,14 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
-from amfm.launch.plan.activations import Storage, up_rows
-from amfm.launch.plan.blocks.expert_traffic import expert_traffic
-from amfm.launch.plan.blocks.moe import add_experts
+from amfm.launch.plan.activations import Storage
+from amfm.launch.plan.blocks.block import block_cost
+from amfm.launch.plan.blocks.expert_traffic import add_experts, expert_traffic
 from amfm.launch.plan.exchanges.seconds import exchange_seconds
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout, StageShare, count_routed
-from amfm.launch.plan.low_precision import kept_passes, planned_recipes
-from amfm.launch.plan.roofline import Roofline, add_part
+from amfm.launch.plan.low_precision import OPERAND_BYTES, kept_passes, planned_recipes
+from amfm.launch.plan.roofline import Roofline
 from amfm.model.config.schema import ModelConfig
 from amfm.pretrain.config.schema import RunConfig
 
@@ -189,7 +189,7 @@ def seconds_of_two_batches(stops: Sequence[Stop], after: float) -> float:
     return now - 2 * (sum(stop.before + stop.first + stop.experts + stop.last for stop in stops) + after)
 
 
-def routed_letter(model: ModelConfig, letters: tuple[str, ...]) -> str | None:
+def routed_letter(model: ModelConfig, letters: Sequence[str]) -> str | None:
     """The symbol among these whose blocks have a router; None if none has."""
     return next((symbol for symbol in letters if model.block_options(symbol).routed_experts()), None)
 
@@ -202,9 +202,9 @@ def computed_around(
     imbalance: float,
     narrow_letter: str | None = None,
 ) -> tuple[float, float, float]:
-    """Forward seconds of what a block computes while rows are sent out, while they are sent back, and of its experts between.
+    """Forward seconds of products while rows are sent out, while they are sent back, and of its experts between.
 
-    Both parts of a shared expert of two factors a matrix are taken to be equal. `narrow_letter`: of a block with a recipe.
+    `narrow_letter`: of a block with a recipe.
     """
     model, tokens = config.model, layout.tokens(config)
     moe = model.moe
@@ -212,23 +212,25 @@ def computed_around(
     recipes = {} if narrow_letter is None else planned_recipes(config.low_precision, narrow_letter)
     wide_gradient = config.low_precision.weight_gradient == "bf16"
     passes = kept_passes(config.low_precision, layout.micro_batches(config))
-    up, down, experts, whole = (
+    up, down, experts = (
         Roofline(
             hardware, config.train.precision, storage.element_bytes,
             recipes=recipes, wide_gradient=wide_gradient, kept_passes=passes,
-            saves_codes=config.low_precision.activation_storage == "fp8",
         )
-        for _ in range(4)
+        for _ in range(3)
     )  # fmt: skip
-    (shared,) = moe.feed_forwards()
-    if shared.inner:
-        add_part(whole, model, layout, tokens, shared)
-        if shared.structure.kind == "dense":
-            units = up_rows(1, shared.activation) * shared.inner / layout.tensor
-            up.product(tokens, model.hidden_size, units, weight=f"{shared.place}up_proj.weight")
-        else:
-            up.seconds = whole.seconds / 2
-        down.seconds = whole.seconds - up.seconds
+    (shared,), symbol = moe.feed_forwards(), routed_letter(model, model.built_letters)
+    assert symbol is not None, "experts are spread"
+    for each in block_cost(config, symbol, layout, storage, imbalance).products:
+        if each.weight.startswith(shared.place):
+            is_up = each.weight.startswith(f"{shared.place}up_proj")
+            (up if is_up else down).product_of(each, tokens)
+            # The activation between them reads what one gives and writes what the other reads.
+            activated = each.outputs if is_up else each.inputs
+            down.passes(3 * tokens * each.rows * activated * storage.element_bytes)
+            if each.weight in recipes:  # the codes of what a product reads
+                quantised = storage.element_bytes + OPERAND_BYTES[recipes[each.weight]]
+                (up if is_up else down).passes(3 * tokens * each.rows * each.inputs * quantised)
     add_experts(experts, config, moe, tokens, layout, imbalance)
     return up.seconds / 3, down.seconds / 3, experts.seconds / 3
 

@@ -16,31 +16,24 @@ up, and bytes and launches follow from those of three short rows, which a line r
 
 from __future__ import annotations
 
-import weakref
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
-from itertools import accumulate
-from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor
 from torch._subclasses.fake_tensor import UnsupportedOperatorException
 from torch.autograd.graph import get_gradient_edge
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from amfm.kernels.common.custom_op import find_body
 from amfm.kernels.common.weight_gradients import Later, split_backward
 from amfm.kernels.low_precision.kept_weights import keep_weights
 from amfm.kernels.low_precision.products import codes_of
 from amfm.kernels.low_precision.recipe import recipe_of
 from amfm.launch.console import say
 from amfm.launch.plan.activations import BlockBytes, Handed, Storage
-from amfm.launch.plan.between import is_between, launches, moved_bytes, shown_bytes
+from amfm.launch.plan.blocks.seen import LiveBytes, LoopOverTokensError, counted_launches
 from amfm.launch.plan.stand_ins import (
     COUNTED_TOKENS,
     WHOLE,
@@ -49,7 +42,6 @@ from amfm.launch.plan.stand_ins import (
     any_order,
     assume_triton,
     default_dtype,
-    replaced,
     without_device,
 )
 from amfm.model.block import Block
@@ -107,10 +99,6 @@ def _block_bytes(config: ModelConfig, symbol: str, storage: Storage, cut: Cut, t
         ) from error
 
 
-class LoopOverTokensError(Exception):
-    """A pass has more operations than one that does not loop over tokens."""
-
-
 def _count_loop(symbol: str, measure: Callable[..., BlockBytes], wanted: int) -> BlockBytes:
     """What a loop over `wanted` tokens keeps, from rows of three lengths; says so, and where the longest does not follow from the others."""
     tokens = LOOPED_TOKENS
@@ -142,18 +130,21 @@ def line_through(short: BlockBytes, long: BlockBytes, tokens: int, wanted: int) 
         slope = 2 * after - before
         return max(0.0, slope + (before - slope) * tokens / wanted)
 
+    def pair(before: tuple[float, float], after: tuple[float, float]) -> tuple[float, float]:
+        return per_token(before[0], after[0]), per_token(before[1], after[1])
+
     def started(before: int, after: int) -> int:
         return round(before + (after - before) * (wanted - tokens) / tokens)
 
-    return BlockBytes(
-        per_token(short.kept, long.kept),
-        per_token(short.working, long.working),
-        per_token(short.left, long.left),
-        (started(short.launches[0], long.launches[0]), started(short.launches[1], long.launches[1])),
-        long.is_graphable,
-        (per_token(short.between[0], long.between[0]), per_token(short.between[1], long.between[1])),
-        (per_token(short.kernels[0], long.kernels[0]), per_token(short.kernels[1], long.kernels[1])),
-        long.handed,
+    return replace(
+        long,
+        kept=per_token(short.kept, long.kept),
+        working=per_token(short.working, long.working),
+        left=per_token(short.left, long.left),
+        launches=(started(short.launches[0], long.launches[0]), started(short.launches[1], long.launches[1])),
+        between=pair(short.between, long.between),
+        kernels=pair(short.kernels, long.kernels),
+        mixed=pair(short.mixed, long.mixed),
     )
 
 
@@ -183,6 +174,7 @@ def _measure(
     if config.moe is not None and not cut.in_slots:  # a limit moves choices, and no bytes to speak of
         config = config.model_copy(update={"moe": config.moe.model_copy(update={"capacity_factor": None})})
     live = LiveBytes()
+    live.tokens = tokens
     own = tokens // (cut.tensor if cut.is_sequence_parallel else 1)
     later: Later = []
     with ExitStack() as stack:
@@ -210,6 +202,7 @@ def _measure(
             stack.enter_context(assume_codes(block, cut.narrow))
         if cut.is_split:
             stack.enter_context(split_backward(later))
+        live.watch(block.mixer)
         live.stacked = frozenset(weight.shape for weight in block.parameters() if weight.dim() == 3)
         stack.enter_context(live)
         stack.enter_context(HostAnswers(config.moe, cut, tokens))
@@ -225,19 +218,29 @@ def _measure(
         edges, likes = [get_gradient_edge(each) for each in outputs], [(each.shape, each.dtype) for each in outputs]
         del total_BTD, mixed, outputs
         kept, _ = live.held()
-        begin, forward, moved, launched = len(live.log), live.launches, live.moved, live.launched
+        begin, forward, live.way = len(live.log), live.launches, 1
         torch.autograd.backward(edges, [torch.empty(shape, dtype=kind) for shape, kind in likes])
         residual_BTD.grad = None
         if delta_BTD is not None:
             delta_BTD.grad = None
         del edges
         left, most = live.held(begin)
-    started = forward, live.launches - forward
-    between = moved / tokens, (live.moved - moved) / tokens
-    kernels = launched / tokens, (live.launched - launched) / tokens
-    sizes = kept / tokens, (most - kept) / tokens, left / tokens
-    handed = tuple(Handed(*key, len(each), sum(each), tokens) for key, each in live.handed.items())
-    return BlockBytes(*sizes, started, block.mixer.is_graphable, between, kernels, handed)
+    between, kernels, mixing, scans = (
+        (found[0] / tokens, found[1] / tokens) for found in (live.between, live.kernels, live.mixed, live.scans)
+    )
+    return BlockBytes(
+        kept / tokens,
+        (most - kept) / tokens,
+        left / tokens,
+        (forward, live.launches - forward),
+        block.mixer.is_graphable,
+        between,
+        kernels,
+        mixing,
+        scans,
+        tuple(live.products),
+        tuple(Handed(*key, len(each), sum(each), tokens) for key, each in live.handed.items()),
+    )
 
 
 def _forget_gradient(parameter: Tensor) -> None:
@@ -278,91 +281,3 @@ def assume_codes(block: Block, settings: LowPrecisionConfig) -> Iterator[None]:
             if recipe is not None:
                 codes_of(recipe).quantize_weight(weight)
         yield
-
-
-def counted_launches(live: LiveBytes, note_launch: Callable[..., None]) -> AbstractContextManager[None]:
-    """Inside the block, launches of Triton kernels are counted and noted, and do nothing."""
-    from triton.runtime.jit import JITFunction
-
-    def launch(kernel: Any, grid: Any) -> Callable[..., None]:
-        live.launches += 1
-
-        def note(*args: Any, **named: Any) -> None:
-            live.launched += shown_bytes(each for each in (*args, *named.values()) if isinstance(each, Tensor))
-            note_launch(kernel, *args, **named)
-
-        return note
-
-    return replaced([(JITFunction, "__getitem__", launch)])
-
-
-class LiveBytes(TorchDispatchMode):
-    """Inside its block, logs the storages that are made and let go, in order.
-
-    `stacked`: shapes of weights that a pass may read more than once, of which all that is made is left out.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stacked: frozenset[torch.Size] = frozenset()
-        self.launches = self.operations = self.moved = self.launched = 0
-        self.most_operations: int | None = None
-        self.log: list[tuple[int, int]] = []  # number of a storage, and its bytes, negative when it goes
-        self.numbers: dict[int, int] = {}
-        self.left_out: set[int] = set()
-        self.handed: defaultdict[tuple[str, str, str], list[int]] = defaultdict(list)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run the operation, or the body of one of Triton kernels, and note what it gives that is not a view."""
-        body, kwargs = find_body(func), kwargs or {}
-        self.operations += 1
-        if self.most_operations is not None and self.operations > self.most_operations:
-            raise LoopOverTokensError
-        if body is None:
-            out = func(*args, **kwargs)
-            if launches(func):
-                self.launches += 1
-                self.moved += moved_bytes(func, args, kwargs, out) if is_between(func) else 0
-        else:
-            with self:
-                out = body(*args, **kwargs)
-        given = {id_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and id_of(tensor) not in given and id_of(tensor) not in self.numbers:
-                self._note(tensor)
-        return out
-
-    def leave_out(self, tensor: Tensor | None) -> None:
-        """Count the storage of a weight's gradient in no sum."""
-        if tensor is not None and id_of(tensor) in self.numbers:
-            self.left_out.add(self.numbers[id_of(tensor)])
-
-    def hand(self, axis: str, collective: str, tensor: Tensor) -> None:
-        """Note what is handed to a collective."""
-        self.handed[axis, collective, str(tensor.dtype).removeprefix("torch.")].append(tensor.nbytes)
-
-    def held(self, begin: int = 0) -> tuple[int, int]:
-        """Bytes that live now, and the most that lived at once since entry `begin` of the log."""
-        sizes = [0 if number in self.left_out else size for number, size in self.log]
-        held = list(accumulate(sizes))
-        return held[-1], max(held[begin:], default=0)
-
-    def _note(self, tensor: Tensor) -> None:
-        storage, number = tensor.untyped_storage(), len(self.log)
-        self.numbers[id_of(tensor)] = number
-        self.log.append((number, storage.nbytes()))
-        if tensor.shape in self.stacked:
-            self.left_out.add(number)
-        weakref.finalize(storage, self._let_go, id_of(tensor), number, storage.nbytes())
-
-    def _let_go(self, key: int, number: int, size: int) -> None:
-        if self.numbers.get(key) == number:
-            del self.numbers[key]
-        self.log.append((number, -size))
-
-
-def id_of(tensor: Tensor) -> int:
-    """Identity of a tensor's storage, the same for all views of it."""
-    return tensor.untyped_storage()._cdata

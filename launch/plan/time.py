@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from amfm.launch.plan.activations import FLOAT32_BYTES, Storage, mixture_bytes
-from amfm.launch.plan.blocks.cut import cut_of, row_tokens
-from amfm.launch.plan.blocks.kinds import planned_block
+from amfm.launch.plan.blocks.block import add_block
+from amfm.launch.plan.blocks.cut import cut_of
 from amfm.launch.plan.exchanges.seconds import (
     all_to_all_seconds,
     axis_place,
@@ -31,7 +31,6 @@ from amfm.launch.plan.layout import Layout, StageShare, distinct_stages, held_by
 from amfm.launch.plan.low_precision import kept_passes, narrow_kinds, planned_recipes
 from amfm.launch.plan.measured import block_bytes
 from amfm.launch.plan.roofline import Roofline, accumulates, depth_seconds, head_seconds
-from amfm.launch.plan.stand_ins import Cut
 from amfm.model.config.pattern import block_kind
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.bf16_adamw import STEP_BYTES
@@ -112,29 +111,10 @@ def block_seconds(
         recipes=planned_recipes(config.low_precision, symbol) if is_narrow else {},
         wide_gradient=config.low_precision.weight_gradient == "bf16",
         kept_passes=kept_passes(config.low_precision, layout.micro_batches(config)),
-        saves_codes=config.low_precision.activation_storage == "fp8",
     )
-    # The norm with its residual: two tensors read and two written; backward reads three and writes two.
-    tokens = layout.tokens(config) / layout.stream_ranks
-    numbers = tokens * config.model.hidden_size * storage.element_bytes
-    line.passes(9 * numbers)
-    if config.model.norms_per_block() == 2:
-        line.passes(5 * numbers)  # the other: read and written; backward reads two and writes one
-    line.passes(tokens * mixture_bytes(config.model))
-    if line.recipes and line.saves_codes and layout.forwards(symbol) == 1 and layout.schedule != "zero_bubble":
-        line.backward_passes(2 * numbers)  # made again in place of being kept
-    planned_block(config, symbol).add(line, layout, storage, imbalance)
-    if storage.backend == "triton":
-        # Emulated a block takes what one without a recipe does.
-        cut = cut_of(config, layout, symbol, imbalance, is_narrow=bool(line.recipes))
-        line.moves(layout.tokens(config), bytes_between(config, symbol, layout, storage, cut))
+    line.passes(layout.tokens(config) / layout.stream_ranks * mixture_bytes(config.model))
+    add_block(line, config, symbol, layout, storage, imbalance)
     return line.seconds
-
-
-def bytes_between(config: RunConfig, symbol: str, layout: Layout, storage: Storage, cut: Cut) -> tuple[float, float]:
-    """Bytes per token of PyTorch's operations between kernels, forward and backward; without those of `mixture_bytes`."""
-    tokens = row_tokens(config, layout, symbol)
-    return block_bytes(config.model.plain_stream(), symbol, storage, cut, tokens=tokens).between
 
 
 def estimate_step(

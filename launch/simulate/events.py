@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.distributed import get_process_group_ranks
 
+from amfm.launch.plan.flops import name_arguments
 from amfm.launch.simulate.count_collectives import COLLECTIVES, group_of
-from amfm.launch.simulate.flops import name_arguments
 from amfm.launch.simulate.values import leaves
 
 # Operations that read only the rows that they give back.

@@ -30,12 +30,12 @@ from torch.distributed._tools.fake_collectives import CollectiveOp
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from amfm.launch.plan.flops import count_flops
 from amfm.launch.plan.measured import lacks_fake
 from amfm.launch.simulate.capture import CaptureCheck
 from amfm.launch.simulate.compiled import BodyRunner, CompiledKernels
 from amfm.launch.simulate.count_collectives import CommunicationCounter, group_of
 from amfm.launch.simulate.events import EventLog
-from amfm.launch.simulate.flops import count_flops
 from amfm.launch.simulate.gpu import MemoryMeter
 from amfm.launch.simulate.place import OUTSIDE, BlockTracker, current_line
 from amfm.launch.simulate.values import KnownValues, leaves, real_tensors

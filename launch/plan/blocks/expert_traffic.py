@@ -1,4 +1,4 @@
-"""What spread experts exchange: rows of tokens, what is known of their choices, and how many rows come."""
+"""What depends on a router: how many rows experts get, and what they exchange where they are spread."""
 
 from __future__ import annotations
 
@@ -6,13 +6,54 @@ from typing import NamedTuple
 
 from amfm.kernels.low_precision.formats import packed_width
 from amfm.kernels.moe.capacity import expert_capacity
+from amfm.launch.plan.activations import up_rows
 from amfm.launch.plan.exchange import FLOAT32, INT64, Exchange, element_type
 from amfm.launch.plan.layout import Layout
+from amfm.launch.plan.roofline import Roofline
 from amfm.model.config.moe import MoeConfig
 from amfm.model.moe.capacity import slots_for
 from amfm.model.moe.transfer import expected_ranks
 from amfm.model.parallel.groups import count_places
 from amfm.pretrain.config.schema import RunConfig
+
+EXPERTS = "experts."  # before the names of the weights of routed experts, below a mixer
+
+
+def add_experts(
+    line: Roofline, config: RunConfig, moe: MoeConfig, tokens: float, layout: Layout, imbalance: float
+) -> None:
+    """Add the products of this rank's rows, grouped by expert; in halves weights are read twice, and their gradients made and added.
+
+    A rank's only expert has products as dense ones are (kernels/moe `only_expert_feed_forward`), and computes empty places too.
+    """
+    width, experts = moe.expert_width(config.model.hidden_size), moe.num_experts // layout.expert
+    rows, is_only = tokens * moe.top_k, has_only_expert(config, layout)
+    if layout.expert > 1:
+        # This rank's tokens' worth of rows, gathered over the ranks that cut an expert's width.
+        rows *= layout.expert_tensor / layout.tensor
+        if is_only and layout.expert_buffer_factor is not None:
+            rows *= sent_rows(config, layout) / moe.top_k
+        else:
+            rows *= imbalance
+    units, parts = moe.expert_hidden_size / layout.width_ranks, layout.expert_parts
+    up = up_rows(1, moe.activation) * units
+    for _ in range(parts):
+        for name, inputs, outputs in (("up", width, up), ("down", units, width)):
+            line.product(rows / parts, inputs, outputs, groups=experts, grouped=not is_only, weight=EXPERTS + name)
+    if not is_only and not line.recipes:
+        # The activation is in the kernels of products, whose own bytes are taken to be those of any product.
+        line.passes(rows * (3 * up + 2 * units) * line.element_bytes)
+    if parts > 1:
+        # Of the two gradients one is read and added to, which is read and written.
+        line.backward_passes(3 * experts * (up + units) * width * line.element_bytes)
+
+
+def has_only_expert(config: RunConfig, layout: Layout) -> bool:
+    """Whether all rows that a rank gets are those of its only expert (model/moe/by_rank.py); slots are sorted still."""
+    moe = config.model.moe
+    if moe is None or layout.expert == 1 or moe.num_experts > layout.expert:
+        return False
+    return static_slots(config, layout) is None
 
 
 class ExpertTraffic(NamedTuple):

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import pytest
 
-from amfm.launch.plan.activations import storage_of
+from amfm.launch.plan.activations import Storage, storage_of
 from amfm.launch.plan.estimate import Assumptions, estimate, estimate_as_dict
 from amfm.launch.plan.hardware import HARDWARE
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.low_precision import narrow_flops_per_token
-from amfm.launch.plan.roofline import Roofline, add_feed_forward
+from amfm.launch.plan.measured import block_bytes
+from amfm.launch.plan.roofline import Roofline
+from amfm.launch.plan.stand_ins import Cut
 from amfm.launch.plan.time import block_seconds, estimate_step
+from amfm.model.config.low_precision import LowPrecisionConfig
 from amfm.model.flops import flops_per_token
 from tests.launch.plan.presets import H100, preset
 
 FP8, EVEN = "low_precision.recipe=fp8_block", Assumptions(imbalance=1.0)
 
 
-def test_a_large_product_takes_its_flops_at_the_peak_of_its_recipe_and_three_passes_of_codes():
+def test_a_large_product_takes_its_flops_at_the_peak_of_its_recipe_and_its_weights_are_quantised():
     rows, inputs, outputs = 65536, 8192, 16384
     line = Roofline(H100, "bf16", 2, recipes={"in_proj.weight": "fp8_block"})
     line.product(rows, inputs, outputs, weight="in_proj.weight")
     flops = 3 * 2 * rows * inputs * outputs / (1979e12 * 0.50)
-    # bf16 read; a byte and a 32nd written along rows and along columns. Of the weight either way apart.
-    code = 1 + 1 / 32
-    moved = rows * (inputs + outputs) * (2 + 2 * code) + 2 * inputs * outputs * (2 + code)
+    # bf16 read, and a byte and a 32nd written, either way apart. Kernels that quantise rows are in what a block moves.
+    moved = 2 * inputs * outputs * (2 + 1 + 1 / 32)
     assert line.seconds == pytest.approx(flops + moved / (3.35e12 * 0.75), rel=1e-12)
     other = Roofline(H100, "bf16", 2, recipes={"in_proj.weight": "fp8_block"})
     other.product(rows, inputs, outputs, weight="shared_proj")
@@ -142,14 +144,20 @@ def test_turbos_keeps_fewer_activations_as_codes_of_inputs_and_of_hidden_rows():
 
 
 def test_experts_whose_epilogues_make_codes_read_and_write_no_wide_activation():
-    def bytes_of(units):
-        """Of a row and a hidden unit, where products take no time."""
-        line = Roofline(
-            H100.model_copy(update={"fp8_flops": 1e30}), "bf16", 2, recipes=dict.fromkeys(("up", "down"), "fp8_block")
-        )
-        add_feed_forward(line, 4096, 64, units, "swiglu", kind="grouped", weights=("up", "down"))
-        return line.seconds * line.bandwidth / 4096 / units
+    """Their kernels move nothing per hidden unit between forward products, and half in backward of what rows in bf16 take."""
 
-    # Apart: hidden rows are read for the activation and activations written again in backward, gradients of hidden rows written,
-    # and each of these read to be quantised.
-    assert bytes_of(128 * 1000 + 64) - bytes_of(128 * 1000) == pytest.approx(2 * (2 + 1 + 1 + 2 + 2), rel=0.02)
+    def moved(units, saved="bf16"):
+        model = preset("ladder_8b_a1b").model
+        moe = model.moe.model_copy(update={"expert_hidden_size": units, "activation": "swiglu"})
+        cut = Cut(narrow=LowPrecisionConfig(recipe="fp8_block", activation_storage=saved))
+        found = block_bytes(model.model_copy(update={"moe": moe}), "E", Storage(2, "triton"), cut).kernels
+        return [each / moe.top_k for each in found]
+
+    short, long, kept, longer = moved(1024), moved(1152), moved(1024, "fp8"), moved(1152, "fp8")
+    # Halves of gated units begin at blocks of 128 codes, or are wide between products.
+    wide, wider = moved(1088), moved(1216)
+    assert long[0] == pytest.approx(short[0]), "forward"
+    codes, rows, plain = ((b[1] - a[1]) / 128 for a, b in ((kept, longer), (short, long), (wide, wider)))
+    assert (wider[0] - wide[0]) / 128 > 5 and rows < 0.6 * plain
+    # Of hidden rows, twice the units, a byte and a 32nd is read for two.
+    assert rows - codes == pytest.approx(2 * (2 - 1 - 1 / 32), abs=0.01)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from amfm.launch.plan.flops import count_flops
 from amfm.launch.simulate.events import EventLog
-from amfm.launch.simulate.flops import count_flops
 
 aten = torch.ops.aten
 

@@ -1,4 +1,4 @@
-"""FLOPs of traced matrix products: torch's formulas for its operations, ours for Triton kernels and what torch has none for.
+"""FLOPs of matrix products, of a measured block and of a trace: torch's formulas for its operations, ours for Triton kernels and what torch has none for.
 
 Products that an operation's body leaves to torch are counted when they run, so the table below leaves them out.
 """
@@ -14,6 +14,7 @@ from torch.utils.flop_counter import flop_registry
 
 from amfm.kernels.attention.op import attention_flops
 from amfm.kernels.decay_scan.op import scan_flops
+from amfm.kernels.delta_block.sizes import DeltaSizes
 from amfm.kernels.delta_scan.op import delta_flops
 from amfm.kernels.diag_scan.op import diag_flops
 from amfm.kernels.sparse_attention.op import sparse_flops
@@ -101,6 +102,14 @@ def _walk(given: Named) -> int:
     return 2 * rows * tokens * heads * width * size
 
 
+def _delta_block(given: Named, *, backward: bool) -> int:
+    """The scan inside a delta mixer; its product with the output's weight is torch's, counted as it runs."""
+    rows, tokens, _ = given["projected"].shape
+    own = DeltaSizes.of(given["numbers"], given["floats"])
+    sizes = (rows, tokens, own.steps, own.key_heads, own.heads, own.key, own.value)
+    return delta_flops(*sizes, chunk_size=given["chunk_size"], backward=backward)
+
+
 def _vector(given: Named, *, backward: bool) -> int:
     """Scan with a decay for each key channel: every head has its own keys, so it counts as a group."""
     (rows, tokens, heads, size), width = given["k"].shape, given["v"].shape[-1]
@@ -157,6 +166,7 @@ KERNELS: dict[str, Callable[[Named], int]] = {
     **_both(_vector, "vector_scan_triton"),
     **_both(_delta, "delta_scan_triton"),
     **_both(_delta, "delta_vector_triton"),
+    **_both(_delta_block, "delta_block_triton"),
     **_both(_diagonal, "diag_scan_triton"),
     "expert_feed_forward_triton": lambda given: _experts(given, times=1),
     "expert_feed_forward_triton_backward": lambda given: _experts(given, times=2),

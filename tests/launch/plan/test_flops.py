@@ -14,7 +14,7 @@ from amfm.kernels.attention.triton_impl import attention_triton
 from amfm.kernels.delta_scan.op import delta_flops
 from amfm.kernels.delta_scan.vector import triton_impl as delta_vector
 from amfm.kernels.sparse_attention.triton_impl import sparse_attention_triton
-from amfm.launch.simulate.flops import count_flops
+from amfm.launch.plan.flops import count_flops
 from amfm.launch.simulate.values import KnownValues
 
 HEADS, SIZE, LENGTHS = 4, 16, (37, 1, 26)
