@@ -229,7 +229,7 @@ def build_run(
     report("building the model and its optimizer")
     if not deterministic:
         share_tiles(config, parallel)
-        choose_flash(parallel)
+        choose_flash(config.kernels.attention, parallel)
     engine = build_engine(
         build_model(built, parallel, lambda text: remarks.append(("initial_weights", text)), draws=draws),
         optimizer=config.optimizer,

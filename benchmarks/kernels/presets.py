@@ -13,8 +13,8 @@ from pathlib import Path
 
 from amfm.kernels.proof.recorded import KernelLaunch, note_launch
 from amfm.launch.plan.blocks.cut import cut_of
+from amfm.launch.plan.blocks.measured import pass_block, takes_kernels
 from amfm.launch.plan.layout import Layout
-from amfm.launch.plan.measured import pass_block, takes_kernels
 from amfm.launch.plan.stand_ins import Cut
 from amfm.model.config.schema import ModelConfig
 from amfm.pretrain.checks.load import load_checked

@@ -1,4 +1,4 @@
-"""fp8_block by our kernels on Hopper: operands as codes, the three products, one custom operation each.
+"""fp8_block by our kernels on Hopper: operands as codes, the three products, one custom operation each, or cuBLASLt's.
 
 Operands of one product along rows are `RowCodes`, along the tokens `ColumnCodes`, weights `WeightCodes`. Where tokens belong to
 experts, `Tiles` says which rows are whose; without it they are one matrix, and a weight is one expert's. Codes are uint8 outside of kernels.
@@ -17,6 +17,7 @@ from amfm.kernels.common.inputs import check_matrix
 from amfm.kernels.common.weight_gradients import GradientSum
 from amfm.kernels.low_precision.formats import packed_width
 from amfm.kernels.low_precision.kept_weights import keeps_weights, made_once
+from amfm.kernels.low_precision.library_products import multiplies_by_library, multiply, multiply_outer
 from amfm.kernels.low_precision.triton_kernels import (
     fp8_outer_kernel,
     fp8_product_kernel,
@@ -195,6 +196,9 @@ def product(
     rows: RowCodes, weight: WeightCodes, dtype: torch.dtype, tiles: Tiles | None = None, sources: Tensor | None = None
 ) -> Tensor:
     """Rows [S, K] times the transpose of their expert's matrix [N, K]: [S, N] in `dtype`, to the rows that `sources` names."""
+    size, inner = rows.codes.shape
+    if tiles is None and size and multiplies_by_library(rows.codes.device, inner):
+        return multiply(*rows, *weight, dtype)
     listed = None if tiles is None else tiles.tiles
     return _product(*rows, *weight, listed, sources, dtype)
 
@@ -234,6 +238,8 @@ def weight_gradient(
     tiles: Tiles | None = None,
 ) -> Tensor | None:
     """left^T right over each expert's rows, [E, N, K] in `dtype`, [N, K] without tiles; None if it lands in `total`."""
+    if tiles is None and rows and multiplies_by_library(left[0].device, RUN):
+        return multiply_outer(left, right, rows, dtype, total)
     place, adds = (None, False) if total is None else total.take()
     experts = 1 if tiles is None else len(tiles.offsets_E)
     wide = None if place is None else place.view(experts, left[0].shape[1], right[0].shape[1])

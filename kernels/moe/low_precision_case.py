@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -28,10 +29,12 @@ from amfm.kernels.cases import (
 )
 from amfm.kernels.linear.activated import activated_linear
 from amfm.kernels.linear.low_precision import low_precision_linear
+from amfm.kernels.low_precision.library_products import takes_codes
 from amfm.kernels.low_precision.recipe import Recipe, RecipeName
 from amfm.kernels.moe.case import experts_problem
 from amfm.kernels.moe.low_precision import makes_codes
 from amfm.kernels.moe.op import feed_forward_flops
+from amfm.kernels.runtime.product_backend import product_backend
 from amfm.kernels.swiglu.op import squared_relu
 
 # Of a number: as bfloat16, as a code with its part of a scale.
@@ -73,8 +76,31 @@ def linear_problem(
     backward = quantised(rows * width, 2) + quantised(model * width, 1) + code * (rows + model) * width
     backward += WIDE * rows * model + code * rows * (model + width) + WIDE * model * width
     least = Minimum(int(forward), flops), Minimum(int(backward), 2 * flops)
-    peers = {"bfloat16": functional.linear}
-    return Problem(leaves, run, f"{rows}x{model}x{width}", *least, lambda: peers, exact="torch")
+
+    def peers() -> dict[str, Compute]:
+        found: dict[str, Compute] = {"bfloat16": functional.linear}
+        if name == "fp8_block" and takes_codes(inputs.device):
+            found["cublaslt"] = _ByLibrary.apply
+        return found
+
+    return Problem(leaves, run, f"{rows}x{model}x{width}", *least, peers, exact="torch")
+
+
+class _ByLibrary(torch.autograd.Function):
+    """The projection by fp8_block, all three products by torch, whatever the process is told."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        with torch.enable_grad(), product_backend("torch"):
+            ctx.leaves = x.detach().requires_grad_(), weight.detach().requires_grad_()
+            ctx.y = low_precision_linear(ctx.leaves[0], ctx.leaves[1], _recipe("triton"), None)
+        y: Tensor = ctx.y.detach()
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        with product_backend("torch"):
+            return torch.autograd.grad(ctx.y, ctx.leaves, dy, retain_graph=True)
 
 
 def low_precision_experts_problem(

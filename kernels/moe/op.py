@@ -311,8 +311,8 @@ def _fill_up(offsets_E: Tensor, rows: int) -> Tensor:
 
 
 def _multiplies_by_torch(x_RD: Tensor, up_EFD: Tensor, down_EDF: Tensor, rows: int) -> bool:
-    """Whether PyTorch's grouped product takes `rows` rows of experts on the Triton backend (`experts_backend`)."""
-    from amfm.kernels.moe.experts_backend import multiplies_by_torch
+    """Whether PyTorch's grouped product takes `rows` rows of experts on the Triton backend."""
+    from amfm.kernels.moe.torch_grouped import multiplies_by_torch
     from amfm.kernels.moe.triton_products import product_tile
 
     return multiplies_by_torch(x_RD, up_EFD, down_EDF, product_tile(rows, len(up_EFD))["BLOCK_M"])

@@ -1,5 +1,5 @@
 """Expert feed-forward by PyTorch's grouped product: the torch path on a GPU, where a loop would wait for the row
-counts.
+counts, and where all else runs in Triton if it is chosen (`kernels/runtime/backend.py`).
 
 One call multiplies the rows of all experts, each by its expert's matrix, with the ends of experts read on the device. What
 `torch_loop` does expert by expert is done for all sorted rows at once here.
@@ -11,11 +11,28 @@ import torch
 from torch import Tensor
 
 from amfm.kernels.moe.torch_loop import BackwardInputs, activate, activation_backward, open_activation
+from amfm.kernels.runtime.product_backend import chooses_torch
 
 # Rows of operands must begin at multiples of this many bytes.
 ALIGNMENT_BYTES = 16
 # Older GPUs get a loop that waits for the counts, as ours does.
 FIRST_CAPABILITY = 9
+
+
+def multiplies_by_torch(x_RD: Tensor, up_EFD: Tensor, down_EDF: Tensor, height: int) -> bool:
+    """Whether PyTorch's grouped product takes these rows; height: rows of our products' tiles, few for few rows per
+    expert.
+
+    Raises ValueError if it was told to and this GPU, dtype or width lacks it.
+    """
+    lacks = ""
+    if not takes_grouped(x_RD, up_EFD, down_EDF):
+        widths = (x_RD.shape[1], up_EFD.shape[1], down_EDF.shape[2])
+        lacks = (
+            f"compute capability {FIRST_CAPABILITY}.0, bfloat16, and rows of a multiple of {ALIGNMENT_BYTES} bytes; got "
+            f"{x_RD.dtype} and widths {widths}"
+        )
+    return chooses_torch("experts", (x_RD.dtype, height), x_RD.device, lacks)
 
 
 def takes_grouped(x_RD: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> bool:

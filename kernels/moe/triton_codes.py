@@ -31,7 +31,7 @@ from amfm.kernels.common.weight_gradients import GradientSum, add_outer, compute
 from amfm.kernels.low_precision import triton_impl as codes
 from amfm.kernels.low_precision.formats import Quantized
 from amfm.kernels.low_precision.products import codes_of
-from amfm.kernels.low_precision.recipe import ExpertRecipes, is_watched, note_operands
+from amfm.kernels.low_precision.recipe import ExpertRecipes, Recipe, is_watched, note_operands
 from amfm.kernels.moe import triton_epilogues as epilogues
 from amfm.kernels.moe.counting_sort import SortedPairs, list_tiles, tile_bound
 from amfm.kernels.moe.low_precision import makes_codes
@@ -55,7 +55,16 @@ class Places:
     pairs: Tensor | None = None
     places: Tensor | None = None
 
-    def product(self, by: Any, rows: Any, weight: Any, tiles: codes.Tiles, like_RD: Tensor) -> Tensor:
+    @property
+    def is_of_only_expert(self) -> bool:
+        """Whether rows are as they come, all of one expert."""
+        return self.sources is None and self.pairs is not None
+
+    def tiles_of(self, tiles: codes.Tiles, recipe: Recipe) -> codes.Tiles | None:
+        """The tiles that products need: none for one matrix of fp8_block, which a library may multiply."""
+        return None if self.is_of_only_expert and recipe.name == "fp8_block" else tiles
+
+    def product(self, by: Any, rows: Any, weight: Any, tiles: codes.Tiles | None, like_RD: Tensor) -> Tensor:
         """Rows times their experts' matrices, back where they came from: [R, D] of these tokens, in their dtype.
 
         `by`: who multiplies these codes (`products.codes_of`).
@@ -166,14 +175,15 @@ class _Experts(torch.autograd.Function):
             saved = recipes.up.saved == "fp8"
             kept, active = epilogues.up(x_codes, up_codes, tiles, *choice, activation, x_RD, saved=saved)
         else:
-            hidden_SF = up.product(x_codes, up_codes, x_RD.dtype, tiles)
+            hidden_SF = up.product(x_codes, up_codes, x_RD.dtype, given.tiles_of(tiles, recipes.up))
             active, _ = down.quantize_rows(
                 hidden_SF, tiles, rows=True, activation=activation, weights=weights_RK, pairs=given.pairs
             )
             kept = (hidden_SF,)
             if recipes.up.saved == "fp8":
                 kept, _ = codes.quantize_rows(hidden_SF, tiles, rows=True)
-        y_RD = given.product(down, active, down.quantize_weight(down_EDF), tiles, x_RD)
+        down_codes, parts = down.quantize_weight(down_EDF), given.tiles_of(tiles, recipes.down)
+        y_RD = given.product(down, active, down_codes, parts, x_RD)
         ctx.given, ctx.activation, ctx.recipes, ctx.totals = given, activation, recipes, totals
         ctx.save_for_backward(x_RD, weights_RK, *tiles, up_EFD, down_EDF, *kept)
         return y_RD
@@ -186,7 +196,8 @@ class _Experts(torch.autograd.Function):
         up, down = codes_of(ctx.recipes.up), codes_of(ctx.recipes.down)
         grads, grad_columns = down.quantize_rows(dy_RD, tiles, given.sources, rows=True, columns=keep, gradient=True)
         note_operands(ctx.recipes.down, gradient=dy_RD)
-        v_SW = down.product(grads, down.quantize_weight(down_EDF, transposed=True), dtype, tiles)
+        parts = given.tiles_of(tiles, ctx.recipes.up)
+        v_SW = down.product(grads, down.quantize_weight(down_EDF, transposed=True), dtype, parts)
         rows, choice = len(v_SW), (weights_RK, given.pairs)
         # Someone who looks at operands gets them wide.
         if keep and makes_codes(ctx.recipes.up.name, down_EDF.shape[2], ctx.activation) and not is_watched():
@@ -203,12 +214,13 @@ class _Experts(torch.autograd.Function):
                 columns += down.quantize_rows(active, tiles, columns=True)[1:]
                 del d_hidden, active
         del v_SW
-        dx_RD = given.product(up, hidden_rows, up.quantize_weight(up_EFD, transposed=True), tiles, x_RD)
+        dx_RD = given.product(up, hidden_rows, up.quantize_weight(up_EFD, transposed=True), parts, x_RD)
         weights = up_EFD, down_EDF
         if keep:
             sides = columns[0], grad_columns, columns[1]
-            half = partial(_weights_half, (up, down), x_RD, given.sources, tiles, sides, weights, rows, ctx.totals)
-        elif given.sources is None and given.pairs is not None:  # of the only expert
+            places = given.sources, tiles, parts
+            half = partial(_weights_half, (up, down), x_RD, *places, sides, weights, rows, ctx.totals)
+        elif given.is_of_only_expert:
             sides_wide = (d_hidden, x_RD), (dy_RD, active)
             half = partial(outer_weight_gradients, ctx.totals, sides_wide, up_EFD.dtype)
         else:
@@ -235,19 +247,21 @@ def _weights_half(
     x_RD: Tensor,
     sources: Tensor | None,
     tiles: codes.Tiles,
+    parts: codes.Tiles | None,
     columns: Sequence[Any],
     weights: tuple[Tensor, Tensor],
     rows: int,
     totals: Sequence[GradientSum] | None,
 ) -> Sequence[Tensor | None]:
-    """Gradients of up and down from column codes; None for each where they land in sums."""
+    """Gradients of up and down from column codes; None for each where they land in sums. `parts`: tiles of the products, if any."""
     hidden, grads, active = columns
     _, x_columns = by[0].quantize_rows(x_RD, tiles, sources, columns=True)
     sides = (hidden, x_columns), (grads, active)
-    return [
-        each.weight_gradient(*pair, rows, weight.dtype, total, tiles)
+    found = [
+        each.weight_gradient(*pair, rows, weight.dtype, total, parts)
         for each, pair, weight, total in zip(by, sides, weights, totals or (None, None), strict=True)
     ]
+    return [None if made is None else made.view_as(weight) for made, weight in zip(found, weights, strict=True)]
 
 
 def feed_forward(

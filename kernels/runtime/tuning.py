@@ -138,11 +138,21 @@ def choose_table(tables: Sequence[Table]) -> Table | None:
     return first if all(table.environment == first.environment for table in tables) else None
 
 
+def adopted_table() -> Table | None:
+    """What the ranks of this run have agreed on; None before, and where nothing runs in Triton on a GPU."""
+    return _ADOPTED[-1] if _ADOPTED else None
+
+
 def adopt_table(table: Table) -> None:
     """From now on this process takes its tiles from `table`, whatever the files of this machine say."""
     _ADOPTED[:] = [table]
     for forget in _FORGET:
         forget()
+
+
+def products_by_torch(table: Table) -> list[str]:
+    """Entries by which PyTorch makes products in place of our kernels."""
+    return sorted(entry for entry, config in table.configs.items() if config.get("TORCH"))
 
 
 def tune(

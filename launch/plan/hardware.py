@@ -43,11 +43,16 @@ class Hardware(BaseModel):
     product_efficiency: float = Field(0.70, gt=0, le=1, description="Of the peak, in large products.")
     grouped_efficiency: float = Field(0.55, gt=0, le=1, description="Of the peak, in grouped products of experts.")
     fp8_efficiency: float = Field(0.50, gt=0, le=1, description="Of the peak, in large products of e4m3.")
+    fp8_own_efficiency: float | None = Field(
+        None, gt=0, le=1, description="The same in those that stay amfm's where a library makes others; null: as they."
+    )
     fp8_grouped_efficiency: float = Field(0.42, gt=0, le=1, description="The same in grouped products of experts.")
     fp4_efficiency: float = Field(0.38, gt=0, le=1, description="Of the peak, in large products of e2m1.")
     fp4_grouped_efficiency: float = Field(0.33, gt=0, le=1, description="The same in grouped products of experts.")
     attention_efficiency: float = Field(0.50, gt=0, le=1, description="Of the peak, in attention and scans, forward.")
     attention_backward_efficiency: float | None = Field(None, gt=0, le=1, description="Backward; null: as forward.")
+    flash_efficiency: float | None = Field(None, gt=0, le=1, description="In attention, forward; null: as scans.")
+    flash_backward_efficiency: float | None = Field(None, gt=0, le=1, description="Backward; null: as scans.")
     memory_efficiency: float = Field(0.75, gt=0, le=1, description="Of the bandwidth, in passes over memory.")
     link_efficiency: float = Field(0.80, gt=0, le=1, description="Of the links, in ring collectives.")
     all_to_all_efficiency: float | None = Field(
@@ -90,6 +95,21 @@ class Hardware(BaseModel):
         precision = "bf16" if self.bf16_flops >= self.float32_flops else "float32"
         return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
 
+    def with_libraries(self, config: RunConfig) -> Hardware:
+        """The same at the rates of the libraries that `kernels` names, which the name then shows; rates of a file stay."""
+        is_hopper, kernels = self.fp8_flops is not None and self.mxfp8_flops is None, config.kernels
+        rates: dict[str, float] = {}
+        if kernels.experts == "torch":
+            rates = {"grouped_efficiency": LIBRARY_GROUPED}
+            if is_hopper:
+                rates |= {"fp8_efficiency": LIBRARY_NARROW["fp8_efficiency"], "fp8_own_efficiency": self.fp8_efficiency}
+        if kernels.attention == "FA3" and is_hopper:
+            rates |= FLASH_3
+        assumed = {name: rate for name, rate in rates.items() if getattr(self, name) == ASSUMED.get(name)}
+        chosen = [f"kernels.{name}={getattr(kernels, name)}" for name in ("experts", "attention")]
+        shown = [text for text in chosen if not text.endswith("=auto")]
+        return self.model_copy(update=assumed | ({"name": f"{self.name} ({', '.join(shown)})"} if shown else {}))
+
     def recipe_peak(self, recipe: RecipeName) -> float:
         """Dense peak of products by a recipe of low precision, operations per second. Raises ValueError if it has none."""
         peak = {"fp8_block": self.fp8_flops, "mxfp8": self.mxfp8_flops, "nvfp4": self.fp4_flops}[recipe]
@@ -118,7 +138,8 @@ class Hardware(BaseModel):
         return self.link_efficiency * (inside if ranks * stride <= self.gpus_per_node else min(inside, across))
 
 
-# Of the peak in FP8, what DeepGEMM states for large shapes on H800, dense and grouped; of FP4, a guess below it.
+# Of the peak in FP8, what DeepGEMM states for large shapes on H800, dense and grouped, and what NVIDIA states of cuBLAS 12.9 with
+# scales of blocks on Hopper: up to 1.75 times bf16, which is 0.61 of this peak at 0.70 of bf16's; of FP4, a guess below it.
 LIBRARY_NARROW = {
     "fp8_efficiency": 0.60,
     "fp8_grouped_efficiency": 0.50,
@@ -128,6 +149,9 @@ LIBRARY_NARROW = {
 # Grouped products of bf16 by our Triton kernels, as occupancy of the compiled ones suggests, and by CUTLASS. Our kernels of codes,
 # dense and grouped, are taken to be as far below a library's.
 OWN_GROUPED, LIBRARY_GROUPED = 0.46, 0.55
+# FlashAttention-3 with heads of 128 channels on H100 (Shah et al. 2024, arXiv 2407.08608, section 4.1): causal at 16,384 tokens, 616
+# TFLOPs/s forward; without a mask at 4,096, from where FlashAttention-2 has the rate below, 542 backward.
+FLASH_3 = {"flash_efficiency": 0.62, "flash_backward_efficiency": 0.55}
 # Judgements, none of them measured: products by cuBLAS; grouped products and those of codes by our kernels; attention by
 # FlashAttention-2, whose speed is published; NCCL's all-to-all with messages of about 1 MB.
 ASSUMED: dict[str, float] = {

@@ -29,6 +29,7 @@ from amfm.launch.plan.activations import (
     stream_bytes,
 )
 from amfm.launch.plan.blocks.cut import cut_of
+from amfm.launch.plan.blocks.measured import block_bytes
 from amfm.launch.plan.exchange import DEEPSPEED_BUCKET_ELEMENTS
 from amfm.launch.plan.exchanges.buckets import bucketed_bytes, resting_bytes
 from amfm.launch.plan.graphs import with_graphs
@@ -36,7 +37,6 @@ from amfm.launch.plan.hardware import GIB, Hardware
 from amfm.launch.plan.in_flight import Moment, moments_of, places_of
 from amfm.launch.plan.layout import Layout, StageShare, count_routed, distinct_stages, held_by_stages
 from amfm.launch.plan.low_precision import code_bytes, narrow_kinds
-from amfm.launch.plan.measured import block_bytes
 from amfm.launch.plan.step_memory import gathered_bytes, step_bytes
 from amfm.model.config.schema import ModelConfig
 from amfm.pretrain.config.schema import RunConfig

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from amfm.kernels.low_precision.library_products import RUN
 from amfm.launch.plan.activations import FLOAT32_BYTES, Product, Storage, slice_rows
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout
@@ -58,18 +59,26 @@ class Roofline:
             self.product(rows, inputs, outputs, groups=product.groups, weight=product.weight)
 
     def product(
-        self, rows: float, inputs: float, outputs: float, *, groups: int = 1, grouped: bool = False, weight: str = ""
+        self,
+        rows: float,
+        inputs: float,
+        outputs: float,
+        *,
+        groups: int = 1,
+        grouped: bool = False,
+        weight: str = "",
+        is_fused: bool = False,
     ) -> None:
         """Add [rows, in] x [in, out] and the two products of its backward pass; `groups` matrices share the rows.
 
         Several are multiplied by a grouped kernel, and one where `grouped` says so. `weight`: its name below the mixer, by which it may
-        have a recipe.
+        have a recipe. `is_fused`: its forward part by that is a kernel of ours, whatever library makes others.
         """
         grouped = grouped or groups > 1
         efficiency = self.hardware.grouped_efficiency if grouped else self.hardware.product_efficiency
         recipe = self.recipes.get(weight)
         if recipe is not None:
-            self._narrow_product(rows, inputs, outputs, groups, recipe, efficiency, grouped=grouped)
+            self._narrow_product(rows, inputs, outputs, groups, recipe, efficiency, grouped=grouped, is_fused=is_fused)
             return
         size = self.element_bytes
         arithmetic, weights = 2 * rows * inputs * outputs / (self.peak * efficiency), groups * inputs * outputs
@@ -110,17 +119,26 @@ class Roofline:
         efficiency: float,
         *,
         grouped: bool,
+        is_fused: bool,
     ) -> None:
         """`product` by a recipe, with the passes that quantise its weight; rows are quantised by kernels, whose bytes are measured."""
         hardware, e, b = self.hardware, self.element_bytes, OPERAND_BYTES[recipe]
         flops, weights = 2 * rows * inputs * outputs, groups * inputs * outputs
-        rate = hardware.recipe_peak(recipe) * hardware.recipe_efficiency(recipe, grouped=grouped)
+        rate = own = hardware.recipe_peak(recipe) * hardware.recipe_efficiency(recipe, grouped=grouped)
+        copied = 0.0
+        if recipe == "fp8_block" and not grouped and hardware.fp8_own_efficiency is not None:
+            own *= hardware.fp8_own_efficiency / hardware.fp8_efficiency
+            copied = 0.0 if self.wide_gradient else 2 * rows * (inputs + outputs)  # column codes into one matrix
         wide = self.peak * efficiency
         sums = 2 * FLOAT32_BYTES if self.accumulates else e
         third = e if self.wide_gradient else b
         for times, seconds, moved in (
-            (self.forwards, flops / rate, rows * (b * inputs + e * outputs) + b * weights),
-            (1, flops / rate, rows * (b * outputs + e * inputs) + b * weights),
+            (
+                self.forwards,
+                flops / (own if is_fused or inputs % RUN else rate),
+                rows * (b * inputs + e * outputs) + b * weights,
+            ),
+            (1, flops / (own if outputs % RUN else rate), rows * (b * outputs + e * inputs) + b * weights),
             (1, flops / (wide if self.wide_gradient else rate), third * rows * (inputs + outputs) + sums * weights),
         ):
             self.seconds += times * max(seconds, moved / self.bandwidth)
@@ -129,13 +147,19 @@ class Roofline:
             quantised = weights * (read + 2 * b) / self.kept_passes
         else:
             quantised = weights * (self.forwards + 1) * (read + b)
-        self.seconds += quantised / self.bandwidth
+        self.seconds += (quantised + copied) / self.bandwidth
 
-    def mixing(self, flops: tuple[float, float], moved: tuple[float, float]) -> None:
-        """Add attention or a scan, given FLOPs and bytes moved, forward and backward."""
+    def mixing(self, flops: tuple[float, float], moved: tuple[float, float], *, by_flash: bool = False) -> None:
+        """Add attention or a scan, given FLOPs and bytes moved, forward and backward.
+
+        `by_flash`: attention that FlashAttention computes.
+        """
         hardware = self.hardware
-        rate = hardware.attention_backward_efficiency or hardware.attention_efficiency
-        for passes, way, efficiency in ((self.forwards, 0, hardware.attention_efficiency), (1, 1, rate)):
+        first = hardware.attention_efficiency
+        rate = hardware.attention_backward_efficiency or first
+        if by_flash:
+            first, rate = hardware.flash_efficiency or first, hardware.flash_backward_efficiency or rate
+        for passes, way, efficiency in ((self.forwards, 0, first), (1, 1, rate)):
             self.seconds += passes * max(flops[way] / (self.peak * efficiency), moved[way] / self.bandwidth)
 
     def moves(self, rows: float, moved: tuple[float, float]) -> None:

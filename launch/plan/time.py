@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from amfm.launch.plan.activations import FLOAT32_BYTES, Storage, mixture_bytes
 from amfm.launch.plan.blocks.block import add_block
 from amfm.launch.plan.blocks.cut import cut_of
+from amfm.launch.plan.blocks.measured import block_bytes
 from amfm.launch.plan.exchanges.seconds import (
     all_to_all_seconds,
     axis_place,
@@ -29,7 +30,6 @@ from amfm.launch.plan.graphs import pass_launches
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stages
 from amfm.launch.plan.low_precision import kept_passes, narrow_kinds, planned_recipes
-from amfm.launch.plan.measured import block_bytes
 from amfm.launch.plan.roofline import Roofline, accumulates, depth_seconds, head_seconds
 from amfm.model.config.pattern import block_kind
 from amfm.pretrain.config.schema import RunConfig

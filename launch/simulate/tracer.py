@@ -30,8 +30,8 @@ from torch.distributed._tools.fake_collectives import CollectiveOp
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from amfm.launch.plan.blocks.measured import lacks_fake
 from amfm.launch.plan.flops import count_flops
-from amfm.launch.plan.measured import lacks_fake
 from amfm.launch.simulate.capture import CaptureCheck
 from amfm.launch.simulate.compiled import BodyRunner, CompiledKernels
 from amfm.launch.simulate.count_collectives import CommunicationCounter, group_of

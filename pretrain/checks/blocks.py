@@ -76,9 +76,11 @@ def kernel_problems(config: RunConfig, backend: str) -> Iterator[Problem]:
 
     A kernel keeps a head's state and a chunk's products on chip, so both have bounds (`kernels/common/limits.py`).
     """
-    experts, has_experts = config.kernels.experts, bool(config.model.expert_sections())
-    if experts != "auto" and not (has_experts and backend in ("auto", "triton", experts)):
-        where = f"all operations run in kernels.backend={backend}" if has_experts else "the model has no experts"
+    experts = config.kernels.experts
+    has_products = bool(config.model.expert_sections()) or config.low_precision.recipe == "fp8_block"
+    if experts != "auto" and not (has_products and backend in ("auto", "triton", experts)):
+        lacks = "the model has no experts and low_precision.recipe is not fp8_block"
+        where = f"all operations run in kernels.backend={backend}" if has_products else lacks
         yield Problem("kernels.experts", f"has no effect if {where}", "leave it out", experts)
     if backend == "native":
         reason = refuse_native_model(config.model)

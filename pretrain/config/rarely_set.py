@@ -46,7 +46,7 @@ RARELY_SET: dict[str, dict[str, str]] = {
         "data.sources.*": "validation_fraction",
     },
     "docs/kernels.md": {
-        "kernels": "backend experts",
+        "kernels": "backend attention experts",
     },
     "docs/launching.md": {
         "health": "on_nonfinite on_spike spike_rule spike_ratio spike_window spike_sigma max_rollbacks straggler_percent",

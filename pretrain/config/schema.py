@@ -274,9 +274,13 @@ class KernelsConfig(Section):
         "auto",
         description="auto: on CUDA triton in bf16 and torch in float32; on a CPU native (Mamba2 in C) where a C compiler and a block for it are, else torch. A backend that cannot run here is an error.",
     )
+    attention: Literal["auto", "FA2", "FA3", "FA4"] = Field(
+        "auto",
+        description="FlashAttention of PyTorch's attention on CUDA. auto: the newest that all ranks have; one that is named and not there is an error. FA3 is planned at its published rate on Hopper, others at FA2's.",
+    )
     experts: Literal["auto", "triton", "torch"] = Field(
         "auto",
-        description="Products of experts if `backend` is triton: our kernels, PyTorch's grouped product (Hopper and later), or the faster of both by `amfm bench kernels --tune` on this GPU; ours if nothing was tuned.",
+        description="Products of experts, and by fp8_block of whole matrices, if `backend` is triton: our kernels, PyTorch's (CUTLASS on Hopper and later; cuBLASLt for fp8_block on Hopper), or the faster of both by `amfm bench kernels --tune` on this GPU; ours if nothing was tuned.",
     )
 
 

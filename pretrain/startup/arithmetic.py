@@ -26,7 +26,7 @@ import torch
 
 from amfm.kernels.common.gemm_precision import gemm_dtype
 from amfm.kernels.runtime.native import refuse_native, withdraw_native
-from amfm.kernels.runtime.tuning import Environment, Table, adopt_table, choose_table
+from amfm.kernels.runtime.tuning import Environment, Table, adopt_table, adopted_table, choose_table, products_by_torch
 from amfm.model.flops import count_parameters, flops_per_token
 from amfm.model.low_precision import precision_table
 from amfm.pretrain.checkpoint.manifest_file import read_manifest
@@ -155,7 +155,8 @@ def _describe(tables: list[Table], chosen: Table | None) -> str:
     differing = f"; {others} ranks had another table" if others else ""
     if not chosen.configs:
         return f"kernels run with their own tiles: rank 0 has none tuned (amfm bench kernels --tune){differing}"
-    return f"kernels run with {len(chosen.configs)} tiles tuned on {chosen.environment.card}{differing}"
+    torchs = f"; PyTorch multiplies by {', '.join(products_by_torch(chosen))}" if products_by_torch(chosen) else ""
+    return f"kernels run with {len(chosen.configs)} tiles tuned on {chosen.environment.card}{torchs}{differing}"
 
 
 def describe_kinds(config: RunConfig) -> dict[str, Any]:
@@ -171,8 +172,15 @@ def describe_kinds(config: RunConfig) -> dict[str, Any]:
 
 
 def describe_products(config: RunConfig) -> dict[str, Any]:
-    """What matrices multiply in, for environment.json; nothing of a run in which all keep its precision."""
-    if config.low_precision.recipe == "none":
-        return {}
-    rows = precision_table(config.model, config.low_precision, config.train.precision)
-    return {"products": [row._asdict() for row in rows]}
+    """What matrices multiply in, for environment.json, and which products the tuned table gives to PyTorch.
+
+    Nothing of a run in which all keep its precision and all are ours.
+    """
+    facts: dict[str, Any] = {}
+    table = adopted_table()
+    if table is not None and config.kernels.experts == "auto" and products_by_torch(table):
+        facts["products_by_torch"] = products_by_torch(table)
+    if config.low_precision.recipe != "none":
+        rows = precision_table(config.model, config.low_precision, config.train.precision)
+        facts["products"] = [row._asdict() for row in rows]
+    return facts

@@ -16,8 +16,8 @@ import torch
 from amfm.data_pipeline.store.store import TokenStore
 from amfm.data_pipeline.synthetic.rows import NO_TOKENIZER
 from amfm.kernels.attention.varlen import OWN, activate_newest, restore
-from amfm.kernels.moe.experts_backend import use_experts_backend
 from amfm.kernels.runtime.backend import resolve_for_run
+from amfm.kernels.runtime.product_backend import use_product_backend
 from amfm.model.hybrid import HybridModel
 from amfm.model.low_precision import attach_recipes
 from amfm.model.pipeline_split import Piece, cut_pieces, pieces_of_rank
@@ -46,7 +46,7 @@ def share_tiles(config: RunConfig, parallel: Parallel) -> None:
 
     Every rank must call this.
     """
-    use_experts_backend(config.kernels.experts)
+    use_product_backend(config.kernels.experts)
     if parallel.device.type != "cuda" or choose_backend(config, parallel) != "triton":
         return
     from amfm.kernels.runtime.tuning import load_table
@@ -55,18 +55,23 @@ def share_tiles(config: RunConfig, parallel: Parallel) -> None:
     agree_on_tiles(load_table(parallel.device))
 
 
-def choose_flash(parallel: Parallel) -> None:
+def choose_flash(wanted: str, parallel: Parallel) -> None:
     """Let attention of all ranks on CUDA run the newest FlashAttention that all of them have, and log which.
 
-    Every rank must call this.
+    wanted: `kernels.attention`. Every rank must call this. Raises ValueError if it names another than there is.
     """
     if parallel.device.type != "cuda":
+        if wanted != "auto":
+            raise ValueError(f"kernels.attention={wanted} needs CUDA; this rank is on {parallel.device.type}. Use auto")
         return
-    found = activate_newest(torch.cuda.get_device_capability(parallel.device)[0])
+    found = activate_newest(torch.cuda.get_device_capability(parallel.device)[0]) if wanted != OWN else (OWN, "as told")
     answers = parallel.gather_objects(found)
     differ = len({name for name, _ in answers}) > 1
     if differ:
         restore()
+    if wanted not in ("auto", OWN if differ else found[0]):
+        have = "; ".join(sorted({f"{name} ({reason})" if reason else name for name, reason in answers}))
+        raise ValueError(f"kernels.attention={wanted}: ranks have {have}. Install it on all ranks, or use auto")
     if parallel.is_main:
         reasons = "; ".join(sorted({reason for _, reason in answers if reason}))
         words = f"{OWN} on all ranks, because not all have {found[0]}: {reasons}" if differ else found[0]

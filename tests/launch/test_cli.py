@@ -272,7 +272,7 @@ def test_no_import_of_ours_is_hidden_in_a_string() -> None:
     files = [
         path for folder in ("launch", "pretrain", "model", "data_pipeline") for path in (ROOT / folder).rglob("*.py")
     ]
-    assert len(files) > 500
+    assert len(files) > 400
     assert [
         str(path) for path in files if re.search(r'import_module\(\s*f?"amfm', path.read_text(encoding="utf-8"))
     ] == []

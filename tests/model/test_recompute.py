@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from amfm.launch.plan.activations import Storage, recomputed_bytes
-from amfm.launch.plan.measured import block_bytes
+from amfm.launch.plan.blocks.measured import block_bytes
 from amfm.model import block as block_file
 from amfm.model.build import build_mixer
 from amfm.model.config.moe import MoeConfig

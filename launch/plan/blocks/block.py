@@ -12,10 +12,12 @@ from amfm.launch.plan.activations import BlockBytes, Storage
 from amfm.launch.plan.blocks.cut import cut_of, row_tokens
 from amfm.launch.plan.blocks.expert_traffic import EXPERTS, add_experts
 from amfm.launch.plan.blocks.indexer import add_indexer
+from amfm.launch.plan.blocks.measured import block_bytes
 from amfm.launch.plan.layout import Layout
-from amfm.launch.plan.measured import block_bytes
 from amfm.launch.plan.roofline import Roofline
 from amfm.model.build import sample_mixer
+from amfm.model.config.core_options import AttentionConfig
+from amfm.model.config.key_mixer_options import MlaOptions
 from amfm.model.config.moe import MoeConfig
 from amfm.pretrain.config.schema import RunConfig
 
@@ -45,7 +47,12 @@ def add_block(
         # Attention's FLOPs grow with a sequence, and are those of one document.
         attended = (mixer.sequence_flops(length) - (mixer.sequence_flops(1) if flops else 0.0)) / layout.tensor
         mixed = tokens * (flops + attended), tokens * (back + BACKWARD * attended)
-        line.mixing(mixed, (tokens * cost.mixed[0], tokens * cost.mixed[1]))
+        by_flash = (
+            isinstance(options, AttentionConfig | MlaOptions)
+            and not getattr(options, "sinks", False)
+            and config.qk_clip is None
+        )
+        line.mixing(mixed, (tokens * cost.mixed[0], tokens * cost.mixed[1]), by_flash=by_flash)
     if isinstance(options, MoeConfig):
         add_experts(line, config, options, tokens, layout, imbalance)
 

@@ -1,4 +1,4 @@
-"""How a layout cuts a block: what `launch/plan/measured.py` must know to build one rank's part of it."""
+"""How a layout cuts a block: what `launch/plan/blocks/measured.py` must know to build one rank's part of it."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from amfm.kernels.low_precision.formats import packed_width
 from amfm.kernels.moe.capacity import expert_capacity
@@ -39,7 +39,9 @@ def add_experts(
     up = up_rows(1, moe.activation) * units
     for _ in range(parts):
         for name, inputs, outputs in (("up", width, up), ("down", units, width)):
-            line.product(rows / parts, inputs, outputs, groups=experts, grouped=not is_only, weight=EXPERTS + name)
+            how: Any = {"groups": experts, "grouped": not is_only, "weight": EXPERTS + name}
+            # By a recipe `up` makes codes of its activation.
+            line.product(rows / parts, inputs, outputs, is_fused=name == "up", **how)
     if not is_only and not line.recipes:
         # The activation is in the kernels of products, whose own bytes are taken to be those of any product.
         line.passes(rows * (3 * up + 2 * units) * line.element_bytes)

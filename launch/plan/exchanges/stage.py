@@ -17,6 +17,7 @@ from dataclasses import replace
 from amfm.launch.plan.activations import storage_of
 from amfm.launch.plan.blocks.cut import cut_of, row_tokens
 from amfm.launch.plan.blocks.expert_traffic import expert_traffic
+from amfm.launch.plan.blocks.measured import block_bytes
 from amfm.launch.plan.exchange import (
     BUCKET_ELEMENTS,
     DEEPSPEED_BUCKET_ELEMENTS,
@@ -28,7 +29,6 @@ from amfm.launch.plan.exchange import (
 )
 from amfm.launch.plan.in_flight import places_of
 from amfm.launch.plan.layout import Layout, StageShare, count_routed
-from amfm.launch.plan.measured import block_bytes
 from amfm.model.config.moe import MoeConfig
 from amfm.pretrain.config.schema import RunConfig
 

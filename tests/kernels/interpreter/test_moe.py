@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from amfm.kernels.moe import counting_sort, experts_backend, recycling, triton_experts, triton_router
+from amfm.kernels.moe import counting_sort, recycling, triton_experts, triton_router
 from amfm.kernels.moe.capacity import drop_overflow, recycle_overflow
 from amfm.kernels.moe.counting_sort import sort_pairs
 from amfm.kernels.moe.op import expert_feed_forward, group_by_expert, grouped_feed_forward, route
@@ -18,6 +18,7 @@ from amfm.kernels.moe.rows.op import (
     sort_rows,
 )
 from amfm.kernels.moe.triton_products import launch_persistent, takes_descriptors
+from amfm.kernels.runtime import product_backend
 from amfm.kernels.runtime.backend import triton_version
 from benchmarks.kernels.counting import count_launches
 from tests.helpers.numbers import assert_all_near, assert_bitwise
@@ -59,7 +60,7 @@ def test_experts_equal_the_definition_twice_bitwise(sizes, activation, twice, po
 
 
 def test_experts_by_pytorch_between_our_kernels_equal_the_definition(monkeypatch, poisoned_memory):
-    monkeypatch.setattr(experts_backend, "_TOLD", ["torch"])
+    monkeypatch.setattr(product_backend, "_TOLD", ["torch"])
     _, wanted = run("reference", torch.float64, tokens=40, experts=6, empty=(0, 3, 5))
     with count_launches() as launches:
         _, once = run("triton", torch.float32, tokens=40, experts=6, empty=(0, 3, 5))
@@ -84,7 +85,7 @@ def test_places_that_no_choice_fills_change_no_bit(kept, room, poisoned_memory):
 
 
 def test_places_that_no_choice_fills_add_nothing_to_products_of_pytorch(monkeypatch, poisoned_memory):
-    monkeypatch.setattr(experts_backend, "_TOLD", ["torch"])
+    monkeypatch.setattr(product_backend, "_TOLD", ["torch"])
     wanted = run_with_lost_choices("reference", torch.float64, "swiglu", 16)
     found = run_with_lost_choices("triton", torch.float32, "swiglu", 16, 21)
     assert_all_near(found, wanted, FLOAT32, ["y", "dx", "d_weights", "d_up", "d_down"])

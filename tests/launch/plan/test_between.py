@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import amfm.launch.plan.measured as measured
+import amfm.launch.plan.blocks.measured as measured
 from amfm.kernels.common.custom_op import find_body
 from amfm.launch.plan.activations import storage_of
 from amfm.launch.plan.blocks.block import block_cost

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from amfm.launch.plan.activations import Storage
+from amfm.launch.plan.blocks.measured import block_bytes
 from amfm.launch.plan.estimate import SPREAD, WORST_IMBALANCE, Assumptions, estimate, mfu_range
 from amfm.launch.plan.hardware import ASSUMED
 from amfm.launch.plan.layout import Layout, held_by_stages
-from amfm.launch.plan.measured import block_bytes
 from amfm.launch.plan.memory import cut_of
 from amfm.launch.plan.plan import plan_as_dict
 from amfm.launch.plan.time import host_seconds

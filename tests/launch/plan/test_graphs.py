@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from amfm.launch.plan.activations import storage_of
+from amfm.launch.plan.blocks.measured import block_bytes
 from amfm.launch.plan.graphs import REPLAY_LAUNCHES, graph_bytes, pass_launches, with_graphs
 from amfm.launch.plan.layout import Layout, held_by_stages
-from amfm.launch.plan.measured import block_bytes
 from amfm.launch.plan.memory import block_sizes, estimate_memory
 from amfm.launch.plan.search import is_allowed, with_layout
 from amfm.launch.plan.time import estimate_step

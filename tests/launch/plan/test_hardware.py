@@ -2,7 +2,18 @@
 
 import pytest
 
-from amfm.launch.plan.hardware import ASSUMED, HARDWARE, LIBRARY_GROUPED, LIBRARY_NARROW, Hardware, load_hardware
+from amfm.launch.plan.hardware import (
+    ASSUMED,
+    FLASH_3,
+    HARDWARE,
+    LIBRARY_GROUPED,
+    LIBRARY_NARROW,
+    Hardware,
+    load_hardware,
+)
+from amfm.launch.plan.roofline import Roofline
+from amfm.pretrain.config.file import load_config
+from tests.launch.plan.presets import CONFIGS
 
 
 def test_hardware_can_come_from_a_file(tmp_path):
@@ -16,6 +27,9 @@ def test_hardware_can_come_from_a_file(tmp_path):
     assert {name for name in Hardware.model_fields if name.endswith("_efficiency")} - ASSUMED.keys() == {
         "memory_efficiency",
         "link_efficiency",
+        "flash_efficiency",
+        "flash_backward_efficiency",
+        "fp8_own_efficiency",
     }
     silent = {name: getattr(hardware, name) for name in ASSUMED}
     assert silent == {name: getattr(HARDWARE["h100"], name) for name in ASSUMED}
@@ -36,3 +50,41 @@ def test_our_kernels_of_codes_are_as_far_below_a_librarys_as_our_grouped_product
         for name, value in LIBRARY_NARROW.items():
             ratio = hardware.grouped_efficiency / LIBRARY_GROUPED
             assert getattr(hardware, name) == pytest.approx(ratio * value, abs=0.005) == fields[name].default
+
+
+def test_libraries_that_a_run_names_are_planned_at_their_rates_and_shown():
+    def rates(gpu, *settings):
+        config = load_config(CONFIGS / "turbos_560b_fp8.yaml", list(settings))
+        return (gpu if isinstance(gpu, Hardware) else HARDWARE[gpu]).with_libraries(config)
+
+    h100 = HARDWARE["h100"]
+    assert rates("h100") == h100
+    found = rates("h100", "kernels.experts=torch", "kernels.attention=FA3")
+    assert found.name == "H100 SXM (kernels.experts=torch, kernels.attention=FA3)"
+    assert (found.fp8_efficiency, found.fp8_own_efficiency) == (LIBRARY_NARROW["fp8_efficiency"], h100.fp8_efficiency)
+    assert found.grouped_efficiency == LIBRARY_GROUPED and found.fp8_grouped_efficiency == h100.fp8_grouped_efficiency
+    assert {name: getattr(found, name) for name in FLASH_3} == FLASH_3
+    blackwell = rates("b200", "kernels.experts=torch", "kernels.attention=FA3")
+    assert (blackwell.fp8_efficiency, blackwell.flash_efficiency) == (h100.fp8_efficiency, None)
+    measured = h100.model_copy(update={"fp8_efficiency": 0.57})
+    assert rates(measured, "kernels.experts=torch").fp8_efficiency == 0.57
+
+
+def test_a_library_takes_sums_of_whole_blocks_and_copies_column_codes():
+    own, fused = (HARDWARE["h100"].model_copy(update=update) for update in (
+        {"memory_bytes_per_second": 1e30},
+        {"memory_bytes_per_second": 1e30, "fp8_efficiency": 0.60, "fp8_own_efficiency": 0.50},
+    ))  # fmt: skip
+
+    def seconds(hardware, inputs, outputs, **how):
+        line = Roofline(hardware, "bf16", 2, recipes={"w": "fp8_block"})
+        line.product(1024, inputs, outputs, weight="w", **how)
+        return line.seconds
+
+    sizes = 512, 1024
+    ratio = seconds(fused, *sizes) / seconds(own, *sizes)
+    assert ratio == pytest.approx(5 / 6)
+    # Two of the three products, where the sum of one is over broken blocks or a kernel of ours makes it.
+    assert seconds(fused, 512, 1040) / seconds(own, 512, 1040) == pytest.approx((1 + 2 * 5 / 6) / 3)
+    assert seconds(fused, *sizes, is_fused=True) / seconds(own, *sizes) == pytest.approx((1 + 2 * 5 / 6) / 3)
+    assert seconds(fused, *sizes, groups=2) == seconds(own, *sizes, groups=2)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from amfm.launch.plan.activations import Storage, storage_of
+from amfm.launch.plan.blocks.measured import block_bytes
 from amfm.launch.plan.estimate import Assumptions, estimate, estimate_as_dict
 from amfm.launch.plan.hardware import HARDWARE
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.low_precision import narrow_flops_per_token
-from amfm.launch.plan.measured import block_bytes
 from amfm.launch.plan.roofline import Roofline
 from amfm.launch.plan.stand_ins import Cut
 from amfm.launch.plan.time import block_seconds, estimate_step

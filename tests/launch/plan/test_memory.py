@@ -6,9 +6,9 @@ import pytest
 
 from amfm.launch.plan.activations import BlockBytes, head_bytes, storage_of
 from amfm.launch.plan.blocks.cut import cut_of
+from amfm.launch.plan.blocks.measured import block_bytes
 from amfm.launch.plan.in_flight import moments_of
 from amfm.launch.plan.layout import Layout, held_by_stages
-from amfm.launch.plan.measured import block_bytes
 from amfm.launch.plan.memory import (
     block_sizes,
     building_bytes,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from amfm.launch.plan.activations import Storage
-from amfm.launch.plan.measured import block_bytes
+from amfm.launch.plan.blocks.measured import block_bytes
 from amfm.launch.plan.stand_ins import Cut
 from amfm.model.config.kinds import registered_kinds
 from tests.launch.plan.presets import plan_of, preset

@@ -11,7 +11,7 @@ import yaml
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from amfm.launch.cli import run
-from amfm.launch.plan.measured import lacks_fake
+from amfm.launch.plan.blocks.measured import lacks_fake
 from amfm.launch.simulate import trace
 from amfm.launch.simulate.tracer import Tracer
 from benchmarks.small_steps import DEFAULTS

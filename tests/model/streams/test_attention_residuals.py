@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from amfm.launch.plan.activations import Storage, made_bytes
-from amfm.launch.plan.measured import block_bytes
+from amfm.launch.plan.blocks.measured import block_bytes
 from amfm.model.config.schema import ModelConfig
 from amfm.model.config.streams import AttentionResidualsConfig
 from amfm.model.hybrid import HybridModel

@@ -127,7 +127,7 @@ parallel.expert_buffer_factor parallel.context parallel.pipeline parallel.schedu
 health.on_nonfinite health.on_spike health.spike_rule health.spike_ratio health.spike_window health.spike_sigma health.max_rollbacks
 health.straggler_percent
 health.check_state_every_steps
-kernels.backend kernels.experts
+kernels.backend kernels.attention kernels.experts
 low_precision.recipe low_precision.block_types low_precision.bf16_first_layers low_precision.bf16_last_layers low_precision.out_proj_recipe
 low_precision.weight_gradient low_precision.activation_storage low_precision.dispatch low_precision.quantize_weights low_precision.emulate low_precision.measure_every_steps
 export.target export.every_steps export.max_position_embeddings

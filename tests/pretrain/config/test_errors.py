@@ -29,7 +29,7 @@ def test_a_word_of_another_program_is_sent_to_ours(base):
 
 def test_an_unlike_key_lists_the_known_ones(base):
     message = message_of(base, "kernels.zebra=1")
-    assert message == "override kernels.zebra=1: unknown key; known keys here: backend, experts"
+    assert message == "override kernels.zebra=1: unknown key; known keys here: backend, attention, experts"
 
 
 def test_a_dotted_key_in_a_file_is_told_to_nest(base, tmp_path):

@@ -190,3 +190,13 @@ def test_ranks_launch_what_they_agreed_on_and_their_own_tiles_where_asked_for_de
     for tuned, fixed in run_ranks(agree, [Table(HOPPER, TUNED), second]):
         assert tuned == wanted
         assert fixed == {"num_warps": 1}
+
+
+def test_products_that_the_table_gives_to_pytorch_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from amfm.pretrain.startup.arithmetic import describe_products
+
+    config = load_config(Path(__file__).parents[3] / "configs/tiny_cpu.yaml", [])
+    assert describe_products(config) == {}
+    chosen = TUNED | {"fp8_block_backend": {"TORCH": 1}, "experts_backend torch.bfloat16 64": {"TORCH": 0}}
+    monkeypatch.setattr(tuning, "_ADOPTED", [Table(HOPPER, chosen)])
+    assert describe_products(config) == {"products_by_torch": ["fp8_block_backend"]}

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import amfm
-from amfm.launch.plan import measured
 from amfm.launch.plan.activations import Storage, up_rows
+from amfm.launch.plan.blocks import measured
+from amfm.launch.plan.blocks.measured import _block_bytes, block_bytes
 from amfm.launch.plan.blocks.seen import id_of
-from amfm.launch.plan.measured import _block_bytes, block_bytes
 from amfm.launch.plan.stand_ins import COUNTED_TOKENS, Cut
 from amfm.model.block import Block
 from amfm.model.config.kinds import registered_kinds
