@@ -1,5 +1,5 @@
 """Expert feed-forward by PyTorch's grouped product: the torch path on a GPU, where a loop would wait for the row
-counts, and where all else runs in Triton if it is chosen (`kernels/runtime/backend.py`).
+counts, and where all else runs in Triton if it is chosen (`kernels/runtime/product_backend.py`).
 
 One call multiplies the rows of all experts, each by its expert's matrix, with the ends of experts read on the device. What
 `torch_loop` does expert by expert is done for all sorted rows at once here.

@@ -12,8 +12,6 @@ from contextlib import contextmanager
 
 import torch
 
-from amfm.kernels.runtime.tuning import CHOICE, config_for
-
 # `kernels.experts`; what is timed of both, and what this process was told last.
 PRODUCT_BACKENDS = ("auto", "triton", "torch")
 _LIBRARIES = ({"TORCH": 0}, {"TORCH": 1})
@@ -54,4 +52,6 @@ def chooses_torch(products: str, shape: Sequence[object], device: torch.device, 
         return True
     if lacks:
         return False
+    from amfm.kernels.runtime.tuning import CHOICE, config_for  # which imports Triton
+
     return bool(config_for(f"{products}_{CHOICE}", shape, _LIBRARIES, device)["TORCH"])
