@@ -102,7 +102,7 @@ RARELY_SET: dict[str, dict[str, str]] = {
     },
     "docs/parallelism.md": {
         "parallel": "expert_tensor offload_optimizer",
-        "train": "gradient_sums",
+        "train": "recompute_blocks gradient_sums",
     },
     "docs/structure.md": {
         "model.moe": "shared_expert_linear_kind shared_expert_linear_rank shared_expert_linear_blocks",
