@@ -23,9 +23,8 @@ from amfm.kernels.runtime.compiling import assume_constant
 from amfm.kernels.runtime.product_backend import chooses_torch
 
 RUN, BLOCKS, ROWS = 128, 4, 4  # of a scale; what cuBLASLt wants multiples of
-PLACE_BYTES = (
-    16  # at whose multiples a sum begins to which the library adds; sums are end to end, so any may begin elsewhere
-)
+# A sum to which it adds begins at a multiple of this; our sums are end to end, so any may begin elsewhere.
+PLACE_BYTES = 16
 FIRST_CUDA = (12, 9)
 
 

@@ -31,7 +31,7 @@ from amfm.kernels.common.weight_gradients import GradientSum, add_outer, compute
 from amfm.kernels.low_precision import triton_impl as codes
 from amfm.kernels.low_precision.formats import Quantized
 from amfm.kernels.low_precision.products import codes_of
-from amfm.kernels.low_precision.recipe import ExpertRecipes, Recipe, is_watched, note_operands
+from amfm.kernels.low_precision.recipe import ExpertRecipes, is_watched, note_operands
 from amfm.kernels.moe import triton_epilogues as epilogues
 from amfm.kernels.moe.counting_sort import SortedPairs, list_tiles, tile_bound
 from amfm.kernels.moe.low_precision import makes_codes
@@ -60,9 +60,9 @@ class Places:
         """Whether rows are as they come, all of one expert."""
         return self.sources is None and self.pairs is not None
 
-    def tiles_of(self, tiles: codes.Tiles, recipe: Recipe) -> codes.Tiles | None:
+    def tiles_of_products(self, tiles: codes.Tiles, recipes: ExpertRecipes) -> codes.Tiles | None:
         """The tiles that products need: none for one matrix of fp8_block, which a library may multiply."""
-        return None if self.is_of_only_expert and recipe.name == "fp8_block" else tiles
+        return None if self.is_of_only_expert and recipes.up.name == "fp8_block" else tiles
 
     def product(self, by: Any, rows: Any, weight: Any, tiles: codes.Tiles | None, like_RD: Tensor) -> Tensor:
         """Rows times their experts' matrices, back where they came from: [R, D] of these tokens, in their dtype.
@@ -165,6 +165,7 @@ class _Experts(torch.autograd.Function):
         totals: Sequence[GradientSum] | None,
     ) -> Tensor:
         tiles = codes.Tiles(list_code_tiles(offsets_E, rows), offsets_E)
+        parts = given.tiles_of_products(tiles, recipes)
         x_RD, weights_RK = x_RD.contiguous(), None if weights_RK is None else weights_RK.contiguous()
         up, down = codes_of(recipes.up), codes_of(recipes.down)
         x_codes, _ = up.quantize_rows(x_RD, tiles, given.sources, rows=True)
@@ -175,15 +176,14 @@ class _Experts(torch.autograd.Function):
             saved = recipes.up.saved == "fp8"
             kept, active = epilogues.up(x_codes, up_codes, tiles, *choice, activation, x_RD, saved=saved)
         else:
-            hidden_SF = up.product(x_codes, up_codes, x_RD.dtype, given.tiles_of(tiles, recipes.up))
+            hidden_SF = up.product(x_codes, up_codes, x_RD.dtype, parts)
             active, _ = down.quantize_rows(
                 hidden_SF, tiles, rows=True, activation=activation, weights=weights_RK, pairs=given.pairs
             )
             kept = (hidden_SF,)
             if recipes.up.saved == "fp8":
                 kept, _ = codes.quantize_rows(hidden_SF, tiles, rows=True)
-        down_codes, parts = down.quantize_weight(down_EDF), given.tiles_of(tiles, recipes.down)
-        y_RD = given.product(down, active, down_codes, parts, x_RD)
+        y_RD = given.product(down, active, down.quantize_weight(down_EDF), parts, x_RD)
         ctx.given, ctx.activation, ctx.recipes, ctx.totals = given, activation, recipes, totals
         ctx.save_for_backward(x_RD, weights_RK, *tiles, up_EFD, down_EDF, *kept)
         return y_RD
@@ -196,7 +196,7 @@ class _Experts(torch.autograd.Function):
         up, down = codes_of(ctx.recipes.up), codes_of(ctx.recipes.down)
         grads, grad_columns = down.quantize_rows(dy_RD, tiles, given.sources, rows=True, columns=keep, gradient=True)
         note_operands(ctx.recipes.down, gradient=dy_RD)
-        parts = given.tiles_of(tiles, ctx.recipes.up)
+        parts = given.tiles_of_products(tiles, ctx.recipes)
         v_SW = down.product(grads, down.quantize_weight(down_EDF, transposed=True), dtype, parts)
         rows, choice = len(v_SW), (weights_RK, given.pairs)
         # Someone who looks at operands gets them wide.

@@ -189,15 +189,7 @@ def _measure(
         block = Block(config.built_letters.index(symbol), config, groups, backend)
         # Whether a mixer rotates its heads stands in a buffer.
         block.mixer.reset_buffers()
-        stream = torch.float32 if config.residual_in_fp32 else dtype
-        residual_BTD = torch.empty(1, own, config.hidden_size, dtype=stream, requires_grad=True)
-        delta_BTD: Tensor | None = torch.empty(1, own, config.hidden_size, requires_grad=True)
-        if block.stream is not None:
-            # As large as it becomes, and joined: what joins it is counted where blocks do so (`made_bytes`).
-            sent = torch.empty(1, own, config.stream_tensors(len(config.letters)), config.hidden_size, dtype=stream)
-            residual_BTD, delta_BTD = block.stream.add(*block.stream.receive(sent))
-            residual_BTD = residual_BTD.detach().requires_grad_()
-            delta_BTD = None if delta_BTD is None else delta_BTD.detach().requires_grad_()
+        residual_BTD, delta_BTD = _make_inputs(config, block, own, dtype)
         if cut.narrow is not None:
             stack.enter_context(assume_codes(block, cut.narrow))
         if cut.is_split:
@@ -240,6 +232,21 @@ def _measure(
         scans,
         tuple(live.products),
         tuple(Handed(*key, len(each), sum(each), tokens) for key, each in live.handed.items()),
+    )
+
+
+def _make_inputs(config: ModelConfig, block: Block, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The residual stream of a block and what is to be added to it."""
+    stream = torch.float32 if config.residual_in_fp32 else dtype
+    residual_BTD = torch.empty(1, tokens, config.hidden_size, dtype=stream)
+    delta_BTD: Tensor | None = torch.empty(1, tokens, config.hidden_size)
+    if block.stream is not None:
+        # As large as it becomes, and joined: what joins it is counted where blocks do so (`made_bytes`).
+        sent = torch.empty(1, tokens, config.stream_tensors(len(config.letters)), config.hidden_size, dtype=stream)
+        residual_BTD, delta_BTD = block.stream.add(*block.stream.receive(sent))
+    return (
+        residual_BTD.detach().requires_grad_(),
+        None if delta_BTD is None else delta_BTD.detach().requires_grad_(),
     )
 
 
