@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -19,6 +19,9 @@ from amfm.launch.push import Hub, require_export
 from amfm.model.huggingface.hf_class import Target
 from amfm.model.huggingface.refusals import ClientName
 from amfm.pretrain.packages import require_extra
+
+if TYPE_CHECKING:
+    from amfm.pretrain.export.export import ExportReport
 
 PACKAGE = "clients"  # of examples/: other programs on an export
 CheckOption = Annotated[
@@ -64,9 +67,6 @@ OptionalOutArgument = Annotated[
 ]
 
 
-# Of a training state: torch Distributed Checkpoint, DeepSpeed's universal layout or the folder of its tag, Megatron-Core's.
-
-
 def export(
     checkpoint: CheckpointArgument,
     out: OptionalOutArgument = None,
@@ -97,21 +97,8 @@ def export(
     check_export_options(file_format, out, check, python, push, writes_for_transformers=writes_for_transformers)
     client = None if check is None else load_packaged("export.check", PACKAGE)(check, python)
     hub = None if push is None else Hub(push)
-    if out is None:
-        if client is not None:
-            client.show(checkpoint, as_json=as_json)
-            return
-        assert hub is not None, "checked above"
-        push_export(checkpoint, hub, as_json=as_json)
-        return
-    if file_format == "gguf":
-        load_packaged("export.gguf", PACKAGE)(checkpoint, out, python, as_json=as_json)
-        return
-    if file_format == "megatron":
-        export_tokens(checkpoint, out, as_json=as_json)
-        return
-    if file_format != "huggingface":
-        load_packaged("export.training-state", "foreign_states")(checkpoint, out, file_format, as_json=as_json)
+    if out is None or file_format != "huggingface":
+        export_other(checkpoint, out, file_format, client, hub, python, as_json=as_json)
         return
     require_extra("export", "amfm export")
     with loading("export", "PyTorch and transformers"):
@@ -126,33 +113,65 @@ def export(
         pushed = hub.push(out) if hub is not None and is_right else None
     if as_json:
         print_json(
-            {
-                "path": str(report.path),
-                "target": report.target,
-                "class": report.class_name,
-                "max_logit_difference": report.max_logit_difference,
-                "same_argmax": report.same_argmax,
-                "tokens_compared": report.tokens_compared,
-                "compared": report.compared,
-                "files": list(report.files),
-                "reasons": list(report.reasons),
-                "refused_by": list(report.refusals),
-                "left_out": report.left_out,
-                "kept": list(report.kept),
-            }
+            report_as_dict(report)
             | ({} if checked is None else {"check": asdict(checked)})
             | ({} if pushed is None else {"pushed": pushed})
         )
+    else:
+        print_pairs("Export", describe_report(report, pushed, whole=notes))
         if client is not None:
-            client.require_equal(checked)
-        return
+            client.print(out, checked)
+    if client is not None:
+        client.require_equal(checked)
+    if not as_json:
+        say(f"next: in Python, transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})")
+
+
+def export_other(
+    source: Path, out: Path | None, file_format: str, client: Any, hub: Hub | None, python: str | None, *, as_json: bool
+) -> None:
+    """Check or send an export that exists, without `out`, or write a form that is not for transformers."""
+    if out is None:
+        if client is not None:
+            client.show(source, as_json=as_json)
+            return
+        assert hub is not None, "checked before"
+        push_export(source, hub, as_json=as_json)
+    elif file_format == "gguf":
+        load_packaged("export.gguf", PACKAGE)(source, out, python, as_json=as_json)
+    elif file_format == "megatron":
+        export_tokens(source, out, as_json=as_json)
+    else:
+        load_packaged("export.training-state", "foreign_states")(source, out, file_format, as_json=as_json)
+
+
+def report_as_dict(report: ExportReport) -> dict[str, Any]:
+    """What `--json` prints of an export."""
+    return {
+        "path": str(report.path),
+        "target": report.target,
+        "class": report.class_name,
+        "max_logit_difference": report.max_logit_difference,
+        "same_argmax": report.same_argmax,
+        "tokens_compared": report.tokens_compared,
+        "compared": report.compared,
+        "files": list(report.files),
+        "reasons": list(report.reasons),
+        "refused_by": list(report.refusals),
+        "left_out": report.left_out,
+        "kept": list(report.kept),
+    }
+
+
+def describe_report(report: ExportReport, pushed: str | None, *, whole: bool) -> list[tuple[str, Any]]:
+    """The rows that a person gets; `whole`: with each program that is known to reject the export."""
     verification = "not verified"
     if report.max_logit_difference is not None:
         same = "same most likely token everywhere" if report.same_argmax else "another most likely token somewhere"
         verification = (
             f"largest logit difference {report.max_logit_difference:.1e} over {report.tokens_compared:,} tokens, {same}"
         )
-    pairs = [
+    pairs: list[tuple[str, Any]] = [
         ("verification", verification),
         ("compared on", report.compared),
         ("folder", report.path),
@@ -162,12 +181,7 @@ def export(
     pairs += [("left out", report.left_out)] if report.left_out else []
     pairs += [("kept", text) for text in report.kept]
     pairs += [("pushed to", pushed)] if pushed is not None else []
-    pairs += known_incompatibilities(report.refusals, whole=notes)
-    print_pairs("Export", pairs)
-    if client is not None:
-        client.print(out, checked)
-        client.require_equal(checked)
-    say(f"next: in Python, transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})")
+    return pairs + known_incompatibilities(report.refusals, whole=whole)
 
 
 def known_incompatibilities(refusals: Sequence[str], *, whole: bool) -> list[tuple[str, str]]:

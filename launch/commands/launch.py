@@ -81,17 +81,10 @@ def launch(
     as_json: JsonOption = False,
 ) -> None:
     """The verb `launch`."""
-    from amfm.pretrain.checks.load import load_checked
-
     ranks = nproc_per_node or count_gpus() or 1
     # A torchrun that each node starts on its own continues on its own, with the ranks that it has.
     goes_on = on != "torchrun" or hosts is not None or nodes == 1
-    numbers = range(nodes * ranks, 0, -ranks) if goes_on else [nodes * ranks]
-    config = load_checked(path, overrides or [], world_size=numbers, resumes=True)
-    if goes_on and config.launch.min_nodes > 1:
-        from amfm.pretrain.checks.check_run import check_run
-
-        check_run(config, numbers[: nodes + 1 - min(nodes, config.launch.min_nodes)])
+    config = load_run(path, overrides or [], nodes, ranks, goes_on=goes_on)
     check_options(on, nodes=nodes, hosts=hosts, node_rank=node_rank, master=master, address=address, dry_run=dry_run)
     check_spares(config.launch.spare_nodes, on, nodes=nodes, node_rank=node_rank, form=form or "jobset")
     check_kubernetes(on, form, dry_run=dry_run, doctor=doctor)
@@ -109,37 +102,46 @@ def launch(
     elif on == "kubernetes":
         done = show_manifest(config, [str(path), *options], form or "jobset", nodes, ranks)
     elif on == "slurm":
-        script_arguments = [
-            "launch",
-            str(path),
-            *options,
-            "--on",
-            on,
-            "--nodes",
-            str(nodes),
-            "--nproc-per-node",
-            str(ranks),
-        ]
-        script_arguments += ["--doctor"] if doctor else []
+        sizes = ["--nodes", str(nodes), "--nproc-per-node", str(ranks), *(["--doctor"] if doctor else [])]
         if config.launch.slurm.container_image is not None:  # whose working directory may be another
             absolute = [str(path.absolute()) if word == str(path) else word for word in work.arguments]
             work = replace(work, arguments=absolute)
-        done = launch_slurm(config, work, script_arguments, nodes, ranks, dry_run=dry_run)
+        done = launch_slurm(
+            config, work, ["launch", str(path), *options, "--on", on, *sizes], nodes, ranks, dry_run=dry_run
+        )
     else:
         done = launch_ray(config, work, nodes, ranks, address, dry_run=dry_run)
     if isinstance(done, int):
-        if done == DONE and STOPPED_FAILS in os.environ and last_word(Path(config.run.dir)) == "signal":
-            say("amfm launch: a signal stopped the run before its last step")
-            done = RUN_FAILED
-        if as_json:
-            has_begun = not doctor and (Path(config.run.dir) / "config.yaml").is_file()
-            progress = summarize(config.run.dir) if has_begun else {}
-            print_json({"launcher": on, "exit_code": done, **progress})
-        raise typer.Exit(done)
+        raise typer.Exit(finish(done, on, config.run.dir, as_json=as_json, has_run=not doctor))
     if as_json:
         print_json({"launcher": on, "nodes": nodes, "ranks_per_node": ranks, "warning": misfit, **done.facts})
     else:
         sys.stdout.write(done.text)
+
+
+def load_run(path: Path, overrides: list[str], nodes: int, ranks: int, *, goes_on: bool) -> RunConfig:
+    """Read and check a configuration for all ranks; if the run `goes_on` with fewer nodes, for the fewest of them too."""
+    from amfm.pretrain.checks.load import load_checked
+
+    numbers = range(nodes * ranks, 0, -ranks) if goes_on else [nodes * ranks]
+    config = load_checked(path, overrides, world_size=numbers, resumes=True)
+    if goes_on and config.launch.min_nodes > 1:
+        from amfm.pretrain.checks.check_run import check_run
+
+        check_run(config, numbers[: nodes + 1 - min(nodes, config.launch.min_nodes)])
+    return config
+
+
+def finish(code: int, on: str, run_dir: str, *, as_json: bool, has_run: bool) -> int:
+    """Report how a run ended; returns the exit code, that of a failure if a signal stopped it and its caller asked for that."""
+    if code == DONE and STOPPED_FAILS in os.environ and last_word(Path(run_dir)) == "signal":
+        say("amfm launch: a signal stopped the run before its last step")
+        code = RUN_FAILED
+    if as_json:
+        has_begun = has_run and (Path(run_dir) / "config.yaml").is_file()
+        progress = summarize(run_dir) if has_begun else {}
+        print_json({"launcher": on, "exit_code": code, **progress})
+    return code
 
 
 @dataclass(frozen=True)
