@@ -41,7 +41,7 @@ from amfm.pretrain.parallel import set_determinism
 from amfm.pretrain.run import Progress, identities_of
 from amfm.pretrain.stages import data_of_stages, last_stage, resolve_stages
 from amfm_foreign_states.dcp import DcpStates
-from amfm_foreign_states.megatron import MegatronFolder, is_megatron
+from amfm_foreign_states.megatron.read import MegatronFolder, is_megatron
 from amfm_foreign_states.megatron_arguments.compare import check_recorded
 from amfm_foreign_states.state import TrainingState, WrittenRun, write_run
 from amfm_foreign_states.universal import UniversalFolder, is_universal

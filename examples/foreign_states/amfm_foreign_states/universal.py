@@ -7,7 +7,7 @@
 
 For moving a run to and from a program that holds the same model under DeepSpeed: one of ours, without expert or tensor
 parallelism there (its loader cuts neither our stacked experts nor our fused matrices), or Megatron-DeepSpeed's GPT model,
-whose names and forms are in `megatron_deepspeed.py`. The checkpoint may come from any layout. The file names and keys are
+whose names and forms are in `megatron/deepspeed.py`. The checkpoint may come from any layout. The file names and keys are
 those that `load_checkpoint` of DeepSpeed 0.19 asks for with `{"checkpoint": {"load_universal": true}}` in its
 configuration, and those that its `ds_to_universal` writes; of ZeRO 3 that writes flat tensors, and one step for all.
 """
@@ -30,7 +30,7 @@ from amfm.pretrain.config.saved import read_saved_config
 from amfm.pretrain.engine.moments import FROZEN, MUON
 from amfm.pretrain.stages import last_stage, resolve_stages
 from amfm.pretrain.tensor_files import TensorFile, write_tensors
-from amfm_foreign_states.megatron_deepspeed import (
+from amfm_foreign_states.megatron.deepspeed import (
     FUSED,
     GptKind,
     GptNames,

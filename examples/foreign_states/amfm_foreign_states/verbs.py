@@ -119,7 +119,7 @@ NAMES: dict[str, Literal["pipeline", "plain"] | None] = {
 def export_state(checkpoint: Path, out: Path, file_format: str, *, as_json: bool) -> None:
     """Write master weights and moments for torch Distributed Checkpoint or DeepSpeed's loader, and print what was written."""
     from amfm_foreign_states.dcp import export_dcp
-    from amfm_foreign_states.megatron_write import export_megatron
+    from amfm_foreign_states.megatron.write import export_megatron
     from amfm_foreign_states.universal import export_universal
 
     with Waiting("amfm export") as waiting:

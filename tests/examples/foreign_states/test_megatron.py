@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from amfm_foreign_states.adopt import Expected, adopt, describe_position, import_state
-from amfm_foreign_states.megatron_write import export_megatron
+from amfm_foreign_states.megatron.write import export_megatron
 from amfm_foreign_states.state import WrittenRun, write_run
 from amfm_foreign_states.torch_file import read_common
 from safetensors.torch import load_file

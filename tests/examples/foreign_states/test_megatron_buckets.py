@@ -11,8 +11,8 @@ import pytest
 import torch
 from amfm_foreign_states.adopt import import_state
 from amfm_foreign_states.dcp_folder import DcpFolder
-from amfm_foreign_states.megatron import MegatronFolder
-from amfm_foreign_states.megatron_buckets import states_by_parameter
+from amfm_foreign_states.megatron.buckets import states_by_parameter
+from amfm_foreign_states.megatron.read import MegatronFolder
 from amfm_foreign_states.state import WrittenRun
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter

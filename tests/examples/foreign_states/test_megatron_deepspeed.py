@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from amfm_foreign_states.megatron_deepspeed import check_expressible, find_blocks
+from amfm_foreign_states.megatron.deepspeed import check_expressible, find_blocks
 from deepspeed.checkpoint.universal_checkpoint import load_hp_checkpoint_state
 
 from amfm.data_pipeline.config import DataConfig

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from amfm_foreign_states.adopt import import_state
-from amfm_foreign_states.megatron_write import export_megatron
+from amfm_foreign_states.megatron.write import export_megatron
 from amfm_foreign_states.state import WrittenRun
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from amfm_foreign_states.megatron_blocks import check_fits
+from amfm_foreign_states.megatron.blocks import check_fits
 
 from amfm.launch.plan.stand_ins import default_dtype
 from amfm.model.config.checks import check_model

@@ -71,7 +71,7 @@ def read_arguments(path: Path) -> Arguments:
 
 def read_folder(path: Path) -> Arguments | None:
     """The arguments that a checkpoint records, of Megatron-LM, Bridge or Megatron-DeepSpeed; None if it records none."""
-    from amfm_foreign_states.megatron import COMMON, find_iteration
+    from amfm_foreign_states.megatron.read import COMMON, find_iteration
     from amfm_foreign_states.torch_file import read_common
     from amfm_foreign_states.universal import UniversalFolder, is_universal
 

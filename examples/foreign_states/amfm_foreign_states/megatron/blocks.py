@@ -1,6 +1,6 @@
 """Where Megatron-Core has the tensors of our blocks: names in a layer, and the parts that it cuts them into.
 
-One table for both directions; `megatron.py` reads by it, `megatron_write.py` writes by it (megatron-core 0.16.1, and the
+One table for both directions; `read.py` reads by it, `write.py` writes by it (megatron-core 0.16.1, and the
 hybrid depths of Megatron-LM's main branch of August 2026, `mtp.layers.D.mtp_model_layer.layers.J`).
 """
 

@@ -11,7 +11,7 @@ of models/, ssm/ and transformer/):
   and up, `in_proj` and `conv1d` of Mamba are cut into `z x B C dt` and `x B C`.
 - Moments have the model's keys behind `optimizer.state.exp_avg.`; float32 master weights of bf16 weights after
   `optimizer.state.fp32_param.`, or `.param.` where a distributed optimizer saved them. The counter is in `common.pt`.
-  Other forms of a distributed optimizer: `megatron_buckets.py`.
+  Other forms of a distributed optimizer: `buckets.py`.
 - `in_proj` and `conv1d` of Gated DeltaNet are cut into `query key value z beta alpha`; a gate of attention stands after
   the queries of each group in `linear_qkv`. Depths of prediction are `mtp.layers.D`.
 
@@ -31,7 +31,7 @@ from amfm.model.config.schema import ModelConfig
 from amfm.model.on_demand import OnDemand, Shape, Source
 from amfm.model.shapes import block_shapes
 from amfm_foreign_states.dcp_folder import DcpFolder
-from amfm_foreign_states.megatron_blocks import (
+from amfm_foreign_states.megatron.blocks import (
     EXPERTS,
     FUSED,
     NORMS,
@@ -47,7 +47,7 @@ from amfm_foreign_states.megatron_blocks import (
     norm_names,
     row_order,
 )
-from amfm_foreign_states.megatron_buckets import BUCKET, REMEDY, STATE, states_by_parameter
+from amfm_foreign_states.megatron.buckets import BUCKET, REMEDY, STATE, states_by_parameter
 from amfm_foreign_states.rows import drop_channel_dim, join, part_of, permuted, resized, stacked, with_column
 from amfm_foreign_states.torch_file import BUFFER, Fitted, find_steps, fit_tensors, one_step, read_common
 

@@ -29,8 +29,7 @@ from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.stages import last_stage, resolve_stages
 from amfm_foreign_states.adopt import check_adoptable
 from amfm_foreign_states.dcp import StreamedPlanner
-from amfm_foreign_states.megatron import COMMON, DESCRIPTION, LATEST
-from amfm_foreign_states.megatron_blocks import (
+from amfm_foreign_states.megatron.blocks import (
     EXPERTS,
     FUSED,
     NORMS,
@@ -47,6 +46,7 @@ from amfm_foreign_states.megatron_blocks import (
     part_rows,
     row_order,
 )
+from amfm_foreign_states.megatron.read import COMMON, DESCRIPTION, LATEST
 from amfm_foreign_states.rows import interleave, join, last_column, permuted, resized
 from amfm_foreign_states.state import ExportedState, TrainingState, export_state
 from amfm_foreign_states.torch_file import system_errors

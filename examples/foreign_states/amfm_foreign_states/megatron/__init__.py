@@ -1,0 +1,1 @@
+"""Megatron-Core's distributed checkpoints, read and written, and the names of Megatron-DeepSpeed."""
