@@ -131,11 +131,13 @@ class _Module(ModuleType):
 
 
 class _Importer(MetaPathFinder, Loader):
-    """Finds `triton` and all modules below it, if nothing else has found them."""
+    """Finds `triton` and all modules below it, if nothing else has found them; private ones, which torch probes for, it has not."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        """Answer only for Triton."""
-        return ModuleSpec(fullname, self, is_package=True) if fullname.partition(".")[0] == "triton" else None
+        """A specification with this object as its loader, for names below `triton`."""
+        package, *names = fullname.split(".")
+        is_public = package == "triton" and not any(name.startswith("_") for name in names)
+        return ModuleSpec(fullname, self, is_package=True) if is_public else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """Make a module of any names."""

@@ -39,7 +39,7 @@ from tests.launch.plan.test_stand_ins import plan_blocks
 
 found = plan_blocks()
 assert "triton" not in sys.modules, "Triton was imported, or its stand-in is left behind"
-print(json.dumps(found))
+print(json.dumps(found, default=repr))
 """
 
 
@@ -67,4 +67,4 @@ def test_a_plan_for_gpus_is_the_same_where_triton_is_not_installed() -> None:
     command = [sys.executable, "-W", "ignore", "-c", WITHOUT_TRITON]
     apart = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3])
     assert apart.returncode == 0, apart.stderr
-    assert json.loads(apart.stdout.splitlines()[-1]) == json.loads(json.dumps(plan_blocks()))
+    assert json.loads(apart.stdout.splitlines()[-1]) == json.loads(json.dumps(plan_blocks(), default=repr))
