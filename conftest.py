@@ -22,7 +22,8 @@ gc.disable()
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # Packages of examples, as if they were installed: before amfm is imported, here and in every process of a test.
-for folder in ("examples/mixers", "examples/foreign_states", "examples/clients", "tests/helpers/installed"):
+PACKAGES = ("mixers", "foreign_states", "clients", "simulate")
+for folder in (*(f"examples/{name}" for name in PACKAGES), "tests/helpers/installed"):
     place = str(Path(__file__).parent / folder)
     sys.path.append(place)
     known = os.environ.get("PYTHONPATH", "").split(os.pathsep)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,20 +18,13 @@ from amfm.launch.commands.layouts import (
     print_verdict,
     show_seconds,
 )
-from amfm.launch.commands.trace import print_seconds, print_trace
 from amfm.launch.console import print_json, print_pairs, print_rows, say, show_progress
-from amfm.launch.existing import choose_config
+from amfm.launch.existing import choose_config, load_packaged
 from amfm.launch.heavy_imports import loading
-from amfm.pretrain.packages import is_installed
 
 if TYPE_CHECKING:
-    from amfm.launch.plan.estimate import Assumptions, Estimate
-    from amfm.launch.plan.hardware import Hardware
+    from amfm.launch.plan.estimate import Estimate
     from amfm.launch.plan.plan import Plan
-    from amfm.launch.plan.time import StepTime
-    from amfm.launch.simulate.timeline import Timeline
-    from amfm.launch.simulate.trace import TracedRank
-    from amfm.pretrain.config.schema import RunConfig
 
 GpusOption = Annotated[int, typer.Option(min=1, help="Number of accelerators (one rank per accelerator).")]
 GpuOption = Annotated[str, typer.Option(metavar="a100|h100|h200|b200|FILE.yaml", help="Type of accelerator.")]
@@ -117,6 +110,7 @@ def plan(
 
     hardware = load_hardware(gpu)
     check_trace_options(trace, search, rank, stage, timeline)
+    tracing = load_packaged("plan.trace", "simulate")(rank, stage, timeline) if trace else None
     check_write_options(write, search, overrides, preset)
     if why and not search:
         raise ValueError("--why has no effect without --search; add it, or leave it out")
@@ -146,61 +140,31 @@ def plan(
             made = make_plan(config, hardware, gpus, assumptions, tokens=tokens, search=True, progress=progress)
     else:
         made = make_plan(config, hardware, gpus, assumptions, tokens=tokens)
-    traced = trace_ranks(config, gpus, hardware, rank, stage, events=timeline is not None) if trace else []
-    steps = lay_out_steps(traced, hardware, assumptions, timeline) if timeline is not None else []
+    if tracing is not None:
+        tracing.run(config, gpus, hardware, assumptions)
     if picture is not None:
-        draw(made, traced, [line for line, _ in steps], assumptions, picture)
+        if tracing is not None:
+            tracing.draw(picture)
+        else:
+            from amfm.launch.plan.picture import draw_plan
+
+            draw_plan(made, assumptions, picture)
+        say(f"wrote {picture}")
     if write:
         write_winner(made, path)
     if as_json:
-        print_json(plan_as_dict(made) | traced_as_dict(traced, steps))
+        print_json(plan_as_dict(made) | (tracing.as_dict() if tracing is not None else {}))
         return
     print_verdict(made, is_written=write)
     print_plan(made, str(path))
     print_left_out(made, whole=why)
     print_advice(made)
-    for entry in traced:
-        print_trace(entry)
-    for line, planned in steps:
-        print_seconds(line, planned)
-
-
-def lay_out_steps(
-    traced: list[TracedRank], hardware: Hardware, assumptions: Assumptions, path: Path
-) -> list[tuple[Timeline, StepTime]]:
-    """Write the timeline of traced ranks; returns each rank's with the step that the plan has for it."""
-    from amfm.launch.simulate.timeline import lay_out, planned_step, write_timeline
-
-    lines = lay_out(traced, hardware)
-    write_timeline(lines, path)
-    say(f"wrote {path}: open it at https://ui.perfetto.dev")
-    return [(line, planned_step(line.entry, hardware, assumptions)) for line in lines]
-
-
-def traced_as_dict(traced: list[TracedRank], steps: list[tuple[Timeline, StepTime]]) -> dict[str, Any]:
-    """Traced ranks as JSON values, with the seconds of their step by part if there is a timeline; empty without ranks."""
-    from amfm.launch.simulate.timeline import compare_seconds
-    from amfm.launch.simulate.trace import trace_as_dict
-
-    seconds = {line.entry.rank: {"seconds": compare_seconds(line, planned)} for line, planned in steps}
-    found = [trace_as_dict(entry) | seconds.get(entry.rank, {}) for entry in traced]
-    return {"trace": found} if found else {}
-
-
-def draw(made: Plan, traced: list[TracedRank], timelines: list[Timeline], assumptions: Assumptions, path: Path) -> None:
-    """Draw the memory of traced ranks and the timelines that there are, or the plan if no rank was traced."""
-    from amfm.launch.plan.picture import draw_plan
-    from amfm.launch.simulate.timeline import draw_trace
-
-    if traced:
-        draw_trace(traced, timelines, path)
-    else:
-        draw_plan(made, assumptions, path)
-    say(f"wrote {path}")
+    if tracing is not None:
+        tracing.print()
 
 
 def check_trace_options(trace: bool, search: bool, rank: int | None, stage: str | None, timeline: Path | None) -> None:
-    """Reject options of --trace that would have no effect, and a timeline that could not be written. Raises ValueError."""
+    """Raise ValueError for options of --trace that would have no effect."""
     if trace and search:
         raise ValueError(
             "--trace runs the configuration's own layout, and --search looks for another; give one of them"
@@ -209,14 +173,6 @@ def check_trace_options(trace: bool, search: bool, rank: int | None, stage: str 
     lost = [name for name, value in given.items() if value is not None]
     if lost and not trace:
         raise ValueError(f"{lost[0]} has no effect without --trace; add it, or leave it out")
-    if trace and not is_installed("triton"):
-        raise ValueError(
-            "--trace counts launches of kernels that need Triton, which is not installed; pip install triton"
-        )
-    if timeline is not None and timeline.suffix != ".json":
-        raise ValueError(f"--timeline {timeline} is JSON; use a name that ends in .json")
-    if timeline is not None and not timeline.parent.is_dir():
-        raise ValueError(f"--timeline {timeline}: there is no folder {timeline.parent}; make it first")
 
 
 def check_failure_options(failures_per_day: float | None, storage_gb_per_second: float | None) -> None:
@@ -255,16 +211,6 @@ def write_winner(made: Plan, path: Path) -> None:
     for before, item, entry in zip(chosen, chosen[1:], made.stages[1:]):
         if item.layout != before.layout:
             say(f"wrote stage {entry.stage.name}: {item.layout.describe()}")
-
-
-def trace_ranks(
-    config: RunConfig, gpus: int, hardware: Hardware, rank: int | None, stage: str | None, *, events: bool
-) -> list[TracedRank]:
-    """Trace ranks on the simulated cluster under a progress bar."""
-    from amfm.launch.simulate.trace import trace_run
-
-    with show_progress("trace") as report:
-        return trace_run(config, gpus, hardware, only_rank=rank, stage_name=stage, report=report, events=events)
 
 
 def print_plan(made: Plan, title: str) -> None:

@@ -4,17 +4,17 @@ expected of an even router within 1%, waits as listed."""
 from pathlib import Path
 
 import pytest
+from amfm_simulate.rank import DOCUMENTS
+from amfm_simulate.trace import predicted_flops, traced_flops
 
 from amfm.launch.plan.blocks.indexer import Pair
-from amfm.launch.simulate.rank import DOCUMENTS
-from amfm.launch.simulate.trace import predicted_flops, traced_flops
 from amfm.model.build import sample_mixer
 from amfm.model.config.key_mixer_options import keys_and_scores
 from amfm.model.config.pattern import block_kind
 from amfm.pretrain.checks.load import load_checked
 from benchmarks.command import run
 from benchmarks.traced import CASES, PRESET, SETTINGS, compare_bytes, trace_case, traced
-from tests.launch.simulate.allowed_waits import expected_waits, sections_of, unnumbered, waits_by_section
+from tests.examples.simulate.allowed_waits import expected_waits, sections_of, unnumbered, waits_by_section
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 BY_NAME = {case.name: case for case in CASES}

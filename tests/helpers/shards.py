@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed
+from amfm_simulate.count_collectives import Traffic
 from torch import Tensor
 
-from amfm.launch.simulate.count_collectives import Traffic
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.model.parallel.shards import Shard, ShardSpec
 

@@ -67,7 +67,7 @@ ROOMS: dict[str, Room] = {
     ),
     "dispatch": Room(
         ("model/moe/dispatch.py", "model/moe/by_rank.py", "model/moe/dispatch.py", "model/moe/transfer.py"),
-        ("tests/model/moe/test_dispatch.py",), ("tests/model/moe", "tests/launch/simulate/test_trace.py"),
+        ("tests/model/moe/test_dispatch.py",), ("tests/model/moe", "tests/examples/simulate/test_trace.py"),
     ),
     "corruption": Room(
         ("pretrain/hooks/state_watch.py",), ("tests/pretrain/hooks/test_state_watch.py",),

@@ -48,7 +48,7 @@ FOR_RUNS = (
 FOR_TESTS = (
     *("pytest", "tests.pretrain.tiny_run", "tests.parallel.layouts", "tests.model.small_models"),
     *("amfm.pretrain.pipeline", "amfm.pretrain.checks.early", "amfm.pretrain.startup.arithmetic"),
-    *("amfm.pretrain.engine.muon", "amfm.launch.simulate.count_collectives", "amfm.launch.plan.blocks.measured"),
+    *("amfm.pretrain.engine.muon", "amfm_simulate.count_collectives", "amfm.launch.plan.blocks.measured"),
     "amfm.pretrain.report.page",  # and with it matplotlib
 )
 # Of Arrow's allocator, which stops it before a fork and does without it afterwards.

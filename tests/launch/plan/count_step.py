@@ -10,10 +10,10 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from amfm_simulate.count_collectives import CommunicationCounter, Traffic
 
 from amfm.launch.plan.exchanges.step import check_exact, expected_bytes
 from amfm.launch.plan.layout import Layout
-from amfm.launch.simulate.count_collectives import CommunicationCounter, Traffic
 from amfm.pretrain.config.schema import RunConfig
 from benchmarks.small_steps import begin_ranks, build_for_steps, load_small, take_step
 from tests.helpers.shards import sum_traffic

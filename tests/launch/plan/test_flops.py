@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from amfm_simulate.values import KnownValues
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,7 +16,6 @@ from amfm.kernels.delta_scan.op import delta_flops
 from amfm.kernels.delta_scan.vector import triton_impl as delta_vector
 from amfm.kernels.sparse_attention.triton_impl import sparse_attention_triton
 from amfm.launch.plan.flops import count_flops
-from amfm.launch.simulate.values import KnownValues
 
 HEADS, SIZE, LENGTHS = 4, 16, (37, 1, 26)
 

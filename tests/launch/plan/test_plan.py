@@ -5,11 +5,11 @@ import re
 from dataclasses import replace
 
 import pytest
+from amfm_simulate.trace import chosen_ranks, predicted_memory, traced_config
 
 from amfm.launch.cli import run
 from amfm.launch.plan.hardware import GIB
 from amfm.launch.plan.plan import advise, plan_as_dict
-from amfm.launch.simulate.trace import chosen_ranks, predicted_memory, traced_config
 from amfm.model.flops import count_parameters
 from tests.launch.plan.presets import CONFIGS, PRESETS, ROOT, ZERO_ALONE, headers, plan_of, preset, preset_gpus
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from amfm_simulate.count_collectives import CommunicationCounter, Traffic
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from amfm.kernels.linear.op import linear_float32
 from amfm.kernels.moe.capacity import expert_capacity
 from amfm.kernels.moe.op import route
-from amfm.launch.simulate.count_collectives import CommunicationCounter, Traffic
 from amfm.model.config.core_options import Mamba2Config
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig

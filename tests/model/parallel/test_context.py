@@ -5,8 +5,8 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
+from amfm_simulate.count_collectives import CommunicationCounter
 
-from amfm.launch.simulate.count_collectives import CommunicationCounter
 from amfm.model.config.moe import MoeConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta

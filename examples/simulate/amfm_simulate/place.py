@@ -21,7 +21,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-ROOT = f"{Path(__file__).parents[2]}/"
+import amfm.kernels
+
+ROOT = f"{Path(amfm.kernels.__file__).parents[1]}/"
 OWN = tuple(f"{ROOT}{name}/" for name in ("model", "kernels", "pretrain", "data_pipeline"))
 # Libraries in whose code a step spends its time; the rest of what is installed is passed over.
 LIBRARIES = ("/deepspeed/", "/megatron/", "/torch/distributed/pipelining/", "/torch/optim/")

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from amfm.launch.simulate.place import current_line
+from amfm_simulate.place import current_line
 
 GENERATOR_STATE_BYTES = 16  # of a CUDA generator: seed and offset
 

@@ -9,8 +9,8 @@ from amfm.launch.console import print_pairs, print_rows, say
 
 if TYPE_CHECKING:
     from amfm.launch.plan.time import StepTime
-    from amfm.launch.simulate.timeline import Timeline
-    from amfm.launch.simulate.trace import TracedRank
+    from amfm_simulate.timeline import Timeline
+    from amfm_simulate.trace import TracedRank
 
 SHOWN_LINES = 12
 
@@ -62,7 +62,7 @@ def print_memory(entry: TracedRank, place: str) -> None:
 
 def print_flops(entry: TracedRank, place: str) -> None:
     """Print FLOPs by kind of block, planned as MFU counts them and traced."""
-    from amfm.launch.simulate.trace import predicted_flops, traced_flops
+    from amfm_simulate.trace import predicted_flops, traced_flops
 
     planned, traced = predicted_flops(entry), traced_flops(entry)
     rows = []
@@ -75,7 +75,7 @@ def print_flops(entry: TracedRank, place: str) -> None:
 
 def print_bytes(entry: TracedRank, place: str) -> None:
     """Print bytes handed to collectives, by axis and collective; the planned ones are a mean over its pipeline stage."""
-    from amfm.launch.simulate.trace import predicted_bytes, traced_bytes
+    from amfm_simulate.trace import predicted_bytes, traced_bytes
 
     planned, traced = predicted_bytes(entry), traced_bytes(entry)
     if isinstance(planned, str):
@@ -92,7 +92,7 @@ def print_bytes(entry: TracedRank, place: str) -> None:
 
 def print_launches(entry: TracedRank, place: str) -> None:
     """Print kernel launches by kind of block, in a step and in each pass through a block."""
-    from amfm.launch.simulate.trace import kind_of, launches_a_block
+    from amfm_simulate.trace import kind_of, launches_a_block
 
     launches = entry.traced["launches"]
     each = {which: launches_a_block(entry.traced, which) for which in ("forward", "backward")}
@@ -110,7 +110,7 @@ def print_launches(entry: TracedRank, place: str) -> None:
 
 def print_capture(entry: TracedRank, place: str) -> None:
     """Print which kinds of block a CUDA graph could hold, and what keeps it from the others."""
-    from amfm.launch.simulate.trace import kind_of
+    from amfm_simulate.trace import kind_of
 
     rows = []
     for letter, passes in entry.traced["capture"].items():
@@ -126,7 +126,7 @@ def print_capture(entry: TracedRank, place: str) -> None:
 
 def print_seconds(line: Timeline, planned: StepTime) -> None:
     """Print the seconds of the traced micro-batches by part: as planned, and as the timeline has them."""
-    from amfm.launch.simulate.timeline import compare_seconds
+    from amfm_simulate.timeline import compare_seconds
 
     entry = line.entry
     found = compare_seconds(line, planned)

@@ -1,6 +1,6 @@
 """Everything of other libraries that a simulated rank replaces, each with its reason; no other file replaces anything.
 
-It works by private names of torch, so it is written for the releases of torch that launch/simulate/trace.py names.
+It works by private names of torch, so it is written for the releases of torch that examples/simulate/amfm_simulate/trace.py names.
 C++ (autograd's engine, composite operations) takes a fake CUDA tensor for one of the meta device below it, while Python
 and FakeTensorMode see the GPU; what C++ then asks of "meta" the tracer turns back (tracer.py).
 """
@@ -21,7 +21,7 @@ from torch._C._distributed_c10d import FakeWork
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from amfm.launch.simulate.gpu import SimulatedGpu, always
+from amfm_simulate.gpu import SimulatedGpu, always
 
 
 @dataclass(frozen=True)

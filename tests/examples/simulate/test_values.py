@@ -1,10 +1,9 @@
 """What a simulated rank knows of integers that began on the host, against the same operations on real tensors."""
 
 import torch
+from amfm_simulate.tracer import Tracer
+from amfm_simulate.values import KnownValues
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-from amfm.launch.simulate.tracer import Tracer
-from amfm.launch.simulate.values import KnownValues
 
 
 def document_ids():

@@ -31,13 +31,13 @@ from amfm.pretrain.recompute import recomputed_letters
 from amfm.pretrain.stages import resolve_stages
 
 Report = Callable[[int, int, str], None]
-TORCH_RELEASES = ("2.13", "2.15")  # for whose private parts launch/simulate/patches.py is written
+TORCH_RELEASES = ("2.13", "2.15")  # for whose private parts examples/simulate/amfm_simulate/patches.py is written
 PROGRESS_LINES = 6  # that a rank gives: start, groups, model, engine, two steps
 
 
 @dataclass(frozen=True)
 class TracedRank:
-    """One rank's estimate and trace; `traced` is the answer of launch/simulate/rank.py."""
+    """One rank's estimate and trace; `traced` is the answer of examples/simulate/amfm_simulate/rank.py."""
 
     rank: int
     stage: str
@@ -176,7 +176,7 @@ def run_child(settings: dict[str, Any], report: Callable[[int, str], None]) -> d
     """Trace one rank in a separate process. Raises ValueError with what that rejects."""
     rank = settings["rank"]
     report(0, f"rank {rank}: imports")
-    with Child("amfm.launch.simulate.rank", quiet=True) as child:
+    with Child("amfm_simulate.rank", quiet=True) as child:
         child.start(json.dumps(settings))
         done = 0
         while True:

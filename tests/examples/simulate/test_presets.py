@@ -1,11 +1,11 @@
 """The presets on simulated clusters of their own size: as planned, and as their headers say."""
 
 import pytest
+from amfm_simulate.trace import trace_run
 
 from amfm.launch.plan.hardware import GIB
-from amfm.launch.simulate.trace import trace_run
+from tests.examples.simulate.allowed_waits import COUNTED, expected_waits, sections_of, unnumbered
 from tests.launch.plan.presets import H100, PRESETS, headers, preset, preset_gpus
-from tests.launch.simulate.allowed_waits import COUNTED, expected_waits, sections_of, unnumbered
 
 # Every layout that a header says was traced, by one of the training stages that it is for.
 STATED = [(name, (header.stages or (None,))[0]) for name in PRESETS for header in headers(name) if header.ranks]

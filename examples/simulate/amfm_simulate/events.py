@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.distributed import get_process_group_ranks
 
 from amfm.launch.plan.flops import name_arguments
-from amfm.launch.simulate.count_collectives import COLLECTIVES, group_of
-from amfm.launch.simulate.values import leaves
+from amfm_simulate.count_collectives import COLLECTIVES, group_of
+from amfm_simulate.values import leaves
 
 # Operations that read only the rows that they give back.
 LOOK_UPS = ("embedding", "index", "index_select", "gather", "take", "slice")

@@ -32,14 +32,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from amfm.launch.plan.blocks.measured import lacks_fake
 from amfm.launch.plan.flops import count_flops
-from amfm.launch.simulate.capture import CaptureCheck
-from amfm.launch.simulate.compiled import BodyRunner, CompiledKernels
-from amfm.launch.simulate.count_collectives import CommunicationCounter, group_of
-from amfm.launch.simulate.events import EventLog
-from amfm.launch.simulate.gpu import MemoryMeter
-from amfm.launch.simulate.place import OUTSIDE, BlockTracker, current_line
-from amfm.launch.simulate.values import KnownValues, leaves, real_tensors
 from amfm.model.parallel.groups import ProcessGroupCollection
+from amfm_simulate.capture import CaptureCheck
+from amfm_simulate.compiled import BodyRunner, CompiledKernels
+from amfm_simulate.count_collectives import CommunicationCounter, group_of
+from amfm_simulate.events import EventLog
+from amfm_simulate.gpu import MemoryMeter
+from amfm_simulate.place import OUTSIDE, BlockTracker, current_line
+from amfm_simulate.values import KnownValues, leaves, real_tensors
 
 
 def fill_received(operator: str, args: Sequence[Any], values: KnownValues) -> None:

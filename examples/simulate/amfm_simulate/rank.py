@@ -4,7 +4,7 @@ How it works: a fake process group gives the process its rank among any number; 
 storage; the tracer above it sees every operation. Model, engine and step are the real code of `pretrain`, so that what
 is traced is what a GPU would run. Two steps, because the optimizer allocates its moments in the first.
 
-Called as `python -m amfm.launch.simulate.rank`; SETTINGS, JSON on its first line of input, says which rank of which run. It
+Called as `python -m amfm_simulate.rank`; SETTINGS, JSON on its first line of input, says which rank of which run. It
 answers in lines of JSON: `progress`, then `result` or `refused`. A separate process, because it replaces parts of
 torch.
 
@@ -35,12 +35,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from amfm.data_pipeline.batch import Batch
 from amfm.launch.cluster.child import open_answers
-from amfm.launch.simulate import patches
-from amfm.launch.simulate.gpu import SimulatedGpu
-from amfm.launch.simulate.tracer import DeviceWords, Tracer
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.monitor.profile import StepProfiler
 from amfm.pretrain.startup.data import example_batch
+from amfm_simulate import patches
+from amfm_simulate.gpu import SimulatedGpu
+from amfm_simulate.tracer import DeviceWords, Tracer
 
 DOCUMENTS = 3  # a row
 MORE_DOCUMENTS = 5  # a row of the step before those that are measured

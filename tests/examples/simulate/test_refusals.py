@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from amfm_simulate import trace
+from amfm_simulate.tracer import Tracer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from amfm.launch.cli import run
 from amfm.launch.plan.blocks.measured import lacks_fake
-from amfm.launch.simulate import trace
-from amfm.launch.simulate.tracer import Tracer
 from benchmarks.small_steps import DEFAULTS
 
 ROOT = Path(__file__).parents[3]

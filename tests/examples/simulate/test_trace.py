@@ -8,15 +8,15 @@ from itertools import pairwise
 import pytest
 import torch
 import yaml
+from amfm_simulate.trace import check_torch, predicted_bytes, trace_run, traced_bytes, traced_config
 
 from amfm.launch.cli import run
 from amfm.launch.plan.hardware import HARDWARE
-from amfm.launch.simulate.trace import check_torch, predicted_bytes, trace_run, traced_bytes, traced_config
 from amfm.pretrain.checks.load import load_checked
 from benchmarks.small_steps import DEFAULTS
 from benchmarks.traced import compare_bytes
-from tests.launch.simulate.allowed_waits import expected_waits, unnumbered
-from tests.launch.simulate.test_timeline import assert_trace_events
+from tests.examples.simulate.allowed_waits import expected_waits, unnumbered
+from tests.examples.simulate.test_timeline import assert_trace_events
 
 H100 = HARDWARE["h100"]
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from amfm_simulate.values import spread_choices
 
-from amfm.launch.simulate.values import spread_choices
 from amfm.model.moe.transfer import expected_ranks
 from tests.launch.plan.blocks.test_expert_traffic import moe_of
 

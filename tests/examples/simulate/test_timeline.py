@@ -4,14 +4,14 @@ import json
 import math
 
 import pytest
+from amfm_simulate.timeline import compare_seconds, draw_streams, lay_out, planned_step, write_timeline
+from amfm_simulate.trace import TracedRank
 from matplotlib.figure import Figure
 
 from amfm.launch.plan.estimate import Assumptions
 from amfm.launch.plan.hardware import Hardware
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.memory import Memory
-from amfm.launch.simulate.timeline import compare_seconds, draw_streams, lay_out, planned_step, write_timeline
-from amfm.launch.simulate.trace import TracedRank
 from tests.launch.plan.presets import preset
 
 NANOSECOND = 1e-3  # in the microseconds of the format

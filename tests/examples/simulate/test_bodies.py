@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import triton
+from amfm_simulate.compiled import BodyRunner
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -42,7 +43,6 @@ from amfm.kernels.rope import triton_impl as rope
 from amfm.kernels.runtime.native import refuse_native
 from amfm.kernels.sparse_attention import triton_impl as sparse
 from amfm.kernels.swiglu import triton_impl as swiglu
-from amfm.launch.simulate.compiled import BodyRunner
 
 ROOT = Path(__file__).parents[3]
 ROOMS = ("kernels", "model", "pretrain", "data_pipeline", "launch")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from amfm_simulate.events import EventLog
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from amfm.launch.plan.flops import count_flops
-from amfm.launch.simulate.events import EventLog
 
 aten = torch.ops.aten
 

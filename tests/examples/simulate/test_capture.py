@@ -1,8 +1,7 @@
 """What of two steps a graph could not replay: reads of the host, other scalars, sizes and addresses, other launches."""
 
 import torch
-
-from amfm.launch.simulate.capture import CaptureCheck
+from amfm_simulate.capture import CaptureCheck
 
 
 def note(check: CaptureCheck, documents: int, longest: int, launches: int, memory: str = "") -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from amfm_simulate.count_collectives import CommunicationCounter, Traffic
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
-from amfm.launch.simulate.count_collectives import CommunicationCounter, Traffic
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.parallel import initialize_parallel
 from tests.helpers.patience import PATIENCE_SECONDS

@@ -27,8 +27,8 @@ from amfm.launch.plan.estimate import Assumptions
 from amfm.launch.plan.exchanges.seconds import PARTS, collective_seconds
 from amfm.launch.plan.hardware import GIB, Hardware
 from amfm.launch.plan.time import StepTime, estimate_step
-from amfm.launch.simulate.place import OUTSIDE
-from amfm.launch.simulate.trace import TracedRank, kind_of, pipeline_stage
+from amfm_simulate.place import OUTSIDE
+from amfm_simulate.trace import TracedRank, kind_of, pipeline_stage
 
 SHARING_AXES = ("dp_cp", "expt_dp")  # of gradients and of ZeRO's weights
 COMPUTE, HOST = "compute", "waits of the host"
