@@ -144,7 +144,7 @@ gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.installed-dev)
 	$(GPU_PYTHON) -m pytest -p no:cacheprovider -m gpu tests/kernels/interpreter tests/pretrain/monitor tests/pretrain/hooks || failed=1; \
 	test -d data/shakespeare || { $(GPU_PYTHON) -m amfm.launch corpus shakespeare data/corpus/shakespeare && \
 		$(GPU_PYTHON) -m amfm.launch prepare configs/tiny_cpu.yaml; } || failed=1; \
-	$(GPU_PYTHON) -m amfm.launch bench gpu --folder $(GPU_RUNS)/job || failed=1; \
+	$(GPU_PYTHON) -m benchmarks.gpu_job --folder $(GPU_RUNS)/job || failed=1; \
 	exit $$failed
 
 check: $(VENV)/.installed-dev

@@ -28,7 +28,7 @@ from amfm.pretrain.failures import OwnCodeError, describe, exit_code, imports_in
 from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, INTERRUPTED, RUN_FAILED
 from amfm.pretrain.packages import DISTRIBUTION, absent_extras_in_words
 
-OLD_VERBS = {("bench", "card"): ("bench", "gpu"), ("corpus",): ("sample-data",), ("shrink",): ("compact",)}
+OLD_VERBS = {("corpus",): ("sample-data",), ("shrink",): ("compact",)}
 OLD_OPTIONS = {
     "evaluate": {"--probe": "--synthetic"},
     "inspect": {"--keep": "--protect", "--release": "--unprotect"},

@@ -94,7 +94,7 @@ VERBS = {
     "bench": (
         "Scale",
         "bench",
-        "Measure this machine: kernels, a whole job on its GPU, and its speed for `amfm plan`.",
+        "Measure this machine: its kernels, and its speed for `amfm plan`.",
     ),
     "evaluate": (
         "Use a model",

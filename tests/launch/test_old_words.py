@@ -8,7 +8,6 @@ from amfm.launch.cli import run, use_current_words
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("bench card --stage losses", "bench gpu --stage losses"),
         ("--plugins corpus corpus shakespeare corpus", "--plugins corpus sample-data shakespeare corpus"),
         ("shrink runs/a weights/a", "compact runs/a weights/a"),
         ("evaluate runs/a --probe=mqar", "evaluate runs/a --synthetic=mqar"),

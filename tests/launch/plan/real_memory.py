@@ -1,6 +1,6 @@
 """Peak memory of real training steps in a layout, compared with the plan's estimate: the table of docs/benchmarks/planning.md.
 
-`python -m tests.launch.plan.real_memory` prints the table. On GPUs `amfm bench gpu` does it for the job it trains.
+`python -m tests.launch.plan.real_memory` prints the table. On GPUs `python -m benchmarks.gpu_job` does it for the job it trains.
 
 How it works: a rank's peak is the rise of its resident memory (of its allocated memory on a CUDA GPU) from before the
 model is built. A narrow model trains first, so that lazily loaded libraries and connections do not count. Caches that

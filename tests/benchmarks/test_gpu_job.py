@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from amfm.launch.bench.gpu_job import LIMITS, STAGES, Job, judge_losses, run_stages
-from amfm.launch.cli import run
-from amfm.launch.commands.bench import describe_reserved, print_job
+from benchmarks.command import run
+from benchmarks.gpu_job.__main__ import describe_reserved, gpu_job, print_job
+from benchmarks.gpu_job.job import LIMITS, STAGES, Job, judge_losses, run_stages
 
 CPU = [4.0, 3.5, 3.0]
 
@@ -47,10 +47,10 @@ def test_what_cannot_begin_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--device", "cpu", "--folder", str(tmp_path)], "is not empty"),
         (["--device", "tpu"], "--device tpu: use cuda, or cpu"),
     ):
-        assert run(["bench", "gpu", *words]) == 2
+        assert run(gpu_job, words) == 2
         assert said in capsys.readouterr().err
     if not torch.cuda.is_available():
-        assert run(["bench", "gpu"]) == 2
+        assert run(gpu_job, []) == 2
         assert "this machine has no GPU that answers; rehearse with --device cpu" in capsys.readouterr().err
 
 

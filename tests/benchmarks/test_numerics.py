@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from amfm.launch.bench.numerics import find_excess, last_loss
-from amfm.launch.cli import run
+from benchmarks.command import run
+from benchmarks.numerics.__main__ import numerics
+from benchmarks.numerics.compare import find_excess, last_loss
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 
 STEPS, SEEDS = 2, 2
@@ -22,10 +23,10 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict:
     config = tiny_config(tiny_data(folder / "data"), folder / "run", train__steps=40)
     path, out = folder / "run.yaml", folder / "out.json"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    words = ["bench", "numerics", str(path), "--recipes", "fp8_block,nvfp4", "--json", "--limit", "-1"]
+    words = [str(path), "--recipes", "fp8_block,nvfp4", "--json", "--limit", "-1"]
     with out.open("w") as file, pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.stdout", file)
-        code = run([*words, "--steps", str(STEPS), "--seeds", str(SEEDS)])
+        code = run(numerics, [*words, "--steps", str(STEPS), "--seeds", str(SEEDS)])
     assert code == 3, "every gap is above -100%"
     assert not (folder / "run").exists(), "the configuration's own run is not touched"
     return json.loads(out.read_text())
@@ -65,5 +66,5 @@ def test_a_limit_names_the_recipes_above_it(result):
 def test_an_unknown_recipe_is_named(capsys, tmp_path: Path):
     path = tmp_path / "run.yaml"
     path.write_text("{}")
-    assert run(["bench", "numerics", str(path), "--recipes", "fp16"]) == 2
+    assert run(numerics, [str(path), "--recipes", "fp16"]) == 2
     assert "there is no recipe 'fp16'; use some of fp8_block,mxfp8,nvfp4" in capsys.readouterr().err

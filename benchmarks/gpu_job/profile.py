@@ -1,4 +1,4 @@
-"""Trains a few steps under PyTorch's profiler: `python -m amfm.launch.bench.gpu_profile CONFIG.yaml SETTING=VALUE ...`.
+"""Trains a few steps under PyTorch's profiler: `python -m benchmarks.gpu_job.profile CONFIG.yaml SETTING=VALUE ...`.
 
 Prints the operations that took longest on the device, as JSON: `name`, `calls`, `milliseconds` on the device, or on the CPU
 if there is none.

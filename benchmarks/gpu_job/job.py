@@ -12,6 +12,7 @@ import math
 import os
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -239,8 +240,11 @@ def profile(job: Job) -> dict[str, Any]:
     path, own = list(job.configs.values())[-1]
     directory = job.folder / "profile"
     words = [path, f"run.dir={directory}", *own, *QUIET, *_one_rank(job), "train.steps=6", *_short_schedule(6)]
-    command = [*isolated_python(), "-m", "amfm.launch.bench.gpu_profile", *words]
-    return {"kernels": json.loads(run_child(command, hides_gpu=job.device == "cpu")), "faults": []}
+    command = [*isolated_python(), "-m", "benchmarks.gpu_job.profile", *words]
+    found = run_child(
+        command, hides_gpu=job.device == "cpu", variables={"PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+    )
+    return {"kernels": json.loads(found), "faults": []}
 
 
 STAGES: dict[str, Callable[[Job], dict[str, Any]]] = {

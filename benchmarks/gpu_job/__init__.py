@@ -1,0 +1,1 @@
+"""The whole job on a GPU: `python -m benchmarks.gpu_job`."""

@@ -1,0 +1,1 @@
+"""Recipes of low precision next to none: `python -m benchmarks.numerics`."""
