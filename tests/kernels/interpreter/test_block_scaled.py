@@ -19,7 +19,17 @@ EXACT = 1e-6  # float32 products of decoded operands
 # An activation of another exponential falls on another code once in thousands, and one of e2m1 is far from its neighbour.
 FLIPPED = {"mxfp8": 2e-3, "nvfp4": 1e-2}
 REDRAWN = 0.25  # measured: 0.19 to 0.22 with four seeds
-both = pytest.mark.parametrize("name", ["mxfp8", "nvfp4"])
+FORMATS = ["mxfp8", "nvfp4"]
+both = pytest.mark.parametrize("name", FORMATS)
+
+
+def quick(name):
+    """Both formats, of which one is quick; the other's quick test of experts or of tiles reaches the same kernels."""
+    return pytest.mark.parametrize(
+        "name", [each if each == name else pytest.param(each, marks=pytest.mark.slow) for each in FORMATS]
+    )
+
+
 SEED = 77
 COUNTS = [130, 0, 5, 128]
 
@@ -106,7 +116,7 @@ def test_codes_of_experts_weights_are_the_definitions_either_way(name, poisoned_
             assert_same(codes, scales, quantize(matrix.t() if transposed else matrix, name, weight=True), name)
 
 
-@both
+@quick("nvfp4")
 def test_tiles_span_no_two_experts_whose_products_are_those_of_decoded_operands(name, poisoned_memory):
     generator, inner, outputs = torch.Generator().manual_seed(0), 96, 160
     total, by = sum(COUNTS), scaled_impl.BlockScaled(Recipe(name, seed=SEED))
@@ -138,7 +148,7 @@ def test_tiles_span_no_two_experts_whose_products_are_those_of_decoded_operands(
         assert_near(place.sum[expert], 2 * outer[expert].double(), EXACT)
 
 
-@both
+@quick("mxfp8")
 @pytest.mark.parametrize("activation", ["squared_relu", pytest.param("swiglu", marks=pytest.mark.slow)])
 def test_experts_by_codes_are_the_emulation_twice_bitwise(name, activation, twice, poisoned_memory):
     generator, experts, model, width, tokens = torch.Generator().manual_seed(0), 4, 64, 32, 150

@@ -35,7 +35,10 @@ CASES = [
     ),
     DeltaCase(B=1, T=33, G=1, H=1, K=16, V=16, chunk=16, lengths=(3, 23, 7), initial=True),
     DeltaCase(B=1, T=63, G=1, H=1, chunk=64, lengths=(1, 1, 61), transfer=True),
-    DeltaCase(B=1, T=50, N=2, G=1, H=2, chunk=64, gated=False, lengths=(20, 30), transfer=True, initial=True),
+    pytest.param(
+        DeltaCase(B=1, T=50, N=2, G=1, H=2, chunk=64, gated=False, lengths=(20, 30), transfer=True, initial=True),
+        marks=pytest.mark.slow,
+    ),
     pytest.param(DeltaCase(B=1, T=129, G=1, H=1, K=72, V=40, chunk=128, gated=False), marks=pytest.mark.slow),
     DeltaCase(B=1, T=70, G=2, H=2, chunk=64, lengths=(64, 5, 1), initial=True),
     # More columns of K and of V than a program takes at once.

@@ -94,7 +94,17 @@ def run(operation: Callable[..., Tensor], leaves: list[Tensor], backend: str) ->
 
 @pytest.mark.parametrize(
     "case",
-    [mamba2, decay, vector_decay, lambda: delta(1), lambda: delta(2), channel_delta, attend, experts, loss],
+    [
+        mamba2,
+        decay,
+        vector_decay,
+        lambda: delta(1),
+        pytest.param(lambda: delta(2), marks=pytest.mark.slow),
+        channel_delta,
+        attend,
+        experts,
+        loss,
+    ],
     ids=[
         "mamba2",
         "decay",

@@ -56,7 +56,9 @@ class ScaledProducts(TorchDispatchMode):
         return place.copy_(product + place if kwargs["beta"] else product)  # which is not read otherwise
 
 
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 128, 16), (63, 640, 144), (200, 384, 256)])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(1, 128, 16), (63, 640, 144), pytest.param(200, 384, 256, marks=pytest.mark.slow)]
+)
 def test_a_projection_equals_our_kernels_in_all_three_products(rows, inputs, outputs, poisoned_memory):
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(*shape, generator=generator) for shape in ((rows, inputs), (outputs, inputs)))
@@ -92,7 +94,7 @@ def test_weight_gradients_add_to_their_sums(poisoned_memory):
         assert_near(place.sum, 2 * wanted, EXACT, "sum")
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "squared_relu"])
+@pytest.mark.parametrize("activation", ["swiglu", pytest.param("squared_relu", marks=pytest.mark.slow)])
 def test_a_ranks_only_expert_equals_our_kernels(activation, poisoned_memory):
     leaves = only_leaves(63, torch.float32, activation=activation, model=128, hidden=128)
     for leaf in leaves[2:]:

@@ -153,7 +153,7 @@ def test_products_are_those_of_decoded_operands_of_each_expert(inner, poisoned_m
         ((2, 70), 144, 136, {"name": "fp8_block"}),
         pytest.param((2, 70), 144, 136, {"name": "fp8_block", "weight_gradient": "bf16"}, marks=pytest.mark.slow),
         pytest.param((2, 70), 160, 96, {"name": "mxfp8"}, marks=[scaled_products, pytest.mark.slow]),
-        pytest.param((2, 70), 160, 96, {"name": "nvfp4", "seed": 77}, marks=scaled_products),
+        pytest.param((2, 70), 160, 96, {"name": "nvfp4", "seed": 77}, marks=[scaled_products, pytest.mark.slow]),
         ((1, 1), 144, 136, {"name": "fp8_block", "weight_gradient": "bf16"}),
     ],
 )

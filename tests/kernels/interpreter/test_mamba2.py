@@ -142,7 +142,12 @@ def test_a_document_never_feels_another() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keep", "groups", "limit"), [pytest.param(False, 1, 2.5, marks=pytest.mark.slow), (False, 4, 3.0), (True, 1, 3.5)]
+    ("keep", "groups", "limit"),
+    [
+        pytest.param(False, 1, 2.5, marks=pytest.mark.slow),
+        (False, 4, 3.0),
+        pytest.param(True, 1, 3.5, marks=pytest.mark.slow),
+    ],
 )
 def test_little_is_kept_for_backward(keep: bool, groups: int, limit: float) -> None:
     """Limits in d numbers per token, states aside; the B and C of 4 groups weigh half a d, as those of Nemotron's 8

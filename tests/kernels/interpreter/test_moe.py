@@ -324,7 +324,7 @@ def test_choices_over_capacity_are_those_of_the_definition(tokens, capacity, poi
         (7, 2, 5, 3),
         pytest.param(63, 3, 8, 30, marks=pytest.mark.slow),
         (40, 1, 2, 12),
-        (33, 8, 16, 17),
+        pytest.param(33, 8, 16, 17, marks=pytest.mark.slow),
         pytest.param(90, 2, 13, 14, marks=pytest.mark.slow),
         (20, 2, 4, 40),
     ],

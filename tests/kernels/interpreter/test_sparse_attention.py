@@ -35,7 +35,7 @@ def run(shape: tuple, backend: str, dtype: torch.dtype, *, of_keys: bool) -> lis
         ((1, 1, 4, 2, 8, 8, 3, None), False),
         ((11, 11, 4, 2, 8, 8, 5, (3, 1, 7)), False),
         ((4, 31, 20, 1, 20, 12, 19, (12, 1, 18)), True),
-        ((3, 40, 2, 2, 20, 6, 64, (30, 10)), False),
+        pytest.param((3, 40, 2, 2, 20, 6, 64, (30, 10)), False, marks=pytest.mark.slow),
     ],
     ids=str,
 )
