@@ -40,7 +40,7 @@ LEARNING_RATE = 1e-3
 class Layout:
     """One way to spread a run: how many ranks, the `parallel` section, the model, and other settings (`train__x`).
 
-    `quick` ones run in `make test`, two steps of them, the rest in `make test-slow`.
+    `quick` ones run in `make test`, two steps of half the batch of the rest, which run in `make test-slow`.
     """
 
     num_ranks: int
@@ -75,9 +75,9 @@ class Outcome:
 
 
 def layout_config(layout: Layout, data: DataConfig, run_dir: Path) -> RunConfig:
-    """The run of a layout: two or three steps of four micro-batches of packed documents, in float32."""
+    """The run of a layout: three steps of four micro-batches of packed documents, in float32; a quick one has two steps of two."""
     settings = {
-        "train__global_batch_size": 8,
+        "train__global_batch_size": 4 if layout.quick else 8,
         "train__sequence_length": 64,
         "train__steps": layout.steps,
         "train__timeout_seconds": TIMEOUT_SECONDS,
@@ -179,7 +179,7 @@ def one_rank(quick: bool) -> dict[str, Outcome]:
 LAYOUTS = [
     # Data parallel and ZeRO.
     Layout(2, {"zero_stage": 0}),
-    Layout(2, {"zero_stage": 2}, quick=True),
+    Layout(2, {"zero_stage": 2}),
     Layout(4, {"zero_stage": 3}),
     Layout(2, {"zero_stage": 3, "offload_optimizer": True}),
     # Tensor parallel.
@@ -200,7 +200,8 @@ LAYOUTS = [
     Layout(8, {"tensor": 8, "sequence_parallel": True, "zero_stage": 2}),
     Layout(8, {"tensor": 4, "sequence_parallel": True, "zero_stage": 3}, "latent"),
     # Expert parallel, with whole and with cut experts.
-    Layout(2, {"expert": 2}, "latent", quick=True),
+    Layout(2, {"expert": 2}, "latent"),
+    Layout(2, {"expert": 2, "zero_stage": 2}, "latent", quick=True),
     Layout(2, {"expert": 2, "zero_stage": 2}, "recycle"),
     Layout(4, {"expert": 2, "zero_stage": 2}),
     Layout(4, {"expert": 4}, "recycle"),
@@ -250,7 +251,6 @@ LAYOUTS = [
         2,
         {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 2, "balance": "ranks"},
         "latent",
-        quick=True,
     ),
     Layout(4, {"pipeline": 2, "expert": 2, "schedule": "zero_bubble", "virtual_stages": 2, "balance": "ranks"}),
     Layout(2, {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 3}, "latent"),
@@ -261,7 +261,8 @@ LAYOUTS = [
     Layout(4, {"pipeline": 2, "zero_stage": 2}, "latent"),
     Layout(4, {"pipeline": 2, "zero_stage": 0, "schedule": "interleaved", "virtual_stages": 2}, "latent"),
     Layout(4, {"pipeline": 2, "tensor": 2}, "latent"),
-    Layout(4, {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "schedule": "zero_bubble"}, quick=True),
+    Layout(4, {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "schedule": "zero_bubble"}),
+    Layout(4, {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "schedule": "zero_bubble"}, "latent", quick=True),
     Layout(4, {"pipeline": 2, "tensor": 2, "expert": 2, "schedule": "zero_bubble"}, "latent"),
     Layout(8, {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "zero_stage": 2}, "latent"),
     Layout(8, {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "context": 2, "schedule": "zero_bubble"}),
@@ -320,14 +321,19 @@ LAYOUTS = [
     Layout(4, {"context": 2, "pipeline": 2, "zero_stage": 2}, "muon"),
     Layout(8, {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "expert": 2, "zero_stage": 2}, "muon"),
     # Hyper-connections: pieces send several tensors.
-    Layout(2, {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 3}, "streams", quick=True),
+    Layout(
+        2,
+        {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 3, "balance": "ranks"},
+        "streams",
+        quick=True,
+    ),
     Layout(2, {"tensor": 2, "sequence_parallel": True, "zero_stage": 0}, "streams"),
     Layout(2, {"expert": 2, "overlap_experts": "two_batch"}, "streams", {"train__micro_batch_size": 4}),
     Layout(4, {"zero_stage": 3}, "streams"),
     Layout(4, {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "schedule": "zero_bubble"}, "streams"),
     Layout(4, {"context": 2, "expert": 2, "zero_stage": 2}, "streams", {"train__recompute": "full"}),
     # Attention residuals: pieces send several tensors, cut inside of groups and between them.
-    Layout(2, {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 3}, "sources", quick=True),
+    Layout(2, {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 3}, "sources"),
     Layout(2, {"tensor": 2, "sequence_parallel": True, "zero_stage": 0}, "sources"),
     Layout(2, {"expert": 2, "overlap_experts": "two_batch"}, "sources", {"train__micro_batch_size": 4}),
     Layout(4, {"zero_stage": 3}, "sources"),
@@ -343,7 +349,7 @@ LAYOUTS = [
     Layout(4, {"tensor": 2, "pipeline": 2, "sequence_parallel": True}, "ngrams"),
     Layout(4, {"context": 2, "tensor": 2, "sequence_parallel": True, "zero_stage": 2}, "ngrams"),
     # Multi-token prediction.
-    Layout(2, {"pipeline": 2}, "mtp", quick=True),
+    Layout(2, {"pipeline": 2}, "mtp"),
     Layout(4, {"context": 2, "tensor": 2, "sequence_parallel": True}, "mtp_shared"),
     Layout(2, {"zero_stage": 2}, "mtp_shared"),
     Layout(2, {"zero_stage": 3}, "mtp"),
@@ -351,7 +357,7 @@ LAYOUTS = [
     Layout(2, {"zero_stage": 0, "tensor": 2}, "mtp"),
     Layout(2, {"expert": 2}, "mtp_shared"),
     Layout(2, {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 2}, "mtp"),
-    Layout(2, {"pipeline": 2}, "mtp_shared", {"train__recompute": "full"}),
+    Layout(2, {"pipeline": 2}, "mtp_shared", {"train__recompute": "full"}, quick=True),
     Layout(8, {"context": 2, "tensor": 2, "sequence_parallel": True, "expert": 2, "zero_stage": 2}, "mtp_shared"),
     Layout(4, {"tensor": 2, "sequence_parallel": True, "expert": 4, "zero_stage": 2}, "mtp"),
     Layout(4, {"pipeline": 2, "tensor": 2, "sequence_parallel": True}, "mtp"),

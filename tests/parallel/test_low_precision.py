@@ -17,6 +17,7 @@ NVFP4 = {"low_precision__recipe": "nvfp4", "low_precision__emulate": True, "low_
 # Without clipping no number of a step is summed over stages.
 ROWS: dict[str, Any] = {
     "train__micro_batch_size": 1,
+    "train__global_batch_size": 2,
     "train__steps": 2,
     "schedule__warmup_steps": 1,
     "optimizer__clip_grad_norm": None,

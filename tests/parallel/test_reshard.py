@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +116,12 @@ class Course:
     remarks: list[str]
 
 
-def follow(data: DataConfig, place: Path, name: str, again: Path | None) -> Course | None:
-    """Train to the end from whatever the run directory holds; first save what was loaded `again`, elsewhere."""
-    config = layout_config(LAYOUTS[name], data, place)
+def follow(
+    data: DataConfig, place: Path, name: str, again: Path | None = None, stop: int | None = None
+) -> Course | None:
+    """Train to the end or to `stop` from whatever the run directory holds; first save what was loaded `again`, elsewhere."""
+    layout = LAYOUTS[name]
+    config = layout_config(replace(layout, settings=layout.settings | {"train__stop_after_steps": stop}), data, place)
     with SignalWatch() as signals:
         run = start_run(config, signals)
         if again is not None:
@@ -135,8 +138,9 @@ def follow(data: DataConfig, place: Path, name: str, again: Path | None) -> Cour
     return Course([line["loss"] for line in lines], [line["grad_norm"] for line in lines], remarks)
 
 
-def run_straight(data: DataConfig, root: str, names: list[str]) -> dict[str, Course | None]:
-    return {name: follow(data, Path(root, name), name, None) for name in names}
+def run_straight(data: DataConfig, root: str, names: list[str], targets: list[str]) -> dict[str, Course | None]:
+    """Targets of a move to the end, others to the checkpoint from which they move."""
+    return {name: follow(data, Path(root, name), name, stop=None if name in targets else SAVED) for name in names}
 
 
 def run_moved(data: DataConfig, root: str, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], Course | None]:
@@ -159,7 +163,8 @@ def move_all(data: DataConfig, root: Path, pairs: list[tuple[str, str]]) -> None
     """Run every layout of the pairs straight and every pair moved, and compare each moved run with its target's own."""
     straight: dict[str, Course] = {}
     for ranks, names in by_ranks(list(dict.fromkeys(name for pair in pairs for name in pair))).items():
-        straight |= run_ranks(run_straight, data, str(root), names, num_ranks=ranks)[0]
+        targets = [target for _, target in pairs]
+        straight |= run_ranks(run_straight, data, str(root), names, targets, num_ranks=ranks)[0]
     for source, target in pairs:
         checkpoint = f"checkpoints/step-{SAVED:08d}"
         shutil.copytree(root / source / checkpoint, root / f"{source}-{target}" / checkpoint)
