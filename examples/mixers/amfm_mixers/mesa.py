@@ -65,7 +65,7 @@ class MesaRecurrence(Recurrence):
     def step(self, rows: ScanRows, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
         """As in the base class."""
         assert rows.beta is not None and rows.g is not None and rows.erase is not None, "all of them are read"
-        wide, size = state_BHKV.dtype, rows.k.shape[-1]
+        wide, size = torch.promote_types(rows.q.dtype, state_BHKV.dtype), rows.k.shape[-1]
         q, k, v, beta, ridge = (x.to(wide) for x in (rows.q, rows.k, rows.v, rows.beta, rows.erase))
         _, state = decay_step(q, beta[..., None] * k, torch.cat([k, v], dim=-1), rows.g, state_BHKV)
 
