@@ -83,9 +83,9 @@ LAYOUTS = {
     "ep4, a rank gets nothing": Layout(ParallelConfig(expert=4), ("dropless", "one each"), ("latent",), shunned=(2, 3)),
     "tp2 ep2": Layout(ParallelConfig(tensor=2, expert=2), ("latent",), ("dropless", "drop")),
     "tp2 sp ep4": Layout(
-        ParallelConfig(tensor=2, sequence_parallel=True, expert=4), ("recycle",), ("dropless", "latent")
+        ParallelConfig(tensor=2, sequence_parallel=True, expert=4), slow=("recycle", "dropless", "latent")
     ),
-    "ep2 etp2": Layout(ParallelConfig(expert=2, expert_tensor=2), ("drop",), ("dropless",)),
+    "ep2 etp2": Layout(ParallelConfig(expert=2, expert_tensor=2), slow=("drop", "dropless")),
     "tp2 sp ep2 etp2": Layout(ParallelConfig(tensor=2, sequence_parallel=True, expert=2, expert_tensor=2), ("latent",)),
     "ep2, halves": Layout(
         ParallelConfig(expert=2, overlap_experts=True), ("dropless",), ("drop", "recycle"), shunned=(1,)
