@@ -127,7 +127,7 @@ def choose_config(path: Path | None, overrides: Sequence[str] | None, preset: st
 def load_packaged(name: str, folder: str) -> Any:
     """Load what an installed package brings to the command line, an entry point of the group `amfm.verbs`.
 
-    A verb is a typer application. A part of one, such as `import.training-state`, is a function that gets what the verb has parsed.
+    A verb is a function of typer's or a typer application. A part of one, such as `import.training-state`, is a function that gets what the verb has parsed.
     Raises ValueError if there is none; folder: of examples/, which has the package.
     """
     from importlib.metadata import entry_points

@@ -15,7 +15,7 @@ from amfm.launch.existing import load_packaged
 
 PACKAGED = "examples"
 # Name -> panel of the list, file below launch/commands, first paragraph of its help. A verb of `PACKAGED` comes with a package of
-# examples/ (entry point group `amfm.verbs`, a typer application); `load_packaged` loads parts of verbs too.
+# examples/ (entry point group `amfm.verbs`, a function or a typer application); `load_packaged` loads parts of verbs too.
 VERBS = {
     "init": (
         "Start",
@@ -73,7 +73,7 @@ VERBS = {
     ),
     "distill": (
         "Train",
-        "convert",
+        "distill",
         "Store a teacher's likeliest tokens for every sample of a run, which then learns from them (docs/distillation.md).",
     ),
     "plan": (
@@ -134,8 +134,8 @@ VERBS = {
     ),
     "convert": (
         "Use a model",
-        "convert",
-        "Replace a trained model's attention by other mixers (section `convert`): transfer, tune, measure, write the merged weights.",
+        PACKAGED,
+        "Replace a trained model's attention by other mixers: transfer, tune, measure, write weights (a package: examples/convert).",
     ),
     "study": ("Use a model", PACKAGED, "Train grids of small models and compare them (a package: examples/study)."),
 }
@@ -163,7 +163,11 @@ def load_verb(name: str) -> Any:
     _, file, text = VERBS[name]
     part = typer.Typer()
     if file == PACKAGED:
-        part.add_typer(load_packaged(name, name), name=name)
+        loaded = load_packaged(name, name)
+        if isinstance(loaded, typer.Typer):
+            part.add_typer(loaded, name=name)
+        else:
+            part.command()(loaded)
     else:
         import_file(file).add_verbs(part)
     command = typer.main.get_group(part).commands[name]
@@ -196,8 +200,8 @@ def import_file(name: str) -> Any:
             from amfm.launch.commands import launch as module
         case "tasks":
             from amfm.launch.commands import tasks as module
-        case "convert":
-            from amfm.launch.commands import convert as module
+        case "distill":
+            from amfm.launch.commands import distill as module
         case "evaluate":
             from amfm.launch.commands import evaluate as module
         case "export":

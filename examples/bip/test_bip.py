@@ -20,10 +20,10 @@ from amfm.model.hybrid import HybridModel
 from amfm.model.mixers.interface import BuildContext
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups
+from tests.examples.convert.conversions import MODEL
 from tests.helpers.examples import assert_a_cut_changes_nothing, install_example, must, run_module, train_all
 from tests.helpers.text.plays import held_out_loss, loss_with_auxiliary
 from tests.helpers.text.plays import train as train_on
-from tests.pretrain.convert.conversions import MODEL
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 
 D, F = 5, 6

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from amfm_convert.rules import check_conversion
+from amfm_convert.stages import conversion_stages
+from amfm_convert.weights import stage_weights, write_start
 from amfm_flora.flora import FLORA, STACKS, TuckerUpdate, UpdatedExperts, check_ranks, stacks_of
 from amfm_flora.spec import SPEC
 from torch import Tensor, nn
@@ -20,14 +23,11 @@ from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.convert.rules import check_conversion
-from amfm.pretrain.convert.stages import conversion_stages
-from amfm.pretrain.convert.weights import stage_weights, write_start
 from amfm.pretrain.inference.weights import read_weights
 from amfm.pretrain.train import train
+from tests.examples.convert.conversions import MODEL, WINDOW_LINEAR, conversion
 from tests.helpers.examples import install_example
 from tests.helpers.text import plays as text
-from tests.pretrain.convert.conversions import MODEL, WINDOW_LINEAR, conversion
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 
 

@@ -154,7 +154,7 @@ def build_kinds(config: RunConfig, parallel: Parallel) -> HybridModel:
         draws=False,
     )
     if config.convert is not None:
-        from amfm.pretrain.convert.prepare import prepare_stage
+        from amfm.pretrain.startup.conversion import prepare_stage
 
         prepare_stage(model, config.convert)
     attach_recipes(model, config.low_precision)

@@ -118,7 +118,7 @@ def build_model(
         for text in load_initial_weights(model, config.run.initial_weights, tokenizer):
             remark(text)
     if config.convert is not None:
-        from amfm.pretrain.convert.prepare import prepare_stage
+        from amfm.pretrain.startup.conversion import prepare_stage
 
         prepare_stage(model, config.convert, resumes=resumes)
     if config.train.freeze:

@@ -15,7 +15,7 @@ from amfm.model.hybrid import HybridModel
 from amfm.model.mixers.window_linear import WindowLinearMixer
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.pretrain.config.convert import ConvertConfig, StageName, TransferConfig, TuneConfig
-from amfm.pretrain.convert.prepare import prepare_stage
+from amfm.pretrain.startup.conversion import prepare_stage
 from tests.helpers.text.plays import held_out_loss, train
 
 HEADS = {"num_heads": 3, "num_kv_heads": 3, "head_dim": 32, "positions": "rope"}

@@ -18,7 +18,7 @@ from amfm.model.config.schema import LoraMixerConfig, ModelConfig, Projection
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.pretrain.config.convert import ConvertConfig, RoutingConfig, TuneConfig
-from amfm.pretrain.convert.prepare import UPDATE_ENDS, prepare_stage
+from amfm.pretrain.startup.conversion import UPDATE_ENDS, prepare_stage
 from tests.helpers.text.plays import as_it_is, held_out_loss, loss_with_auxiliary, train
 
 Change = Callable[[Tensor], Tensor]

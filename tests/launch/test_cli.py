@@ -52,10 +52,13 @@ def test_help_of_a_verb_begins_with_its_line_in_the_list():
 
 
 def test_a_verb_of_a_package_that_is_not_installed_says_how_to_install_it(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not list(Path(entry).glob("amfm_study-*"))])
-    assert run(["study", "mixers", "study.yaml"]) == 2
-    said = "amfm: amfm study is in a package that is not installed; in a clone of amfm: pip install ./examples/study\n"
-    assert capsys.readouterr().err == said
+    having = ("amfm_study-*", "amfm_convert-*")
+    places = [entry for entry in sys.path if not any(list(Path(entry).glob(name)) for name in having)]
+    monkeypatch.setattr(sys, "path", places)
+    for words in (["study", "mixers", "study.yaml"], ["convert", "convert.yaml"]):
+        assert run(words) == 2
+        remedy = f"in a clone of amfm: pip install ./examples/{words[0]}\n"
+        assert capsys.readouterr().err == f"amfm: amfm {words[0]} is in a package that is not installed; {remedy}"
 
 
 def test_a_part_of_a_verb_whose_package_is_not_installed_says_how_to_install_it(capsys, monkeypatch, tmp_path):

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from amfm.pretrain.convert.rules import AdapterSpec
+from amfm.pretrain.startup.conversion import AdapterSpec
 
 SPEC = AdapterSpec("flora", "amfm_flora.flora:FLORA")

@@ -7,18 +7,24 @@ Low-rank updates that were trained elsewhere, which a router learns to choose am
 
 Update e becomes rows e r .. (e + 1) r of `down` and those columns of `up`, times its own alpha / rank over the conversion's.
 After LoRA-Mixer, whose frozen updates are those of separate trainings, where only the router is trained.
+
+Packages bring kinds of update to the tuning, next to low-rank updates of projections: an entry point of the group
+`amfm.adapters` names an `AdapterSpec`, and `convert.tune.adapters` asks for it by name. An adapter puts parameters into a model
+whose other weights are frozen; the result has them merged into those.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from amfm.model.config.plugins import how_to_install, load_named, specs_by_name
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.lora import PROJECTIONS, add_lora
@@ -29,7 +35,6 @@ from amfm.model.shapes import weight_shapes
 from amfm.pretrain.checkpoint.inspect import find_checkpoint, read_full_state
 from amfm.pretrain.checkpoint.manifest_file import read_manifest
 from amfm.pretrain.config.convert import ConvertConfig, TuneConfig
-from amfm.pretrain.convert.rules import find_adapter
 from amfm.pretrain.inference.own_part import take_own_part
 from amfm.pretrain.tensor_files import TensorFile
 
@@ -179,3 +184,43 @@ def _read_adapter(folder: Path) -> tuple[Mapping[str, Tensor], int, float]:
             )
         factors[f"blocks.{layer.removeprefix('layers.')}.{PEFT_ENDS[f'lora_{end}']}"] = tensors[name].float()
     return factors, int(settings["r"]), float(settings["lora_alpha"])
+
+
+ENTRY_POINTS = "amfm.adapters"
+
+
+class Adapter(Protocol):
+    """What a package brings."""
+
+    def add_update(self, model: HybridModel, *, rank: int, alpha: float) -> list[str]:
+        """Put updates that are zero at first into a model; returns the names of their parameters.
+
+        None if no block has a place for them. No collectives; every rank calls this before an engine takes the model.
+        Raises ValueError if ranks hold the weights in parts that it cannot update.
+        """
+
+    def merge_update(self, state: Mapping[str, Tensor], *, rank: int, alpha: float) -> Mapping[str, Tensor]:
+        """Add the updates to their weights, and leave their parameters out: whole tensors by name."""
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """An adapter as configurations see it. name: lower case. adapter: `package.module:object`, an `Adapter`."""
+
+    name: str
+    adapter: str
+
+
+def adapter_specs() -> dict[str, AdapterSpec]:
+    """Collect the adapters of installed packages by name. Raises RuntimeError as mixers do."""
+    return specs_by_name(ENTRY_POINTS, AdapterSpec, (), "an adapter")
+
+
+def how_to_get(name: str) -> str:
+    """What to do about an adapter that no package registers."""
+    return how_to_install(name, f"install the package that registers it under {ENTRY_POINTS}")
+
+
+def find_adapter(name: str) -> Adapter:
+    """Import an adapter by its name."""
+    return cast("Adapter", load_named(adapter_specs()[name].adapter))

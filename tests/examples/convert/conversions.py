@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from amfm_convert.stages import ConversionStage, conversion_stages
+from amfm_convert.weights import StartReport, complete_stage, write_start
+
 from amfm.data_pipeline.config import DataConfig
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.convert.stages import ConversionStage, conversion_stages
-from amfm.pretrain.convert.weights import StartReport, complete_stage, write_start
 from amfm.pretrain.train import train
 from tests.pretrain.tiny_run import tiny_config
 

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from amfm_convert.measure import ConversionReport, RoutedSource, Ruler
+from amfm_convert.rules import check_conversion
+from amfm_convert.stages import ConversionStage, conversion_stages
+from amfm_convert.verbs import print_conversion
+from amfm_convert.weights import StartReport, stage_weights, write_folder, write_start
 from safetensors.torch import save_file
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.data_pipeline.store.store import TokenStore
-from amfm.launch.commands.convert import print_conversion
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups
@@ -20,14 +24,10 @@ from amfm.pretrain.checkpoint.inspect import diff_checkpoints, find_checkpoint, 
 from amfm.pretrain.config.convert import ConvertConfig
 from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.convert.measure import ConversionReport, RoutedSource, Ruler
-from amfm.pretrain.convert.rules import check_conversion
-from amfm.pretrain.convert.stages import ConversionStage, conversion_stages
-from amfm.pretrain.convert.weights import StartReport, stage_weights, write_folder, write_start
 from amfm.pretrain.export.export import resolve_target
 from amfm.pretrain.inference.weights import Weights, read_weights
 from amfm.pretrain.train import train
-from tests.pretrain.convert.conversions import conversion, train_teacher
+from tests.examples.convert.conversions import conversion, train_teacher
 from tests.pretrain.tiny_run import read_metrics
 
 ROUTING = {"num_experts": 3, "top_k": 2, "hard_from_step": 2}

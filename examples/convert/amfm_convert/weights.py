@@ -23,16 +23,6 @@ from amfm.model.routed_updates import ENDS
 from amfm.pretrain.checkpoint.inspect import find_checkpoint, read_full_state
 from amfm.pretrain.checkpoint.manifest_file import read_manifest
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.convert.prepare import check_updates
-from amfm.pretrain.convert.rules import find_adapter
-from amfm.pretrain.convert.stages import (
-    WINDOW_LINEAR,
-    ConversionStage,
-    conversion_of,
-    converted_blocks,
-    converted_model,
-    folder_of,
-)
 from amfm.pretrain.engine.moments import FROZEN
 from amfm.pretrain.export.files import begin_export, put_in_place, sync_files
 from amfm.pretrain.export.import_huggingface import MODEL_SECTION, describe_model
@@ -42,6 +32,15 @@ from amfm.pretrain.inference.weights import (
     read_weights,
     require_same_function,
     write_weights,
+)
+from amfm.pretrain.startup.conversion import check_updates, find_adapter
+from amfm_convert.stages import (
+    WINDOW_LINEAR,
+    ConversionStage,
+    conversion_of,
+    converted_blocks,
+    converted_model,
+    folder_of,
 )
 
 

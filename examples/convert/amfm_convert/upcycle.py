@@ -35,10 +35,10 @@ from amfm.model.on_demand import OnDemand, Source, on_demand, source_of
 from amfm.model.packing import PackMeta
 from amfm.pretrain.config.convert import UpcycleConfig
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.convert.stages import EXPERTS, FEED_FORWARD, conversion_of, converted_blocks, folder_of
-from amfm.pretrain.convert.weights import read_teacher, write_folder
 from amfm.pretrain.export.export import proof_text, stream_model
 from amfm.pretrain.inference.weights import Weights
+from amfm_convert.stages import EXPERTS, FEED_FORWARD, conversion_of, converted_blocks, folder_of
+from amfm_convert.weights import read_teacher, write_folder
 
 # Two float32 sums in another order; logits of order 10, as of an export's verification.
 TOLERANCE = 1e-4

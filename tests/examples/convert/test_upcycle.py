@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from amfm_convert.rules import check_conversion
+from amfm_convert.upcycle import upcycled
 from torch import Tensor
 
 from amfm.data_pipeline.config import DataConfig
@@ -18,11 +20,9 @@ from amfm.model.packing import PackMeta
 from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.convert.rules import check_conversion
-from amfm.pretrain.convert.upcycle import upcycled
 from amfm.pretrain.inference.weights import Weights, read_weights
 from amfm.pretrain.train import train
-from tests.pretrain.convert.conversions import MODEL, train_teacher
+from tests.examples.convert.conversions import MODEL, train_teacher
 from tests.pretrain.tiny_run import read_metrics, tiny_config
 
 IDS_BT = torch.randint(0, 448, (2, 17), generator=torch.Generator().manual_seed(0))

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from amfm_convert.stages import conversion_stages
+from amfm_convert.weights import complete_stage, stage_weights, write_start
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.convert.stages import conversion_stages
-from amfm.pretrain.convert.weights import complete_stage, stage_weights, write_start
 from amfm.pretrain.train import train
+from tests.examples.convert.conversions import conversion, train_teacher
 from tests.helpers.spawn import run_ranks
-from tests.pretrain.convert.conversions import conversion, train_teacher
 from tests.pretrain.tiny_run import read_metrics
 
 # float32: the same sums in another order, over a few steps of Adam, whose first ones divide by small numbers.

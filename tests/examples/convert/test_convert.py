@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from amfm_convert.measure import ConversionReport, judge, measure_conversion, write_result
+from amfm_convert.rules import check_conversion
+from amfm_convert.stages import ConversionStage, conversion_stages, converted_model
+from amfm_convert.weights import StartReport, stage_weights, write_start
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.data_pipeline.synthetic.rows import NO_TOKENIZER
@@ -17,13 +21,9 @@ from amfm.model.packing import PackMeta
 from amfm.pretrain.checkpoint.inspect import diff_checkpoints, find_checkpoint, read_full_state
 from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.convert.measure import ConversionReport, judge, measure_conversion, write_result
-from amfm.pretrain.convert.rules import check_conversion
-from amfm.pretrain.convert.stages import ConversionStage, conversion_stages, converted_model
-from amfm.pretrain.convert.weights import StartReport, stage_weights, write_start
 from amfm.pretrain.inference.weights import read_weights, require_same_function
 from amfm.pretrain.train import train
-from tests.pretrain.convert.conversions import MODEL, WINDOW_LINEAR, conversion, run_conversion, train_teacher
+from tests.examples.convert.conversions import MODEL, WINDOW_LINEAR, conversion, run_conversion, train_teacher
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,14 @@ from amfm.model.hybrid import HybridModel
 from amfm.model.mixers.window_linear import WindowLinearMixer
 from amfm.pretrain.config.convert import StageName
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.convert.stages import WINDOW_LINEAR, ConversionStage, conversion_of, converted_blocks, folder_of
-from amfm.pretrain.convert.weights import StartReport, stage_weights, write_folder
 from amfm.pretrain.inference.evaluate import measure_store
 from amfm.pretrain.inference.passes import RowPasses
 from amfm.pretrain.inference.weights import Weights, read_weights
 from amfm.pretrain.report.data import read_run
 from amfm.pretrain.report.draw import style
 from amfm.pretrain.report.numbers import LIGHT
+from amfm_convert.stages import WINDOW_LINEAR, ConversionStage, conversion_of, converted_blocks, folder_of
+from amfm_convert.weights import StartReport, stage_weights, write_folder
 
 # A difference below this is not a difference, in nats per token.
 UNUSED_NATS = 0.005
