@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import math
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -20,6 +21,10 @@ from amfm.pretrain.config.file import read_schema
 from amfm.pretrain.config.schema import RunConfig
 
 GIB = 2**30
+
+
+# What bounds an operation that multiplies: products of matrices, grouped ones, or attention and scans, which mix tokens.
+Limit = Literal["product", "grouped", "mixing"]
 
 
 class Hardware(BaseModel):
@@ -87,6 +92,33 @@ class Hardware(BaseModel):
     def peak_flops(self, precision: str) -> float:
         """Dense peak of matrix products in the training precision, operations per second."""
         return self.bf16_flops if precision == "bf16" else self.float32_flops
+
+    def operation_seconds(
+        self,
+        flops: float,
+        moved: float,
+        precision: str,
+        limit: Limit,
+        *,
+        backward: bool = False,
+        by_flash: bool = False,
+    ) -> float:
+        """The longer of an operation's arithmetic and of its bytes, each at its part of the peak.
+
+        The clock of the plan and of simulated ranks (Williams et al. 2009, "Roofline", section 3). by_flash: attention that
+        FlashAttention computes.
+        """
+        moving = moved / (self.memory_bytes_per_second * self.memory_efficiency)
+        if not flops:
+            return moving
+        if limit != "mixing":
+            efficiency = self.grouped_efficiency if limit == "grouped" else self.product_efficiency
+        else:
+            first, back = self.attention_efficiency, self.attention_backward_efficiency
+            if by_flash:
+                first, back = self.flash_efficiency or first, self.flash_backward_efficiency or back
+            efficiency = (back or first) if backward else first
+        return max(flops / (self.peak_flops(precision) * efficiency), moving)
 
     def settle(self, config: RunConfig) -> RunConfig:
         """The configuration with the precision of the higher peak, if `train.precision` is to be chosen."""

@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from amfm.kernels.low_precision.library_products import RUN
 from amfm.launch.plan.activations import FLOAT32_BYTES, Product, Storage, slice_rows
-from amfm.launch.plan.hardware import Hardware
+from amfm.launch.plan.hardware import Hardware, Limit
 from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.low_precision import OPERAND_BYTES, READS
 from amfm.model.config.low_precision import RecipeName
@@ -46,9 +46,13 @@ class Roofline:
             forwards,
             accumulates,
         )
-        self.peak = hardware.peak_flops(precision)
+        self.precision = precision
         self.bandwidth = hardware.memory_bytes_per_second * hardware.memory_efficiency
         self.seconds = 0.0
+
+    def clock(self, flops: float, moved: float, limit: Limit, **settings: bool) -> float:
+        """Seconds of an operation in the run's precision."""
+        return self.hardware.operation_seconds(flops, moved, self.precision, limit, **settings)
 
     def product_of(self, product: Product, tokens: float) -> None:
         """Add a product that a measured block has per token."""
@@ -75,19 +79,18 @@ class Roofline:
         have a recipe. `is_fused`: its forward part by that is a kernel of ours, whatever library makes others.
         """
         grouped = grouped or groups > 1
-        efficiency = self.hardware.grouped_efficiency if grouped else self.hardware.product_efficiency
         recipe = self.recipes.get(weight)
         if recipe is not None:
-            self._narrow_product(rows, inputs, outputs, groups, recipe, efficiency, grouped=grouped, is_fused=is_fused)
+            self._narrow_product(rows, inputs, outputs, groups, recipe, grouped=grouped, is_fused=is_fused)
             return
         size = self.element_bytes
-        arithmetic, weights = 2 * rows * inputs * outputs / (self.peak * efficiency), groups * inputs * outputs
+        flops, weights = 2 * rows * inputs * outputs, groups * inputs * outputs
         for times, bytes_each in (
             (self.forwards + 1, size),
             (1, 2 * FLOAT32_BYTES if self.accumulates else size),
         ):
             moved = size * rows * (inputs + outputs) + bytes_each * weights
-            self.seconds += times * max(arithmetic, moved / self.bandwidth)
+            self.seconds += times * self.clock(flops, moved, "grouped" if grouped else "product")
 
     def logits(self, rows: float, inputs: float, outputs: float) -> None:
         """Add a product whose float32 result is not rounded, as of a router (`linear_float32` in kernels/linear).
@@ -99,7 +102,7 @@ class Roofline:
         if e == wide:
             self.product(rows, inputs, outputs)
             return
-        arithmetic = 2 * rows * inputs * outputs / (self.peak * self.hardware.product_efficiency)
+        flops = 2 * rows * inputs * outputs
         sides, weights = rows * (e * inputs + wide * outputs), inputs * outputs
         third = 2 * (2 * wide if self.accumulates else e) * weights
         for passes, products, moved in (
@@ -107,7 +110,7 @@ class Roofline:
             (1, 2, sides + 2 * e * weights),
             (1, 2, sides + third),
         ):
-            self.seconds += passes * max(products * arithmetic, moved / self.bandwidth)
+            self.seconds += passes * self.clock(products * flops, moved, "product")
 
     def _narrow_product(
         self,
@@ -116,7 +119,6 @@ class Roofline:
         outputs: float,
         groups: int,
         recipe: RecipeName,
-        efficiency: float,
         *,
         grouped: bool,
         is_fused: bool,
@@ -129,9 +131,10 @@ class Roofline:
         if recipe == "fp8_block" and not grouped and hardware.fp8_own_efficiency is not None:
             own *= hardware.fp8_own_efficiency / hardware.fp8_efficiency
             copied = 0.0 if self.wide_gradient else 2 * rows * (inputs + outputs)  # column codes into one matrix
-        wide = self.peak * efficiency
         sums = 2 * FLOAT32_BYTES if self.accumulates else e
         third = e if self.wide_gradient else b
+        limit: Limit = "grouped" if grouped else "product"
+        third_seconds = self.clock(flops, 0.0, limit) if self.wide_gradient else flops / rate
         for times, seconds, moved in (
             (
                 self.forwards,
@@ -139,7 +142,7 @@ class Roofline:
                 rows * (b * inputs + e * outputs) + b * weights,
             ),
             (1, flops / (own if outputs % RUN else rate), rows * (b * outputs + e * inputs) + b * weights),
-            (1, flops / (wide if self.wide_gradient else rate), third * rows * (inputs + outputs) + sums * weights),
+            (1, third_seconds, third * rows * (inputs + outputs) + sums * weights),
         ):
             self.seconds += times * max(seconds, moved / self.bandwidth)
         read = e * READS[recipe]
@@ -154,13 +157,8 @@ class Roofline:
 
         `by_flash`: attention that FlashAttention computes.
         """
-        hardware = self.hardware
-        first = hardware.attention_efficiency
-        rate = hardware.attention_backward_efficiency or first
-        if by_flash:
-            first, rate = hardware.flash_efficiency or first, hardware.flash_backward_efficiency or rate
-        for passes, way, efficiency in ((self.forwards, 0, first), (1, 1, rate)):
-            self.seconds += passes * max(flops[way] / (self.peak * efficiency), moved[way] / self.bandwidth)
+        for passes, way in ((self.forwards, 0), (1, 1)):
+            self.seconds += passes * self.clock(flops[way], moved[way], "mixing", backward=way == 1, by_flash=by_flash)
 
     def moves(self, rows: float, moved: tuple[float, float]) -> None:
         """Add memory-bound operations by the bytes that they move of each row, forward and backward."""

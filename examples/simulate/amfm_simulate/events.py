@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import get_process_group_ranks
 
 from amfm.launch.plan.flops import name_arguments
+from amfm.launch.plan.hardware import Limit
 from amfm_simulate.count_collectives import COLLECTIVES, group_of
 from amfm_simulate.values import leaves
 
@@ -24,7 +25,8 @@ from amfm_simulate.values import leaves
 LOOK_UPS = ("embedding", "index", "index_select", "gather", "take", "slice")
 RECEIVES = ("recv_", "recv_any_source_")
 # Parts of the names of our operations whose products run at the rate of attention and scans.
-MIXING = ("attention", "scan", "mamba2")
+FLASH = "_varlen_attn"  # PyTorch's operation of FlashAttention over documents
+MIXING = ("attention", FLASH, "scan", "mamba2")
 
 
 @dataclass
@@ -48,7 +50,7 @@ class EventLog:
                 "name": f"{func.namespace}.{func._opname}",
                 "kind": kind,
                 "phase": phase,
-                "limit": limit_of(func, flops),
+                "limit": limit_of(func),
                 "wide": bool(flops) and factor_of(func, args, kwargs).dtype == torch.float32,
                 "flops": flops,
                 "bytes": read + sum(tensor.numel() * tensor.itemsize for tensor in results),
@@ -97,11 +99,9 @@ def factor_of(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
     return next((factor for factor in factors if isinstance(factor, Tensor)), next(iter(leaves((args, kwargs)))))
 
 
-def limit_of(func: Any, flops: int) -> str:
-    """Which efficiency of the hardware file holds: `product`, `grouped`, `mixing`, or `memory` without FLOPs."""
+def limit_of(func: Any) -> Limit:
+    """Which efficiency of the hardware file holds: if it multiplies."""
     name = func._opname
-    if not flops:
-        return "memory"
     if "grouped" in name or "expert_feed_forward" in name:
         return "grouped"
     return "mixing" if any(word in name for word in MIXING) else "product"

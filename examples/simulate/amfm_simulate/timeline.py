@@ -27,6 +27,7 @@ from amfm.launch.plan.estimate import Assumptions
 from amfm.launch.plan.exchanges.seconds import PARTS, collective_seconds
 from amfm.launch.plan.hardware import GIB, Hardware
 from amfm.launch.plan.time import StepTime, estimate_step
+from amfm_simulate.events import FLASH
 from amfm_simulate.place import OUTSIDE
 from amfm_simulate.trace import TracedRank, kind_of, pipeline_stage
 
@@ -176,22 +177,18 @@ def lay_out(entries: Sequence[TracedRank], hardware: Hardware) -> list[Timeline]
 
 
 def compute_seconds(event: dict[str, Any], hardware: Hardware, precision: str) -> float:
-    """Seconds of an operation: the longer of its arithmetic and its bytes, each at its part of the peak."""
-    moving = event["bytes"] / (hardware.memory_bytes_per_second * hardware.memory_efficiency)
-    if not event["flops"]:
-        return float(moving)
-    efficiency = {
-        "product": hardware.product_efficiency,
-        "grouped": hardware.grouped_efficiency,
-        "mixing": hardware.attention_efficiency,
-    }[event["limit"]]
+    """Seconds of an operation by the plan's clock."""
     # Kernels take float32 states and sums next to products in the run's precision; torch's products give what they
     # take.
     wide = event["wide"] and event["name"].startswith("aten.")
-    if event["limit"] == "mixing" and event["phase"] == "backward":
-        efficiency = hardware.attention_backward_efficiency or efficiency
-    peak = hardware.peak_flops("float32" if wide else precision)
-    return float(max(event["flops"] / (peak * efficiency), moving))
+    return hardware.operation_seconds(
+        event["flops"],
+        event["bytes"],
+        "float32" if wide else precision,
+        event["limit"],
+        backward=event["phase"] == "backward",
+        by_flash=FLASH in event["name"],
+    )
 
 
 def planned_step(entry: TracedRank, hardware: Hardware, assumptions: Assumptions) -> StepTime:

@@ -77,12 +77,11 @@ def add_indexer(line: Roofline, tokens: float, length: int, options: MixerOption
     Every tensor rank does all of the indexer's part.
     """
     indexer: IndexerConfig = getattr(options, "indexer")  # noqa: B009
-    pair, seen, rate = Pair.of(options, tensor), (length + 1) / 2, line.hardware.float32_flops
-    rate *= line.hardware.product_efficiency
+    pair, seen = Pair.of(options, tensor), (length + 1) / 2
     heads, size = indexer.num_heads, indexer.head_dim
 
     def add(times: float, keys: float, flops: float, moved: float) -> None:
-        line.seconds += times * tokens * keys * max(flops / rate, moved / line.bandwidth)
+        line.seconds += times * tokens * keys * line.hardware.operation_seconds(flops, moved, "float32", "product")
 
     # A head's products are written, cut at zero and read; their sum is masked, compared and counted.
     score, written = heads * (2 * size + 2), FLOAT32_BYTES * (3 * heads + 6)
@@ -98,22 +97,20 @@ def add_indexer(line: Roofline, tokens: float, length: int, options: MixerOption
 
 def _chosen_seconds(line: Roofline, pair: Pair) -> float:
     """Seconds per query and chosen key of the kernels' launches (`kernels/sparse_attention/triton_impl.py`)."""
-    hardware, e = line.hardware, line.element_bytes
-    forward = line.peak * hardware.attention_efficiency
-    backward = line.peak * (hardware.attention_backward_efficiency or hardware.attention_efficiency)
+    e = line.element_bytes
 
-    def launch(rate: float, flops: float, moved: float) -> float:
-        return max(flops / rate, (moved + PLACE_BYTES) / line.bandwidth)
+    def launch(flops: float, moved: float, *, backward: bool = False) -> float:
+        return line.clock(flops, moved + PLACE_BYTES, "mixing", backward=backward)
 
     # Keys are fetched once per tile of a key head's heads; weights and slopes once per tile of channels.
     wide, narrow = (ceil(pair.heads / pair.kv_heads / heads) for heads in (FORWARD_HEADS, SLOPE_HEADS))
     of_keys, of_values = (e * pair.heads * ceil(size / SUM_CHANNELS) for size in (pair.size, pair.value_size))
     both = pair.scores + pair.values
-    output = launch(forward, both, e * wide * pair.numbers)
-    weights = launch(forward, pair.scores, e * pair.keys)
-    slopes = launch(backward, both, e * (narrow * pair.numbers + 2 * pair.heads))
-    queries = launch(backward, pair.scores, e * narrow * pair.keys + of_keys)
-    keys = launch(backward, both, of_keys + of_values + FLOAT32_BYTES * pair.numbers)
+    output = launch(both, e * wide * pair.numbers)
+    weights = launch(pair.scores, e * pair.keys)
+    slopes = launch(both, e * (narrow * pair.numbers + 2 * pair.heads), backward=True)
+    queries = launch(pair.scores, e * narrow * pair.keys + of_keys, backward=True)
+    keys = launch(both, of_keys + of_values + FLOAT32_BYTES * pair.numbers, backward=True)
     # What a pair adds is read again, and the sum of its key read and written; a sort of places moves them some times.
     sums = (3 * FLOAT32_BYTES * pair.numbers + SORTED_BYTES) / line.bandwidth
     return line.forwards * (output + weights) + slopes + queries + keys + sums
