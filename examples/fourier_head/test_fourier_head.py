@@ -113,7 +113,7 @@ def fit(kind: str, seed: int, smoothness: float = 0.0) -> tuple[float, float]:
     return float(-(shape * log_p).sum()), float(log_p.exp().diff().abs().mean())
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_from_few_draws_it_finds_the_density_better_than_a_matrix_and_the_penalty_smooths_it(seed: int) -> None:
     (fourier, steps), (linear, linear_steps), (penalised, smooth_steps) = (
         fit("fourier", seed),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
+from amfm_study.mixture import law as law_file
 from amfm_study.mixture.law import Law, fit_law, lowest_mixture, propose, rank_correlation
 
 KNOWN = Law(np.array([1.0, 2.0, 0.5]), np.array([[-2.0, 0.1, 0.3], [0.2, -1.0, 0.0], [0.5, 0.4, -0.5]]))
@@ -21,7 +23,10 @@ def test_a_law_is_found_again_from_its_own_losses() -> None:
     np.testing.assert_allclose(law.predict(others), KNOWN.predict(others), atol=5e-3)
 
 
-def test_the_proposal_is_close_to_the_lowest_mixture_and_noise_is_in_its_interval() -> None:
+def test_the_proposal_is_close_to_the_lowest_mixture_and_noise_is_in_its_interval(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(law_file, "RESAMPLES", 50)
     mixtures, candidates = draw(24, 0), draw(10_000, 2)
     losses = KNOWN.predict(mixtures) + 0.005 * np.random.default_rng(3).standard_normal((24, 3))
     found = propose(mixtures, losses, OBJECTIVE, candidates)

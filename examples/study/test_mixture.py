@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from amfm_study.mixture import law as law_file
 from amfm_study.mixture.cells import (
     compared_cells,
     draw_candidates,
@@ -68,8 +69,9 @@ def test_sampled_runs_differ_by_their_weights_alone_and_stay_within_bounds(tmp_p
 
 
 def test_a_study_goes_from_sampled_runs_to_a_proposal_that_was_tried(
-    tmp_path: Path, data: DataConfig, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, data: DataConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(law_file, "RESAMPLES", 20)
     study = make_study(tmp_path, data)
     search, cells = open_search(study), sampled_cells(study, open_search(study))
     for cell in cells:

@@ -1,4 +1,7 @@
-"""A run that stops and continues equals one that never stopped, bitwise."""
+"""A run that stops and continues equals one that never stopped, bitwise.
+
+On one rank tests/pretrain/checkpoint/test_compatibility.py shows it quickly.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from amfm.data_pipeline.config import DataConfig
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import MODEL, Trained, tiny_config, tiny_data, train_and_collect
 
-STEPS, STOP = 4, 2
+STEPS, STOP = 3, 2
 Cases = list[tuple[str, int]]
 # Registered mixers keep nothing of their own between steps.
 MIXERS: dict[str, Any] = MODEL | {
@@ -62,7 +65,7 @@ def train_and_stop(cases: Cases, data: DataConfig, folder: str, model: dict[str,
 @pytest.mark.parametrize(
     ("num_ranks", "cases", "model"),
     [
-        (1, ONE_RANK, MODEL),
+        pytest.param(1, ONE_RANK, MODEL, marks=pytest.mark.slow),
         (2, TWO_RANKS, MODEL),
         pytest.param(1, ONE_RANK_MORE, MODEL, marks=pytest.mark.slow),
         pytest.param(2, TWO_RANKS_MORE, MODEL, marks=pytest.mark.slow),

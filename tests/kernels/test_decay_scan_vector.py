@@ -24,8 +24,8 @@ CASES = [
     ScanCase(T=100, H=3, P=5, N=7, kind="vector", lengths=(1, 39, 1, 59), initial=True),
     ScanCase(T=129, kind="vector", chunk=64, lengths=(40, 70, 19)),
     # Of these only 64 heads and chunks of 64 x 64 go together: heads, chunks and rows come in several tiles.
-    ScanCase(B=1, T=100, H=70, P=3, N=64, kind="vector", chunk=64, lengths=(11, 89)),
-    ScanCase(B=2, T=230, H=20, P=3, N=64, kind="vector", chunk=64, initial=True),
+    ScanCase(B=1, T=70, H=70, P=3, N=64, kind="vector", chunk=64, lengths=(11, 59)),
+    ScanCase(B=2, T=130, H=12, P=3, N=64, kind="vector", chunk=64, initial=True),
     ScanCase(T=129, H=2, kind="vector", initial=True),
     ScanCase(T=64, kind="vector", lengths=(32, 32), initial=True),
 ]

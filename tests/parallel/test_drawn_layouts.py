@@ -37,7 +37,7 @@ def assert_as_one_rank(case: Case, ranks: Ranks) -> None:
 
 
 @given(case=cases(2))
-@settings(DRAWN, max_examples=10, derandomize=True)
+@settings(DRAWN, max_examples=5, derandomize=True)
 def test_drawn_layouts_of_two_ranks_compute_what_one_does(two: Ranks, case: Case) -> None:
     assert_as_one_rank(case, two)
 

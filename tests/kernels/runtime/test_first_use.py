@@ -24,7 +24,16 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="the check starts its own in
 PLANTED = "tests.kernels.acceptance.planted"
 
 
-def test_a_wrong_kernel_is_found_once_and_remembered_for_this_card_and_source(tmp_path: Path) -> None:
+@pytest.fixture
+def forked_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check in forks; the slow tests here start the interpreters that a run starts."""
+    forks = SimpleNamespace(run=run_forked, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(first_use, "subprocess", forks)
+
+
+def test_a_wrong_kernel_is_found_once_and_remembered_for_this_card_and_source(
+    tmp_path: Path, forked_checks: None
+) -> None:
     faults = read_or_check("wrong", "cpu", "NVIDIA H100, torch 2.11", [tmp_path], PLANTED)
     assert len(faults) == 1 and faults[0].startswith("the wrong one: d_x is off by")
     (kept,) = tmp_path.glob("*.json")
@@ -106,11 +115,9 @@ def count_checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ("operation", "faults"), [("off", ["off: y is off by"]), pytest.param("plain", [], marks=pytest.mark.slow)]
 )
 def test_a_gpu_for_one_process_is_checked_in_this_one_and_draws_nothing_from_its_generators(
-    monkeypatch: pytest.MonkeyPatch, operation: str, faults: list[str]
+    monkeypatch: pytest.MonkeyPatch, forked_checks: None, operation: str, faults: list[str]
 ) -> None:
     """The cases reject every process but this one in CUDA's words, as a GPU in exclusive-process mode does."""
-    forks = SimpleNamespace(run=run_forked, TimeoutExpired=subprocess.TimeoutExpired)
-    monkeypatch.setattr(first_use, "subprocess", forks)
     monkeypatch.setenv("AMFM_TEST_OWNER", str(os.getpid()))
     before = torch.get_rng_state()
     with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(refuse_to_keep, refuse_to_keep):

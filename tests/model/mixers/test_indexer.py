@@ -131,7 +131,7 @@ def test_no_choice_depends_on_a_later_token() -> None:
 
 
 # Tensor ranks that cut tokens too do all that is done without, as in test_mixers.py: one form shows those.
-LAYOUTS = [(*form, kind) for form in FORMS for kind in SECTIONS if kind != "tensor" or form == FORMS[-1]]
+LAYOUTS = [(*form, kind) for kind in SECTIONS for form in FORMS if kind != "tensor" or form == FORMS[-1]]
 SLOW_LAYOUTS = [(*form, "tensor") for form in FORMS[:-1]]
 
 

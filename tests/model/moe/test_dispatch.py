@@ -78,18 +78,18 @@ class Layout:
     shunned: tuple[int, ...] = ()
 
 
+# Those with groups of the same sizes next to each other, and last that of `QUICK_ROOMY`: groups are made once for them.
 LAYOUTS = {
     "ep2": Layout(ParallelConfig(expert=2), ("dropless", "recycle", "roomy"), ("latent", "drop"), shunned=(1,)),
-    "ep4, a rank gets nothing": Layout(ParallelConfig(expert=4), ("dropless", "one each"), ("latent",), shunned=(2, 3)),
+    "ep2, halves": Layout(
+        ParallelConfig(expert=2, overlap_experts=True), ("dropless",), ("drop", "recycle"), shunned=(1,)
+    ),
     "tp2 ep2": Layout(ParallelConfig(tensor=2, expert=2), ("latent",), ("dropless", "drop")),
     "tp2 sp ep4": Layout(
         ParallelConfig(tensor=2, sequence_parallel=True, expert=4), slow=("recycle", "dropless", "latent")
     ),
     "ep2 etp2": Layout(ParallelConfig(expert=2, expert_tensor=2), slow=("drop", "dropless")),
     "tp2 sp ep2 etp2": Layout(ParallelConfig(tensor=2, sequence_parallel=True, expert=2, expert_tensor=2), ("latent",)),
-    "ep2, halves": Layout(
-        ParallelConfig(expert=2, overlap_experts=True), ("dropless",), ("drop", "recycle"), shunned=(1,)
-    ),
     "tp2 sp ep2 etp2, halves": Layout(
         ParallelConfig(tensor=2, sequence_parallel=True, expert=2, expert_tensor=2, overlap_experts=True),
         slow=("latent",),
@@ -98,6 +98,7 @@ LAYOUTS = {
     "tp2 cp2 sp ep4": Layout(
         ParallelConfig(tensor=2, context=2, sequence_parallel=True, expert=4), ("dropless",), ("recycle",)
     ),
+    "ep4, a rank gets nothing": Layout(ParallelConfig(expert=4), ("dropless", "one each"), ("latent",), shunned=(2, 3)),
 }
 
 
