@@ -7,8 +7,7 @@ kill the ranks by it: `amfm train` notes SIGTERM, SIGUSR1 and SIGHUP until it ca
 import os
 import sys
 
-import amfm.launch.wait_policy  # noqa: F401 - notes the processors' times as early as can be
-from amfm.launch.rank_command import expand_segments
+from amfm.launch.rank_command import expand_segments  # its import notes the processors' times as early as can be
 from amfm.pretrain.monitor.signals import note_signals
 
 

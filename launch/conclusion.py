@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from amfm.data_pipeline.terminal import printable
-from amfm.pretrain.checkpoint.names import checkpoint_name, newest_saved_step
+from amfm.pretrain.checkpoint.manifest_file import checkpoint_name, newest_saved_step
 from amfm.pretrain.launcher_protocol import NEXT_LAYOUT
 from amfm.pretrain.monitor.follow import FollowedRun
 from amfm.pretrain.report.data import RunRecord, read_run

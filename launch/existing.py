@@ -40,8 +40,7 @@ def require_model(path: Path) -> Path:
     A name of the Hugging Face Hub is answered with the command that downloads it. Raises RuntimeError for a checkpoint that
     was never completed.
     """
-    from amfm.pretrain.checkpoint.manifest_file import MANIFEST_NAME, read_manifest
-    from amfm.pretrain.checkpoint.names import CHECKPOINT_NAME
+    from amfm.pretrain.checkpoint.manifest_file import CHECKPOINT_NAME, MANIFEST_NAME, read_manifest
 
     if path.is_file() and path.suffix != ".tiktoken":
         raise ValueError(f"{path} is a file; name the folder of a model")

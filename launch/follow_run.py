@@ -33,7 +33,7 @@ from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
 from amfm.launch.console import say
-from amfm.pretrain.checkpoint.names import checkpoint_name
+from amfm.pretrain.checkpoint.manifest_file import checkpoint_name
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.monitor.beats import Beat
 from amfm.pretrain.monitor.follow import FollowedRun, Seen, to_seconds

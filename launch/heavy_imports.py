@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from amfm.data_pipeline.terminal import Waiting
-from amfm.launch.wait_policy import choose_wait_policy
+from amfm.launch.rank_command import choose_wait_policy
 
 
 @contextmanager

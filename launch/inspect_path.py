@@ -159,7 +159,7 @@ def mark_checkpoint(folder: Path, protect: bool) -> None:
 def inspect_run(folder: Path, report: Report = silent) -> Inspection:
     """Inspect a run directory: verify every checkpoint, and find how far the metrics reach."""
     from amfm.pretrain.checkpoint.files import verify_checkpoint
-    from amfm.pretrain.checkpoint.names import list_checkpoints
+    from amfm.pretrain.checkpoint.manifest_file import list_checkpoints
     from amfm.pretrain.config.file import flatten, load_config
     from amfm.pretrain.launcher_protocol import read_events
     from amfm.pretrain.report.data import read_json_lines

@@ -114,7 +114,7 @@ def _head_parameters(config: ModelConfig) -> int:
     """Parameters of the head: of the matrix, or of what a package has in its place."""
     if config.head is None:
         return config.vocab_size * config.hidden_size
-    from amfm.model.head import head_shapes
+    from amfm.model.loss import head_shapes
 
     return sum(math.prod(shape) for shape in head_shapes(config).values())
 

@@ -34,9 +34,8 @@ from amfm.model.config.kinds import kind_of
 from amfm.model.config.mup import logits_multiplier
 from amfm.model.config.rope import RopeConfig
 from amfm.model.config.schema import ModelConfig
-from amfm.model.head import Head, build_head
 from amfm.model.init import initialize_parameters, named_seed
-from amfm.model.loss import head_choices, head_cross_entropy, head_logits
+from amfm.model.loss import Head, build_head, head_choices, head_cross_entropy, head_logits
 from amfm.model.mixers.interface import DecodeState
 from amfm.model.mtp import Ahead, MtpDepth, pass_rows
 from amfm.model.packing import PackMeta

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from amfm.model.config.moe import BIAS_CHANNELS, MoeConfig
 from amfm.model.config.mup import width_scales
 from amfm.model.config.schema import ModelConfig
-from amfm.model.head import Head
+from amfm.model.loss import Head
 from amfm.model.mixers.interface import Mixer
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.model.parallel.shards import Shard, parameter_shards

@@ -3,6 +3,11 @@
 In training the logits [B, T, V] would be the largest tensor of all, and only their cross entropy is wanted. So the loss is
 computed from hidden states and weight, a part of the vocabulary at a time (kernels/linear_cross_entropy), and logits are
 made only where someone asks for them: in decoding, evaluation of a task, and comparison with other implementations.
+
+A head of an installed package gives probabilities of tokens instead of one matrix and a softmax. Its kind is a row of the
+table like a mixer's, with `mixes="logits"` (config/kinds.py), and `model.head` names it. Everything
+that is special to the matrix (ties, shards of the vocabulary, the fused loss) does not apply: the head sees whole rows of
+the normed stream, and says log probabilities or losses. Names of its parameters begin with `head.`.
 """
 
 from __future__ import annotations
@@ -10,6 +15,10 @@ from __future__ import annotations
 import torch
 
 import amfm.model.parallel  # noqa: F401  # isort: skip  # first, since it guards the import of Megatron-core
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
 from megatron.core.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -18,7 +27,10 @@ from torch import Tensor
 
 from amfm.kernels.linear.op import linear
 from amfm.kernels.linear_cross_entropy.op import CrossEntropy, linear_cross_entropy, linear_statistics
+from amfm.model.config.kinds import find_kind
+from amfm.model.config.schema import ModelConfig
 from amfm.model.parallel.groups import ProcessGroupCollection
+from amfm.model.parallel.layers import Float32Buffers
 
 IGNORE_INDEX = -100
 LOGITS_SLICE = 1 << 26  # logits that `head_choices` holds at a time
@@ -97,3 +109,44 @@ def _vocab_parallel(
     nll_R = torch.where(is_valid_R, log_sum_R - label_logit_R, 0.0)
     total = nll_R.sum() + z_loss_weight * torch.where(is_valid_R, log_sum_R, 0.0).square().sum()
     return CrossEntropy(total=total, nll_sum=nll_R.detach().sum(), token_nll_R=nll_R.detach().float())
+
+
+@dataclass(frozen=True)
+class HeadOutput:
+    """Without labels log_p_BTV [B, T, V]; with labels the sums of the loss, and weighted auxiliary losses by name, each a mean
+    over the micro-batch, in training."""
+
+    log_p_BTV: Tensor | None
+    loss: CrossEntropy | None = None
+    auxiliary: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Head(Float32Buffers):
+    """Built as `Class(options, config)`. Parameters are replicated, with equal gradients on all ranks."""
+
+    weight: Tensor  # one of its parameters: readers ask it for device and dtype
+
+    @abstractmethod
+    def forward(self, hidden_BTD: Tensor, labels_BT: Tensor | None = None) -> HeadOutput:
+        """Read the normed stream [B, T, D]; labels [B, T] int64, -100 if there is none."""
+
+    def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+        """Draw the whole initial value of a parameter, float32 on the CPU; None: as init.py says for its name."""
+        return None
+
+
+def build_head(config: ModelConfig) -> Head | None:
+    """Build the head that `model.head` names; None if the model has the matrix."""
+    if config.head is None:
+        return None
+    kind = find_kind(config.head)
+    options: Any = config.options_of(kind)
+    head: Head = kind.load()(options, config)
+    return head
+
+
+def head_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """List names and shapes of a package's head under its own names; nothing is allocated."""
+    with torch.device("meta"):
+        head = build_head(config)
+    return {} if head is None else {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from amfm.model.build import sample_mixer, stream_shapes
 from amfm.model.config.schema import ModelConfig
-from amfm.model.head import head_shapes
+from amfm.model.loss import head_shapes
 from amfm.model.routed_updates import update_shapes
 
 

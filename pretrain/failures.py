@@ -126,7 +126,7 @@ def settings_worked(run_dir: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        from amfm.pretrain.checkpoint.names import newest_saved_step
+        from amfm.pretrain.checkpoint.manifest_file import newest_saved_step
 
         if newest_saved_step(run_dir) < 0:
             raise

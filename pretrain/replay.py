@@ -23,7 +23,7 @@ from torch import Tensor
 from amfm.data_pipeline.durable.files import check_free
 from amfm.data_pipeline.terminal import Report, silent
 from amfm.pretrain.checkpoint.inspect import require_sound
-from amfm.pretrain.checkpoint.names import checkpoint_name, list_checkpoints, step_of
+from amfm.pretrain.checkpoint.manifest_file import checkpoint_name, list_checkpoints, step_of
 from amfm.pretrain.checkpoint.reader import RangeReader, kinds_of
 from amfm.pretrain.config.file import load_config, resolved_yaml
 from amfm.pretrain.config.schema import RunConfig

@@ -32,8 +32,15 @@ from amfm.pretrain.checkpoint.commit import LATEST_NAME, RankFailure, mark
 from amfm.pretrain.checkpoint.compatibility import check_resumable
 from amfm.pretrain.checkpoint.files import replace_text
 from amfm.pretrain.checkpoint.inspect import require_sound
-from amfm.pretrain.checkpoint.manifest_file import MANIFEST_NAME, MARK_NAME, read_manifest
-from amfm.pretrain.checkpoint.names import TEACHER_FILE, checkpoint_name, list_checkpoints, step_of
+from amfm.pretrain.checkpoint.manifest_file import (
+    MANIFEST_NAME,
+    MARK_NAME,
+    TEACHER_FILE,
+    checkpoint_name,
+    list_checkpoints,
+    read_manifest,
+    step_of,
+)
 from amfm.pretrain.checkpoint.remote import RemoteCheckpoints, step_named
 from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.config.schema import RunConfig

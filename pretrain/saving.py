@@ -15,7 +15,7 @@ from amfm.data_pipeline.terminal import Report, silent
 from amfm.pretrain.checkpoint.background import Saved
 from amfm.pretrain.checkpoint.commit import RankFailure, SavedCheckpoint
 from amfm.pretrain.checkpoint.load import LoadedCheckpoint, load_newest
-from amfm.pretrain.checkpoint.names import checkpoint_name
+from amfm.pretrain.checkpoint.manifest_file import checkpoint_name
 from amfm.pretrain.checkpoint.remote import Pulled
 from amfm.pretrain.checkpoint.replicas.memory import NodeMemory
 from amfm.pretrain.checkpoint.replicas.replica import recover

@@ -28,7 +28,7 @@ from amfm.data_pipeline.memory import keep_freed_memory
 from amfm.data_pipeline.terminal import Report, silent
 from amfm.pretrain.checkpoint.background import BackgroundSaver
 from amfm.pretrain.checkpoint.commit import make_checkpoints_folder
-from amfm.pretrain.checkpoint.names import continued_step
+from amfm.pretrain.checkpoint.manifest_file import continued_step
 from amfm.pretrain.checkpoint.remote import RemoteCheckpoints
 from amfm.pretrain.checkpoint.replicas.memory import NodeMemory
 from amfm.pretrain.checks.check_run import check_run

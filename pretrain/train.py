@@ -22,7 +22,7 @@ import signal
 from collections.abc import Sequence
 
 from amfm.data_pipeline.terminal import Waiting
-from amfm.pretrain.checkpoint.names import newest_saved_step
+from amfm.pretrain.checkpoint.manifest_file import newest_saved_step
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.failures import describe, is_bug, while_running
 from amfm.pretrain.hook import HookMaker

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from amfm.kernels.common.weight_gradients import GradientSum, gradient_sum_of
-from amfm.kernels.linear.low_precision import low_precision_gradients
+from amfm.kernels.linear.op import low_precision_gradients
 from amfm.kernels.low_precision.packed_rows import pack_rows, unpack_rows
 from amfm.kernels.low_precision.products import input_gradient, output
 from amfm.kernels.low_precision.recipe import Recipe, recipe_of

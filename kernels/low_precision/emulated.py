@@ -19,8 +19,7 @@ from torch import Tensor
 
 from amfm.kernels.common.gemm_precision import gemm_dtype, steady_product
 from amfm.kernels.low_precision.formats import TURNED, Quantized, draw_noise, quantize, turn
-from amfm.kernels.low_precision.kept_weights import made_once
-from amfm.kernels.low_precision.recipe import Recipe, note_operands
+from amfm.kernels.low_precision.recipe import Recipe, made_once, note_operands
 
 # By which the roundings of one gradient for its two products are drawn apart.
 INPUT_DRAW, WEIGHT_DRAW = 1, 2

@@ -21,8 +21,7 @@ from amfm.kernels.common.custom_op import fake_of
 from amfm.kernels.common.inputs import check_matrix
 from amfm.kernels.common.weight_gradients import GradientSum
 from amfm.kernels.low_precision.formats import E2M1_MAX, E4M3_MAX, RUN, SMALLEST_SCALE
-from amfm.kernels.low_precision.kept_weights import keeps_weights, made_once
-from amfm.kernels.low_precision.recipe import Recipe
+from amfm.kernels.low_precision.recipe import Recipe, keeps_weights, made_once
 from amfm.kernels.low_precision.scaled_kernels import measure_kernel, quantize_scaled_kernel
 from amfm.kernels.low_precision.scaled_products import scaled_outer_kernel, scaled_product_kernel
 from amfm.kernels.low_precision.triton_impl import Tiles, count_tiles, rows_and_width

@@ -16,8 +16,8 @@ from amfm.kernels.common.custom_op import fake_of
 from amfm.kernels.common.inputs import check_matrix
 from amfm.kernels.common.weight_gradients import GradientSum
 from amfm.kernels.low_precision.formats import packed_width
-from amfm.kernels.low_precision.kept_weights import keeps_weights, made_once
 from amfm.kernels.low_precision.library_products import multiplies_by_library, multiply, multiply_outer
+from amfm.kernels.low_precision.recipe import keeps_weights, made_once
 from amfm.kernels.low_precision.triton_kernels import (
     fp8_outer_kernel,
     fp8_product_kernel,
@@ -149,7 +149,7 @@ def _(given: Any) -> tuple[Tensor, ...]:
 def quantize_weight(weight: Tensor, *, transposed: bool = False) -> WeightCodes:
     """Codes of a weight [N, K], or of experts' [E, N, K]; `transposed`: of the transposes, [E, K, N].
 
-    Where codes are kept (kept_weights.py), both are made in one pass over the weight.
+    Where codes are kept (`keep_weights`), both are made in one pass over the weight.
     """
     keeps = keeps_weights()
 

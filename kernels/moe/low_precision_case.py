@@ -28,7 +28,7 @@ from amfm.kernels.cases import (
     formula_goals,
 )
 from amfm.kernels.linear.activated import activated_linear
-from amfm.kernels.linear.low_precision import low_precision_linear
+from amfm.kernels.linear.op import low_precision_linear
 from amfm.kernels.low_precision.library_products import takes_codes
 from amfm.kernels.low_precision.recipe import Recipe, RecipeName
 from amfm.kernels.moe.case import experts_problem

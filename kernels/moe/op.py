@@ -21,12 +21,14 @@ from amfm.kernels.common.inputs import check_float, check_matrix, check_shape
 from amfm.kernels.low_precision.products import multiplies_codes
 from amfm.kernels.low_precision.recipe import recipes_of
 from amfm.kernels.moe.grouping import Grouping, count_experts, group_by_expert
-from amfm.kernels.moe.reference import expert_feed_forward_reference, grouped_feed_forward_reference, route_reference
 from amfm.kernels.moe.rows.op import combine_choices, gather_choices, sort_choices
 from amfm.kernels.moe.rows.torch_impl import invert, reorder_rows
 from amfm.kernels.moe.torch_impl import (
+    expert_feed_forward_reference,
     expert_feed_forward_torch,
+    grouped_feed_forward_reference,
     grouped_feed_forward_torch,
+    route_reference,
     route_torch,
     weigh_choices,
 )

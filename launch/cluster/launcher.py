@@ -23,7 +23,7 @@ from amfm.launch.cluster.slurm import Allocation
 from amfm.launch.cluster.storage import StorageWait
 from amfm.launch.console import say
 from amfm.launch.follow_run import following
-from amfm.pretrain.checkpoint.names import newest_saved_step
+from amfm.pretrain.checkpoint.manifest_file import newest_saved_step
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.launcher_protocol import DONE, last_word
 from amfm.pretrain.monitor.held import holding

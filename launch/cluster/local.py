@@ -24,7 +24,7 @@ from typing import IO
 from amfm.launch.cluster.forked import ForkedRank, RankProcess, can_fork
 from amfm.launch.heavy_imports import heavy_imports
 from amfm.launch.rank_command import rank_command, rank_variables
-from amfm.pretrain.checkpoint.names import continued_step
+from amfm.pretrain.checkpoint.manifest_file import continued_step
 from amfm.pretrain.checks.stages import ranks_of_stage
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.launcher_protocol import (

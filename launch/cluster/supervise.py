@@ -26,7 +26,7 @@ from pathlib import Path
 from amfm.launch.cluster.local import FORWARDED, forward_signals
 from amfm.launch.cluster.storage import StorageWait
 from amfm.launch.console import say
-from amfm.pretrain.checkpoint.names import continued_step, newest_saved_step
+from amfm.pretrain.checkpoint.manifest_file import continued_step, newest_saved_step
 from amfm.pretrain.checks.check_run import check_run
 from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.config.schema import RunConfig

@@ -322,7 +322,7 @@ def evaluate_on_synthetic(
     as_json: bool,
 ) -> None:
     """Measure and print the accuracy of a checkpoint on a synthetic task."""
-    from amfm.pretrain.inference.evaluate_synthetic import DEFAULT_ROWS, evaluate_synthetic
+    from amfm.pretrain.inference.evaluate import DEFAULT_ROWS, evaluate_synthetic
 
     with show_progress("evaluate", every_seconds=5.0) as show:
         found = evaluate_synthetic(

@@ -197,8 +197,7 @@ def list_steps(run_dir: Path, remote: RemoteCheckpoints | None) -> tuple[list[di
     from dataclasses import asdict
 
     from amfm.pretrain.checkpoint.commit import is_marked
-    from amfm.pretrain.checkpoint.manifest_file import MARK_NAME
-    from amfm.pretrain.checkpoint.names import list_checkpoints, step_of
+    from amfm.pretrain.checkpoint.manifest_file import MARK_NAME, list_checkpoints, step_of
     from amfm.pretrain.checkpoint.remote import step_named
     from amfm.pretrain.rollback import list_rollbacks
 

@@ -23,7 +23,7 @@ from amfm.launch.arguments import (
 from amfm.launch.console import print_json, print_pairs, say
 from amfm.launch.existing import choose_config, require_all_exist
 from amfm.launch.heavy_imports import heavy_imports
-from amfm.launch.wait_policy import choose_wait_policy
+from amfm.launch.rank_command import choose_wait_policy
 from amfm.pretrain.launcher_protocol import GOES_ON
 from amfm.pretrain.packages import require_extra
 
@@ -75,7 +75,7 @@ def train(
             code = run_layouts(config, arguments, nproc, context.obj)
     else:
         from amfm.launch.plan.gpu_fit import check_fits, local_gpu
-        from amfm.pretrain.checkpoint.names import continued_step
+        from amfm.pretrain.checkpoint.manifest_file import continued_step
         from amfm.pretrain.failures import describe_exit, settings_worked
 
         gpu = None if force else local_gpu()
@@ -104,7 +104,7 @@ def describe_prepare(path: Path, overrides: Sequence[str], preset: str | None) -
 
 def summarize(run_dir: str) -> dict[str, Any]:
     """Progress of a run as JSON values: by its newest checkpoint too, since others may take its log away, as logrotate does."""
-    from amfm.pretrain.checkpoint.names import newest_saved_step
+    from amfm.pretrain.checkpoint.manifest_file import newest_saved_step
     from amfm.pretrain.config.file import load_config
     from amfm.pretrain.report.data import is_number, read_json_lines
     from amfm.pretrain.stages import total_steps
@@ -164,7 +164,7 @@ def report(
     page = write_report(run_dirs, out)
     if picture is not None:
         from amfm.pretrain.report.data import read_run
-        from amfm.pretrain.report.picture import draw_picture
+        from amfm.pretrain.report.overlay import draw_picture
 
         draw_picture([read_run(folder) for folder in run_dirs], picture)
     if as_json:

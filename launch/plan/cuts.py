@@ -15,8 +15,7 @@ from amfm.launch.plan.layout import Layout
 from amfm.launch.plan.roofline import depth_seconds, head_seconds
 from amfm.launch.plan.time import block_seconds
 from amfm.model.config.pattern import Pattern
-from amfm.model.pipeline_balance import edges_by_rank
-from amfm.model.pipeline_split import balanced_edges, cut_pieces
+from amfm.model.pipeline_split import balanced_edges, cut_pieces, edges_by_rank
 from amfm.pretrain.config.schema import RunConfig
 
 LEAST_GAIN = 0.002  # of a step, below which a cut is not worth a longer pattern

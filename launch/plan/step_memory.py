@@ -9,7 +9,7 @@ from amfm.launch.plan.activations import (
 from amfm.launch.plan.exchange import BUCKET_ELEMENTS, DEEPSPEED_BUCKET_ELEMENTS
 from amfm.launch.plan.exchanges.buckets import bucketed_bytes
 from amfm.launch.plan.layout import Layout, StageShare
-from amfm.pretrain.engine.bf16_adamw import CHUNK_BYTES, CHUNK_ELEMENTS
+from amfm.pretrain.engine.adamw import CHUNK_BYTES, CHUNK_ELEMENTS
 from amfm.pretrain.engine.muon.newton_schulz import BATCH_ELEMENTS
 
 STAGE0_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's own all-reduce

@@ -33,7 +33,7 @@ from amfm.launch.plan.low_precision import kept_passes, narrow_kinds, planned_re
 from amfm.launch.plan.roofline import Roofline, accumulates, depth_seconds, head_seconds
 from amfm.model.config.pattern import block_kind
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.engine.bf16_adamw import STEP_BYTES
+from amfm.pretrain.engine.adamw import STEP_BYTES
 
 
 @dataclass(frozen=True)

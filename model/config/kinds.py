@@ -49,7 +49,7 @@ class Kind:
     name: lower case, as in `{name}`. mixer: `package.module:Class`, or the class in a process that registers it, an `amfm.model.mixers.interface.Mixer`. options: its
     section, whose class docstring and field descriptions become the documentation. rejects: axes over which it cannot be
     spread yet, with the reason. mixes: whether a token reads others, or only its own channels; `logits`: a head, an
-    `amfm.model.head.Head` that `model.head` names. letter, aliases: in a
+    `amfm.model.loss.Head` that `model.head` names. letter, aliases: in a
     pattern. title: in messages. is_core: its section is a field of the model's configuration. has_mup: muP's rules were
     measured on it (docs/mup.md). products: of which low precision makes some in fewer bits (docs/low_precision.md). modeling: `package.module:Class`,
     its form in plain PyTorch, which an export with our own modeling files carries (docs/hooks.md); "": the model stays in amfm.

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from amfm.kernels.attention.op import attention, fastest_backend
 from amfm.kernels.attention.varlen import DocumentEnds
-from amfm.kernels.rope.frequencies import Llama3Numbers
-from amfm.kernels.rope.op import qk_norm_rope, rope_frequencies
+from amfm.kernels.rope.op import Llama3Numbers, qk_norm_rope, rope_frequencies
 from amfm.model.config.core_options import AttentionConfig
 from amfm.model.config.rope import Llama3Stretch, RopeConfig
 from amfm.model.mixers.interface import AttentionCache, BlockState, BuildContext, MixerOutput, SoftmaxMixer

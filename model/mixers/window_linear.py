@@ -28,8 +28,7 @@ from torch.nn import functional
 
 from amfm.kernels.attention.op import window_sums
 from amfm.kernels.attention.torch_impl import WindowSums
-from amfm.kernels.rope.frequencies import rope_frequencies
-from amfm.kernels.rope.op import qk_norm_rope
+from amfm.kernels.rope.op import qk_norm_rope, rope_frequencies
 from amfm.model.config.window_linear import WindowLinearOptions
 from amfm.model.mixers.attention import attend, llama3_numbers
 from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer

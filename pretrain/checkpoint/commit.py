@@ -23,8 +23,16 @@ from typing import Any, ClassVar
 
 from amfm.data_pipeline.durable.files import make_folders, named, sync, try_to_delete
 from amfm.pretrain.checkpoint.files import replace_text
-from amfm.pretrain.checkpoint.manifest_file import EVERY, MANIFEST_NAME, MARK_NAME, encode_manifest, read_manifest
-from amfm.pretrain.checkpoint.names import CHECKPOINT_NAME, checkpoint_name, list_checkpoints
+from amfm.pretrain.checkpoint.manifest_file import (
+    CHECKPOINT_NAME,
+    EVERY,
+    MANIFEST_NAME,
+    MARK_NAME,
+    checkpoint_name,
+    encode_manifest,
+    list_checkpoints,
+    read_manifest,
+)
 
 LATEST_NAME = "latest"
 # Numbered where one of the name cannot be deleted.

@@ -24,7 +24,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from amfm.pretrain.checkpoint.names import step_of
+from amfm.pretrain.checkpoint.manifest_file import step_of
 from amfm.pretrain.config.fields import flatten_settings
 from amfm.pretrain.config.saved import read_saved_config
 from amfm.pretrain.config.schema import RunConfig

@@ -35,8 +35,8 @@ from amfm.pretrain.checkpoint.fragments import (
     refresh_working_weights,
 )
 from amfm.pretrain.checkpoint.placement import Placement, locate_rank, place_shard
+from amfm.pretrain.engine.adamw import AVERAGE, FROZEN
 from amfm.pretrain.engine.engine import ZeroEngine
-from amfm.pretrain.engine.moments import AVERAGE, FROZEN
 from amfm.pretrain.engine.parts import Part, list_parts, list_ranks, parameter_shape
 from amfm.pretrain.ranks.group import RankGroup
 

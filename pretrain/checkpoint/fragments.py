@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from amfm.pretrain.engine.moments import AVERAGE, AdamW, moments_of
+from amfm.pretrain.engine.adamw import AVERAGE, AdamW, moments_of
 from amfm.pretrain.engine.parts import Part
 from amfm.pretrain.parallel import set_deepspeed_accelerator
 

@@ -20,10 +20,9 @@ from amfm.model.on_demand import OnDemand, source_of
 from amfm.pretrain.checkpoint.commit import is_marked
 from amfm.pretrain.checkpoint.compatibility import compare_settings
 from amfm.pretrain.checkpoint.files import find_foreign_files, verify_checkpoint
-from amfm.pretrain.checkpoint.manifest_file import MANIFEST_NAME
-from amfm.pretrain.checkpoint.names import CHECKPOINT_NAME, list_checkpoints
+from amfm.pretrain.checkpoint.manifest_file import CHECKPOINT_NAME, MANIFEST_NAME, list_checkpoints
 from amfm.pretrain.checkpoint.reader import RangeReader, kinds_of
-from amfm.pretrain.engine.moments import AVERAGE, OWNED
+from amfm.pretrain.engine.adamw import AVERAGE, OWNED
 
 logger = logging.getLogger(__name__)
 

@@ -33,12 +33,11 @@ from amfm.pretrain.checkpoint.compatibility import check_resumable, describe_rai
 from amfm.pretrain.checkpoint.engine_layout import EngineLayout
 from amfm.pretrain.checkpoint.files import file_names_by_rank, find_foreign_files, restore_random_state, verify_file
 from amfm.pretrain.checkpoint.fragments import create_state, refresh_working_weights, restore_group_settings
-from amfm.pretrain.checkpoint.manifest_file import StorageError, read_manifest
-from amfm.pretrain.checkpoint.names import list_checkpoints
+from amfm.pretrain.checkpoint.manifest_file import StorageError, list_checkpoints, read_manifest
 from amfm.pretrain.checkpoint.reader import RangeReader, kinds_of
 from amfm.pretrain.checkpoint.save import ENGINE_COUNTERS, ranks_of
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.engine.moments import AVERAGE, FROZEN
+from amfm.pretrain.engine.adamw import AVERAGE, FROZEN
 from amfm.pretrain.launcher_protocol import find_saved
 from amfm.pretrain.packages import collect_versions
 from amfm.pretrain.ranks.group import RankGroup

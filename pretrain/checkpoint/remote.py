@@ -42,8 +42,7 @@ from amfm.pretrain.checkpoint.commit import (
     remove_temporary,
 )
 from amfm.pretrain.checkpoint.files import make_place, replace_text, sync_folders
-from amfm.pretrain.checkpoint.manifest_file import EVERY, MANIFEST_NAME, MARK_NAME, read_manifest
-from amfm.pretrain.checkpoint.names import list_checkpoints
+from amfm.pretrain.checkpoint.manifest_file import EVERY, MANIFEST_NAME, MARK_NAME, list_checkpoints, read_manifest
 from amfm.pretrain.launcher_protocol import find_rollback, find_saved
 from amfm.pretrain.ranks.group import RankGroup
 

@@ -53,15 +53,14 @@ from amfm.pretrain.checkpoint.files import (
     write_tensors,
 )
 from amfm.pretrain.checkpoint.fragments import collect_fragments, collect_group_settings
-from amfm.pretrain.checkpoint.manifest import JoinedReports, RankReport, complete_manifest, describe_tensor
-from amfm.pretrain.checkpoint.manifest_file import EVERY, rank_file_name
-from amfm.pretrain.checkpoint.names import checkpoint_name
+from amfm.pretrain.checkpoint.manifest_file import EVERY, checkpoint_name, rank_file_name
 from amfm.pretrain.checkpoint.placement import list_axes
+from amfm.pretrain.checkpoint.reader import JoinedReports, RankReport, complete_manifest, describe_tensor
 from amfm.pretrain.checkpoint.remote import RemoteCheckpoints
 from amfm.pretrain.config.saved import packages_used
 from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.engine.adamw import AVERAGE
 from amfm.pretrain.engine.engine import ZeroEngine
-from amfm.pretrain.engine.moments import AVERAGE
 from amfm.pretrain.packages import collect_versions
 from amfm.pretrain.ranks.group import RankGroup
 

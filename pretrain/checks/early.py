@@ -9,8 +9,7 @@ from amfm.data_pipeline.durable.files import take_lock
 from amfm.data_pipeline.store.manifest import MANIFEST
 from amfm.data_pipeline.store.object_store import SCHEMES, is_url
 from amfm.pretrain.checkpoint.compatibility import check_resumable
-from amfm.pretrain.checkpoint.manifest_file import read_manifest
-from amfm.pretrain.checkpoint.names import checkpoint_name, continued_step
+from amfm.pretrain.checkpoint.manifest_file import checkpoint_name, continued_step, read_manifest
 from amfm.pretrain.config.errors import Problem
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.monitor.ownership import LOCK_NAME, describe_taken

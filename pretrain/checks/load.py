@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from amfm.pretrain.checkpoint.names import continued_step
+from amfm.pretrain.checkpoint.manifest_file import continued_step
 from amfm.pretrain.config.errors import ConfigError
 from amfm.pretrain.config.file import load_located
 from amfm.pretrain.config.schema import RunConfig

@@ -18,8 +18,7 @@ from amfm.model.config.schema import ModelConfig, read_saved_model
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
 from amfm.pretrain.checkpoint.inspect import find_checkpoint
-from amfm.pretrain.checkpoint.manifest_file import MANIFEST_NAME, read_manifest
-from amfm.pretrain.checkpoint.names import list_checkpoints
+from amfm.pretrain.checkpoint.manifest_file import MANIFEST_NAME, list_checkpoints, read_manifest
 from amfm.pretrain.config.saved import read_saved_config
 from amfm.pretrain.inference.weights import DESCRIPTION, Weights, read_weights
 

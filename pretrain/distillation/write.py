@@ -23,7 +23,7 @@ from amfm.data_pipeline.terminal import Report, silent
 from amfm.model.divergence import SLICE, Divergence, HeadRows, Outcomes
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
-from amfm.pretrain.checkpoint.names import CHECKPOINT_NAME, step_of
+from amfm.pretrain.checkpoint.manifest_file import CHECKPOINT_NAME, step_of
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.distillation.store import (
     LOCK,

@@ -27,7 +27,7 @@ What happens to a gradient in a step:
         v
     AdamW on float32 master weights            each data rank its range (ZeRO 1-3); weights follow from the master weights. Muon's
                                         matrices meet at their owners in between (engine/muon); master weights may be bf16
-                                        (engine/bf16_adamw.py), and DeepSpeed then hands over gradients rounded to bf16
+                                        (engine/adamw.py), and DeepSpeed then hands over gradients rounded to bf16
 
 DeepSpeed's own accumulation is not used (it sees one micro-batch per step): it would reduce after every micro-batch under
 ZeRO 2 and 3, add up in bf16, and know nothing of partial gradients. Where it reduces (ZeRO 0 and 3) it averages over data
@@ -51,7 +51,7 @@ from amfm.kernels.runtime.compiling import nothing_compiled
 from amfm.model.matrices import list_matrices
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.pretrain.config.schema import OptimizerConfig
-from amfm.pretrain.engine.bf16_adamw import Bf16AdamW
+from amfm.pretrain.engine.adamw import Bf16AdamW
 from amfm.pretrain.engine.buckets import GradientBuckets
 from amfm.pretrain.engine.deepspeed_adapters import (
     DataclassOutputHooks,

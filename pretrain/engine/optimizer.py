@@ -28,8 +28,7 @@ from amfm.pretrain.config.optimizers import (
     optimizer_specs,
 )
 from amfm.pretrain.config.schema import OptimizerConfig
-from amfm.pretrain.engine.bf16_adamw import Bf16AdamW
-from amfm.pretrain.engine.moments import MATRICES, MUON, ONE, AdamW, moments_of
+from amfm.pretrain.engine.adamw import MATRICES, MUON, ONE, AdamW, Bf16AdamW, moments_of
 
 
 class PackageOptimizer(torch.optim.AdamW):

@@ -22,7 +22,7 @@ from amfm.data_pipeline.durable.files import check_free
 from amfm.data_pipeline.terminal import Report, silent
 from amfm.model.moe.block import PRUNED_BIAS
 from amfm.model.on_demand import OnDemand, Source, on_demand
-from amfm.pretrain.checkpoint.names import list_checkpoints, step_of
+from amfm.pretrain.checkpoint.manifest_file import list_checkpoints, step_of
 from amfm.pretrain.export.import_huggingface import write_model
 from amfm.pretrain.inference.evaluate import evaluate_checkpoint
 from amfm.pretrain.inference.weights import Weights, read_weights

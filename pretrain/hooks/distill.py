@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.model.divergence import Divergence, HeadRows, Outcomes, StoredRows, TeacherRows, divergence_at_head
 from amfm.model.loss import IGNORE_INDEX
-from amfm.pretrain.checkpoint.names import TEACHER_FILE
+from amfm.pretrain.checkpoint.manifest_file import TEACHER_FILE
 from amfm.pretrain.config.hook_sections import DistillConfig
 from amfm.pretrain.distillation.store import TeacherStore, stored_teacher
 from amfm.pretrain.distillation.teacher import Teacher, read_rows, require_same_tokens

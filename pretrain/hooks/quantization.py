@@ -5,7 +5,7 @@ Of each operand of a product by a recipe the first rows are quantised once more,
 it measures the same on every device, and costs little. Outliers show first as zeros: one large number of a block leaves no
 codes for the small ones, as in output projections of Mamba2 under NVFP4 (Nemotron 3 Super, arXiv 2604.12374).
 
-Weights quantised once per step (kernels/low_precision/kept_weights.py): between its first pass and its update they stay as they
+Weights quantised once per step (kernels/low_precision/recipe.py): between its first pass and its update they stay as they
 are.
 """
 
@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from amfm.kernels.low_precision.formats import E4M3_MAX, quantize
-from amfm.kernels.low_precision.kept_weights import keep_weights
-from amfm.kernels.low_precision.recipe import Recipe, Role, recipe_of, watch_operands
+from amfm.kernels.low_precision.recipe import Recipe, Role, keep_weights, recipe_of, watch_operands
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.micro_batch import LossShare, MicroBatch
 from amfm.pretrain.run import Run

@@ -24,7 +24,7 @@ from amfm.model.hybrid import ModelOutput
 from amfm.pretrain.checks.tasks import SETTING, generation_rule
 from amfm.pretrain.config.schema import ParallelConfig, RunConfig
 from amfm.pretrain.hook import Hook
-from amfm.pretrain.inference.passes import RowPasses
+from amfm.pretrain.inference.over_ranks import RowPasses
 from amfm.pretrain.micro_batch import MicroBatch
 from amfm.pretrain.parallel import Parallel
 from amfm.pretrain.ranks.group import RankGroup

@@ -14,7 +14,7 @@ import torch
 
 from amfm.model.hybrid import HybridModel
 from amfm.model.on_demand import OnDemand, on_demand
-from amfm.pretrain.checkpoint.names import list_checkpoints, step_of
+from amfm.pretrain.checkpoint.manifest_file import list_checkpoints, step_of
 from amfm.pretrain.config.hook_sections import EmaConfig
 from amfm.pretrain.export.average import average
 from amfm.pretrain.hook import Hook

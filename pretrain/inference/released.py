@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from amfm.data_pipeline.durable.json_files import read_bounded, read_object, understood
-from amfm.pretrain.checkpoint.names import CHECKPOINT_NAME
+from amfm.pretrain.checkpoint.manifest_file import CHECKPOINT_NAME
 
 FILE = "released.json"
 MAX_TEMPLATE_BYTES = 1 << 20

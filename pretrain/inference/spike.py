@@ -20,7 +20,7 @@ from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
 from amfm.model.hybrid import HybridModel
 from amfm.model.loss import IGNORE_INDEX
 from amfm.model.packing import PackMeta
-from amfm.pretrain.checkpoint.names import list_checkpoints, step_of
+from amfm.pretrain.checkpoint.manifest_file import list_checkpoints, step_of
 from amfm.pretrain.config.file import load_config
 from amfm.pretrain.inference.weights import read_weights
 from amfm.pretrain.stages import data_of_stages, first_sample, resolve_stages, stage_of

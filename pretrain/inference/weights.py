@@ -42,8 +42,7 @@ from amfm.model.on_demand import OnDemand, on_demand
 from amfm.model.parallel.groups import ProcessGroupCollection, single_rank_groups
 from amfm.model.shapes import weight_shapes
 from amfm.pretrain.checkpoint.inspect import find_checkpoint, read_full_state
-from amfm.pretrain.checkpoint.manifest_file import MANIFEST_NAME, read_manifest
-from amfm.pretrain.checkpoint.names import CHECKPOINT_NAME, list_checkpoints
+from amfm.pretrain.checkpoint.manifest_file import CHECKPOINT_NAME, MANIFEST_NAME, list_checkpoints, read_manifest
 from amfm.pretrain.checks.blocks import refuse_native_model
 from amfm.pretrain.config.convert import ConvertConfig
 from amfm.pretrain.config.saved import read_saved_config

@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Literal
 
-from amfm.pretrain.checkpoint.names import checkpoint_name
+from amfm.pretrain.checkpoint.manifest_file import checkpoint_name
 from amfm.pretrain.launcher_protocol import IN_ORDER
 from amfm.pretrain.monitor.beats import Beat, describe_lost
 from amfm.pretrain.monitor.follow import FollowedRun, Seen, to_seconds

@@ -29,8 +29,7 @@ from amfm.kernels.runtime.native import refuse_native, withdraw_native
 from amfm.kernels.runtime.tuning import Environment, Table, adopt_table, adopted_table, choose_table, products_by_torch
 from amfm.model.flops import count_parameters, flops_per_token
 from amfm.model.low_precision import precision_table
-from amfm.pretrain.checkpoint.manifest_file import read_manifest
-from amfm.pretrain.checkpoint.names import list_checkpoints
+from amfm.pretrain.checkpoint.manifest_file import list_checkpoints, read_manifest
 from amfm.pretrain.checks.blocks import refuse_native_model
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.parallel import Parallel

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from amfm.data_pipeline.terminal import format_seconds
 from amfm.kernels.common.weight_gradients import Later, compute_now, split_backward
-from amfm.kernels.low_precision.kept_weights import keep_weights
+from amfm.kernels.low_precision.recipe import keep_weights
 from amfm.model.block import Stream
 from amfm.model.hybrid import HybridModel
 from amfm.model.low_precision import attach_recipes

@@ -21,7 +21,7 @@ from amfm.kernels.runtime.product_backend import use_product_backend
 from amfm.model.hybrid import HybridModel
 from amfm.model.low_precision import attach_recipes
 from amfm.model.pipeline_split import Piece, cut_pieces, pieces_of_rank
-from amfm.pretrain.checkpoint.names import list_checkpoints
+from amfm.pretrain.checkpoint.manifest_file import list_checkpoints
 from amfm.pretrain.checks.blocks import check_graph_device, check_kernels, refuse_native_model
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.engine.engine import ZeroEngine

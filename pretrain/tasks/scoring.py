@@ -2,7 +2,7 @@
 
 A job is the whole list of questions, the same on every rank. Log-likelihoods are validation: questions are packed into
 rows as documents are, with labels only at the ids that are scored, and the micro-batches take the pass that validation
-takes (inference/passes.py), so every layout of ranks that trains can answer.
+takes (inference/over_ranks.py), so every layout of ranks that trains can answer.
 
 Prompts to continue are not packed, because a recurrent state would take the padding in: prompts of one length share a batch,
 are read in one pass, and each further token comes from the last one and the state.
@@ -23,7 +23,7 @@ from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
 from amfm.model.hybrid import ModelOutput
 from amfm.model.mixers.interface import DecodeState
 from amfm.model.packing import PackMeta
-from amfm.pretrain.inference.passes import RowPasses
+from amfm.pretrain.inference.over_ranks import RowPasses
 from amfm.pretrain.parallel import Parallel
 
 # Tokens per sequence at least, where rows need not be as long as in training.

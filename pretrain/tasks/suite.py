@@ -27,8 +27,7 @@ import torch
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
 from amfm.pretrain.checkpoint.files import collect_random_state, restore_random_state
 from amfm.pretrain.failures import describe
-from amfm.pretrain.inference.over_ranks import Precision, Work, join_ranks, open_model
-from amfm.pretrain.inference.passes import RowPasses
+from amfm.pretrain.inference.over_ranks import Precision, RowPasses, Work, join_ranks, open_model
 from amfm.pretrain.inference.weights import read_weights
 from amfm.pretrain.packages import describe_missing, is_installed
 from amfm.pretrain.ranks.group import RankGroup

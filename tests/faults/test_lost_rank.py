@@ -14,7 +14,7 @@ import torch.distributed
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.pretrain.checkpoint.inspect import diff_checkpoints, inspect_checkpoint
-from amfm.pretrain.checkpoint.names import list_checkpoints
+from amfm.pretrain.checkpoint.manifest_file import list_checkpoints
 from amfm.pretrain.monitor.beats import read_beats
 from tests.faults.attempt import Attempt, die_in
 from tests.helpers.patience import PATIENCE_SECONDS

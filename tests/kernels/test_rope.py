@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from amfm.kernels.rope.frequencies import Llama3Numbers
-from amfm.kernels.rope.op import qk_norm_rope, rope_frequencies
+from amfm.kernels.rope.op import Llama3Numbers, qk_norm_rope, rope_frequencies
 
 # One rounding an operation; float32 angles at positions below a hundred carry 1e-5 of themselves at most.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6}

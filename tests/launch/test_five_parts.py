@@ -56,7 +56,7 @@ from torch import nn
 import amfm
 from amfm.kernels.linear_cross_entropy.op import CrossEntropy
 from amfm.model.config.options import MixerOptions
-from amfm.model.head import Head, HeadOutput
+from amfm.model.loss import Head, HeadOutput
 
 
 class SmoothOptions(MixerOptions):

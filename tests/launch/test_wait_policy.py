@@ -8,11 +8,11 @@ import pytest
 
 CHOOSE = """
 import sys, time
-from amfm.launch import wait_policy
+from amfm.launch import rank_command
 time.sleep(0.3)
 for threads, *pairs in eval(sys.argv[1]):
     environment = dict(pair.split("=") for pair in pairs)
-    print(wait_policy.choose_wait_policy(environment, 1, threads), environment.get("OMP_WAIT_POLICY"))
+    print(rank_command.choose_wait_policy(environment, 1, threads), environment.get("OMP_WAIT_POLICY"))
 """
 DECIDED = ((1,), (None, "OMP_WAIT_POLICY=active"), (None, "GOMP_SPINCOUNT=5"), (None, "RANK=0"))
 
@@ -44,10 +44,10 @@ def test_threads_sleep_next_to_other_programs_unless_the_user_or_a_launcher_deci
 
 
 def test_few_threads_on_many_processors_spin_as_before(monkeypatch):
-    from amfm.launch import wait_policy
+    from amfm.launch import rank_command
 
     monkeypatch.delitem(sys.modules, "torch", raising=False)
-    monkeypatch.setattr(wait_policy.os, "sched_getaffinity", lambda _: range(64))
-    monkeypatch.setattr(wait_policy, "measure_others", lambda _: 3.0)
+    monkeypatch.setattr(rank_command.os, "sched_getaffinity", lambda _: range(64))
+    monkeypatch.setattr(rank_command, "measure_others", lambda _: 3.0)
     environment = {}
-    assert wait_policy.choose_wait_policy(environment, 2, 4) == "" and not environment
+    assert rank_command.choose_wait_policy(environment, 2, 4) == "" and not environment

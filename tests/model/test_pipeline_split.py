@@ -8,13 +8,14 @@ import torch.distributed as dist
 from amfm.model.flops import flops_per_token
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
-from amfm.model.pipeline_balance import edges_by_rank, sums_of_ranks
 from amfm.model.pipeline_split import (
     Piece,
     balanced_edges,
     cut_pieces,
+    edges_by_rank,
     piece_costs,
     pieces_of_rank,
+    sums_of_ranks,
 )
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from amfm.kernels.attention.reference import attention_reference
+from amfm.kernels.attention.op import attention_reference
 from amfm.kernels.attention.varlen import DocumentEnds
 from amfm.model.packing import PackMeta
 

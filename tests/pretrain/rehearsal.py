@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 from amfm.pretrain.checkpoint.engine_layout import Claims
 from amfm.pretrain.checkpoint.files import FileEntry
-from amfm.pretrain.checkpoint.manifest import JoinedReports, RankReport, complete_manifest
 from amfm.pretrain.checkpoint.manifest_file import encode_manifest
+from amfm.pretrain.checkpoint.reader import JoinedReports, RankReport, complete_manifest
 from amfm.pretrain.ranks.group import RankTree, relay, up
 
 STAGES, EXPERT_RANKS, LAYERS_PER_STAGE, HIDDEN = 8, 32, 16, 1024

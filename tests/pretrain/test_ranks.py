@@ -15,7 +15,7 @@ import torch
 from torch.distributed import distributed_c10d
 
 from amfm.data_pipeline.config import DataConfig
-from amfm.pretrain.checkpoint.names import list_checkpoints
+from amfm.pretrain.checkpoint.manifest_file import list_checkpoints
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.run import Run
 from amfm.pretrain.start import close_run, start_run

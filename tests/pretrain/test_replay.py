@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 from amfm.data_pipeline.config import DataConfig
 from amfm.launch.cli import run as run_cli
 from amfm.pretrain.checkpoint.files import write_tensors
-from amfm.pretrain.checkpoint.manifest_file import encode_manifest, read_manifest
-from amfm.pretrain.checkpoint.names import checkpoint_name
+from amfm.pretrain.checkpoint.manifest_file import checkpoint_name, encode_manifest, read_manifest
 from amfm.pretrain.train import train
 from tests.helpers.json_output import one_object
 from tests.helpers.spawn import run_ranks

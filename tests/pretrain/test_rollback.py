@@ -17,8 +17,14 @@ from amfm.data_pipeline.store import object_store
 from amfm.data_pipeline.store.object_store import RemoteFolder
 from amfm.launch.cli import run as run_cli
 from amfm.pretrain.checkpoint.commit import is_marked
-from amfm.pretrain.checkpoint.manifest_file import NO_DIGEST, encode_manifest, read_manifest
-from amfm.pretrain.checkpoint.names import checkpoint_name, continued_step, list_checkpoints
+from amfm.pretrain.checkpoint.manifest_file import (
+    NO_DIGEST,
+    checkpoint_name,
+    continued_step,
+    encode_manifest,
+    list_checkpoints,
+    read_manifest,
+)
 from amfm.pretrain.checkpoint.remote import RemoteCheckpoints
 from amfm.pretrain.config.file import load_config
 from amfm.pretrain.report.data import read_run

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from amfm.pretrain.checkpoint.inspect import diff_checkpoints
-from amfm.pretrain.checkpoint.names import checkpoint_name
+from amfm.pretrain.checkpoint.manifest_file import checkpoint_name
 from tests.soak.settings import STEPS
 from tests.soak.start import read_log
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from amfm.pretrain.checkpoint.inspect import inspect_checkpoint
-from amfm.pretrain.checkpoint.names import list_checkpoints
+from amfm.pretrain.checkpoint.manifest_file import list_checkpoints
 from tests.soak.faults import Fault
 from tests.soak.processes import name_of, send
 from tests.soak.start import Start

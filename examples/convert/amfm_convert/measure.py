@@ -29,7 +29,7 @@ from amfm.model.mixers.window_linear import WindowLinearMixer
 from amfm.pretrain.config.convert import StageName
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.inference.evaluate import measure_store
-from amfm.pretrain.inference.passes import RowPasses
+from amfm.pretrain.inference.over_ranks import RowPasses
 from amfm.pretrain.inference.weights import Weights, read_weights
 from amfm.pretrain.report.data import read_run
 from amfm.pretrain.report.draw import style

@@ -23,7 +23,7 @@ from pathlib import Path
 from amfm.model.config.kinds import find_kind
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.schema import ModelConfig
-from amfm.pretrain.checkpoint.names import newest_saved_step
+from amfm.pretrain.checkpoint.manifest_file import newest_saved_step
 from amfm.pretrain.config.convert import ConvertConfig, StageName
 from amfm.pretrain.config.schema import RunConfig
 

@@ -23,7 +23,7 @@ from amfm.model.routed_updates import ENDS
 from amfm.pretrain.checkpoint.inspect import find_checkpoint, read_full_state
 from amfm.pretrain.checkpoint.manifest_file import read_manifest
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.engine.moments import FROZEN
+from amfm.pretrain.engine.adamw import FROZEN
 from amfm.pretrain.export.files import begin_export, put_in_place, sync_files
 from amfm.pretrain.export.import_huggingface import MODEL_SECTION, describe_model
 from amfm.pretrain.inference.weights import (

@@ -32,7 +32,7 @@ from amfm.pretrain.checkpoint.compatibility import digest_config
 from amfm.pretrain.config.file import without_secrets
 from amfm.pretrain.config.saved import packages_used
 from amfm.pretrain.config.schema import RunConfig
-from amfm.pretrain.engine.moments import FROZEN
+from amfm.pretrain.engine.adamw import FROZEN
 from amfm.pretrain.engine.optimizer import group_parameters
 from amfm.pretrain.export.import_huggingface import only_sound, write_model
 from amfm.pretrain.inference.weights import Weights

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from amfm.data_pipeline.terminal import Report, silent
 from amfm.model.on_demand import OnDemand, Shape, Source, cut_rows, source_of
-from amfm.pretrain.engine.moments import FROZEN, MATRICES, MUON
+from amfm.pretrain.engine.adamw import FROZEN, MATRICES, MUON
 from amfm_foreign_states.dcp_folder import DcpFolder, read_json
 from amfm_foreign_states.state import ExportedState, TrainingState, check_record, export_state, with_tuples
 from amfm_foreign_states.torch_file import BUFFER, Fitted, fit_tensors, one_step, shapes_of, system_errors

@@ -28,9 +28,15 @@ from amfm.model.on_demand import Shape, Source, cut_rows, source_of
 from amfm.pretrain.checkpoint.commit import commit, make_temporary
 from amfm.pretrain.checkpoint.files import FileEntry, collect_random_state
 from amfm.pretrain.checkpoint.inspect import find_checkpoint, require_sound
-from amfm.pretrain.checkpoint.manifest import JoinedReports, RankReport, complete_manifest, describe_tensor
 from amfm.pretrain.checkpoint.manifest_file import MAPPINGS, rank_file_name
-from amfm.pretrain.checkpoint.reader import RangeReader, kinds_of
+from amfm.pretrain.checkpoint.reader import (
+    JoinedReports,
+    RangeReader,
+    RankReport,
+    complete_manifest,
+    describe_tensor,
+    kinds_of,
+)
 from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.config.saved import read_saved_config
 from amfm.pretrain.export.files import begin_export, put_in_place, sync_files

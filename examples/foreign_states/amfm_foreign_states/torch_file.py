@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from amfm.data_pipeline.durable.files import named
 from amfm.data_pipeline.durable.json_files import take
 from amfm.model.on_demand import BLOCK_NUMEL, OnDemand, Shape, Source, cut_rows
-from amfm.pretrain.engine.moments import moments_of
+from amfm.pretrain.engine.adamw import moments_of
 from amfm.pretrain.tensor_files import tensor_bytes
 
 PARAM = "param"

@@ -27,7 +27,7 @@ from amfm.data_pipeline.terminal import Report, silent
 from amfm.model.config.schema import ModelConfig
 from amfm.model.on_demand import OnDemand, Shape, Source, source_of
 from amfm.pretrain.config.saved import read_saved_config
-from amfm.pretrain.engine.moments import FROZEN, MUON
+from amfm.pretrain.engine.adamw import FROZEN, MUON
 from amfm.pretrain.stages import last_stage, resolve_stages
 from amfm.pretrain.tensor_files import TensorFile, write_tensors
 from amfm_foreign_states.megatron.deepspeed import (

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from amfm.kernels.linear_cross_entropy.op import CrossEntropy
 from amfm.model.config.schema import ModelConfig
-from amfm.model.head import Head, HeadOutput
-from amfm.model.loss import IGNORE_INDEX
+from amfm.model.loss import IGNORE_INDEX, Head, HeadOutput
 from amfm_fourier_head.spec import FourierHeadOptions
 
 FLOOR = 1e-6  # added to the density, so that no label is impossible

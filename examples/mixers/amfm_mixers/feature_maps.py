@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from amfm.kernels.rope.frequencies import rope_frequencies
-from amfm.kernels.rope.op import qk_norm_rope
+from amfm.kernels.rope.op import qk_norm_rope, rope_frequencies
 from amfm.model.mixers.base import LinearMixer, Part, no_decay, query_key_value
 from amfm.model.mixers.interface import BuildContext
 from amfm.model.mixers.recurrence import DecayRecurrence, OpenScan, Recurrence, ScanRows, ScanSettings

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from amfm.kernels.rope.frequencies import rope_frequencies
-from amfm.kernels.rope.op import qk_norm_rope
+from amfm.kernels.rope.op import qk_norm_rope, rope_frequencies
 from amfm.model.config.mixer_options import HeadOptions
 from amfm.model.mixers.base import LinearMixer, Part
 from amfm.model.mixers.interface import BuildContext

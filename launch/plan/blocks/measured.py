@@ -28,9 +28,8 @@ from torch._subclasses.fake_tensor import UnsupportedOperatorException
 from torch.autograd.graph import get_gradient_edge
 
 from amfm.kernels.common.weight_gradients import Later, split_backward
-from amfm.kernels.low_precision.kept_weights import keep_weights
 from amfm.kernels.low_precision.products import codes_of
-from amfm.kernels.low_precision.recipe import recipe_of
+from amfm.kernels.low_precision.recipe import keep_weights, recipe_of
 from amfm.launch.console import say
 from amfm.launch.plan.activations import BlockBytes, Handed, Storage
 from amfm.launch.plan.blocks.seen import LiveBytes, LoopOverTokensError, counted_launches

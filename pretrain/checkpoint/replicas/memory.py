@@ -29,8 +29,7 @@ from amfm.data_pipeline.memory import available_bytes
 from amfm.data_pipeline.store.node_cache import own_folder
 from amfm.pretrain.checkpoint.commit import RankFailure
 from amfm.pretrain.checkpoint.files import file_names_by_rank
-from amfm.pretrain.checkpoint.manifest_file import read_manifest
-from amfm.pretrain.checkpoint.names import list_checkpoints
+from amfm.pretrain.checkpoint.manifest_file import list_checkpoints, read_manifest
 from amfm.pretrain.ranks.group import RankGroup
 
 

@@ -42,9 +42,15 @@ from amfm.pretrain.checkpoint.commit import (
     remove_temporary,
 )
 from amfm.pretrain.checkpoint.files import file_names_by_rank, make_place, replace_text, write_tensors
-from amfm.pretrain.checkpoint.manifest import JoinedReports, complete_manifest
-from amfm.pretrain.checkpoint.manifest_file import MANIFEST_NAME, rank_file_name, read_manifest
-from amfm.pretrain.checkpoint.names import checkpoint_name, list_checkpoints, step_of
+from amfm.pretrain.checkpoint.manifest_file import (
+    MANIFEST_NAME,
+    checkpoint_name,
+    list_checkpoints,
+    rank_file_name,
+    read_manifest,
+    step_of,
+)
+from amfm.pretrain.checkpoint.reader import JoinedReports, complete_manifest
 from amfm.pretrain.checkpoint.remote import commit_fetched, copy_verified
 from amfm.pretrain.checkpoint.replicas.memory import Generation, NodeMemory, find_holders, share_out
 from amfm.pretrain.checkpoint.save import Snapshot

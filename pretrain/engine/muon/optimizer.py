@@ -25,7 +25,7 @@ from torch import Tensor
 from amfm.model.matrices import MatrixStack
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.pretrain.config.optimizers import MuonConfig, PackageMatrices
-from amfm.pretrain.engine.moments import MATRICES, MUON, AdamW
+from amfm.pretrain.engine.adamw import MATRICES, MUON, AdamW
 from amfm.pretrain.engine.muon.exchange import MatrixExchange, alike_batches, join
 from amfm.pretrain.engine.muon.newton_schulz import orthogonalize
 from amfm.pretrain.engine.parts import Part

@@ -38,7 +38,7 @@ from torch import Tensor
 from amfm.model.matrices import MatrixStack
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.pretrain.config.optimizers import MuonConfig, PackageMatrices
-from amfm.pretrain.engine.moments import OWNED
+from amfm.pretrain.engine.adamw import OWNED
 from amfm.pretrain.engine.muon.exchange import MatrixExchange, alike_batches, join
 from amfm.pretrain.engine.muon.newton_schulz import gather_rows, orthogonalize, own_rows
 from amfm.pretrain.engine.parts import Part

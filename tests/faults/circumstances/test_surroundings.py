@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from amfm.data_pipeline.config import DataConfig
-from amfm.pretrain.checkpoint.manifest_file import read_manifest
-from amfm.pretrain.checkpoint.names import list_checkpoints
+from amfm.pretrain.checkpoint.manifest_file import list_checkpoints, read_manifest
 from amfm.pretrain.launcher_protocol import DONE, RUN_FAILED
 from amfm.pretrain.monitor.follow import FollowedRun
 from amfm.pretrain.report.data import read_run

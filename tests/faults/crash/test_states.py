@@ -20,7 +20,7 @@ from amfm.data_pipeline.store.node_cache import BlockCache, CacheSettings
 from amfm.data_pipeline.store.store import TokenStore
 from amfm.data_pipeline.verify import verify_store
 from amfm.pretrain.checkpoint.files import verify_checkpoint
-from amfm.pretrain.checkpoint.names import list_checkpoints, newest_saved_step
+from amfm.pretrain.checkpoint.manifest_file import list_checkpoints, newest_saved_step
 from amfm.pretrain.launcher_protocol import DONE, NEXT_LAYOUT
 from amfm.pretrain.monitor.metrics import keep_until
 from tests.faults.crash.states import CrashState, Operation, crash_states, read_record

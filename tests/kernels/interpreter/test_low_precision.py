@@ -7,9 +7,8 @@ from amfm.kernels.common.weight_gradients import Later, compute_now, split_backw
 from amfm.kernels.linear.op import linear
 from amfm.kernels.low_precision import triton_impl
 from amfm.kernels.low_precision.formats import quantize, to_e8m0
-from amfm.kernels.low_precision.kept_weights import keep_weights
 from amfm.kernels.low_precision.products import multiplies_codes
-from amfm.kernels.low_precision.recipe import NAMES, Recipe
+from amfm.kernels.low_precision.recipe import NAMES, Recipe, keep_weights
 from amfm.kernels.moe import triton_codes, triton_epilogues, triton_only_expert
 from amfm.kernels.moe.counting_sort import list_tiles
 from amfm.kernels.moe.low_precision import makes_codes

@@ -6,8 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from amfm.kernels.linear.op import linear
 from amfm.kernels.low_precision import emulated
-from amfm.kernels.low_precision.kept_weights import keep_weights, made_once
-from amfm.kernels.low_precision.recipe import Recipe
+from amfm.kernels.low_precision.recipe import Recipe, keep_weights, made_once
 
 
 def test_weights_are_quantised_once_in_a_block_with_the_same_bits(monkeypatch):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from amfm.pretrain.checkpoint.compatibility import check_resumable, describe_raised_rate
-from amfm.pretrain.checkpoint.names import checkpoint_name
+from amfm.pretrain.checkpoint.manifest_file import checkpoint_name
 from amfm.pretrain.checks.check_run import check_run
 from amfm.pretrain.config.file import load_config
 

@@ -16,9 +16,8 @@ from torch import Tensor
 from amfm.model.parallel.groups import ProcessGroupCollection
 from amfm.model.parallel.shards import Shard, ShardSpec
 from amfm.pretrain.checkpoint.files import write_tensors
-from amfm.pretrain.checkpoint.manifest import JoinedReports, RankReport, complete_manifest, describe_tensor
 from amfm.pretrain.checkpoint.placement import Placement, check_cover, join_indices, place_shard, placement_from_json
-from amfm.pretrain.checkpoint.reader import RangeReader
+from amfm.pretrain.checkpoint.reader import JoinedReports, RangeReader, RankReport, complete_manifest, describe_tensor
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 # Odd sizes wherever no cut forbids it. `fused`: 4 query heads, 2 key-value heads and 1 group, which more ranks must copy.

@@ -21,8 +21,13 @@ from amfm.launch.inspect_path import mark_checkpoint
 from amfm.pretrain.checkpoint.commit import is_marked, mark
 from amfm.pretrain.checkpoint.files import make_place, write_tensors
 from amfm.pretrain.checkpoint.inspect import inspect_checkpoint
-from amfm.pretrain.checkpoint.manifest_file import MAPPINGS, encode_manifest, rank_file_name, read_manifest
-from amfm.pretrain.checkpoint.names import list_checkpoints
+from amfm.pretrain.checkpoint.manifest_file import (
+    MAPPINGS,
+    encode_manifest,
+    list_checkpoints,
+    rank_file_name,
+    read_manifest,
+)
 from amfm.pretrain.checkpoint.remote import RemoteCheckpoints
 from amfm.pretrain.checks.check_run import check_run
 from amfm.pretrain.config.file import resolved_yaml

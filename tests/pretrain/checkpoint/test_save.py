@@ -23,8 +23,7 @@ from amfm.pretrain.checkpoint.inspect import (
     read_full_state,
 )
 from amfm.pretrain.checkpoint.load import find_mismatches, list_warnings
-from amfm.pretrain.checkpoint.manifest_file import EVERY, read_manifest
-from amfm.pretrain.checkpoint.names import list_checkpoints
+from amfm.pretrain.checkpoint.manifest_file import EVERY, list_checkpoints, read_manifest
 from amfm.pretrain.checkpoint.save import ranks_of
 from amfm.pretrain.config.fields import flatten_settings
 from amfm.pretrain.engine.engine import ZeroEngine

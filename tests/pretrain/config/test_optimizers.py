@@ -10,7 +10,7 @@ from amfm.launch.plan.activations import storage_of
 from amfm.pretrain.checks import sections as checks
 from amfm.pretrain.config import optimizers, schema
 from amfm.pretrain.config.optimizers import OptimizerSpec
-from amfm.pretrain.engine.moments import moments_of
+from amfm.pretrain.engine.adamw import moments_of
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 
 

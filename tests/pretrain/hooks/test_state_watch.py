@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.pretrain.checkpoint.engine_layout import EngineLayout
-from amfm.pretrain.checkpoint.names import list_checkpoints
+from amfm.pretrain.checkpoint.manifest_file import list_checkpoints
 from amfm.pretrain.hooks.state_watch import StateWatch, digest, judge_replicas
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.parallel import initialize_parallel

@@ -12,8 +12,7 @@ from amfm.data_pipeline.store.store import TokenStore
 from amfm.pretrain.config.file import load_config
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.inference.evaluate import Evaluation, evaluate_checkpoint, measure_store
-from amfm.pretrain.inference.over_ranks import Layout, Work, choose_layout
-from amfm.pretrain.inference.passes import RowPasses
+from amfm.pretrain.inference.over_ranks import Layout, RowPasses, Work, choose_layout
 from amfm.pretrain.inference.weights import read_weights
 from amfm.pretrain.parallel import initialize_parallel
 from amfm.pretrain.ranks.group import RankGroup

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from amfm.data_pipeline.config import DataConfig
-from amfm.pretrain.checkpoint.names import checkpoint_name
+from amfm.pretrain.checkpoint.manifest_file import checkpoint_name
 from amfm.pretrain.train import train
 from tests.pretrain.tiny_run import read_metrics, tiny_config
 

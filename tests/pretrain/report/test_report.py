@@ -14,9 +14,9 @@ from amfm.pretrain.config.file import load_config, resolved_yaml
 from amfm.pretrain.report.data import read_run
 from amfm.pretrain.report.draw import draw_plot
 from amfm.pretrain.report.numbers import LIGHT, count, distinct, plain
+from amfm.pretrain.report.overlay import draw_picture
 from amfm.pretrain.report.page import show_time
 from amfm.pretrain.report.page_data import MAX_POINTS
-from amfm.pretrain.report.picture import draw_picture
 from amfm.pretrain.report.plots import make_plots
 from amfm.pretrain.report.report import describe_model, write_report
 from tests.helpers.full_disk import largest_file

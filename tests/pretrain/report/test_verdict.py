@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from amfm.launch.cli import run
-from amfm.pretrain.checkpoint.names import checkpoint_name
+from amfm.pretrain.checkpoint.manifest_file import checkpoint_name
 from amfm.pretrain.monitor.follow import FollowedRun
 from amfm.pretrain.report.report import write_report
 from amfm.pretrain.report.verdict import Verdicts, judge

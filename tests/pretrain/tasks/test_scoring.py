@@ -11,7 +11,7 @@ import torch
 
 from amfm.model.packing import PackMeta
 from amfm.pretrain.inference.generate import Sampling, generate_tokens
-from amfm.pretrain.inference.passes import RowPasses
+from amfm.pretrain.inference.over_ranks import RowPasses
 from amfm.pretrain.tasks.scoring import GreedyJob, LikelihoodJob, Scorer, pack_questions
 from tests.model.small_models import small_config, small_model
 

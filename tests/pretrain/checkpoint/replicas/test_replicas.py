@@ -19,7 +19,7 @@ from amfm.data_pipeline.config import DataConfig
 from amfm.pretrain.checkpoint import manifest_file
 from amfm.pretrain.checkpoint.background import BackgroundSaver
 from amfm.pretrain.checkpoint.inspect import diff_checkpoints
-from amfm.pretrain.checkpoint.names import list_checkpoints
+from amfm.pretrain.checkpoint.manifest_file import list_checkpoints
 from amfm.pretrain.checkpoint.replicas.memory import NodeMemory
 from amfm.pretrain.checkpoint.replicas.replica import SavedReplica
 from amfm.pretrain.checks.check_run import check_run

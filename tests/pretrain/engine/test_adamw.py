@@ -16,7 +16,7 @@ from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta
 from amfm.pretrain.checkpoint.inspect import diff_checkpoints
 from amfm.pretrain.config.schema import OptimizerConfig, ParallelConfig
-from amfm.pretrain.engine.bf16_adamw import Bf16AdamW, draw, round_by_chance
+from amfm.pretrain.engine.adamw import Bf16AdamW, draw, round_by_chance
 from amfm.pretrain.engine.engine import ZeroEngine, build_engine
 from amfm.pretrain.engine.parts import Part, Span
 from amfm.pretrain.parallel import initialize_parallel

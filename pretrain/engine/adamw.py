@@ -1,7 +1,7 @@
-"""AdamW whose master weights and moments are bf16: 6 bytes per parameter instead of 12, rounded so that small steps are not
-lost.
+"""AdamW in bf16, and as runs that compile nothing have it; what an optimizer keeps next to the weights.
 
-bf16 keeps 8 bits of a number. A step smaller than a 256th of a weight would vanish in rounding to the nearest, every time,
+AdamW whose master weights and moments are bf16: 6 bytes per parameter instead of 12, rounded so that small steps are not
+lost. bf16 keeps 8 bits of a number. A step smaller than a 256th of a weight would vanish in rounding to the nearest, every time,
 and a second moment that decays by a thousandth would never fall. So a chunk of a flat master at a time is widened to
 float32, stepped there as torch's AdamW does, and what comes out is rounded up or down by chance, in proportion to how near
 it is: on average nothing is lost (stochastic rounding, Gupta et al. 2015, arXiv 1502.02551, section 3).
@@ -9,11 +9,14 @@ it is: on average nothing is lost (stochastic rounding, Gupta et al. 2015, arXiv
 The chance is not a generator but a hash of the parameter's name, the place in this rank's shard, and the step. So
 nothing has to be saved for a run to continue with bitwise identical results, ranks that hold copies round alike, and ZeRO may cut the
 master weights anywhere.
+
+What is kept is named by the label of the parameter group: what checkpoints hold and plans count.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,6 +26,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from amfm.pretrain.engine.parts import Part
+
 
 CHUNK_ELEMENTS = 1 << 20  # stepped in float32 at a time
 CHUNK_BYTES = 64  # that a number takes meanwhile: five float32, four int64 or their halves
@@ -115,3 +119,30 @@ def _list_salts(part: Part) -> Iterator[tuple[int, int, int | Tensor]]:
 def _signed(number: int) -> int:
     """A number modulo 2^64 as int64 holds it."""
     return (number + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+class AdamW(torch.optim.AdamW):
+    """Without the graph breaks around each step, for which the first one would import torch.compile; the same numbers."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+    def owned_states(self) -> dict[str, Tensor]:
+        """States of whole matrices that this rank owns, by their names in checkpoints: none, unless a rule keeps some."""
+        return {}
+
+
+MUON = "muon"  # label of the groups whose matrices Muon steps
+ONE = "one_"  # begins the labels of groups that a package's optimizer steps with one moment
+MATRICES = (
+    "matrices"  # of groups whose matrices a rule steps that keeps its state at their owners (engine/muon/whole.py)
+)
+OWNED = "optimizer/"  # begins the names of such states among a checkpoint's buffers
+AVERAGE = "ema"  # kind of the moving average of master weights, which no optimizer reads (hooks/weight_averages.py)
+FROZEN = "frozen"  # of parameters that no optimizer steps: their weights are saved, without moments
+
+
+def moments_of(label: str) -> tuple[str, ...]:
+    """Name the moments of the parameters in groups with this label: AdamW's two, in torch's words, or one momentum."""
+    if label in (FROZEN, MATRICES):
+        return ()
+    return ("momentum",) if label == MUON or label.startswith(ONE) else ("exp_avg", "exp_avg_sq")
