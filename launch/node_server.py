@@ -26,10 +26,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from amfm.data_pipeline.memory import no_garbage_collection
 from amfm.launch.cluster.forked import ForkedRank, RankProcess, name_process, why_not_fork
 from amfm.launch.cluster.node_check import main as check_this_node
 from amfm.launch.cluster.node_check import reply
-from amfm.launch.heavy_imports import heavy_imports
 from amfm.launch.rank_command import expand_segments, isolated_python, rank_command, rank_variables
 from amfm.pretrain.launcher_protocol import GOES_ON, LAUNCHER_PID, RESTART_CAUSE
 from amfm.pretrain.monitor.signals import WATCHED, note_signals
@@ -45,7 +45,7 @@ def load() -> str:
     reason = why_not_fork()
     if reason:
         return reason
-    with heavy_imports():
+    with no_garbage_collection():
         from amfm.launch.cli import quiet_libraries
 
         quiet_libraries()

@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from amfm.data_pipeline.memory import no_garbage_collection
 from amfm.launch.cluster.forked import ForkedRank, RankProcess, can_fork
-from amfm.launch.heavy_imports import heavy_imports
 from amfm.launch.rank_command import rank_command, rank_variables
 from amfm.pretrain.checkpoint.manifest_file import continued_step
 from amfm.pretrain.checks.stages import ranks_of_stage
@@ -81,7 +81,7 @@ def run_train(
     """Run an `amfm train` command line as ranks on this machine, forked where that is safe; returns the exit code."""
     if not can_fork():
         return run_command(rank_command(arguments), num_ranks, variables)
-    with heavy_imports():
+    with no_garbage_collection():
         import amfm.pretrain.train  # noqa: F401 - what ranks need is here once, before they are copied
     if not can_fork():  # an import has started a thread
         return run_command(rank_command(arguments), num_ranks, variables)

@@ -15,9 +15,8 @@ import typer
 from amfm.data_pipeline.terminal import Waiting, printable
 from amfm.launch.arguments import ConfigOrPreset, JsonOption, OverridesArgument, PresetOption
 from amfm.launch.commands.evaluate import show_synthetic_row
-from amfm.launch.console import print_json, print_pairs, print_rows, say, show_progress
+from amfm.launch.console import loading, print_json, print_pairs, print_rows, say, show_progress
 from amfm.launch.existing import choose_config
-from amfm.launch.heavy_imports import loading
 from amfm.pretrain.launcher_protocol import BAD_INPUT
 from amfm.pretrain.packages import require_extra
 

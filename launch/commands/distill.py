@@ -35,21 +35,14 @@ def store(
         waiting("loading PyTorch")
         import torch
 
-        from amfm.pretrain.checks.check_run import check_run
-        from amfm.pretrain.config.errors import ConfigError
-        from amfm.pretrain.config.file import load_located
+        from amfm.pretrain.checks.load import load_checked
         from amfm.pretrain.distillation.write import write_store
 
-        located = load_located(path, overrides or [])
-        config = located.config
+        config = load_checked(path, overrides or [])
         if config.distill is None or config.distill.store is None:
             raise ValueError(
                 f"{path} has no distill.store; name the folder to write, such as distill.store=data/teacher"
             )
-        try:
-            check_run(config, None)
-        except ConfigError as error:
-            raise error.located(located.origins) from error
         report = write_store(config, torch.device(choose_device(device)), backend, waiting)
     if as_json:
         print_json({**vars(report), "path": str(report.path)})

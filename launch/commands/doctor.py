@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from amfm.launch.arguments import JsonOption
-from amfm.launch.console import print_json, print_rows, say
-from amfm.launch.heavy_imports import loading
+from amfm.launch.console import loading, print_json, print_rows, say
 from amfm.pretrain.launcher_protocol import BAD_INPUT, DONE, RUN_FAILED
 
 if TYPE_CHECKING:

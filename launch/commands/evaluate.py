@@ -20,8 +20,7 @@ from amfm.launch.commands.tasks import (
     evaluate_on_tasks,
     read_choice,
 )
-from amfm.launch.console import print_json, print_pairs, show_progress
-from amfm.launch.heavy_imports import loading
+from amfm.launch.console import loading, print_json, print_pairs, show_progress
 
 if TYPE_CHECKING:
     from amfm.data_pipeline.config import DataConfig

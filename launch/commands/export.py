@@ -17,9 +17,8 @@ import typer
 from amfm.data_pipeline.durable.files import check_free
 from amfm.data_pipeline.terminal import Waiting
 from amfm.launch.arguments import CheckpointArgument, JsonOption, WeightsOption
-from amfm.launch.console import print_json, print_pairs, say
+from amfm.launch.console import loading, print_json, print_pairs, say
 from amfm.launch.existing import load_packaged
-from amfm.launch.heavy_imports import loading
 from amfm.model.huggingface.hf_class import Target
 from amfm.model.huggingface.refusals import ClientName
 from amfm.pretrain.packages import require_extra

@@ -11,8 +11,7 @@ import typer
 
 from amfm.data_pipeline.terminal import Waiting
 from amfm.launch.arguments import JsonOption
-from amfm.launch.console import print_json, print_pairs, say
-from amfm.launch.heavy_imports import loading
+from amfm.launch.console import loading, print_json, print_pairs, say
 from amfm.launch.init.shapes import SIZES, STYLES, dial_size
 from amfm.pretrain.launcher_protocol import INTERRUPTED
 from amfm.pretrain.packages import require_extra

@@ -14,9 +14,8 @@ import typer
 from amfm.data_pipeline.terminal import Waiting
 from amfm.launch.arguments import CheckpointArgument, JsonOption, choose_device
 from amfm.launch.commands.evaluate import DeviceOption
-from amfm.launch.console import print_json, print_pairs, print_rows
+from amfm.launch.console import loading, print_json, print_pairs, print_rows
 from amfm.launch.existing import require_exists
-from amfm.launch.heavy_imports import loading
 
 
 def merge(

@@ -18,9 +18,8 @@ from amfm.launch.commands.layouts import (
     print_verdict,
     show_seconds,
 )
-from amfm.launch.console import print_json, print_pairs, print_rows, say, show_progress
+from amfm.launch.console import loading, print_json, print_pairs, print_rows, say, show_progress
 from amfm.launch.existing import choose_config, load_packaged
-from amfm.launch.heavy_imports import loading
 
 if TYPE_CHECKING:
     from amfm.launch.plan.estimate import Estimate

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from amfm.data_pipeline.memory import no_garbage_collection
 from amfm.data_pipeline.terminal import Waiting
 from amfm.launch.arguments import JsonOption, OverridesArgument
 from amfm.launch.console import print_json, print_pairs, print_rows
 from amfm.launch.existing import require_exists
-from amfm.launch.heavy_imports import heavy_imports
 from amfm.pretrain.launcher_protocol import RUN_FAILED
 
 if TYPE_CHECKING:
@@ -23,8 +23,15 @@ if TYPE_CHECKING:
     from amfm.pretrain.rollback import Rollback
 
 
+def require_run(path: Path) -> Path:
+    """Typer callback of a run directory that must exist."""
+    if not (require_exists(path) / "config.yaml").is_file():
+        raise FileNotFoundError(f"{path} holds no config.yaml, so it is not a run directory; give run.dir of a run")
+    return path
+
+
 def rollback(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run directory.", callback=require_exists)],
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run directory.", callback=require_run)],
     *,
     to: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Make the checkpoint of step N the newest one.")
@@ -41,9 +48,7 @@ def rollback(
     """
     if to is not None and undo is not None:
         raise ValueError(f"--to {to} goes back and --undo {undo} forward; give one of them")
-    if not (run_dir / "config.yaml").is_file():
-        raise FileNotFoundError(f"{run_dir} holds no config.yaml, so it is not a run directory; give run.dir of a run")
-    with Waiting("amfm rollback") as waiting, heavy_imports():
+    with Waiting("amfm rollback") as waiting, no_garbage_collection():
         waiting("looking at the checkpoints")
         from amfm.pretrain.checkpoint.remote import RemoteCheckpoints
         from amfm.pretrain.config.file import load_config
@@ -78,7 +83,7 @@ def rollback(
 
 
 def fork(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.", callback=require_exists)],
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.", callback=require_run)],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Run directory of the branch; must be missing or empty.")],
     overrides: OverridesArgument = None,
     *,
@@ -89,9 +94,7 @@ def fork(
 
     What a resume refuses to change is rejected here too. `amfm train OUT/config.yaml` then continues.
     """
-    if not (run_dir / "config.yaml").is_file():
-        raise FileNotFoundError(f"{run_dir} holds no config.yaml, so it is not a run directory; give run.dir of a run")
-    with Waiting("amfm fork") as waiting, heavy_imports():
+    with Waiting("amfm fork") as waiting, no_garbage_collection():
         from amfm.pretrain.checks.check_run import check_run
         from amfm.pretrain.config.file import load_config
         from amfm.pretrain.rollback import fork_run
@@ -111,7 +114,7 @@ def fork(
 
 def replay(
     context: typer.Context,
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.", callback=require_exists)],
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.", callback=require_run)],
     *,
     step: Annotated[int, typer.Option(min=1, metavar="N", help="Compute the run up to the end of this step.")],
     ranks: Annotated[
@@ -127,13 +130,11 @@ def replay(
     Starts from the newest checkpoint before step N, or from the beginning, with the configurations of then; the run stays as it is. Exit code 3:
     something differs, and the first rank, tensor or number is named.
     """
-    if not (run_dir / "config.yaml").is_file():
-        raise FileNotFoundError(f"{run_dir} holds no config.yaml, so it is not a run directory; give run.dir of a run")
     place = out or run_dir.resolve().with_name(f".{run_dir.resolve().name}.replay")
     if out is None:
         shutil.rmtree(place, ignore_errors=True)  # of a replay that was killed
     try:
-        with Waiting("amfm replay") as waiting, heavy_imports():
+        with Waiting("amfm replay") as waiting, no_garbage_collection():
             from amfm.pretrain.replay import compare_replay, prepare_replay
 
             prepared = prepare_replay(run_dir, step, place, num_ranks=ranks, report=waiting)
@@ -194,8 +195,6 @@ def print_made(run_dir: Path, made: Rollback, newest: int | None) -> None:
 
 def list_steps(run_dir: Path, remote: RemoteCheckpoints | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The checkpoints of a run, oldest first, and its rollbacks, as JSON values."""
-    from dataclasses import asdict
-
     from amfm.pretrain.checkpoint.commit import is_marked
     from amfm.pretrain.checkpoint.manifest_file import MARK_NAME, list_checkpoints, step_of
     from amfm.pretrain.checkpoint.remote import step_named

@@ -9,9 +9,8 @@ import typer
 
 from amfm.launch.arguments import JsonOption, choose_device
 from amfm.launch.commands.evaluate import BackendOption, DeviceOption
-from amfm.launch.console import print_json, say
+from amfm.launch.console import loading, print_json, say
 from amfm.launch.existing import require_model
-from amfm.launch.heavy_imports import loading
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 GIB = 2**30

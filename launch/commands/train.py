@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from amfm.data_pipeline.memory import no_garbage_collection
 from amfm.data_pipeline.terminal import Waiting
 from amfm.launch.arguments import (
     ConfigOrPreset,
@@ -22,7 +23,6 @@ from amfm.launch.arguments import (
 )
 from amfm.launch.console import print_json, print_pairs, say
 from amfm.launch.existing import choose_config, require_all_exist
-from amfm.launch.heavy_imports import heavy_imports
 from amfm.launch.rank_command import choose_wait_policy
 from amfm.pretrain.launcher_protocol import GOES_ON
 from amfm.pretrain.packages import require_extra
@@ -53,7 +53,7 @@ def train(
         note = choose_wait_policy(os.environ, nproc, config.train.num_threads)
         if note:
             say(f"amfm train: {note}")
-    with Waiting("amfm train", speaks=is_first) as waiting, heavy_imports():
+    with Waiting("amfm train", speaks=is_first) as waiting, no_garbage_collection():
         waiting("loading PyTorch and DeepSpeed")
         from amfm.pretrain.checks.load import load_checked
         from amfm.pretrain.stages import fresh_starts

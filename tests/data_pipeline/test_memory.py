@@ -1,13 +1,14 @@
 """What is kept after it was freed comes back without page faults."""
 
 import ctypes
+import gc
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from amfm.data_pipeline.memory import OWN_SETTINGS, keep_freed_memory
+from amfm.data_pipeline.memory import OWN_SETTINGS, keep_freed_memory, no_garbage_collection
 
 COUNT_FAULTS = """
 import resource, sys
@@ -37,3 +38,17 @@ def test_memory_that_is_kept_is_not_mapped_again():
 def test_settings_of_the_environment_stay(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(name, "0")
     assert not keep_freed_memory()
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_the_collector_rests_inside_and_is_as_it_was_afterwards(is_on: bool):
+    (gc.enable if is_on else gc.disable)()
+    try:
+        with no_garbage_collection():
+            assert not gc.isenabled()
+        assert gc.isenabled() == is_on
+        with pytest.raises(RuntimeError, match="stop"), no_garbage_collection():
+            raise RuntimeError("stop")
+        assert gc.isenabled() == is_on
+    finally:
+        gc.enable()
