@@ -26,7 +26,7 @@ from torch.distributed.checkpoint import state_dict_saver
 
 from amfm.launch.arguments import JsonOption
 from amfm.launch.bench.calibration import OPTIMIZER, granite_shape
-from amfm.launch.bench.hardware import describe_hardware
+from amfm.launch.bench.kernels import describe_hardware
 from amfm.launch.console import print_json, print_rows, say
 from amfm.model.hybrid import HybridModel
 from amfm.model.packing import PackMeta

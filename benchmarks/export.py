@@ -26,7 +26,7 @@ from torch import Tensor
 from amfm.data_pipeline.config import TokenizerConfig
 from amfm.data_pipeline.tokenizer.sentencepiece_model import train_tokenizer
 from amfm.launch.arguments import JsonOption
-from amfm.launch.bench.hardware import describe_hardware
+from amfm.launch.bench.kernels import describe_hardware
 from amfm.launch.console import print_json, print_rows, say
 from amfm.launch.rank_command import rank_command
 from amfm.model.config.checks import check_model

@@ -19,7 +19,7 @@ import torch
 import typer
 
 from amfm.launch.arguments import JsonOption
-from amfm.launch.bench.hardware import describe_hardware
+from amfm.launch.bench.kernels import describe_hardware
 from amfm.launch.console import print_json, print_rows, say
 from amfm.model.config.kinds import describe_symbol
 from amfm.model.config.schema import ModelConfig, read_saved_model

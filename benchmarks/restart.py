@@ -24,7 +24,7 @@ import psutil
 import typer
 
 from amfm.launch.arguments import JsonOption
-from amfm.launch.bench.hardware import describe_hardware
+from amfm.launch.bench.kernels import describe_hardware
 from amfm.launch.console import print_json, print_rows, say
 from benchmarks import ROOT
 from benchmarks.command import main

@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from amfm.launch.arguments import JsonOption
-from amfm.launch.bench.hardware import describe_hardware
+from amfm.launch.bench.kernels import describe_hardware
 from amfm.launch.console import print_json, print_rows
 from benchmarks import ROOT
 from benchmarks.command import main

@@ -1,6 +1,6 @@
 """The program that the launcher runs on a node: it starts the node's ranks, attempt after attempt, without loading anything twice.
 
-It imports PyTorch, DeepSpeed and what else ranks need once, and forks the ranks of each attempt from that (forked.py). A rank
+It imports PyTorch, DeepSpeed and what else ranks need once, and forks the ranks of each attempt from that (child.py). A rank
 computes and ends; this process never computes and has one thread, so that it can be forked again. Where it cannot be (a library
 has started threads, a GPU's driver is awake), or `launch.warm_restarts` is false, ranks are separate processes, and
 only this one stays.
@@ -27,7 +27,7 @@ from contextlib import suppress
 from typing import Any
 
 from amfm.data_pipeline.memory import no_garbage_collection
-from amfm.launch.cluster.forked import ForkedRank, RankProcess, name_process, why_not_fork
+from amfm.launch.cluster.child import ForkedRank, RankProcess, name_process, why_not_fork
 from amfm.launch.cluster.node_check import main as check_this_node
 from amfm.launch.cluster.node_check import reply
 from amfm.launch.rank_command import expand_segments, isolated_python, rank_command, rank_variables

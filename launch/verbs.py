@@ -19,7 +19,7 @@ PACKAGED = "examples"
 VERBS = {
     "init": (
         "Start",
-        "init",
+        "config",
         "Write a first configuration that is valid and predicted to fit; asks for what is not given.",
     ),
     "config": (
@@ -73,7 +73,7 @@ VERBS = {
     ),
     "distill": (
         "Train",
-        "distill",
+        "merge",
         "Store a teacher's likeliest tokens for every sample of a run, which then learns from them (docs/distillation.md).",
     ),
     "plan": (
@@ -93,7 +93,7 @@ VERBS = {
     ),
     "bench": (
         "Scale",
-        "bench",
+        "doctor",
         "Measure this machine: its kernels, and its speed for `amfm plan`.",
     ),
     "evaluate": (
@@ -180,8 +180,6 @@ def import_file(name: str) -> Any:
     """Import a file of `VERBS`; written out, so that contracts of imports see them."""
     module: Any
     match name:
-        case "init":
-            from amfm.launch.commands import init as module
         case "config":
             from amfm.launch.commands import config as module
         case "doctor":
@@ -200,8 +198,6 @@ def import_file(name: str) -> Any:
             from amfm.launch.commands import launch as module
         case "tasks":
             from amfm.launch.commands import tasks as module
-        case "distill":
-            from amfm.launch.commands import distill as module
         case "evaluate":
             from amfm.launch.commands import evaluate as module
         case "export":
@@ -212,8 +208,6 @@ def import_file(name: str) -> Any:
             from amfm.launch.commands import merge as module
         case "serve":
             from amfm.launch.commands import serve as module
-        case "bench":
-            from amfm.launch.commands import bench as module
         case _:
             raise KeyError(name)
     return module

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from amfm.launch.arguments import JsonOption
-from amfm.launch.commands.bench import Columns, print_shapes, print_variants
+from amfm.launch.commands.doctor import Columns, print_shapes, print_variants
 from amfm.launch.console import print_json, print_rows, say
 from benchmarks.command import main
 from benchmarks.freed_memory import title_of

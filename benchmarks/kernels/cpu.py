@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from amfm.kernels.proof.operations import check_names
-from amfm.launch.bench.hardware import describe_hardware
+from amfm.launch.bench.kernels import describe_hardware
 from amfm.launch.cluster.child import Child
 from benchmarks import ROOT
 from benchmarks.freed_memory import KEPT, RETURNED, choose_treatments

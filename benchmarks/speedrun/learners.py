@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from amfm.data_pipeline.batch import Batch
-from amfm.launch.bench.hardware import multiplies_bf16
+from amfm.launch.bench.kernels import multiplies_bf16
 from amfm.model.flops import count_parameters
 from amfm.model.huggingface.classes import TokenIds, huggingface_config
 from amfm.model.loss import IGNORE_INDEX

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from amfm.launch.bench.calibration import ROWS, TOKENS, granite_shape
-from amfm.launch.bench.hardware import describe_hardware
+from amfm.launch.bench.kernels import describe_hardware
 from amfm.launch.cluster.child import Child
 from amfm.model.config.schema import ModelConfig
 from benchmarks import ROOT

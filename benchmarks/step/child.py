@@ -18,7 +18,7 @@ import torch
 
 from amfm.data_pipeline.memory import keep_freed_memory
 from amfm.launch.bench.calibration import OPTIMIZER
-from amfm.launch.bench.hardware import multiplies_bf16
+from amfm.launch.bench.kernels import multiplies_bf16
 from amfm.launch.cluster.child import open_answers
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from amfm.kernels.linear.op import linear
-from amfm.launch.bench.hardware import multiplies_bf16
+from amfm.launch.bench.kernels import multiplies_bf16
 from amfm.launch.plan.activations import storage_of
 from amfm.launch.plan.hardware import GIB, HARDWARE, Hardware
 from amfm.launch.plan.layout import Layout

@@ -6,13 +6,35 @@ against float32 by its worst tensor, then timed. An operation that crashes is a 
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from amfm.kernels.acceptance.process import Finished, run_child
 from amfm.kernels.proof.operations import ON_CARD, OPERATIONS, check_names
 from amfm.kernels.runtime.first_use import DEFAULT_CASES
-from amfm.launch.bench.hardware import describe_hardware
+from amfm.pretrain.monitor.environment import read_processor_name
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bf16 products; a CPU without them emulates them many times slower."""
+    return device.type == "cuda" or bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def describe_hardware() -> dict[str, Any]:
+    """Processor, threads and versions that the numbers were taken with."""
+    return {
+        "processor": read_processor_name(),
+        "threads": torch.get_num_threads(),
+        "bf16_products": multiplies_bf16(torch.device("cpu")),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+    }
+
 
 # One operation's process: the slowest kernels compile for a minute, and tuning compiles each several times.
 TIMING_SECONDS, TUNING_SECONDS = 600.0, 3600.0

@@ -1,9 +1,11 @@
-"""The launcher of a run: there is one, and whether its job of Slurm is queued again when it ends.
+"""The launcher of a run: there is one, its options suit each other, and its job of Slurm may be queued again when it ends.
 
-A second launcher would hold its nodes for as long as the first trains, and take that one's progress for its own.
+A second launcher would hold its nodes for as long as the first trains, and take that one's progress for its own. An option that
+cannot take effect with the chosen launcher is rejected with its fix.
 
-A job is queued again where a signal stopped the run, and steps are left. By the newest checkpoint and by the events that came while this launcher ran, and not by the log of metrics, which others may
-rotate. A run that was told to stop at a step (`train.stop_after_steps`) has ended.
+A job is queued again where a signal stopped the run, and steps are left. By the newest checkpoint and by the events that came
+while this launcher ran, and not by the log of metrics, which others may rotate. A run that was told to stop at a step
+(`train.stop_after_steps`) has ended.
 """
 
 from __future__ import annotations
@@ -28,6 +30,71 @@ from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.launcher_protocol import DONE, last_word
 from amfm.pretrain.monitor.held import holding
 from amfm.pretrain.stages import resolve_stages
+
+
+def check_options(
+    on: str,
+    *,
+    nodes: int,
+    hosts: Path | None,
+    node_rank: int | None,
+    master: str | None,
+    address: str | None,
+    dry_run: bool,
+) -> None:
+    """Reject options that cannot take effect with the chosen launcher. Raises ValueError with the fix."""
+    given = {"--hosts": hosts, "--node-rank": node_rank, "--master": master}
+    if on != "torchrun":
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name} {value} belongs to --on torchrun; leave it out with --on {on}")
+    if on != "ray" and address is not None:
+        raise ValueError(f"--address {address} belongs to --on ray; leave it out with --on {on}")
+    if hosts is not None and node_rank is not None:
+        raise ValueError("--hosts starts every node and --node-rank only this one; give one of them")
+    if node_rank is not None and node_rank >= nodes:
+        raise ValueError(f"--node-rank {node_rank} must be less than --nodes {nodes}; count from 0")
+    if on == "torchrun" and nodes > 1 and hosts is None and not dry_run and (node_rank is None or master is None):
+        raise ValueError(
+            f"--nodes {nodes} with torchrun needs --hosts FILE to start them all, or --node-rank and --master HOST[:PORT] "
+            "to start this one; --dry-run prints the command of each node"
+        )
+
+
+def check_spares(spares: int, on: str, *, nodes: int, node_rank: int | None, form: str) -> None:
+    """Reject spare nodes that cannot serve. Raises ValueError with the nearest number that works."""
+    if spares > nodes:
+        raise ValueError(f"launch.spare_nodes={spares} is more than --nodes {nodes}; lower it to {nodes} or less")
+    if spares and on == "ray":
+        raise ValueError(
+            f"launch.spare_nodes={spares} with --on ray: every node of the Ray cluster beyond --nodes is a spare already; "
+            "set it to 0"
+        )
+    if spares and on == "kubernetes" and form != "rayjob":
+        raise ValueError(
+            f"launch.spare_nodes={spares} with --form {form}: each node starts only itself; set it to 0, or use --form rayjob"
+        )
+    if spares and node_rank is not None:
+        raise ValueError(
+            f"launch.spare_nodes={spares} with --node-rank: each node starts only itself; set it to 0, or name the hosts with "
+            "--hosts FILE"
+        )
+
+
+def check_kubernetes(on: str, form: str | None, *, dry_run: bool, doctor: bool) -> None:
+    """Reject what cannot take effect with Kubernetes, or without. Raises ValueError with the fix."""
+    if on != "kubernetes":
+        if form is not None:
+            raise ValueError(f"--form {form} belongs to --on kubernetes; leave it out with --on {on}")
+        return
+    if not dry_run:
+        raise ValueError(
+            "--on kubernetes submits nothing on its own; add --dry-run and give what it prints to kubectl apply -f -, or "
+            "with --form skypilot to sky launch"
+        )
+    if doctor:
+        raise ValueError("--doctor with --on kubernetes is not written; run amfm doctor --cluster in the pods")
+
 
 LEAVING_SECONDS = 120.0  # for ranks of the launcher before, and locks of a host that is gone
 POLL_SECONDS = 1.0

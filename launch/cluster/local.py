@@ -3,7 +3,7 @@
 How it works: this process listens on a free port and keeps the TCPStore through which ranks meet; the socket is never
 closed in between, so no other program can take the port. Ranks are ordinary processes with torchrun's variables. Rank 0
 owns the terminal, the others' standard error is relayed with their rank in front. Where it is safe this process imports what
-ranks need, once, and forks them (forked.py); else they are separate processes, which start first, and this process
+ranks need, once, and forks them (child.py); else they are separate processes, which start first, and this process
 imports torch next to them.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from amfm.data_pipeline.memory import no_garbage_collection
-from amfm.launch.cluster.forked import ForkedRank, RankProcess, can_fork
+from amfm.launch.cluster.child import ForkedRank, RankProcess, can_fork
 from amfm.launch.rank_command import rank_command, rank_variables
 from amfm.pretrain.checkpoint.manifest_file import continued_step
 from amfm.pretrain.checks.stages import ranks_of_stage

@@ -28,6 +28,7 @@ from typing import Any
 
 from amfm.data_pipeline.durable.files import write_file_atomically
 from amfm.data_pipeline.durable.json_files import read_object
+from amfm.data_pipeline.memory import available_bytes
 from amfm.launch.cluster.links import LINK_SECONDS, await_links, blame_links, check_link, find_port, listen
 from amfm.launch.cluster.storage import blame_inputs, blame_storage, check_inputs, describe_refusal, probe
 from amfm.launch.console import say
@@ -129,9 +130,7 @@ def read_text(path: Path) -> str | None:
 
 def check_memory(ranks: int) -> Iterator[str]:
     """Memory that another job, or what an attempt left behind, may hold."""
-    lines = (read_text(Path("/proc/meminfo")) or "").splitlines()
-    fields = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines) if rest}
-    free = fields.get("MemAvailable")
+    free = available_bytes()
     if free is not None and free < ranks * MIN_MEMORY_BYTES:
         yield f"{free / 2**30:.1f} GiB of memory are free for {ranks} ranks; end what holds the rest"
     shared = Path("/dev/shm")

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from amfm.launch.arguments import ConfigArgument, JsonOption, OverridesArgument
-from amfm.launch.cluster.options import check_kubernetes, check_options, check_spares
 from amfm.launch.cluster.storage import list_inputs
 from amfm.launch.commands.train import summarize
 from amfm.launch.console import print_json, say
@@ -81,6 +80,8 @@ def launch(
     as_json: JsonOption = False,
 ) -> None:
     """The verb `launch`."""
+    from amfm.launch.cluster.launcher import check_kubernetes, check_options, check_spares
+
     ranks = nproc_per_node or count_gpus() or 1
     # A torchrun that each node starts on its own continues on its own, with the ranks that it has.
     goes_on = on != "torchrun" or hosts is not None or nodes == 1

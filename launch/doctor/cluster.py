@@ -19,9 +19,19 @@ from typing import Literal
 
 import torch
 
-from amfm.launch.doctor.links import Link, Skew, gather, group_by_host, measure_all_reduce, measure_links, measure_skews
 from amfm.launch.doctor.machine import MIN_FREE_GIB, Finding
-from amfm.launch.doctor.rank import RankReport, describe_rank, free_gib
+from amfm.launch.doctor.rank import (
+    Link,
+    RankReport,
+    Skew,
+    describe_rank,
+    free_gib,
+    gather,
+    group_by_host,
+    measure_all_reduce,
+    measure_links,
+    measure_skews,
+)
 from amfm.pretrain.parallel import start_process_group
 
 WAIT_SECONDS = 10.0  # for a file to become visible

@@ -2,7 +2,7 @@
 
 How it works: every `examine_*` function looks at one thing and returns findings (name, status, found, fix). None of
 them raises: a machine that lacks something is what the doctor is for. `cluster.py` asks every host of a run, where
-`rank.py` describes a host and `links.py` times the links between them; it says which hosts differ, and whether a file
+`rank.py` describes a host and times the links between them; it says which hosts differ, and whether a file
 written on one is seen by all.
 
 Why before a run: wrong versions, slow links and storage that is not shared show in training as a hang or as a slow step

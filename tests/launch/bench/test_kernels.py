@@ -8,7 +8,7 @@ import torch
 from amfm.kernels.acceptance.child import time_variants
 from amfm.kernels.cases import Minimum, Problem
 from amfm.launch.cli import run
-from amfm.launch.commands.bench import print_kernel_table
+from amfm.launch.commands.doctor import print_kernel_table
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can tune")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from amfm.launch.cluster.forked import can_fork
+from amfm.launch.cluster.child import can_fork
 from amfm.launch.cluster.local import join_codes, run_command
 from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.processes.zygote import call, run_program
@@ -66,7 +66,7 @@ WAITING = (
 FORKED = """
 import os, pathlib, signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
-from amfm.launch.cluster.forked import ForkedRank, can_fork
+from amfm.launch.cluster.child import ForkedRank, can_fork
 from amfm.launch.cluster.local import run_forked
 assert can_fork()
 assert ForkedRank(lambda: int("PATH" in os.environ), os.environ, (), is_first=True).wait(), "it lost the variables that it was to keep"

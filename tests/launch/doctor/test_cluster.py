@@ -24,9 +24,18 @@ from amfm.launch.doctor.cluster import (
     examine_storage,
     leave_cluster,
 )
-from amfm.launch.doctor.links import Link, Skew, estimate_skew, measure_skews, plan_links
 from amfm.launch.doctor.machine import Finding
-from amfm.launch.doctor.rank import CacheFolder, RankReport, describe_rank, examine_cache
+from amfm.launch.doctor.rank import (
+    CacheFolder,
+    Link,
+    RankReport,
+    Skew,
+    describe_rank,
+    estimate_skew,
+    examine_cache,
+    measure_skews,
+    plan_links,
+)
 from amfm.pretrain.config.file import resolved_yaml
 from tests.helpers.patience import PATIENCE_SECONDS
 from tests.helpers.spawn import run_ranks
