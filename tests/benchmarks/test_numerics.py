@@ -20,7 +20,7 @@ STEPS, SEEDS = 2, 2
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict:
     folder = tmp_path_factory.mktemp("numerics")
-    config = tiny_config(tiny_data(folder / "data"), folder / "run", train__steps=40)
+    config = tiny_config(tiny_data(folder / "data"), folder / "run", train__steps=40, train__global_batch_size=2)
     path, out = folder / "run.yaml", folder / "out.json"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     words = [str(path), "--recipes", "fp8_block,nvfp4", "--json", "--limit", "-1"]

@@ -43,7 +43,7 @@ def test_cases_for_cards_compute_what_float32_does(op: str) -> None:
         assert any(fault.startswith(f"{op} did not run: ") for fault in found["faults"])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_transformers_computes_what_every_case_of_a_cpu_does(dtype: torch.dtype) -> None:
     sizes = HostSizes(rows=2, tokens=96, model=64, heads=2, head_dim=16, state=16, experts=4, top_k=2, vocabulary=64)
     for op in ON_HOST:

@@ -134,7 +134,7 @@ def spread(operation: str, trial: Problem) -> Problem:
 
 
 WATCHED: dict[str, OffsetWatch] = {}
-QUICK = ("norm", "rope", "router")
+QUICK = ("rope", "router")
 # Smaller than the operation's own trials, which take minutes in the interpreter: fewer heads and channels for the same kernels.
 # Of a mixer the projection is one input, which slices of its parts read where they are.
 _CHOSEN = partial(chosen_problem, learns=True, tokens=21, top_k=9, lengths=(8, 1, 12), heads=4)

@@ -31,7 +31,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+# Of two tiles the scan has a quick test, in test_decay_scan.py.
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=[pytest.mark.slow] if name == "two_tiles" else [])
+        for name, case in CASES.items()
+    ],
+)
 def test_operation_equals_the_definition_twice_bitwise(case: MixerCase, twice: Twice, poisoned_memory: None) -> None:
     expected = run_mixer(case, make_leaves(case, torch.float64), "reference")
     leaves = make_leaves(case, torch.float32)

@@ -128,8 +128,12 @@ def test_answers_are_kept_until_a_table_is_adopted(monkeypatch: pytest.MonkeyPat
     assert asked == [16, 32, 16, 16]
 
 
+@pytest.mark.slow
 def test_real_kernels_can_be_tuned() -> None:
-    """The scan with its gradients: each of its kernels has candidates, and all of them hold."""
+    """The scan with its gradients: each of its kernels has candidates, and all of them hold.
+
+    Quick: the tests above, and `test_all_candidates_of_every_kernel_hold_together` in test_delta_scan.py.
+    """
     from amfm.kernels.decay_scan.op import decay_scan
 
     torch.manual_seed(0)
