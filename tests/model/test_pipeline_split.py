@@ -149,7 +149,7 @@ def sum_tied_gradients():
     return part, own.embedding.weight.grad
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_both_ends_of_a_pipeline_get_the_whole_gradient_of_a_tied_embedding(num_ranks):
     model = HybridModel(TIED, single_rank_groups(), seed=3).double()
     for seed in range(num_ranks // 2):
