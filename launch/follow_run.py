@@ -1,4 +1,4 @@
-"""What a launcher does besides launching, by the run's files: it posts messages and exports checkpoints.
+"""What a launcher does besides launching, by the run's files: it posts messages, exports checkpoints and prints how a run ended.
 
 A thread looks at the run directory as `amfm watch` does. Ranks know nothing of it, and what fails in it ends no run.
 
@@ -9,16 +9,18 @@ for it, and what fails in it is said and tried no second time: the checkpoint st
 
 Tells a URL what happens to a run (`launch.notify`): lost, restarted, spike, stalled, done, and how else it ended.
 
-A thread of the launcher (follow_run.py) posts JSON. It asks nothing of the ranks and holds nothing up: a URL that does not answer is
+A thread of the launcher posts JSON. It asks nothing of the ranks and holds nothing up: a URL that does not answer is
 said once, and each message is tried once.
+
+The last lines of `amfm train`: what the run came to, whether it is well, and what to do next.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -32,11 +34,18 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
+from amfm.data_pipeline.terminal import printable
 from amfm.launch.console import say
-from amfm.pretrain.checkpoint.manifest_file import checkpoint_name
+from amfm.launch.rank_command import rank_command
+from amfm.pretrain.checkpoint.manifest_file import checkpoint_name, newest_saved_step
 from amfm.pretrain.config.schema import RunConfig
+from amfm.pretrain.launcher_protocol import NEXT_LAYOUT
 from amfm.pretrain.monitor.beats import Beat
 from amfm.pretrain.monitor.follow import FollowedRun, Seen, to_seconds
+from amfm.pretrain.report.data import RunRecord, read_run
+from amfm.pretrain.report.goodput import measure_goodput
+from amfm.pretrain.report.numbers import count, duration
+from amfm.pretrain.report.verdict import judge_run
 
 Kind = Literal["lost", "restarted", "spike", "stalled", "done", "stopped", "failed"]
 POST_SECONDS = 10.0
@@ -201,9 +210,8 @@ class Exporter:
         if out.exists() or not checkpoint.is_dir():
             return
         out.parent.mkdir(exist_ok=True)
-        command = [sys.executable, "-P", "-m", "amfm.launch", "export", str(checkpoint), str(out)]
         process = subprocess.Popen(
-            ["nice", "-n", "19", *command],
+            ["nice", "-n", "19", *rank_command(["export", str(checkpoint), str(out)])],
             env=os.environ | OUT_OF_THE_WAY,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -287,3 +295,36 @@ def following(config: RunConfig) -> Iterator[None]:
         thread.join(LEAVING_SECONDS)
         for follower in followers:
             follower.leave(newest[0] if newest else None)
+
+
+def conclude(run_dir: Path, code: int) -> list[str]:
+    """Lines that end a training; none where it continues with other ranks, or before the first step."""
+    followed = FollowedRun(run_dir)
+    seen = followed.poll()
+    if code == NEXT_LAYOUT or not followed.has_steps:
+        return []
+    record = read_run(run_dir)
+    lines = [sum_up(record), judge_run(followed, seen, record).words()]
+    saved = newest_saved_step(run_dir)
+    place = shlex.quote(str(run_dir))
+    if saved >= 0:
+        lines.append(f"checkpoint: {run_dir / 'checkpoints' / checkpoint_name(saved)}")
+        lines += [f"next: amfm report {place}", f"next: amfm export {place} {shlex.quote(f'{run_dir}-export')}"]
+    return [printable(line) for line in lines]
+
+
+def sum_up(record: RunRecord) -> str:
+    """Steps, tokens, time, and the lowest validation loss."""
+    use, tokens = measure_goodput(record), record.last("tokens")
+    parts = [f"{record.last_step():,} of {record.num_steps:,} steps"]
+    if tokens is not None:
+        parts.append(f"{count(tokens)} tokens")
+    text = ", ".join(parts)
+    if use is not None:
+        text += f" in {duration(use.held())} ({use.share():.0%} in steps)"
+    steps, losses = record.series("validation_loss")
+    if losses:
+        best = min(range(len(losses)), key=losses.__getitem__)
+        text += f"; validation {losses[-1]:.4f}"
+        text += ", its best" if losses[best] == losses[-1] else f", best {losses[best]:.4f} at step {steps[best]:,}"
+    return text

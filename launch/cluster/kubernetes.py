@@ -62,7 +62,7 @@ def shell(config: RunConfig, command: Sequence[str], raw: str = "") -> list[str]
 def pod_of(config: RunConfig, container: dict[str, Any], ranks: int, *, gpus: bool) -> dict[str, Any]:
     """The specification of a pod that has a node's GPUs, the claim, and enough shared memory: 64 MB are the default."""
     settings = config.launch.kubernetes
-    variables = check_variables(config.launch.environment, "launch.environment")
+    variables = check_variables(config.launch.environment)
     env = [*container.get("env", []), *({"name": name, "value": text} for name, text in variables.items())]
     volumes: list[dict[str, Any]] = [
         {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": settings.shared_memory}}
@@ -193,6 +193,6 @@ def make_task(config: RunConfig, arguments: list[str], nodes: int, ranks: int, g
     if settings.bucket is not None:
         task["file_mounts"] = {settings.mount: {"source": settings.bucket, "mode": "MOUNT"}}
     if config.launch.environment:
-        task["envs"] = check_variables(config.launch.environment, "launch.environment")
+        task["envs"] = check_variables(config.launch.environment)
     task["run"] = f"cd {shlex.quote(settings.mount)} && {shell(config, command, raw)[2]}\n"
     return task

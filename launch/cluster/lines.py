@@ -41,12 +41,14 @@ def shell_line(steps: Sequence[Sequence[str] | str]) -> str:
     return " && ".join(step if isinstance(step, str) else shlex.join(step) for step in steps)
 
 
-def check_variables(variables: Mapping[str, str], what: str) -> dict[str, str]:
-    """Return environment variables unchanged. Raises ValueError for a name or a value that a shell would take apart."""
+def check_variables(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return `launch.environment` unchanged. Raises ValueError for a name or a value that a shell would take apart."""
     for name, value in variables.items():
         if not VARIABLE.fullmatch(name):
-            raise ValueError(f"{what} names {name!r}, and a variable has letters, digits and _ only; rename it")
-        plain(value, f"{what}.{name}")
+            raise ValueError(
+                f"launch.environment names {name!r}, and a variable has letters, digits and _ only; rename it"
+            )
+        plain(value, f"launch.environment.{name}")
     return dict(variables)
 
 

@@ -86,7 +86,7 @@ def write_script(
     if config.launch.setup:
         body.append(config.launch.setup)
     body.append(shell_line([["exec", *rank_command(arguments)]]))
-    variables = check_variables(config.launch.environment, "launch.environment")
+    variables = check_variables(config.launch.environment)
     log = node_log(config.run.dir, 0, "%n", job="JOB").absolute()
     srun = shlex.join(with_variables(variables, srun_command(config, rank_arguments, log, nodes, ranks_per_node)))
     remark = ["# The last line starts, for each attempt with its own number in the name of the logs:", f"#   {srun}"]
@@ -191,7 +191,7 @@ class Allocation:
     def __init__(self, config: RunConfig, arguments: Sequence[str], *, ranks_per_node: int) -> None:
         self.config, self.arguments, self.ranks_per_node = config, list(arguments), ranks_per_node
         self.job = os.environ["SLURM_JOB_ID"]
-        self.variables = check_variables(config.launch.environment, "launch.environment")
+        self.variables = check_variables(config.launch.environment)
         self.excluded = ExcludedNodes(Path(config.run.dir))
         self.checked: list[str] = []  # for the attempt to come
         self.ports: dict[str, int] = {}  # free ones, by node

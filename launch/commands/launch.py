@@ -218,7 +218,7 @@ def launch_torchrun(
     from amfm.launch.cluster.torchrun import run_here, torchrun_command
     from amfm.pretrain.stages import fresh_starts
 
-    environment = check_variables(config.launch.environment, "launch.environment")
+    environment = check_variables(config.launch.environment)
     host, _, port = (master or "").partition(":")
     if port and not (port.isdecimal() and 0 < int(port) < 2**16):
         raise ValueError(
@@ -324,7 +324,7 @@ def launch_ray(
     """Run ranks as actors of a Ray cluster, under supervision. Returns the exit code, or what a dry run shows."""
     from amfm.launch.cluster.lines import check_variables, with_variables
 
-    environment = check_variables(config.launch.environment, "launch.environment")
+    environment = check_variables(config.launch.environment)
     gpus = count_gpus() > 0
     if dry_run:
         what = (

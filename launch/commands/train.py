@@ -65,7 +65,7 @@ def train(
         starts_ranks = nproc > 1 or (not is_rank and bool(fresh_starts(config)))
         if not starts_ranks:
             from amfm.pretrain.train import train as train_run
-    from amfm.launch.follow_run import following
+    from amfm.launch.follow_run import conclude, following
 
     if starts_ranks:
         from amfm.launch.cluster.local import run_layouts
@@ -87,8 +87,6 @@ def train(
         except SystemExit as error:  # of a plug-in while the run started: not what the shell is to see
             raise RuntimeError(describe_exit(error)) from error
         if is_first:
-            from amfm.launch.conclusion import conclude
-
             for line in conclude(Path(config.run.dir), code):
                 say(f"amfm train: {line}")
     if as_json and is_first:

@@ -63,20 +63,20 @@ def watch(
         )
     run = FollowedRun(run_dir)
     verdicts = Verdicts(run)
-    if prometheus is not None:
-        serve_metrics(verdicts, prometheus)
-    elif otlp is not None:
-        post_metrics(verdicts, otlp)
-    elif as_json:
-        seen = run.final()
-        verdict = verdicts.of(seen)
-        print_json(run.to_json(seen) | {"health": verdict and verdict.to_json()})
-    else:
-        try:
+    try:
+        if prometheus is not None:
+            serve_metrics(verdicts, prometheus)
+        elif otlp is not None:
+            post_metrics(verdicts, otlp)
+        elif as_json:
+            seen = run.final()
+            verdict = verdicts.of(seen)
+            print_json(run.to_json(seen) | {"health": verdict and verdict.to_json()})
+        else:
             show_live(verdicts, stays=stay)
-        except KeyboardInterrupt:
-            say(f"amfm: no longer watching {run_dir}; the run is not touched")
-            raise typer.Exit(INTERRUPTED) from None
+    except KeyboardInterrupt:
+        say(f"amfm: no longer watching {run_dir}; the run is not touched")
+        raise typer.Exit(INTERRUPTED) from None
     needs_a_look = strict and verdicts.newest is not None and bool(verdicts.newest.findings)
     raise typer.Exit(RUN_FAILED if run.state in ("failed", "lost") or needs_a_look else DONE)
 
@@ -99,11 +99,7 @@ def serve_metrics(verdicts: Verdicts, address: str) -> None:
         say(
             f"amfm: {run.directory} at http://{server.server_address[0]!s}:{server.server_address[1]}/metrics; Ctrl-C ends"
         )
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            say(f"amfm: no longer watching {run.directory}; the run is not touched")
-            raise typer.Exit(INTERRUPTED) from None
+        server.serve_forever()
 
 
 def post_metrics(verdicts: Verdicts, address: str) -> None:
@@ -118,22 +114,18 @@ def post_metrics(verdicts: Verdicts, address: str) -> None:
     if not address.startswith(("http://", "https://")):
         raise ValueError(f"--otlp {address} must be an http(s) URL, such as http://localhost:4318/v1/metrics")
     run, is_said = verdicts.run, False
-    try:
-        while True:
-            content = json.dumps(describe_otlp(verdicts)).encode()
-            request = urllib.request.Request(address, content, {"Content-Type": "application/json"})
-            try:
-                urllib.request.urlopen(request, timeout=POST_SECONDS).close()
-            except (OSError, HTTPException) as error:
-                if not is_said:
-                    say(f"amfm: warning: {address} does not accept metrics ({error}); trying on")
-                is_said = True
-            if run.state not in ("running", "waiting"):
-                return
-            time.sleep(POST_SECONDS)
-    except KeyboardInterrupt:
-        say(f"amfm: no longer watching {run.directory}; the run is not touched")
-        raise typer.Exit(INTERRUPTED) from None
+    while True:
+        content = json.dumps(describe_otlp(verdicts)).encode()
+        request = urllib.request.Request(address, content, {"Content-Type": "application/json"})
+        try:
+            urllib.request.urlopen(request, timeout=POST_SECONDS).close()
+        except (OSError, HTTPException) as error:
+            if not is_said:
+                say(f"amfm: warning: {address} does not accept metrics ({error}); trying on")
+            is_said = True
+        if run.state not in ("running", "waiting"):
+            return
+        time.sleep(POST_SECONDS)
 
 
 def show_live(verdicts: Verdicts, *, stays: bool) -> None:

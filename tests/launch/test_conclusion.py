@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from amfm.launch.conclusion import conclude
+from amfm.launch.follow_run import conclude
 from amfm.pretrain.launcher_protocol import DONE, NEXT_LAYOUT
 from tests.pretrain.report.test_report import line, make_run
 
