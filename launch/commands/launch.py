@@ -215,7 +215,7 @@ def launch_torchrun(
     """
     from amfm.launch.cluster.hosts import HERE, RemoteHosts, read_hosts
     from amfm.launch.cluster.lines import check_variables, with_variables
-    from amfm.launch.cluster.torchrun import run_here, torchrun_command
+    from amfm.launch.cluster.local import run_here, torchrun_command
     from amfm.pretrain.stages import fresh_starts
 
     environment = check_variables(config.launch.environment)

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 import amfm
-from amfm.launch.cluster.local import run_command
-from amfm.launch.cluster.torchrun import run_here, torchrun_command
+from amfm.launch.cluster.local import run_command, run_here, torchrun_command
 from amfm.launch.rank_command import rank_command
 
 SOURCE = Path(amfm.__path__[0]).parent

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from amfm.launch.cli import run
-from amfm.launch.cluster import torchrun
+from amfm.launch.cluster import local
 from amfm.launch.cluster.links import listen
-from amfm.launch.cluster.torchrun import run_here
+from amfm.launch.cluster.local import run_here
 from amfm.pretrain.config.file import resolved_yaml
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.startup.log import find_restart_cause
@@ -89,9 +89,9 @@ def test_a_port_that_is_taken_on_the_first_node_is_said_with_another_one() -> No
 def test_a_torchrun_that_starts_no_ranks_is_said_and_ended(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(torchrun, "POLL_SECONDS", 0.05)
-    monkeypatch.setattr(torchrun, "SILENT_SECONDS", 0.0)
-    monkeypatch.setattr(torchrun, "MEETING_SECONDS", 0.2)
+    monkeypatch.setattr(local, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(local, "SILENT_SECONDS", 0.0)
+    monkeypatch.setattr(local, "MEETING_SECONDS", 0.2)
     waiting = [sys.executable, "-c", "import time; time.sleep(900)"]
     assert run_here(waiting, node_rank=1, master="first", port=1) == 3
     said = capsys.readouterr().err
