@@ -10,6 +10,7 @@ import torch
 import yaml
 from amfm_simulate import trace
 from amfm_simulate.tracer import Tracer
+from amfm_simulate.verbs import PlanTrace
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from amfm.launch.cli import run
@@ -86,3 +87,10 @@ def test_a_mixer_whose_operation_has_no_fake_function_ends_the_command(backend, 
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 2, done.stderr
     assert "{blind}, which cannot be planned" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_trace_without_triton_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    PlanTrace(None, None, None)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ValueError, match="need Triton, which is not installed; pip install triton"):
+        PlanTrace(None, None, None)
