@@ -208,13 +208,6 @@ def test_a_program_outside_is_typed(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_importing_amfm_imports_nothing_and_building_warns_of_nothing() -> None:
-    program = f"import amfm, sys; print(len([n for n in sys.modules if n.split('.')[0] in ('torch', 'pydantic')])); amfm.build({MODEL!r})"
-    command = [sys.executable, "-W", "default", "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE_SECONDS)
-    assert done.stdout.strip() == "0" and done.stderr == ""
-
-
 def test_names_that_are_not_there_are_attribute_errors() -> None:
     with pytest.raises(AttributeError, match=r"amfm.*no attribute 'bild'"):
         _ = amfm.bild  # type: ignore[attr-defined]

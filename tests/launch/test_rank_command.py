@@ -35,8 +35,13 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_local_ranks_and_torchruns_ranks_are_apart_from_the_working_directory(planted: Path) -> None:
+def test_local_ranks_are_apart_from_the_working_directory(planted: Path) -> None:
     assert run_command(rank_command(["--help"]), 1) == 0
+
+
+@pytest.mark.slow
+def test_torchruns_ranks_are_apart_from_the_working_directory(planted: Path) -> None:
+    """Quick, by its source: `test_every_process_of_ours_is_started_apart_from_the_working_directory`."""
     of_one = {"nodes": 1, "ranks_per_node": 1, "node_rank": 0, "master": "localhost", "port": 0, "max_restarts": 0}
     assert run_here(torchrun_command(["--help"], **of_one), node_rank=0, master="localhost", port=of_one["port"]) == 0
 

@@ -13,6 +13,7 @@ from amfm.pretrain.checks.check_run import check_run
 from amfm.pretrain.config.schema import ParallelConfig
 from amfm.pretrain.hooks.tasks import Tasks, build_scorer, generation_problem
 from amfm.pretrain.monitor.signals import SignalWatch
+from amfm.pretrain.report.report import write_report
 from amfm.pretrain.start import close_run, start_run
 from amfm.pretrain.tasks.scoring import Likelihood, LikelihoodJob
 from amfm.pretrain.tasks.suite import TaskChoice, evaluate_tasks, open_suite
@@ -42,7 +43,9 @@ def with_tasks(folder: Path, **changes: Any) -> dict[str, Any]:
     return {f"evaluate__{name}": value for name, value in settings.items()}
 
 
-def test_a_run_logs_its_tasks_and_trains_as_without_them(data: DataConfig, folder: Path, tmp_path: Path) -> None:
+def test_a_run_logs_its_tasks_which_its_report_shows_and_trains_as_without_them(
+    data: DataConfig, folder: Path, tmp_path: Path
+) -> None:
     assert train(tiny_config(data, tmp_path / "plain")) == 0
     assert train(tiny_config(data, tmp_path / "tasks_too", **with_tasks(folder))) == 0
     plain, measured = read_metrics(tmp_path / "plain"), read_metrics(tmp_path / "tasks_too")
@@ -55,6 +58,10 @@ def test_a_run_logs_its_tasks_and_trains_as_without_them(data: DataConfig, folde
     ]
     again = evaluate_tasks(tmp_path / "tasks_too", TaskChoice(NAMES))
     assert again == pytest.approx(measured[-1]["tasks"], rel=1e-5)
+    measured[1]["tasks"], measured[3]["tasks"] = {"quiz/acc": 0.25, "quiz/perplexity": 9.5}, {"quiz/acc": 0.5}
+    (tmp_path / "tasks_too" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in measured))
+    page = write_report([tmp_path / "tasks_too"]).read_text()
+    assert "lm-eval on the model as it trains." in page and "quiz/perplexity" in page and "<td>0.25</td>" in page
 
 
 def test_each_forward_pass_of_a_task_is_progress_to_the_watchdog(
@@ -182,15 +189,3 @@ def test_generation_is_refused_where_ranks_share_the_tokens_of_a_row(
     data: DataConfig, folder: Path, tmp_path: Path
 ) -> None:
     run_ranks(refuse_generation, data, str(tmp_path), num_ranks=2)
-
-
-def test_tasks_of_a_run_stand_in_its_report(data: DataConfig, folder: Path, tmp_path: Path) -> None:
-    from amfm.pretrain.report.report import write_report
-
-    assert train(tiny_config(data, tmp_path / "run")) == 0
-    path = tmp_path / "run" / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    lines[1]["tasks"], lines[3]["tasks"] = {"quiz/acc": 0.25, "quiz/perplexity": 9.5}, {"quiz/acc": 0.5}
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    page = write_report([tmp_path / "run"]).read_text()
-    assert "lm-eval on the model as it trains." in page and "quiz/perplexity" in page and "<td>0.25</td>" in page

@@ -57,15 +57,20 @@ def test_the_environment_may_set_another_priority_of_actors(alone_with_ray: None
     assert priorities(os.environ | {"RAY_worker_niceness": "7"}, tmp_path) == f"nice {min(os.nice(0) + 7, 19)}"
 
 
-@pytest.mark.parametrize("num_actors", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_actors", [1, 3])
 def test_ray_writes_the_same_bytes_with_any_number_of_actors(reference, ray_session, tmp_path, num_actors):
+    """Quick, of two actors: `test_killed_actors_lose_and_duplicate_nothing`."""
     config = elsewhere(reference, tmp_path, num_actors=num_actors)
     seen = []
-    report = prepare(config, progress=seen.append, runner=run_on_ray)
+    assert_whole(prepare(config, progress=seen.append, runner=run_on_ray), seen[-1], config, reference)
+
+
+def assert_whole(report, last, config, reference):
+    """What was written is the reference's store, and what is said of it."""
     assert contents(config.store) == contents(reference.store)
-    assert report.units_written == report.units_total == seen[-1].units_done > 6
+    assert report.units_written == report.units_total == last.units_done > 6
     assert report.identity == TokenStore.open(reference.store).identity()
-    last = seen[-1]
     assert last.documents == 600 and last.eta_seconds == 0
     assert last.documents_per_second > 0 and last.megabytes_per_second > 0 and last.tokens_per_second > 0
     assert prepare(config).units_written == 0
@@ -73,19 +78,20 @@ def test_ray_writes_the_same_bytes_with_any_number_of_actors(reference, ray_sess
 
 def test_killed_actors_lose_and_duplicate_nothing(reference, ray_session, tmp_path):
     config = elsewhere(reference, tmp_path, num_actors=2)
-    killed = []
+    killed, seen = [], []
 
     def kill_one(progress):
-        if len(killed) < 2:
+        seen.append(progress)
+        if not killed:
             for pid in actor_pids():
                 if is_descendant(pid, os.getpid()):
                     os.kill(pid, signal.SIGKILL)
                     killed.append(pid)
                     break
 
-    prepare(config, progress=kill_one)
+    report = prepare(config, progress=kill_one)
     assert killed
-    assert contents(config.store) == contents(reference.store)
+    assert_whole(report, seen[-1], config, reference)
 
 
 # The node's program begins 45 s after its process; Ray itself waits 30 s for it.

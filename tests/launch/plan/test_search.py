@@ -15,11 +15,11 @@ from tests.launch.plan.presets import CONFIGS, H100, preset
 
 
 def test_a_search_has_each_layout_once_as_it_is_estimated_alone(capsys):
-    small = ["train.global_batch_size=8", "model.pattern=(*E)x8"]  # two kinds of blocks to measure
-    arguments = ["plan", str(CONFIGS / "ladder_1b_a300m.yaml"), "--gpus", "4", "--search", "--json", *small]
+    small = ["train.global_batch_size=4", "model.pattern=(*E)x4"]  # two kinds of blocks to measure
+    arguments = ["plan", str(CONFIGS / "ladder_1b_a300m.yaml"), "--gpus", "2", "--search", "--json", *small]
     assert run(arguments) == 0
     found = json.loads(capsys.readouterr().out)
-    assert_once_and_as_alone(found, preset("ladder_1b_a300m", *small), 4, found["layouts"][:2])
+    assert_once_and_as_alone(found, preset("ladder_1b_a300m", *small), 2, found["layouts"][:2])
     assert {item["parallel"].get("schedule", "1f1b") for item in found["layouts"]} > {"1f1b"}
     why = {entry["what"]: entry for entry in found["left_out"]}
     assert why["parallel.offload_optimizer"]["count"] is None

@@ -14,7 +14,7 @@ from tests.helpers.processes.zygote import BARE, run_program
 
 @pytest.fixture(autouse=True)
 def verify_in_forks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process of which nothing of ours is on the path, as the fresh one; `test_export.py` has a test with that."""
+    """A process of which nothing of ours is on the path, as the fresh one; `test_export.py` has slow tests with that."""
 
     def run(command: list[str], *, cwd: Path, **_: Any) -> object:
         return run_program(command, cwd=cwd, zygote=BARE)

@@ -47,10 +47,7 @@ def load_with_transformers(folder: Path):
     return model
 
 
-def test_a_trained_run_exports_with_equal_logits_on_validation_text(
-    data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(export, "subprocess", subprocess)  # verified as users do, in a fresh interpreter
+def test_a_trained_run_exports_with_equal_logits_on_validation_text(data: DataConfig, tmp_path: Path) -> None:
     assert train(tiny_config(data, tmp_path / "run")) == 0
     report = export_checkpoint(tmp_path / "run", tmp_path / "out")
     assert report.class_name == "NemotronHForCausalLM"
@@ -71,17 +68,22 @@ def test_a_trained_run_exports_with_equal_logits_on_validation_text(
     assert generation["eos_token_id"] == read_weights(tmp_path / "run").tokenizer.eos_id
 
 
-@pytest.mark.parametrize(
-    "target", [pytest.param(name, marks=pytest.mark.slow) for name in ("own", "granitemoehybrid", "qwen3_next")]
-)
-def test_other_targets_are_proved_in_a_fresh_process(data: DataConfig, tmp_path: Path, target: str) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("target", MODELS)
+def test_each_target_is_proved_in_a_fresh_process(
+    data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    """As users do. Quick, by the same program in a fork: `test_a_trained_run_exports_with_equal_logits_on_validation_text`, and
+    `test_an_export_with_registered_mixers_is_proved_generates_and_comes_back` for the target own.
+    """
+    monkeypatch.setattr(export, "subprocess", subprocess)
     report = export_checkpoint(weights_folder(data, tmp_path / "weights", target), tmp_path / "out")
     assert report.target == target
     assert report.max_logit_difference is not None and report.max_logit_difference <= LOGIT_TOLERANCE
     assert report.same_argmax
 
 
-# The quick verification of the target own in a fresh process is in tests/pretrain/export/test_modeling_mixers.py.
+# The quick verification of the target own is in tests/pretrain/export/test_modeling_mixers.py.
 @pytest.mark.parametrize("target", ["own", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_the_card_says_why_a_target_was_taken(data: DataConfig, tmp_path: Path, target: str) -> None:
     report = export_checkpoint(weights_folder(data, tmp_path / "weights", target), tmp_path / "out", verify=False)

@@ -257,7 +257,7 @@ def test_a_gpt_oss_with_biases_everywhere_is_read_trained_on_and_written(data: D
     trained = read_weights(tmp_path / "run").state
     biases = [name for name in trained if name.endswith("bias")]
     assert len(biases) == 2 + 4 + 2 * 2 and all(not torch.equal(trained[name], weights.state[name]) for name in biases)
-    export_checkpoint(tmp_path / "run", tmp_path / "written")
+    export_checkpoint(tmp_path / "run", tmp_path / "written", verify=False)
     import_huggingface(tmp_path / "written", tmp_path / "back")
     back = read_weights(tmp_path / "back").state
     assert all(torch.equal(back[name], trained[name]) for name in trained)

@@ -16,6 +16,7 @@ from amfm.model.config.rope import YarnStretch
 from amfm.model.config.schema import ModelConfig
 from amfm.model.huggingface.classes import TokenIds, huggingface_config, model_config_from_huggingface, weight_map
 from amfm.model.hybrid import HybridModel
+from amfm.model.packing import PackMeta
 from amfm.pretrain.export.export import LOGIT_TOLERANCE, export_checkpoint
 from amfm.pretrain.export.import_huggingface import import_huggingface
 from amfm.pretrain.export.modeling_template.blocks_amfm import BIAS_CHANNELS
@@ -213,7 +214,7 @@ def rare_model() -> dict[str, Any]:
     }
 
 
-def test_an_export_is_verified_generates_and_comes_back(data: DataConfig, tmp_path) -> None:
+def test_an_export_has_our_logits_generates_and_comes_back(data: DataConfig, tmp_path) -> None:
     from transformers import AutoModelForCausalLM
 
     from amfm.pretrain.inference.generate import Sampling, generate_tokens
@@ -227,9 +228,8 @@ def test_an_export_is_verified_generates_and_comes_back(data: DataConfig, tmp_pa
             weight[..., -BIAS_CHANNELS] = 0.3 * torch.randn(weight.shape[:2], generator=generator)
     (tmp_path / "weights").mkdir()
     write_weights(tmp_path / "weights", weights)
-    report = export_checkpoint(tmp_path / "weights", tmp_path / "out")
+    report = export_checkpoint(tmp_path / "weights", tmp_path / "out", verify=False)
     assert report.target == "own"
-    assert report.max_logit_difference is not None and report.max_logit_difference <= LOGIT_TOLERANCE
     card = (tmp_path / "out" / "README.md").read_text()
     assert "The loss of an indexer is not part of this class" in card
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, trust_remote_code=True)
@@ -238,6 +238,10 @@ def test_an_export_is_verified_generates_and_comes_back(data: DataConfig, tmp_pa
     assert router.weight.dtype == router.bias.dtype == torch.float32
     assert rounded(torch.tensor([[5, 6, 7, 8, 9, 10, 11]])).logits.isfinite().all()
     prompt = weights.tokenizer.encode("A man said what a word is worth.")[:11]
+    with torch.no_grad():
+        their_logits = theirs(torch.tensor([prompt])).logits
+        our_logits = weights.build()(torch.tensor([prompt]), PackMeta.one_document_a_row(1, len(prompt))).logits_BTV
+    assert (their_logits - our_logits).abs().max() <= LOGIT_TOLERANCE
     ours = list(generate_tokens(weights.build(), prompt, 16, Sampling(temperature=0)))
     settings = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
     assert theirs.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist() == ours

@@ -53,12 +53,12 @@ def test_shorter_rows_predict_the_same_tokens_with_less_context(data: DataConfig
     whole = evaluate_checkpoint(folder, store=data.store, sequence_length=100_000)
     seen: list[tuple[int, int]] = []
     rows = evaluate_checkpoint(
-        folder, store=data.store, sequence_length=7, rows_at_once=3, progress=lambda *now: seen.append(now)
+        folder, store=data.store, sequence_length=23, rows_at_once=3, progress=lambda *now: seen.append(now)
     )
     assert rows.tokens == whole.tokens
     assert rows.loss != whole.loss
     assert seen[-1][0] == rows.tokens <= seen[-1][1]
-    same = evaluate_checkpoint(folder, store=data.store, sequence_length=7, rows_at_once=1)
+    same = evaluate_checkpoint(folder, store=data.store, sequence_length=23, rows_at_once=1)
     assert same.loss == pytest.approx(rows.loss, rel=1e-6)
 
 

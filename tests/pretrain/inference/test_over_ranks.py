@@ -88,11 +88,17 @@ def measure_layouts(folder: str, layouts: tuple[dict[str, int], ...]) -> list[tu
     return found
 
 
-def test_two_ranks_of_any_layout_find_what_one_rank_finds(data: DataConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "layouts",
+    [({"tensor": 2, "expert": 2},), pytest.param(({"expert": 2}, {"tensor": 2}), marks=pytest.mark.slow)],
+    ids=["both", "each"],
+)
+def test_two_ranks_of_any_layout_find_what_one_rank_finds(
+    data: DataConfig, tmp_path: Path, layouts: tuple[dict[str, int], ...]
+) -> None:
     train_and_write_tasks(data, tmp_path)
     text, part, tasks, said = measure(str(tmp_path), 1)
     assert not said
-    layouts = ({"expert": 2}, {"tensor": 2}, {"tensor": 2, "expert": 2})
     both = run_ranks(measure, str(tmp_path), 2, num_ranks=2)
     assert both[0][3][0].startswith("2 ranks in float32: tensor 1, expert 1, data 2, because") and not both[1][3]
     for own in both:

@@ -160,7 +160,10 @@ def test_plot_colours_follow_the_theme(page):
     assert "prefers-color-scheme: dark" in page
 
 
-@pytest.mark.parametrize(("suffix", "begins"), [("svg", b"<?xml"), ("png", b"\x89PNG"), ("pdf", b"%PDF")])
+@pytest.mark.parametrize(
+    ("suffix", "begins"),
+    [("svg", b"<?xml"), ("png", b"\x89PNG"), pytest.param("pdf", b"%PDF", marks=pytest.mark.slow)],
+)
 def test_a_picture_has_the_curves_and_the_size_of_the_run(tmp_path, suffix, begins):
     record = read_run(make_run(tmp_path, [line(step, validation_loss=3.0) for step in range(1, 30)]))
     path = tmp_path / f"run.{suffix}"
