@@ -46,34 +46,39 @@ def run_jobs(place: Path, jobs: dict[str, Any], rules: list[str]) -> dict[str, A
     return json.loads((place / "results.json").read_text())
 
 
-def jobs_under_faults(place: Path) -> tuple[dict[str, Any], list[str]]:
-    """An undisturbed run, then for each fault one that meets it and is started again without it; and the faults' rules."""
+def run_under_faults(place: Path, faults: dict[str, tuple[str, str, str, int]]) -> dict[str, Any]:
+    """An undisturbed run, then for each fault one that meets it and is started again without it."""
     rules, runs = [], {"straight": {"run": "straight", "settings": SETTINGS, "ranks": 1}}
-    for number, (operation, path, error, after) in enumerate(PASSING.values()):
+    for number, (operation, path, error, after) in enumerate(faults.values()):
         run = f"run{number}"
         rules.append(fault(operation, f"*/{run}/{path}", error, after=after, when=place / f"fault{number}.on"))
         runs[f"fault{number}"] = {"run": run, "settings": SETTINGS, "ranks": 1}
         runs[f"again{number}"] = {"run": run, "settings": SETTINGS, "ranks": 1}
-    return {"data": tiny_data(place / "data").model_dump(mode="json"), "runs": runs}, rules
+    jobs = {"data": tiny_data(place / "data").model_dump(mode="json"), "runs": runs}
+    return run_jobs(place, jobs, rules)
 
 
-@pytest.mark.slow
-def test_every_passing_fault_of_the_storage_ends_with_3_and_loses_nothing(tmp_path: Path) -> None:
-    """Quick: a write that fails in tests/pretrain/test_train.py,
-    `test_a_background_save_that_fails_ends_the_run_before_the_next_save`; a start after that in
-    tests/faults/test_kill_anywhere.py, `test_a_run_that_is_killed_ends_in_the_same_weights`.
-    """
-    results = run_jobs(tmp_path, *jobs_under_faults(tmp_path))
-    losses = {line["step"]: line["loss"] for line in read_metrics(tmp_path / "straight")}
+def check_survived(place: Path, results: dict[str, Any], faults: dict[str, tuple[str, str, str, int]]) -> None:
+    losses = {line["step"]: line["loss"] for line in read_metrics(place / "straight")}
     assert results["straight"]["codes"] == [0] and len(losses) == SETTINGS["train__steps"]
-    for number, name in enumerate(PASSING):
-        run_dir = tmp_path / f"run{number}"
+    for number, name in enumerate(faults):
+        run_dir = place / f"run{number}"
         outcome = results[f"fault{number}"]
         assert outcome["codes"] == [RUN_FAILED], (name, outcome)
         assert str(run_dir) in outcome["said"][0], (name, outcome)
         assert results[f"again{number}"] == {"codes": [0], "said": [""]}, (name, results[f"again{number}"])
         assert {line["step"]: line["loss"] for line in read_metrics(run_dir)} == losses, name
         assert all(event["path"] == f"step-{event['step']:08d}" for event in read_events(run_dir, "checkpoint")), name
+
+
+def test_a_passing_fault_of_the_storage_ends_with_3_and_loses_nothing(tmp_path: Path) -> None:
+    faults = {name: PASSING[name] for name in ("broken checkpoint disk",)}
+    check_survived(tmp_path, run_under_faults(tmp_path, faults), faults)
+
+
+@pytest.mark.slow
+def test_every_passing_fault_of_the_storage_ends_with_3_and_loses_nothing(tmp_path: Path) -> None:
+    check_survived(tmp_path, run_under_faults(tmp_path, PASSING), PASSING)
 
 
 @pytest.mark.slow

@@ -13,13 +13,8 @@ from amfm.launch.plan.plan import advise, plan_as_dict
 from amfm.model.flops import count_parameters
 from tests.launch.plan.presets import CONFIGS, PRESETS, ROOT, ZERO_ALONE, headers, plan_of, preset, preset_gpus
 
-# What makes these dear is made quickly for others: a pipeline of zigzags (turbos_560b), a few layers of attention.
-DEAR = ("turbos_560b_fp8", "jamba1.5_large_like")
 
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in DEAR else []) for name in PRESETS]
-)
+@pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_fits_on_its_own_cluster_and_says_what_is_planned(name):
     plan = plan_of(name, ranks=preset_gpus(name))
     assert plan.is_own
