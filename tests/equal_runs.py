@@ -209,7 +209,9 @@ def train_side(root: Path, work: Path, *stops: int, written: str = "") -> None:
     shutil.copyfile(__file__, metadata.parent / "side_program.py")  # ranks import by name what they run
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: amfm-envelope\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text("[amfm.hooks]\nenvelope = amfm_envelope.spec:SPEC\n")
-    paths = [root / "src", root, root / "examples" / "envelope", metadata.parent]
+    # The second package is what helpers of ranks count by; an older commit has it in launch/.
+    packages = [root / "examples" / name for name in ("envelope", "simulate")]
+    paths = [root / "src", root, *packages, metadata.parent]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
         "PYTHONSAFEPATH": "1",  # not the folder of this file, whose packages are named like those of before `amfm.*`
