@@ -155,11 +155,11 @@ def write_streams(streams_BTND: Tensor, weights_BTX: Tensor, y_BTD: Tensor) -> T
 
 def _compute(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """Compute a function of tensors, of which backward passes keep only the tensors, as they are."""
-    found: Tensor = _Again.apply(function, *tensors)
+    found: Tensor = _Recomputing.apply(function, *tensors)
     return found
 
 
-class _Again(torch.autograd.Function):
+class _Recomputing(torch.autograd.Function):
     """Compute, and compute again for the gradients: a pass over the streams, which would keep n D float32 numbers per token."""
 
     @staticmethod
@@ -175,5 +175,5 @@ class _Again(torch.autograd.Function):
         """Compute again, with a graph, and differentiate that."""
         tensors = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
         with torch.enable_grad():
-            again = ctx.function(*tensors)
-        return None, *torch.autograd.grad(again, tensors, gradient)
+            recomputed = ctx.function(*tensors)
+        return None, *torch.autograd.grad(recomputed, tensors, gradient)
