@@ -157,8 +157,8 @@ class MoeMixer(Mixer):
     def steps(self, x_BTD: Tensor, meta: PackMeta) -> Generator[None, None, MixerOutput]:
         """Mix as `forward` does, pausing when rows have set out to their experts, and when sums have set out back."""
         logits_RE, routing, chosen = self._choose(x_BTD, meta)
-        way = self._way(x_BTD, chosen)
-        sums_RD, shared_BTD = yield from dispatch_steps(**way)
+        arguments = self._dispatch_arguments(x_BTD, chosen)
+        sums_RD, shared_BTD = yield from dispatch_steps(**arguments)
         return self._finish(x_BTD, meta, logits_RE, routing, self._widen(x_BTD, sums_RD, chosen), shared_BTD)
 
     def _choose(self, x_BTD: Tensor, meta: PackMeta) -> tuple[Tensor, Routing, Choices]:
@@ -260,10 +260,10 @@ class MoeMixer(Mixer):
 
     def _dispatched(self, x_BTD: Tensor, chosen: Choices) -> tuple[Tensor, Tensor | None]:
         """Compute the same where experts are spread over ranks; the shared expert computes while rows are sent, half each way."""
-        sums_RD, shared_BTD = dispatch_feed_forward(**self._way(x_BTD, chosen))
+        sums_RD, shared_BTD = dispatch_feed_forward(**self._dispatch_arguments(x_BTD, chosen))
         return self._widen(x_BTD, sums_RD, chosen), shared_BTD
 
-    def _way(self, x_BTD: Tensor, chosen: Choices) -> DispatchArguments:
+    def _dispatch_arguments(self, x_BTD: Tensor, chosen: Choices) -> DispatchArguments:
         """What `dispatch_feed_forward` is given: this rank's rows, their choices, and the shared expert as the other work."""
         shared = self.shared
         narrow_BTD = x_BTD if self.latent_down is None else self.latent_down(x_BTD)

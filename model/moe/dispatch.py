@@ -143,13 +143,13 @@ class DispatchArguments(TypedDict):
 
 
 @disable_compile
-def dispatch_feed_forward(**way: Unpack[DispatchArguments]) -> tuple[Tensor, Any]:
+def dispatch_feed_forward(**arguments: Unpack[DispatchArguments]) -> tuple[Tensor, Any]:
     """Sum weight times expert over each token's choices, [R, D], and call the other work while rows are sent; returns both.
 
     Sums are in float32 at least. Four all-to-alls of rows at most, each once more in backward: out over `ep`, over `expt_tp` and
     back, home over `ep`.
     """
-    steps = dispatch_steps(**way)
+    steps = dispatch_steps(**arguments)
     while True:
         try:
             next(steps)
