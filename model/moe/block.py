@@ -10,7 +10,7 @@ A token's way through it:
    another one (capacity.py). Else nothing is ever dropped.
 4. Latent: with `latent_size` the token is projected down before it goes to the routed experts.
 5. Dispatch: the token's k copies reach their experts. Where every rank has a part of each expert (`_routed`) they are
-   sorted by expert; where experts are spread over `groups.ep` (`_dispatched`) rows are sent by all-to-all (dispatch.py),
+   sorted by expert; where experts are spread over `groups.ep` (`_dispatch`) rows are sent by all-to-all (dispatch.py),
    while the shared expert computes.
 6. Experts: each is its own feed-forward. The k results are summed by weight in float32, and projected up again.
    With `bias` a row has further channels, the first of which is 1, so that the bias of gate and up is a column of their
@@ -138,7 +138,7 @@ class MoeMixer(Mixer):
         of `groups.tp`, `groups.cp`, `groups.ep` and `groups.expt_tp` must call.
         """
         logits_RE, routing, chosen = self._choose(x_BTD, meta)
-        compute = self._dispatched if self.travels else self._routed
+        compute = self._dispatch if self.travels else self._routed
         return self._finish(x_BTD, meta, logits_RE, routing, *compute(x_BTD, chosen))
 
     @property
@@ -258,7 +258,7 @@ class MoeMixer(Mixer):
             y_BTD = self.latent_up(y_BTD)
         return y_BTD, None if self.shared is None else self._gate_shared(x_BTD, self.shared(x_BTD))
 
-    def _dispatched(self, x_BTD: Tensor, chosen: Choices) -> tuple[Tensor, Tensor | None]:
+    def _dispatch(self, x_BTD: Tensor, chosen: Choices) -> tuple[Tensor, Tensor | None]:
         """Compute the same where experts are spread over ranks; the shared expert computes while rows are sent, half each way."""
         sums_RD, shared_BTD = dispatch_feed_forward(**self._dispatch_arguments(x_BTD, chosen))
         return self._widen(x_BTD, sums_RD, chosen), shared_BTD
