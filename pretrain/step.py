@@ -93,7 +93,7 @@ def accumulate_gradients(
                 sums.add(output)
         run.clock("reduce")
         # Still inside `accumulate`: a step to be skipped must be poisoned before gradients are reduced.
-        report = sums.reduce(run.parallel, counts, gather_news(run))
+        report = sums.reduce(run.parallel, counts, gather_status(run))
         anomaly = judge_loss(report.loss, run.progress.recent_losses, run.config.health)
         is_spike = anomaly is not None and run.config.health.on_spike == "skip"
         if is_spike or (capacity is not None and capacity.was_short(report.missed)):
@@ -163,17 +163,17 @@ def conclude(
         applied=outcome.applied,
         learning_rate=work.rate,
         seconds=time.perf_counter() - work.started,
-        signal=report.news.signal,
-        is_saving=report.news.is_saving,
+        signal=report.status.signal,
+        is_saving=report.status.is_saving,
         busy_seconds=run.phases.busy_seconds(),
         anomaly=anomaly,
         skip=skip,
-        damaged_samples=damaged_before(run) + report.news.damaged_samples,
+        damaged_samples=damaged_before(run) + report.status.damaged_samples,
         mtp_losses=report.depth_losses(),
     )
 
 
-def gather_news(run: Run) -> RankStatus:
+def gather_status(run: Run) -> RankStatus:
     """What only this rank knows, for the reduction at the end of a step."""
     damaged = len(run.loader.quarantined) - damaged_before(run) if reports_damage(run) else 0
     return RankStatus(run.signals.received, run.saver.is_writing(), damaged)

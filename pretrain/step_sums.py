@@ -37,7 +37,7 @@ class StepReport:
     """The sums of a step over all ranks, as numbers of the host; the same on every rank.
 
     tokens: valid ones, of the main loss and then of each MTP layer, at least 1. expert_counts: choices by expert
-    of each MoE block. news: the largest signal of any rank, whether some rank saves, the damaged samples of all data
+    of each MoE block. status: the largest signal of any rank, whether some rank saves, the damaged samples of all data
     ranks. missed: times that rows of spread experts had no place (`RowCapacity`).
     """
 
@@ -47,7 +47,7 @@ class StepReport:
     mtp_nll: list[float]
     tokens: list[int]
     expert_counts: dict[int, list[int]]
-    news: RankStatus
+    status: RankStatus
     missed: int
 
     @property
@@ -126,7 +126,7 @@ class StepSums:
         for block, counts_E in output.expert_counts.items():
             self.expert_counts[block] += counts_E
 
-    def reduce(self, parallel: Parallel, tokens: Tensor, news: RankStatus | None = None) -> StepReport:
+    def reduce(self, parallel: Parallel, tokens: Tensor, status: RankStatus | None = None) -> StepReport:
         """Sum over all ranks that saw other tokens or blocks, in float64, which is exact for counts, and read it.
 
         What only single ranks know is sent along, so that all stop, and all learn how a save ended, at the same step.
@@ -136,7 +136,7 @@ class StepSums:
         parts = [self.nll, self.z_loss, *self.auxiliary.values(), *self.mtp_nll]
         vectors = [torch.stack([part.double() for part in parts])]
         vectors += [counts_E.double() for counts_E in self.expert_counts.values()]
-        own = encode(news or RankStatus(), parallel)
+        own = encode(status or RankStatus(), parallel)
         capacity = parallel.groups.row_capacity
         of_each = own if capacity is None else torch.cat([own, capacity.missed.double().view(1)])
         summed = parallel.all_reduce_unique(torch.cat(vectors), of_each=of_each)
@@ -153,15 +153,15 @@ class StepSums:
         is_saving, damaged_samples = bool(next(taken)), int(next(taken))
         num_missed = 0 if capacity is None else int(next(taken))
         valid = [max(1, int(count)) for count in taken]
-        news = RankStatus(int(signal), is_saving, damaged_samples)
-        return StepReport(nll, z_loss, auxiliary, mtp_nll, valid, by_block, news, num_missed)
+        status = RankStatus(int(signal), is_saving, damaged_samples)
+        return StepReport(nll, z_loss, auxiliary, mtp_nll, valid, by_block, status, num_missed)
 
 
-def encode(news: RankStatus, parallel: Parallel) -> Tensor:
+def encode(status: RankStatus, parallel: Parallel) -> Tensor:
     """News of a rank as numbers that are summed: how many got each watched signal, how many save, damaged samples."""
     groups = parallel.groups
     reads_alone = groups.tp.rank() == groups.cp.rank() == groups.pp.rank() == 0  # of the ranks with the same samples
-    values = [*(news.signal == number for number in WATCHED), news.is_saving, news.damaged_samples * reads_alone]
+    values = [*(status.signal == number for number in WATCHED), status.is_saving, status.damaged_samples * reads_alone]
     vector = torch.zeros(len(values), dtype=torch.float64, device=parallel.device)
     for place, value in enumerate(values):
         if value:

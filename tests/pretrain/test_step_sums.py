@@ -32,8 +32,8 @@ def report_of_rank(tensor: int) -> tuple[StepReport, dict[int, list[int]]]:
         sums.auxiliary[name] += part
     for counts_E in sums.expert_counts.values():
         counts_E += torch.tensor([1, 2, 3, 2**40]) * part
-    news = [RankStatus(signal.SIGUSR1, False, 2), RankStatus(signal.SIGTERM, True, 5)][parallel.rank]
-    report = sums.reduce(parallel, torch.tensor([10, 0]), news)
+    status = [RankStatus(signal.SIGUSR1, False, 2), RankStatus(signal.SIGTERM, True, 5)][parallel.rank]
+    report = sums.reduce(parallel, torch.tensor([10, 0]), status)
     return report, {block: counts_E.tolist() for block, counts_E in sums.expert_counts.items()}
 
 
@@ -46,10 +46,10 @@ def test_all_ranks_read_the_sums_and_the_news_of_all(tensor: int, times: int) ->
     assert report.tokens == [10, 1]
     assert set(report.auxiliary.values()) == {float(times)} and len(report.auxiliary) == 2
     assert report.expert_counts == counts == {1: [times, 2 * times, 3 * times, 2**40 * times]}
-    assert report.news.signal == max(signal.SIGUSR1, signal.SIGTERM) and report.news.is_saving
+    assert report.status.signal == max(signal.SIGUSR1, signal.SIGTERM) and report.status.is_saving
     assert report.missed == (3 if tensor == 1 else 2), "of each rank its own"
     # Tensor ranks read the same samples.
-    assert report.news.damaged_samples == (7 if tensor == 1 else 2)
+    assert report.status.damaged_samples == (7 if tensor == 1 else 2)
 
 
 def test_micro_batches_add_up_by_hand_one_without_a_loss_among_them() -> None:
@@ -69,7 +69,7 @@ def test_micro_batches_add_up_by_hand_one_without_a_loss_among_them() -> None:
     assert [float(loss) for loss in sums.micro_losses] == [3.5, 6.0]
     report = sums.reduce(parallel, torch.tensor([20, 7]))
     assert (report.loss, report.z_loss, report.depth_losses()) == (7.0 / 20, 2.5, (2.0,))
-    assert report.expert_counts == {1: [3, 6, 0, 9]} and report.news == RankStatus(0, False, 0) and report.missed == 0
+    assert report.expert_counts == {1: [3, 6, 0, 9]} and report.status == RankStatus(0, False, 0) and report.missed == 0
     means = report.mean_auxiliary(config, 3)
     assert means == dict(zip(names, (1.0, 2.0, 3.0))) | {"logits_z": 2.5 / 20}
     assert "logits_z" not in report.mean_auxiliary(ModelConfig.model_validate(MODEL), 3)

@@ -29,7 +29,7 @@ from amfm.pretrain.monitor.signals import WATCHED
 Key = tuple[str, str, str]
 
 # What only this rank knows at the end of a step, in pretrain/step_sums.py: signals, whether it saves, damaged samples.
-NEWS = len(WATCHED) + 2
+STATUS_NUMBERS = len(WATCHED) + 2
 
 
 def expected_bytes(config: RunConfig, world_size: int) -> dict[Key, int]:
@@ -214,8 +214,8 @@ def step_exchanges(config: RunConfig, layout: Layout) -> list[Exchange]:
     def reduce(axis: str, dtype: str, size: int) -> Exchange:
         return Exchange(axis, "all_reduce", dtype, 1, layout.stage_ranks * size)
 
-    num_news = NEWS + (layout.expert_buffer_factor is not None)
-    found = [reduce("world", "float64", 8 * (2 + config.model.num_depths + _num_router_sums(config) + num_news))]
+    num_status = STATUS_NUMBERS + (layout.expert_buffer_factor is not None)
+    found = [reduce("world", "float64", 8 * (2 + config.model.num_depths + _num_router_sums(config) + num_status))]
     if layout.data > 1:
         found.append(reduce("dp", "int64", INT64 * (1 + config.model.num_depths)))
     if layout.zero_stage > 0:

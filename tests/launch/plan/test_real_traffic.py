@@ -11,7 +11,7 @@ import torch
 
 from amfm.launch.plan.blocks.expert_traffic import expert_traffic
 from amfm.launch.plan.exchanges.stage import pass_exchanges
-from amfm.launch.plan.exchanges.step import NEWS, step_exchanges
+from amfm.launch.plan.exchanges.step import STATUS_NUMBERS, step_exchanges
 from amfm.launch.plan.layout import Layout, held_by_stages
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.step_sums import empty_sums
@@ -169,7 +169,7 @@ def test_rows_travel_to_experts_with_weights_and_ids_of_their_choices() -> None:
 def test_a_steps_sums_are_those_that_it_reduces_whichever_block_has_a_router(arguments: list[str]) -> None:
     config = load_small(arguments, 2)
     sums = empty_sums(config.model, torch.device("cpu"))
-    numbers = 2 + len(sums.auxiliary) + len(sums.mtp_nll) + sum(map(len, sums.expert_counts.values())) + NEWS
+    numbers = 2 + len(sums.auxiliary) + len(sums.mtp_nll) + sum(map(len, sums.expert_counts.values())) + STATUS_NUMBERS
     assert sums.auxiliary
     (found,) = [each for each in step_exchanges(config, Layout.of(config, 2)) if each.dtype == "float64"]
     assert found.stage_bytes == 2 * 8 * numbers
