@@ -31,11 +31,11 @@ _INDEX_NAMES = ("index q", "index k", "index weight")
 
 def chosen_problem(
     inputs: Inputs, tokens: int, top_k: int, heads: int, kv_heads: int, size: int, value_size: int | None = None, *,
-    keys: int | None = None, lengths: tuple[int, ...] = (), learns: bool = False, exact: str = "reference",
+    keys: int | None = None, lengths: tuple[int, ...] = (), has_loss: bool = False, exact: str = "reference",
 ) -> Problem:  # fmt: skip
     """One row, whose keys are chosen beforehand; `keys` more than `tokens` are a cache.
 
-    Leaves: q [1, T, H, K], k [1, S, J, K], v [1, S, J, K] unless values are the first channels of keys, and with `learns` the
+    Leaves: q [1, T, H, K], k [1, S, J, K], v [1, S, J, K] unless values are the first channels of keys, and with `has_loss` the
     rows of the indexer, for an output that is its loss, which tells the weights of the chosen keys. Those rows are float32, so
     that the choice is the same in every dtype.
     """
@@ -48,13 +48,13 @@ def chosen_problem(
     ids = documents(inputs, keys, *lengths) if lengths else None
     places = choose_keys(index, top_k=top_k, document_ids_BS=ids)
     numbers = sum(leaf.numel() for name, leaf in leaves.items() if name != "q")
-    leaves |= dict(zip(_INDEX_NAMES, index)) if learns else {}
+    leaves |= dict(zip(_INDEX_NAMES, index)) if has_loss else {}
 
     def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
         v = given.get("v", value_size)
         assert v is not None
         o, mass = sparse_attention(given["q"], given["k"], v, places, scale=size**-0.5, backend=backend)
-        if not learns:
+        if not has_loss:
             return {"o": o}
         rows = IndexRows(*(given[name] for name in _INDEX_NAMES))
         return {"o": o, "loss": chosen_loss(rows, places, mass, backend=backend)}
@@ -75,17 +75,17 @@ def counted_problems() -> Iterator[CountedProblem]:
 
 def trials() -> Iterator[Sized]:
     """Tiles of production over few keys, documents, fewer keys than are chosen, a cache."""
-    build = partial(chosen_problem, learns=True, tokens=70, top_k=40, lengths=(30, 1, 39))
+    build = partial(chosen_problem, has_loss=True, tokens=70, top_k=40, lengths=(30, 1, 39))
     yield Sized("latents with documents", "first", partial(build, heads=128, kv_heads=1, size=576, value_size=512))
     yield Sized("grouped queries with documents", "first", partial(build, heads=8, kv_heads=2, size=128))
-    small = partial(chosen_problem, learns=True, heads=4, kv_heads=2, size=20)
+    small = partial(chosen_problem, has_loss=True, heads=4, kv_heads=2, size=20)
     yield Sized("a query behind a cache", "small", partial(small, tokens=1, keys=20, top_k=7))
     yield Sized("one token", "small", partial(small, tokens=1, top_k=7))
-    uneven = partial(chosen_problem, learns=True, tokens=63, top_k=80, heads=40, kv_heads=1, size=28, value_size=20)
+    uneven = partial(chosen_problem, has_loss=True, tokens=63, top_k=80, heads=40, kv_heads=1, size=28, value_size=20)
     yield Sized("uneven latents, fewer keys than are chosen", "small", partial(uneven, lengths=(20, 43)))
     long = partial(
         chosen_problem,
-        learns=True,
+        has_loss=True,
         tokens=4109,
         top_k=512,
         heads=64,

@@ -142,7 +142,7 @@ class AttentionMixer(SoftmaxMixer):
                 highest_H=self.noted_logits(),
             )
             if self.indexer is not None and self.training:
-                auxiliary = self.indexer.learn(x_BTD, x_BTD, q_BTHK, k_BSJK, meta, scale=self.scale)
+                auxiliary = self.indexer.loss(x_BTD, x_BTD, q_BTHK, k_BSJK, meta, scale=self.scale)
         if gate_BTX:
             o_BTHK = gate_heads(o_BTHK, gate_BTX[0])
         return MixerOutput(self.o_proj.leave(o_BTHK.flatten(-2), self.groups), cache, auxiliary)

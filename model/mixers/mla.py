@@ -105,7 +105,7 @@ class MlaMixer(SoftmaxMixer, SequenceMixer):
                 o_BTHV = self._attend(q_BTHK, *self._expand(latent_BSX), None)
         if self.indexer is not None and index is None and self.training:
             q_BTHX, k_BT1X = self._fold(q_BTHK.detach()), latent_BTX.unsqueeze(2)
-            auxiliary = self.indexer.learn(x_BTD, query_BTX, q_BTHX, k_BT1X, meta, scale=self.scale)
+            auxiliary = self.indexer.loss(x_BTD, query_BTX, q_BTHX, k_BT1X, meta, scale=self.scale)
         if gate_BTX is not None:
             o_BTHV = gate_heads(o_BTHV, gate_BTX)
         y_BTD = leave_tensor_region(self.out_proj(o_BTHV.flatten(-2)), self.build.groups)

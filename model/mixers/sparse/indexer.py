@@ -124,7 +124,7 @@ class Indexer(Float32Buffers):
         return torch.cat(outputs, dim=1), self._mean(losses, index)
 
     @disable_compile
-    def learn(
+    def loss(
         self, x_BTD: Tensor, query_BTX: Tensor, q_BTHK: Tensor, k_BSJK: Tensor, meta: PackMeta, *, scale: float
     ) -> dict[str, Tensor]:
         """The loss of the warm-up: x and `query_BTX` as in `rows`, the queries and keys of dense attention here.
