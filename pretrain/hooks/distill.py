@@ -44,7 +44,7 @@ class Reading:
         self.origin, self.words = weights.origin, f"{self.model.config.pattern}, {size:,} parameters on this rank"
 
     @torch.no_grad()
-    def says(self, given: MicroBatch, micro_batches: MicroBatches, number: int) -> TeacherRows:
+    def read_rows_of(self, given: MicroBatch, micro_batches: MicroBatches, number: int) -> TeacherRows:
         """Read the tokens that the model is about to read."""
         return HeadRows(read_rows(self.model, given.tokens_BT, given.meta).flatten(0, 1), self.model.head_weight())
 
@@ -59,7 +59,7 @@ class Stored:
         self.store, self.device = store, run.parallel.device
         self.origin, self.words = teacher.folder, f"stored in {store.folder}"
 
-    def says(self, given: MicroBatch, micro_batches: MicroBatches, number: int) -> TeacherRows:
+    def read_rows_of(self, given: MicroBatch, micro_batches: MicroBatches, number: int) -> TeacherRows:
         """Read what it said of the samples of a micro-batch, of this context rank's part of them."""
         found = self.store.read(micro_batches.batches[number].sample_ids)
         assert found.chosen_RK is not None, "only the likeliest tokens are stored"
@@ -108,7 +108,7 @@ class Distill(Hook):
         # By its layout: ZeRO 3 hands over other tensors with the same tokens.
         found = ((number, each) for number, each in enumerate(self.micro_batches) if each.meta is given[1])
         number, micro_batch = next(found)
-        self.rows = self.source.says(micro_batch, self.micro_batches, number)
+        self.rows = self.source.read_rows_of(micro_batch, self.micro_batches, number)
 
     def compare(self, read_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor) -> Mapping[str, Tensor]:
         """The loss that the model adds to its auxiliary ones; these are divided by the micro-batches of the step."""
