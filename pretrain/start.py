@@ -127,9 +127,9 @@ def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent, 
     record_collectives(Path(config.run.dir) / "flight")
     rank, world_size, _, _ = start_process_group(config.train.timeout_seconds)
     require_same_on_all_ranks(describe_start(config))
-    from amfm.pretrain.startup.arithmetic import settle_precision
+    from amfm.pretrain.startup.arithmetic import resolve_precision
 
-    config, notes = settle_precision(config, RankGroup(rank, world_size))
+    config, notes = resolve_precision(config, RankGroup(rank, world_size))
     newest = RankGroup(rank, world_size).broadcast(continued_step(config) if rank == 0 else None)
     steps_done = max(0, newest)
     check_run(config, world_size, steps_done=steps_done, goes_on=launcher_goes_on())

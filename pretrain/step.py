@@ -54,11 +54,11 @@ def train_step(run: Run) -> StepResult:
     set_step(run.model, run.progress.step, run.num_steps)
     sums, report, anomaly = accumulate_gradients(run, batches, counts, share)
     capacity = run.parallel.groups.row_capacity
-    if capacity is not None and capacity.settle(report.missed):
+    if capacity is not None and capacity.count_missed(report.missed):
         run.engine.step(work.rate)  # rejected on all ranks: it lets go of the gradients
         run.tell("dispatch_overflow", "expert buffers overflowed: this step is computed again with exact counts")
         sums, report, anomaly = accumulate_gradients(run, batches, counts, share)
-        capacity.settle(report.missed)
+        capacity.count_missed(report.missed)
     for hook in run.hooks:
         hook.before_update()
     run.clock("optimizer")

@@ -77,7 +77,7 @@ MOST_NAMES = {
     "room": 0,
     "rooms": 0,
     "says": 0,
-    "settle": 4,
+    "settle": 0,
     "tell": 1,
     "tells": 0,
     "told": 0,

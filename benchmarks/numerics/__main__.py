@@ -11,7 +11,7 @@ import typer
 from amfm.launch.arguments import JsonOption, OverridesArgument
 from amfm.launch.console import print_json, print_rows, say
 from amfm.pretrain.config.file import load_config
-from amfm.pretrain.startup.arithmetic import settle_precision
+from amfm.pretrain.startup.arithmetic import resolve_precision
 from benchmarks.command import main
 from benchmarks.numerics.compare import RECIPES, WIDE, compare_recipes, find_excess, last_loss
 
@@ -39,7 +39,7 @@ def numerics(
     unknown = [word for word in recipes.split(",") if word not in RECIPES]
     if unknown:
         raise ValueError(f"--recipes {recipes}: there is no recipe {unknown[0]!r}; use some of {','.join(RECIPES)}")
-    config = settle_precision(load_config(path, overrides or []))[0]
+    config = resolve_precision(load_config(path, overrides or []))[0]
     with tempfile.TemporaryDirectory(prefix="amfm_numerics_") as folder:
         result = compare_recipes(config, names, steps=steps, seeds=seeds, folder=Path(folder), report=say)
     if as_json:

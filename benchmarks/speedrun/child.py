@@ -21,7 +21,7 @@ from amfm.launch.cluster.child import open_answers
 from amfm.pretrain.checks.load import load_checked
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.scores import bits_per_byte
-from amfm.pretrain.startup.arithmetic import settle_precision
+from amfm.pretrain.startup.arithmetic import resolve_precision
 from benchmarks.small_steps import begin_ranks
 from benchmarks.speedrun.learners import Learner, build_learner, may_multiply_bf16
 from benchmarks.speedrun.ways import WAYS
@@ -34,7 +34,7 @@ def learn(task: dict[str, Any], answer: Callable[[object], None]) -> None:
     """Spend the seconds and answer `{"point": [seconds, bits per byte]}` after each part of them, then what was run."""
     way = WAYS[task["way"]]
     overrides = [*task["overrides"], *way.overrides, f"train.seed={task['seed']}", "train.precision=auto"]
-    config, _ = settle_precision(load_checked(Path(task["config"]), overrides, world_size=1))
+    config, _ = resolve_precision(load_checked(Path(task["config"]), overrides, world_size=1))
     parallel = begin_ranks(config)
     keep_freed_memory()  # as a run does
     train, held = (open_split(config, split) for split in ("train", "validation"))

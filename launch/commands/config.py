@@ -204,9 +204,9 @@ def config(
     if show_precision and diff is not None:
         raise ValueError("--show-precision and --diff print different things; give one of them")
     if show_precision:
-        from amfm.pretrain.startup.arithmetic import settle_precision
+        from amfm.pretrain.startup.arithmetic import resolve_precision
 
-        print_precision(settle_precision(resolved)[0], str(path), as_json=as_json)
+        print_precision(resolve_precision(resolved)[0], str(path), as_json=as_json)
     elif diff is not None:
         differences = diff_configs(load_config(diff), resolved)
         if as_json:

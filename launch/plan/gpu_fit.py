@@ -44,7 +44,7 @@ def check_fits(config: RunConfig, ranks: int, gpu: Hardware, *, steps_done: int 
     A stage with its optimizer in the host's memory is not modelled and passes. Raises ValueError with stage, parts and the
     nearest layout that fits.
     """
-    config = gpu.settle(config)
+    config = gpu.with_precision(config)
     stages = resolve_stages(config)
     for stage in stages[stage_of(stages, steps_done).index :]:
         if stage.config.parallel.offload_optimizer:

@@ -120,7 +120,7 @@ class Hardware(BaseModel):
             efficiency = (back or first) if backward else first
         return max(flops / (self.peak_flops(precision) * efficiency), moving)
 
-    def settle(self, config: RunConfig) -> RunConfig:
+    def with_precision(self, config: RunConfig) -> RunConfig:
         """The configuration with the precision of the higher peak, if `train.precision` is to be chosen."""
         if config.train.precision != "auto":
             return config

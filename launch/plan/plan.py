@@ -135,7 +135,7 @@ def make_plan(
     were tried, of a search. Raises ValueError if
     no layout obeys all rules, and for an optimizer in the host's memory, which is not modelled.
     """
-    config = hardware.settle(config)
+    config = hardware.with_precision(config)
     hardware = hardware.with_libraries(config)
     stages = resolve_stages(config)
     if any(stage.config.parallel.offload_optimizer for stage in stages):

@@ -52,7 +52,7 @@ class RowCapacity:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Inside the block are the passes of a step, of which `settle` must learn whether rows had room."""
+        """Inside the block are the passes of a step, of which `count_missed` is given whether rows had places."""
         self.missed.zero_()
         self.is_open = True
         try:
@@ -64,8 +64,8 @@ class RowCapacity:
         """Whether passes in which all ranks missed this many places must be taken again; rows that were counted had theirs."""
         return self.fitting >= FITTING_STEPS and missed > 0
 
-    def settle(self, missed: int) -> bool:
-        """Learn what all ranks have missed in a step's passes; whether those must be taken again. The same on every rank."""
+    def count_missed(self, missed: int) -> bool:
+        """Take what all ranks have missed in a step's passes; whether those must be taken again. The same on every rank."""
         is_short = self.was_short(missed)
         self.fitting = 0 if missed else self.fitting + 1
         return is_short

@@ -40,7 +40,7 @@ from amfm.pretrain.distillation.store import (
 )
 from amfm.pretrain.distillation.teacher import Teacher, read_rows, require_same_tokens
 from amfm.pretrain.micro_batch import MicroBatch
-from amfm.pretrain.startup.arithmetic import settle_precision
+from amfm.pretrain.startup.arithmetic import resolve_precision
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def write_store(config: RunConfig, device: torch.device, backend: str, report: R
             report("reading the teacher")
             weights = teacher.read()
             require_same_tokens(weights, loader.store.tokenizer_identity, config.model.vocab_size, section.teacher)
-            dtype = torch.bfloat16 if settle_precision(config)[0].train.precision == "bf16" else torch.float32
+            dtype = torch.bfloat16 if resolve_precision(config)[0].train.precision == "bf16" else torch.float32
             model = weights.build(backend=backend, device=device, dtype=dtype).requires_grad_(False)
             rows = config.train.micro_batch_size
             divergence = Divergence(section.kind, section.temperature, section.top_k)

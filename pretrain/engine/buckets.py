@@ -215,7 +215,7 @@ class GradientBuckets:
         """
         assert self.is_open, "a backward pass outside of ZeroEngine.accumulate"
         if bucket.sums is None:
-            self._settle(bucket)
+            self._finish_sum(bucket)
 
     @torch.no_grad()
     def collect(self, parameter: Tensor) -> None:
@@ -252,12 +252,12 @@ class GradientBuckets:
             self._reduce(bucket)
             if self.every_pass and len(self.order) > 1:
                 # Or the sums of every bucket would be there until it comes to its next pass: of no more than one they do.
-                self._settle(self.order[self.next - 1])
+                self._finish_sum(self.order[self.next - 1])
             self.next = (self.next + 1) % len(self.order)
 
     def _reduce(self, bucket: Bucket) -> None:
         """Start the reduction of what a bucket has summed up; the sum stays untouched, and alive, until it is done."""
-        self._settle(bucket)
+        self._finish_sum(bucket)
         totals = [bucket.total(number) for number in range(len(bucket.parameters))]
         bucket.norms.append(torch.stack(torch._foreach_norm(totals)))
         sums, bucket.sums = bucket.sums, None
@@ -271,7 +271,7 @@ class GradientBuckets:
         work = torch.distributed.reduce_scatter_tensor(share, sums, group=bucket.group, async_op=True)
         bucket.running.append((work, sums, share))
 
-    def _settle(self, bucket: Bucket) -> None:
+    def _finish_sum(self, bucket: Bucket) -> None:
         """Wait for a bucket's reductions and add them up."""
         for work, _, share in bucket.running:
             if work is not None:
@@ -294,7 +294,7 @@ class GradientBuckets:
             if bucket.sums is not None or not (bucket.running or bucket.share is not None):
                 self._reduce(bucket)
         for bucket in self.buckets:
-            self._settle(bucket)
+            self._finish_sum(bucket)
             assert bucket.share is not None, "every bucket was reduced"
             if refuse:
                 bucket.share.fill_(float("inf"))

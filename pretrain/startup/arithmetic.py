@@ -41,7 +41,7 @@ SIZE, REPEATS = 512, 9
 MARGIN = 1.2
 
 
-def settle_precision(
+def resolve_precision(
     config: RunConfig, ranks: RankGroup | None = None
 ) -> tuple[RunConfig, tuple[tuple[str, str], ...]]:
     """The configuration with what `train.precision: auto` is here, and an event with the reason; nothing to choose: as it is, no event.

@@ -20,11 +20,11 @@ def import_training_state(
 ) -> None:
     """Read a training state of another program, and print what it became."""
     from amfm.pretrain.config.file import load_config
-    from amfm.pretrain.startup.arithmetic import settle_precision
+    from amfm.pretrain.startup.arithmetic import resolve_precision
     from amfm_foreign_states.adopt import import_state
     from amfm_foreign_states.state import WrittenRun
 
-    run = None if config is None else settle_precision(load_config(config))[0]
+    run = None if config is None else resolve_precision(load_config(config))[0]
     with Waiting("amfm import") as waiting:
         written = import_state(source, out, run, step=step, changed=changed, report=waiting)
     if not isinstance(written, WrittenRun):

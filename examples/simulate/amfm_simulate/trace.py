@@ -83,7 +83,7 @@ def trace_run(
     and for what a simulated rank cannot run, RuntimeError if its process ends early.
     """
     check_torch(torch.__version__)
-    config = hardware.settle(config)
+    config = hardware.with_precision(config)
     by_name = {stage.name: stage for stage in resolve_stages(config)}
     if stage_name is None or stage_name in by_name:
         stage = by_name[stage_name] if stage_name else resolve_stages(config)[0]

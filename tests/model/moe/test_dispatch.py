@@ -302,7 +302,7 @@ def compare_room(is_slow: bool) -> list[tuple[str, bool, int, int, list[str]]]:
             with capacity.opened():
                 own = run_batches(CONFIGS["dropless"], layout, parallel.groups)
                 used = int(capacity.missed)
-            capacity.settle(1)
+            capacity.count_missed(1)
             with capacity.opened():
                 run_batches(CONFIGS["dropless"], layout, parallel.groups)
                 told = int(capacity.missed)

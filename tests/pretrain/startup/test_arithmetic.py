@@ -25,7 +25,7 @@ from amfm.pretrain.startup.arithmetic import (
     MARGIN,
     faster_on_processor,
     find_earlier_kernels,
-    settle_precision,
+    resolve_precision,
     share_native,
 )
 from amfm.pretrain.startup.model import choose_backend
@@ -55,14 +55,14 @@ def test_a_choice_is_recorded(data: DataConfig, tmp_path: Path, capsys: pytest.C
 def settle_on(*configs: RunConfig) -> str:
     """What a rank computes in, whose own choice would be that of the configuration with its number."""
     rank, world_size, _, _ = start_process_group(PATIENCE_SECONDS)
-    return settle_precision(configs[rank], RankGroup(rank, world_size))[0].train.precision
+    return resolve_precision(configs[rank], RankGroup(rank, world_size))[0].train.precision
 
 
 def test_all_ranks_compute_in_the_precision_that_the_main_rank_chooses(
     data: DataConfig, one_step: dict[str, Path]
 ) -> None:
     first, other = (tiny_config(data, one_step[name], train__precision="auto") for name in ("bf16", "float32"))
-    assert [settle_precision(config)[0].train.precision for config in (first, other)] == ["bf16", "float32"]
+    assert [resolve_precision(config)[0].train.precision for config in (first, other)] == ["bf16", "float32"]
     assert run_ranks(settle_on, first, other) == ["bf16", "bf16"]
 
 
@@ -86,10 +86,12 @@ def test_the_choice_follows_the_products_that_were_timed() -> None:
 
 
 def test_a_plan_takes_the_precision_of_its_accelerator(data: DataConfig, tmp_path: Path) -> None:
-    assert HARDWARE["h100"].settle(tiny_config(data, tmp_path, train__precision="auto")).train.precision == "bf16"
+    assert (
+        HARDWARE["h100"].with_precision(tiny_config(data, tmp_path, train__precision="auto")).train.precision == "bf16"
+    )
     slow = HARDWARE["h100"].model_copy(update={"bf16_flops": 1.0})
-    assert slow.settle(tiny_config(data, tmp_path, train__precision="auto")).train.precision == "float32"
-    assert slow.settle(tiny_config(data, tmp_path, train__precision="bf16")).train.precision == "bf16"
+    assert slow.with_precision(tiny_config(data, tmp_path, train__precision="auto")).train.precision == "float32"
+    assert slow.with_precision(tiny_config(data, tmp_path, train__precision="bf16")).train.precision == "bf16"
 
 
 FIT = MODEL | {"pattern": "M-", "mamba": MODEL["mamba"] | {"chunk_size": 64}, "moe": None}
