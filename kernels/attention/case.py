@@ -47,7 +47,9 @@ def attention_problem(
         return {"y": attention(q, k, v, sinks_H=sinks_H, document_ids_BS=ids, window=window, backend=backend)}
 
     moved = partial(attention_bytes, 1, tokens, heads, kv_heads, size, VALUE_BYTES)
-    least = each_pass(lambda way: Minimum(moved(backward=way), attention_flops(1, tokens, heads, size, backward=way)))
+    least = each_pass(
+        lambda back: Minimum(moved(backward=back), attention_flops(1, tokens, heads, size, backward=back))
+    )
     text = f"1x{tokens}, {heads} heads and {kv_heads} of keys x {size}"
     return Problem(leaves, run, text, *least, exact=exact)
 

@@ -61,7 +61,7 @@ def convolution_problem(
 
     shape = rows, tokens, channels
     least = each_pass(
-        lambda way: Minimum(convolution_bytes(*shape, backward=way), convolution_flops(*shape, width, backward=way))
+        lambda back: Minimum(convolution_bytes(*shape, backward=back), convolution_flops(*shape, width, backward=back))
     )
     return Problem(leaves, run, f"{rows}x{tokens}x{channels}, width {width}{text}", *least, peers, exact=exact)
 

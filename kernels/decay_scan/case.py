@@ -97,7 +97,7 @@ def mamba2_problem(
 def scan_minima(*shape: int, chunk: int) -> tuple[Minimum, Minimum]:
     """The least of a scan of rows, tokens, heads, groups, state numbers and channels."""
     return each_pass(
-        lambda way: Minimum(scan_bytes(*shape, backward=way), scan_flops(*shape, chunk_size=chunk, backward=way))
+        lambda back: Minimum(scan_bytes(*shape, backward=back), scan_flops(*shape, chunk_size=chunk, backward=back))
     )
 
 
@@ -136,7 +136,7 @@ def decay_problem(
     shape = rows, tokens, heads, key, value
     moved = partial(vector_scan_bytes, *shape) if channels else partial(scan_bytes, *shape[:3], *shape[2:])
     flops = partial(scan_flops, *shape[:3], *shape[2:], chunk_size=chunk)
-    least = each_pass(lambda way: Minimum(moved(backward=way), flops(backward=way)))
+    least = each_pass(lambda back: Minimum(moved(backward=back), flops(backward=back)))
     text = f"{rows}x{tokens}, {heads} heads, states of {key} x {value}"
     return Problem(leaves, run, text, *least, peers, exact=exact)
 

@@ -90,9 +90,9 @@ def block_problem(
 
     shape = (rows, tokens, sizes.steps, sizes.key_heads, sizes.heads, sizes.key, sizes.value)
 
-    def least(way: bool) -> Minimum:
-        moved = rows * tokens * (block_bytes(sizes, backward=way) + scan_bytes(sizes, chunk, backward=way))
-        return Minimum(moved, delta_flops(*shape, chunk_size=chunk, backward=way))
+    def least(back: bool) -> Minimum:
+        moved = rows * tokens * (block_bytes(sizes, backward=back) + scan_bytes(sizes, chunk, backward=back))
+        return Minimum(moved, delta_flops(*shape, chunk_size=chunk, backward=back))
 
     # Sums over all tokens: a head's gradients are judged by the size of what they sum.
     sums = dict.fromkeys(("A_log", "dt_bias"), "decay" if "decay" in leaves else "projected")

@@ -74,7 +74,9 @@ def delta_problem(
 
     shape = (rows, T, N, G, H, K, value)
     least = each_pass(
-        lambda way: Minimum(delta_bytes(*shape, backward=way), delta_flops(*shape, chunk_size=CHUNK_SIZE, backward=way))
+        lambda back: Minimum(
+            delta_bytes(*shape, backward=back), delta_flops(*shape, chunk_size=CHUNK_SIZE, backward=back)
+        )
     )
     text = text or f"{G} key heads, {H} heads, states of {K} x {value}"
     return Problem(leaves, run, f"{rows}x{T}, {text}", *least, peers, exact=exact)

@@ -68,7 +68,7 @@ def selective_problem(
         return {"mamba_ssm": mamba_ssm}
 
     shape = rows, T, C, N
-    least = each_pass(lambda way: Minimum(diag_bytes(*shape, backward=way), diag_flops(*shape, backward=way)))
+    least = each_pass(lambda back: Minimum(diag_bytes(*shape, backward=back), diag_flops(*shape, backward=back)))
     return Problem(leaves, run, f"{rows}x{T}{text}", *least, peers, sums=SUMS, exact=exact)
 
 

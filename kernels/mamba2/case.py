@@ -90,8 +90,8 @@ def mixer_problem(
 
     shape = (rows, tokens, heads, groups, state, head_dim)
     least = each_pass(
-        lambda way: Minimum(
-            mixer_bytes(rows, tokens, sizes, backward=way), scan_flops(*shape, chunk_size=chunk, backward=way)
+        lambda back: Minimum(
+            mixer_bytes(rows, tokens, sizes, backward=back), scan_flops(*shape, chunk_size=chunk, backward=back)
         )
     )
     text = f"{rows}x{tokens}, {heads} heads x {head_dim}, {groups} groups, state {state}, chunks of {chunk}"

@@ -123,9 +123,9 @@ def _minima(shape: tuple[int, ...], *, gated: bool = False, residual: bool = Fal
     """Least bytes and operations of forward and backward, for 2-byte values."""
     values = torch.Size(shape).numel()
     return each_pass(
-        lambda way: Minimum(
-            norm_bytes(values, gated=gated, residual=residual, backward=way),
-            norm_flops(values, gated=gated, backward=way),
+        lambda back: Minimum(
+            norm_bytes(values, gated=gated, residual=residual, backward=back),
+            norm_flops(values, gated=gated, backward=back),
         )
     )
 

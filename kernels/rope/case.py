@@ -47,7 +47,9 @@ def rotation_problem(
 
     every = heads + kv_heads
     moved = partial(qk_norm_rope_bytes, tokens, every, size, VALUE_BYTES)
-    least = each_pass(lambda way: Minimum(moved(backward=way), qk_norm_rope_flops(tokens, every, size, backward=way)))
+    least = each_pass(
+        lambda back: Minimum(moved(backward=back), qk_norm_rope_flops(tokens, every, size, backward=back))
+    )
     return Problem(leaves, run, f"1x{tokens}, {heads} + {kv_heads} heads x {size}", *least, exact=exact)
 
 

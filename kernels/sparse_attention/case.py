@@ -62,7 +62,9 @@ def chosen_problem(
     values = value_size or size
     pairs = tokens * top_k - top_k * (top_k - 1) // 2
     moved = partial(sparse_bytes, leaves["q"].numel(), tokens * heads * values, numbers, tokens * top_k, 2)
-    least = each_pass(lambda way: Minimum(moved(backward=way), sparse_flops(pairs, heads, size, values, backward=way)))
+    least = each_pass(
+        lambda back: Minimum(moved(backward=back), sparse_flops(pairs, heads, size, values, backward=back))
+    )
     text = f"1x{tokens}, {top_k} chosen, {heads} heads and {kv_heads} of keys x {size}"
     return Problem(leaves, run, text, *least, exact=exact)
 

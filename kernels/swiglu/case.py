@@ -51,7 +51,7 @@ def swiglu_problem(inputs: Inputs, rows: int, width: int, unit: Gate = SWIGLU) -
         lambda given, backend: {"y": swiglu(given["gate_up"], unit, backend=backend)},
         f"{rows}x{width}",
         *each_pass(
-            lambda way: Minimum(swiglu_bytes(count, VALUE_BYTES, backward=way), swiglu_flops(count, backward=way))
+            lambda back: Minimum(swiglu_bytes(count, VALUE_BYTES, backward=back), swiglu_flops(count, backward=back))
         ),
         peers,
         exact="torch",
@@ -65,7 +65,7 @@ def plain_problem(inputs: Inputs, rows: int, width: int, activation: str = "squa
         {"x": inputs.normal(rows, width)},
         lambda given, backend: {"y": plain_unit(given["x"], activation, backend=backend)},
         f"{rows}x{width}",
-        *each_pass(lambda way: Minimum(squared_relu_bytes(count, VALUE_BYTES, backward=way), count * (2 + way))),
+        *each_pass(lambda back: Minimum(squared_relu_bytes(count, VALUE_BYTES, backward=back), count * (2 + back))),
         exact="torch",
     )
 

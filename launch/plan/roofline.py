@@ -157,8 +157,10 @@ class Roofline:
 
         `by_flash`: attention that FlashAttention computes.
         """
-        for passes, way in ((self.forwards, 0), (1, 1)):
-            self.seconds += passes * self.clock(flops[way], moved[way], "mixing", backward=way == 1, by_flash=by_flash)
+        for passes, index in ((self.forwards, 0), (1, 1)):
+            self.seconds += passes * self.clock(
+                flops[index], moved[index], "mixing", backward=index == 1, by_flash=by_flash
+            )
 
     def moves(self, rows: float, moved: tuple[float, float]) -> None:
         """Add memory-bound operations by the bytes that they move of each row, forward and backward."""

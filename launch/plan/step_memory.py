@@ -82,7 +82,7 @@ def product_bytes(held: StageShare, layout: Layout, storage: Storage) -> float:
         )
     elif layout.zero_stage == 0:
         updates = held.matrices.dense + held.matrices.routed
-    on_the_way = 3 * size * updates if max(layout.dense_sharers, layout.expert_sharers) > 1 else size * updates
+    in_transit = 3 * size * updates if max(layout.dense_sharers, layout.expert_sharers) > 1 else size * updates
     if updates:
-        on_the_way *= (own.dense_sent + own.routed_sent) / (2 * (own.dense + own.routed))
-    return FLOAT32_BYTES * updates + on_the_way + 3 * size * min(updates, BATCH_ELEMENTS)
+        in_transit *= (own.dense_sent + own.routed_sent) / (2 * (own.dense + own.routed))
+    return FLOAT32_BYTES * updates + in_transit + 3 * size * min(updates, BATCH_ELEMENTS)

@@ -176,7 +176,7 @@ class _Part:
         self.most = min(self.top_k, experts.groups.ep.size())  # rows that a token sends
         details = RowTransfer(experts.groups.ep, plan.sent, plan.received)
         self.transfers = [experts.transfer(plan.sent, plan.received), details]
-        self.under_way = [
+        self.in_transit = [
             transfer.start(gather_choices(given, plan.rows, sum(plan.sent), self.most))
             for transfer, given in zip(self.transfers, (x_RD, details_RC))
         ]
@@ -184,13 +184,13 @@ class _Part:
     def compute(self) -> None:
         """Wait for the rows, compute their experts, and send the sums back."""
         rows_SD, details_SC = (
-            transfer.finish(rows) for transfer, rows in zip(self.transfers, self.under_way, strict=True)
+            transfer.finish(rows) for transfer, rows in zip(self.transfers, self.in_transit, strict=True)
         )
         y_SD = sum_over_width_ranks(
             self._sum_experts, [rows_SD, details_SC], self.plan.received_beside, self.experts.groups.expt_tp
         )
         self.home = self.transfers[0].back()
-        self.under_way = [self.home.start(y_SD)]
+        self.in_transit = [self.home.start(y_SD)]
 
     def _sum_experts(self, rows_SD: Tensor, details_SC: Tensor) -> Tensor:
         """Sum [S, D] over each row's choices that are experts of this rank, by weight; partial where `expt_tp` has several."""
@@ -230,5 +230,5 @@ class _Part:
 
     def collect(self) -> Tensor:
         """Wait for the sums of other ranks, and add them up by token."""
-        (y_SD,) = self.under_way
+        (y_SD,) = self.in_transit
         return add_choices(self.home.finish(y_SD), self.plan.rows, self.num_tokens, self.most)

@@ -85,15 +85,15 @@ class _Part:
         self.experts, self.counts_Xe, self.slots = experts, counts_Xe, slots
         splits = [counts_Xe.shape[1] * slots] * experts.groups.ep.size()
         self.transfer = experts.transfer(splits, splits)
-        self.under_way = self.transfer.start(rows_SD)
+        self.in_transit = self.transfer.start(rows_SD)
 
     def compute(self) -> None:
         """Wait for the rows, compute their experts, and send the results back."""
-        rows_SD = self.transfer.finish(self.under_way)
+        rows_SD = self.transfer.finish(self.in_transit)
         group = self.experts.groups.expt_tp
         y_SD = sum_over_width_ranks(self._feed_forward, [rows_SD], [len(rows_SD)] * group.size(), group)
         self.home = self.transfer.back()
-        self.under_way = self.home.start(y_SD)
+        self.in_transit = self.home.start(y_SD)
 
     def _feed_forward(self, rows_SD: Tensor) -> Tensor:
         """Feed-forward of rows [S, D] sorted by sender and then by expert; the result [S, D] keeps their order.
@@ -122,7 +122,7 @@ class _Part:
 
     def collect(self) -> Tensor:
         """Wait for the results."""
-        return self.home.finish(self.under_way)
+        return self.home.finish(self.in_transit)
 
 
 class DispatchArguments(TypedDict):

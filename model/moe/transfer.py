@@ -105,7 +105,7 @@ class RowTransfer:
 
     def __init__(self, group: Any, sent: list[int], received: list[int], packing: Packing = Packing()) -> None:
         self.group, self.sent, self.received, self.packing = group, sent, received, packing
-        self.under_way: Any = None
+        self.in_transit: Any = None
         self.landing: tuple[Tensor, Tensor] | None = None  # codes that arrive, and rows that they become
         self.gradient: Tensor | None = None
 
@@ -130,21 +130,21 @@ class RowTransfer:
 
     def launch(self, rows_SD: Tensor, sent: list[int], received: list[int], *, packs: bool) -> Tensor:
         """Launch the all-to-all; `wait` before reading the rows."""
-        assert self.under_way is None, "a transfer moves one batch of rows at a time"
+        assert self.in_transit is None, "a transfer moves one batch of rows at a time"
         arrived_SD = rows_SD.new_empty(sum(received), rows_SD.shape[1])
         handed, landing = rows_SD.contiguous(), arrived_SD
         if packs:
             handed = pack_rows(handed, self.packing.backend)
             landing = handed.new_empty(sum(received), handed.shape[1])
             self.landing = landing, arrived_SD
-        self.under_way = dist.all_to_all_single(landing, handed, received, sent, group=self.group, async_op=True)
+        self.in_transit = dist.all_to_all_single(landing, handed, received, sent, group=self.group, async_op=True)
         return arrived_SD
 
     def wait(self) -> None:
         """Wait for the rows; on CUDA the stream waits, not the host."""
         with waiting():
-            self.under_way.wait()
-        self.under_way = None
+            self.in_transit.wait()
+        self.in_transit = None
         if self.landing is not None:
             unpack_rows(*self.landing, self.packing.backend)
             self.landing = None

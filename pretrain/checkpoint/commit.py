@@ -122,7 +122,7 @@ def is_named(checkpoint_dir: Path) -> bool:
     return is_marked(checkpoint_dir) and (checkpoint_dir / MARK_NAME).read_bytes() != EVERY
 
 
-def give_way(checkpoint_dir: Path) -> list[str]:
+def move_aside(checkpoint_dir: Path) -> list[str]:
     """Take a checkpoint out of the way of another of its step; returns warnings. One that someone marked only gets another name."""
     if not is_named(checkpoint_dir):
         return discard(checkpoint_dir)
@@ -191,13 +191,13 @@ def commit(temporary_dir: Path, manifest: dict[str, Any]) -> SavedCheckpoint:
         if is_marked(final_dir):
             mark(temporary_dir, (final_dir / MARK_NAME).read_bytes())
         if os.path.lexists(replaced_dir):
-            remarks += give_way(replaced_dir)
+            remarks += move_aside(replaced_dir)
         os.rename(final_dir, replaced_dir)
     os.rename(temporary_dir, final_dir)
     sync(checkpoints_dir)
     with remarked(remarks, f"{checkpoints_dir} keeps what {final_dir.name} replaces"):
         if os.path.lexists(replaced_dir):
-            remarks += give_way(replaced_dir)
+            remarks += move_aside(replaced_dir)
     with remarked(remarks, f"{checkpoints_dir / LATEST_NAME} stays as it was"):
         replace_text(checkpoints_dir / LATEST_NAME, final_dir.name + "\n")
     return SavedCheckpoint(final_dir, tuple(remarks))

@@ -99,8 +99,8 @@ class RunState:
 
     def steps_at_stake(self) -> int:
         """Steps since the newest checkpoint, the one under way included."""
-        under_way = (self.first_step if self.metrics is None else self.metrics["step"]) + 1
-        return max(0, min(under_way, self.last_step) - (self.checkpoint_step or 0))
+        current_step = (self.first_step if self.metrics is None else self.metrics["step"]) + 1
+        return max(0, min(current_step, self.last_step) - (self.checkpoint_step or 0))
 
     def describe_checkpoint(self) -> str:
         """Report which checkpoint a restart would find, and how old it is."""

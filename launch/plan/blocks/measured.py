@@ -209,7 +209,7 @@ def _measure(
         edges, likes = [get_gradient_edge(each) for each in outputs], [(each.shape, each.dtype) for each in outputs]
         del total_BTD, mixed, outputs
         kept, _ = live.held()
-        begin, forward, live.way = len(live.log), live.launches, 1
+        begin, forward, live.pass_index = len(live.log), live.launches, 1
         torch.autograd.backward(edges, [torch.empty(shape, dtype=kind) for shape, kind in likes])
         residual_BTD.grad = None
         if delta_BTD is not None:

@@ -101,14 +101,14 @@ class LiveBytes(TorchDispatchMode):
 
     `stacked`: shapes of weights that a pass may read more than once, of which all that is made is left out: it does not grow with
     tokens (`add_experts` has the sums of their gradients). Pairs are of the forward
-    and of the backward pass, in which `way` is 1: bytes of PyTorch's operations `between` kernels, of `kernels` without products, and
+    and of the backward pass, in which `pass_index` is 1: bytes of PyTorch's operations `between` kernels, of `kernels` without products, and
     of what mixes tokens (`mixed`); FLOPs of `scans`. `products`: those with weights, of the forward pass.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.stacked: frozenset[torch.Size] = frozenset()
-        self.launches = self.operations = self.way = 0
+        self.launches = self.operations = self.pass_index = 0
         self.between, self.kernels, self.mixed, self.scans = [0, 0], [0, 0], [0, 0], [0, 0]
         self.products: list[Product] = []
         self.tokens = 1  # of the row
@@ -143,11 +143,13 @@ class LiveBytes(TorchDispatchMode):
                 self._compute(func, args, kwargs, out)
         else:
             if any(part in func._opname for part in SCANS) and func._opname in KERNELS:
-                self.scans[self.way] += KERNELS[func._opname](name_arguments(func, args, kwargs))
+                self.scans[self.pass_index] += KERNELS[func._opname](name_arguments(func, args, kwargs))
             with self:
                 out = body(*args, **kwargs)
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        names = [self.weight_of(each) for each in given] if self.way == 0 and func._opname not in FILLS else [None]
+        names = (
+            [self.weight_of(each) for each in given] if self.pass_index == 0 and func._opname not in FILLS else [None]
+        )
         known = {id_of(leaf) for leaf in given}
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and id_of(tensor) not in known and id_of(tensor) not in self.numbers:
@@ -165,7 +167,7 @@ class LiveBytes(TorchDispatchMode):
         """Note an operation that is not ours: between kernels, a product with a weight, or one that mixes tokens."""
         if is_between(func):
             if getattr(out, "shape", None) not in self.stacked:
-                self.between[self.way] += moved_bytes(func, args, kwargs, out)
+                self.between[self.pass_index] += moved_bytes(func, args, kwargs, out)
             return
         if func.namespace == "aten" and func._overloadpacket not in flop_registry and func._opname not in PRODUCTS:
             return
@@ -174,12 +176,12 @@ class LiveBytes(TorchDispatchMode):
             next((given[name] for name in names if isinstance(given.get(name), Tensor)), None) for names in FACTORS
         )
         if second is None or first is None:
-            self.mixed[self.way] += moved_bytes(func, args, kwargs, out)
-        elif self.way == 0:
+            self.mixed[self.pass_index] += moved_bytes(func, args, kwargs, out)
+        elif self.pass_index == 0:
             name = self.weight_of(second) or self.weight_of(first)
             if name is None or (second.dim() > 2 and "convolution" in func._opname):
-                for way, times in ((0, 1), (1, 2)):  # backward has two of each
-                    self.mixed[way] += times * moved_bytes(func, args, kwargs, out)
+                for pass_index, times in ((0, 1), (1, 2)):  # backward has two of each
+                    self.mixed[pass_index] += times * moved_bytes(func, args, kwargs, out)
             else:
                 self.products.append(self._product(func, name, first, second, out))
 
@@ -201,9 +203,9 @@ class LiveBytes(TorchDispatchMode):
         self.launches += 1
         moved = shown_bytes(tensors)
         if not multiplies(kernel):
-            self.kernels[self.way] += moved
+            self.kernels[self.pass_index] += moved
         elif not any(each.dim() > 1 and (each.shape in self.shapes or self.weight_of(each)) for each in tensors):
-            self.mixed[self.way] += moved
+            self.mixed[self.pass_index] += moved
 
     def leave_out(self, tensor: Tensor | None) -> None:
         """Count the storage of a weight's gradient in no sum."""

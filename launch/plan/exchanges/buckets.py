@@ -20,8 +20,8 @@ def bucketed_bytes(held: StageShare, layout: Layout) -> float:
     kinds = [sizes for sizes in bucket_sizes(held, layout) if sizes]
     pairs = [max(map(sum, pairwise(sizes)), default=sizes[0]) for sizes in kinds]
     largest = [max(sizes) for sizes in kinds]
-    under_way = max(pair + sum(largest) - own for pair, own in zip(pairs, largest))
-    return FLOAT32_BYTES * (held.share(layout) + under_way)
+    in_transit = max(pair + sum(largest) - own for pair, own in zip(pairs, largest))
+    return FLOAT32_BYTES * (held.share(layout) + in_transit)
 
 
 def resting_bytes(held: StageShare, layout: Layout) -> float:

@@ -363,11 +363,11 @@ def transfer_rows() -> tuple[list[bool], torch.Tensor, torch.Tensor]:
     transfer = RowTransfer(parallel.groups.ep, sent, received)
     rows_SD = (torch.arange(6.0).view(-1, 2)[: sum(sent)] + 10 * parallel.rank).requires_grad_()
     arriving_SD = transfer.start(rows_SD)
-    states = [transfer.under_way is not None]
+    states = [transfer.in_transit is not None]
     arrived_SD = transfer.finish(arriving_SD)
-    states.append(transfer.under_way is not None)
+    states.append(transfer.in_transit is not None)
     (arrived_SD * (parallel.rank + 1)).sum().backward()
-    states.append(transfer.under_way is not None)
+    states.append(transfer.in_transit is not None)
     return states, arrived_SD.detach(), rows_SD.grad
 
 
