@@ -14,7 +14,7 @@ import typer
 
 from amfm.launch.arguments import JsonOption
 from amfm.launch.console import plain, print_json, print_pairs, print_rows, say
-from amfm.launch.existing import require_exists
+from amfm.launch.existing import load_packaged, require_exists
 from amfm.pretrain.launcher_protocol import DONE, INTERRUPTED, RUN_FAILED
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 
 LOOK_SECONDS = 1.0
-POST_SECONDS = 15.0
 
 
 def watch(
@@ -61,13 +60,13 @@ def watch(
         raise ValueError(
             "--prometheus and --otlp run until they are interrupted, and --json prints once; give one of them"
         )
+    is_serving = prometheus is not None or otlp is not None
+    metrics = load_packaged("watch.metrics", "prometheus") if is_serving else None
     run = FollowedRun(run_dir)
     verdicts = Verdicts(run)
     try:
-        if prometheus is not None:
-            serve_metrics(verdicts, prometheus)
-        elif otlp is not None:
-            post_metrics(verdicts, otlp)
+        if metrics is not None:
+            metrics(verdicts, prometheus, otlp)
         elif as_json:
             seen = run.final()
             verdict = verdicts.of(seen)
@@ -79,53 +78,6 @@ def watch(
         raise typer.Exit(INTERRUPTED) from None
     needs_a_look = strict and verdicts.newest is not None and bool(verdicts.newest.findings)
     raise typer.Exit(RUN_FAILED if run.state in ("failed", "lost") or needs_a_look else DONE)
-
-
-def serve_metrics(verdicts: Verdicts, address: str) -> None:
-    """Serve a run's numbers until Ctrl-C. Raises ValueError for what is not an address, RuntimeError for one that cannot
-    be had.
-    """
-    from amfm.launch.prometheus import make_server
-
-    run = verdicts.run
-    host, _, port = address.rpartition(":")
-    if not port.isdecimal() or not 0 <= int(port) < 2**16:
-        raise ValueError(f"--prometheus {address} must be PORT or HOST:PORT with a number below 65536; use 9464")
-    try:
-        server = make_server(verdicts, host or "127.0.0.1", int(port))
-    except OSError as error:
-        raise RuntimeError(f"--prometheus {address}: {error.strerror}; name another port") from error
-    with server:
-        say(
-            f"amfm: {run.directory} at http://{server.server_address[0]!s}:{server.server_address[1]}/metrics; Ctrl-C ends"
-        )
-        server.serve_forever()
-
-
-def post_metrics(verdicts: Verdicts, address: str) -> None:
-    """Post a run's numbers until it ends or Ctrl-C; a collector that does not answer is said once. Raises ValueError for no URL."""
-    import json
-    import time
-    import urllib.request
-    from http.client import HTTPException
-
-    from amfm.launch.prometheus import describe_otlp
-
-    if not address.startswith(("http://", "https://")):
-        raise ValueError(f"--otlp {address} must be an http(s) URL, such as http://localhost:4318/v1/metrics")
-    run, is_said = verdicts.run, False
-    while True:
-        content = json.dumps(describe_otlp(verdicts)).encode()
-        request = urllib.request.Request(address, content, {"Content-Type": "application/json"})
-        try:
-            urllib.request.urlopen(request, timeout=POST_SECONDS).close()
-        except (OSError, HTTPException) as error:
-            if not is_said:
-                say(f"amfm: warning: {address} does not accept metrics ({error}); trying on")
-            is_said = True
-        if run.state not in ("running", "waiting"):
-            return
-        time.sleep(POST_SECONDS)
 
 
 def show_live(verdicts: Verdicts, *, stays: bool) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from amfm.data_pipeline.durable.files import write_file_atomically
-from amfm.launch.prometheus import format_gauges
 from amfm.pretrain.hook import Hook
 from amfm.pretrain.monitor.metrics import flatten_numbers
 from amfm.pretrain.run import Run
+from amfm_prometheus.scrape import format_gauges
 from amfm_prometheus.spec import PrometheusOptions
 
 

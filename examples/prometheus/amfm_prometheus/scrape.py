@@ -7,16 +7,20 @@ does while no rank lives is a number too: its last sign of life, restarts, exclu
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Mapping
 from http import HTTPStatus
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, get_args
 
 from amfm.launch.cluster.node_check import file_of, read_excluded
+from amfm.launch.console import say
 from amfm.launch.http_server import HttpHandler, HttpServer
 from amfm.pretrain.monitor.follow import Seen, State
 from amfm.pretrain.monitor.held import read_held
@@ -26,6 +30,53 @@ from amfm.pretrain.report.verdict import Verdicts
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Numbers of which a step has several, and the label that tells them apart: one panel then serves every model.
 PARTS = {"expert_load": "block", "mtp_loss": "module", "validation_by_source": "source"}
+POST_SECONDS = 15.0
+
+
+def watch_metrics(verdicts: Verdicts, prometheus: str | None, otlp: str | None) -> None:
+    """The part `metrics` of the verb watch: serve a run's numbers at an address, or post them to a collector."""
+    if prometheus is not None:
+        serve_metrics(verdicts, prometheus)
+    elif otlp is not None:
+        post_metrics(verdicts, otlp)
+
+
+def serve_metrics(verdicts: Verdicts, address: str) -> None:
+    """Serve a run's numbers until Ctrl-C. Raises ValueError for what is not an address, RuntimeError for one that cannot
+    be had.
+    """
+    run = verdicts.run
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or not 0 <= int(port) < 2**16:
+        raise ValueError(f"--prometheus {address} must be PORT or HOST:PORT with a number below 65536; use 9464")
+    try:
+        server = make_server(verdicts, host or "127.0.0.1", int(port))
+    except OSError as error:
+        raise RuntimeError(f"--prometheus {address}: {error.strerror}; name another port") from error
+    with server:
+        say(
+            f"amfm: {run.directory} at http://{server.server_address[0]!s}:{server.server_address[1]}/metrics; Ctrl-C ends"
+        )
+        server.serve_forever()
+
+
+def post_metrics(verdicts: Verdicts, address: str) -> None:
+    """Post a run's numbers until it ends or Ctrl-C; a collector that does not answer is said once. Raises ValueError for no URL."""
+    if not address.startswith(("http://", "https://")):
+        raise ValueError(f"--otlp {address} must be an http(s) URL, such as http://localhost:4318/v1/metrics")
+    run, is_said = verdicts.run, False
+    while True:
+        content = json.dumps(describe_otlp(verdicts)).encode()
+        request = urllib.request.Request(address, content, {"Content-Type": "application/json"})
+        try:
+            urllib.request.urlopen(request, timeout=POST_SECONDS).close()
+        except (OSError, HTTPException) as error:
+            if not is_said:
+                say(f"amfm: warning: {address} does not accept metrics ({error}); trying on")
+            is_said = True
+        if run.state not in ("running", "waiting"):
+            return
+        time.sleep(POST_SECONDS)
 
 
 def collect(verdicts: Verdicts) -> tuple[dict[str, str], dict[str, float], Seen]:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from amfm_prometheus.scrape import format_metrics, make_server
 
 from amfm.launch.cli import run as amfm
-from amfm.launch.prometheus import format_metrics, make_server
 from amfm.pretrain.monitor.follow import FollowedRun
 from amfm.pretrain.report.verdict import Verdicts
 from tests.launch.test_notify import listening
