@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict_saver
 
 from amfm.launch.arguments import JsonOption
-from amfm.launch.bench.calibration import OPTIMIZER, granite_shape
 from amfm.launch.bench.kernels import describe_hardware
 from amfm.launch.console import print_json, print_rows, say
 from amfm.model.hybrid import HybridModel
@@ -39,6 +38,7 @@ from amfm.pretrain.config.train_and_launch import TrainConfig
 from amfm.pretrain.engine.engine import ZeroEngine, build_engine
 from amfm.pretrain.engine.parts import list_parts
 from amfm.pretrain.parallel import initialize_parallel
+from benchmarks.calibration.fit import OPTIMIZER, granite_shape
 from benchmarks.command import main
 
 ROWS, TOKENS = 1, 512

@@ -94,7 +94,7 @@ VERBS = {
     "bench": (
         "Scale",
         "doctor",
-        "Measure this machine: its kernels, and its speed for `amfm plan`.",
+        "Measure this machine's kernels.",
     ),
     "evaluate": (
         "Use a model",

@@ -20,7 +20,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from amfm.launch.bench.calibration import fit_efficiencies
 from amfm.launch.plan.activations import FLOAT32_BYTES, storage_of
 from amfm.launch.plan.estimate import Assumptions, Estimate, estimate, memory_of
 from amfm.launch.plan.exchanges.seconds import exchange_seconds
@@ -36,6 +35,7 @@ from amfm.model.moe.transfer import expected_ranks
 from amfm.pretrain.checks.load import load_checked
 from amfm.pretrain.config.file import load_config
 from amfm.pretrain.config.schema import RunConfig
+from benchmarks.calibration.fit import fit_efficiencies
 from benchmarks.published.runs import PUBLISHED, PUBLISHED_FP8, PublishedRun
 
 NATURAL_IMBALANCE = 1.2

@@ -66,7 +66,7 @@ def compare_optimizers(
     model: Path | None, micro_batches: int, rounds: int, threads: int | None, *, as_json: bool
 ) -> None:
     """Time our step with AdamW and with Muon, on the benchmark's own model or another, and print the ratio."""
-    from amfm.launch.bench.calibration import ROWS, TOKENS
+    from benchmarks.calibration.fit import ROWS, TOKENS
     from benchmarks.models import read_model
     from benchmarks.step.bench import Shape, bench_optimizers
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from amfm.launch.bench.calibration import ROWS, TOKENS, granite_shape
 from amfm.launch.bench.kernels import describe_hardware
 from amfm.launch.cluster.child import Child
 from amfm.model.config.schema import ModelConfig
 from benchmarks import ROOT
+from benchmarks.calibration.fit import ROWS, TOKENS, granite_shape
 from benchmarks.freed_memory import CARD, KEPT, RETURNED, choose_treatments
 
 # Losses of the first step, same weights and batch, float32 against float32: sums over 2,048 tokens in another order.

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from amfm.data_pipeline.memory import keep_freed_memory
-from amfm.launch.bench.calibration import OPTIMIZER
 from amfm.launch.bench.kernels import multiplies_bf16
 from amfm.launch.cluster.child import open_answers
 from amfm.model.config.schema import ModelConfig
@@ -27,6 +26,7 @@ from amfm.pretrain.config.schema import OptimizerConfig
 from amfm.pretrain.engine.engine import Precision, build_engine
 from amfm.pretrain.engine.optimizer import build_optimizer
 from amfm.pretrain.parallel import Parallel, initialize_parallel
+from benchmarks.calibration.fit import OPTIMIZER
 from benchmarks.in_transformers import build_in_transformers
 
 

@@ -1,7 +1,5 @@
 """Verbs that look at the machine available: doctor and `amfm bench ...`. Benchmarks of a clone are in benchmarks/.
 
-`amfm bench calibrate`: this machine as a file for `amfm plan --gpu`, and how well the plan then does.
-
 `amfm bench kernels`: operations timed on this machine's GPU, or their tiles tuned for it.
 """
 
@@ -103,35 +101,6 @@ def print_findings(title: str, findings: Sequence[Finding], *, as_json: bool) ->
     return bool(failed)
 
 
-def calibrate(
-    path: Annotated[Path, typer.Argument(metavar="OUT.yaml", help="The hardware file to write.")],
-    *,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed steps per model; the models take turns.")] = 8,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Measure peak speeds and steps of six small models, and write a hardware file for `amfm plan --gpu`.
-
-    The plan of steps that were not fitted is printed next to their measured time.
-    """
-    if path.suffix not in (".yaml", ".yml") or not path.parent.is_dir():
-        raise ValueError(f"{path} must end in .yaml and be in a folder that exists; use hardware.yaml")
-    from amfm.launch.bench.calibration import calibrate as measure
-    from amfm.launch.bench.calibration import write_hardware
-
-    hardware, checks = measure(rounds=rounds, num_threads=threads, report=say)
-    write_hardware(hardware, checks, path)
-    if as_json:
-        found = [{"name": c.name, "planned_seconds": c.planned, "measured_seconds": c.measured} for c in checks]
-        print_json({"hardware": hardware.model_dump(), "checks": found})
-    else:
-        print_rows(
-            f"{hardware.name} as in {path}",
-            ("whole steps", "planned s", "measured s", "error"),
-            [(c.name, f"{c.planned:.3f}", f"{c.measured:.3f}", f"{c.error:+.0%}") for c in checks],
-        )
-
-
 # Columns of a row that differ between machines: title, field, format.
 Columns = tuple[tuple[str, str, str], ...]
 ON_CUDA: Columns = (("of roofline", "roofline_fraction", ".0%"), ("worst off float32", "relative_error", ".2g"))
@@ -211,6 +180,5 @@ def add_verbs(app: typer.Typer) -> None:
     """Register the verbs of this file."""
     app.command(epilog="Example: amfm doctor --cluster --nproc 2 --shared runs")(doctor)
     bench = typer.Typer(epilog="Example: amfm bench kernels", no_args_is_help=True)
-    bench.command(epilog="Example: amfm bench calibrate own.yaml --threads 1")(calibrate)
     bench.command(epilog="Example: amfm bench kernels --op decay_scan --json")(kernels)
     app.add_typer(bench, name="bench")

@@ -3,8 +3,8 @@
 Peaks are of the vendors' data sheets, without sparsity: A100 80GB SXM, H100 SXM, H200 SXM and DGX B200 (NVIDIA).
 `memory_gib` is what the device reports to PyTorch, which is less than the name says. The efficiencies are assumptions, of
 amfm's own kernels as they were compiled and of cuBLAS, until a GPU has measured them; so is what collectives, the host and
-ranks of unequal speed cost. Fields that a separate file leaves out have the table's values; `amfm bench calibrate` writes
-every field, with those costs in the efficiencies that it fits.
+ranks of unequal speed cost. Fields that a separate file leaves out have the table's values; `python -m
+benchmarks.calibration` writes every field, with those costs in the efficiencies that it fits.
 """
 
 from __future__ import annotations

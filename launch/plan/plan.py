@@ -7,7 +7,7 @@ links. `search.py` lists layouts that obey every rule of a run; here they are es
 
 Why formulas: nothing is allocated and no model is built, so that a laptop plans 2,048 GPUs and a search tries thousands
 of layouts. What formulas leave out is stated (`Assumptions`) and measured: tests/launch/plan hold the memory and the
-bytes against real steps, `amfm bench calibrate` and `python -m benchmarks.published` the time.
+bytes against real steps, `python -m benchmarks.calibration` and `benchmarks.published` the time.
 """
 
 from __future__ import annotations

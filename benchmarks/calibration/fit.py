@@ -125,7 +125,9 @@ class Check:
         return self.planned / self.measured - 1
 
 
-def calibrate(*, rounds: int, num_threads: int | None, report: Callable[[str], None]) -> tuple[Hardware, list[Check]]:
+def measure_machine(
+    *, rounds: int, num_threads: int | None, report: Callable[[str], None]
+) -> tuple[Hardware, list[Check]]:
     """Measure this machine; returns the fitted hardware, and checks that say how well the plan then does.
 
     Needs a separate process with one rank, since it sets up process groups and threads.
@@ -314,7 +316,7 @@ def _least_seconds(work: Callable[[], Any], device: torch.device) -> float:
 def write_hardware(hardware: Hardware, checks: Sequence[Check], path: Path) -> None:
     """Write the YAML file for `amfm plan --gpu`, the checks as comments."""
     lines = [
-        "# Written by `amfm bench calibrate`. Links were not measured, and are those of the plan's table or a copy",
+        "# Written by `python -m benchmarks.calibration`. Links were not measured, and are those of the plan's table or a copy",
         "# through memory; `amfm doctor --nproc N` measures them.",
         *(
             f"# {check.name}: planned {check.planned:.3f} s, measured {check.measured:.3f} s ({check.error:+.0%})"

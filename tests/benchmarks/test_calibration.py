@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from amfm.launch.bench.calibration import (
+from amfm.launch.plan.hardware import HARDWARE, load_hardware
+from amfm.model.config.core_options import FeedForwardConfig
+from benchmarks.calibration.__main__ import calibration
+from benchmarks.calibration.fit import (
     SECTIONS,
     Check,
     find_valley,
@@ -18,11 +21,9 @@ from amfm.launch.bench.calibration import (
     run_config,
     write_hardware,
 )
-from amfm.launch.cli import run
-from amfm.launch.plan.hardware import HARDWARE, load_hardware
-from amfm.model.config.core_options import FeedForwardConfig
+from benchmarks.command import run
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 KNOWN = {
     "product_efficiency": 0.61,
     "grouped_efficiency": 0.23,
@@ -88,7 +89,7 @@ def test_the_file_is_one_that_the_plan_reads(tmp_path):
     ],
 )
 def test_wrong_input_is_refused_before_anything_is_timed(arguments, message, capsys):
-    assert run(["bench", "calibrate", *arguments]) == 2
+    assert run(calibration, arguments) == 2
     captured = capsys.readouterr().err
     assert message in captured
     assert "measuring" not in captured
@@ -97,7 +98,7 @@ def test_wrong_input_is_refused_before_anything_is_timed(arguments, message, cap
 @pytest.mark.slow
 def test_a_calibrated_plan_knows_the_step_that_was_measured(tmp_path):
     path = tmp_path / "own.yaml"
-    command = [sys.executable, "-m", "amfm.launch", "bench", "calibrate", str(path)]
+    command = [sys.executable, "-m", "benchmarks.calibration", str(path)]
     done = subprocess.run(
         [*command, "--rounds", "3", "--threads", "1", "--json"],
         capture_output=True,
