@@ -58,8 +58,8 @@ VERBS = {
     ),
     "replay": (
         "Train",
-        "rollback",
-        "Compute a step of a run again from the checkpoint before it, and compare loss, gradient norm and weights bitwise.",
+        PACKAGED,
+        "Compute a step of a run again and compare loss, gradient norm and weights bitwise (a package: examples/replay).",
     ),
     "watch": (
         "Train",

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from amfm.data_pipeline.terminal import Waiting, printable
+from amfm.data_pipeline.terminal import Waiting
 from amfm.launch.arguments import ConfigOrPreset, JsonOption, OverridesArgument, PresetOption
 from amfm.launch.commands.evaluate import show_synthetic_row
 from amfm.launch.console import loading, print_json, print_pairs, print_rows, say, show_progress
-from amfm.launch.existing import choose_config
+from amfm.launch.existing import choose_config, load_packaged
 from amfm.pretrain.launcher_protocol import BAD_INPUT
 from amfm.pretrain.packages import require_extra
 
@@ -230,7 +230,7 @@ def inspect(
         show_origin(Path(path), step, as_json=as_json)
         return
     if spike is not None:
-        show_spike(Path(path), spike, as_json=as_json)
+        load_packaged("inspect.spike", "replay")(Path(path), spike, as_json=as_json)
         return
     if config is not None:
         raise ValueError(f"--config {config} is for --sample G; leave it out, or add --sample")
@@ -335,28 +335,6 @@ def show_sample(path: str, sample: int, config_path: Path | None, *, as_json: bo
     print_pairs(f"Sample {sample} of {data.store}", facts.items())
     for number, text in enumerate(documents, start=shown.first_document):
         print(f"--- document {number}\n{text}")
-
-
-def show_spike(run_dir: Path, step: int, *, as_json: bool) -> None:
-    """Measure the sequences of a step with weights from before it, and print the worst documents with their places."""
-    if not (run_dir / "config.yaml").is_file():
-        raise ValueError(f"--spike {step} of {run_dir} needs a run directory")
-    with Waiting("amfm inspect") as waiting:
-        from amfm.launch.arguments import choose_device
-        from amfm.pretrain.inference.spike import find_worst
-
-        found = find_worst(run_dir, step, device=choose_device("auto"), report=waiting)
-    if as_json:
-        print_json(asdict(found))
-        return
-    rows = [(sample, source, f"{loss:.3f}") for sample, source, loss in found.rows[:10]]
-    title = f"Rows of step {step}, by the weights of step {found.weights_of_step}"
-    print_rows(title, ("sample", "source", "loss"), rows)
-    for each in found.documents:
-        place = (
-            f"{each.source}, {each.part}, document {each.document}, token {each.first_token:,}, sample {each.sample}"
-        )
-        print(f"--- loss {each.loss:.3f} over {each.tokens:,} tokens: {place}\n{printable(each.text)}")
 
 
 ONE_LINE = 3  # facts of a mapping that has no further ones inside

@@ -1,9 +1,8 @@
-"""The verbs that go back to an earlier step of a run: rollback, and fork and replay, which leave the run as it is."""
+"""The verbs that go back to an earlier step of a run: rollback, and fork, which leaves the run as it is."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,11 +14,9 @@ from amfm.data_pipeline.terminal import Waiting
 from amfm.launch.arguments import JsonOption, OverridesArgument
 from amfm.launch.console import print_json, print_pairs, print_rows
 from amfm.launch.existing import require_exists
-from amfm.pretrain.launcher_protocol import RUN_FAILED
 
 if TYPE_CHECKING:
     from amfm.pretrain.checkpoint.remote import RemoteCheckpoints
-    from amfm.pretrain.replay import Outcome, Replay
     from amfm.pretrain.rollback import Rollback
 
 
@@ -112,74 +109,6 @@ def fork(
     print_pairs(f"{made.path} continues from step {step} of {run_dir}", [*changes, ("to train it", command)])
 
 
-def replay(
-    context: typer.Context,
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.", callback=require_run)],
-    *,
-    step: Annotated[int, typer.Option(min=1, metavar="N", help="Compute the run up to the end of this step.")],
-    ranks: Annotated[
-        int | None, typer.Option(min=1, metavar="R", help="Ranks on this machine; default: as many as the run had.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="OUT", help="Keep the run directory of the replay; default: removed.")
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """The verb `replay`.
-
-    Starts from the newest checkpoint before step N, or from the beginning, with the configurations of then; the run stays as it is. Exit code 3:
-    something differs, and the first rank, tensor or number is named.
-    """
-    place = out or run_dir.resolve().with_name(f".{run_dir.resolve().name}.replay")
-    if out is None:
-        shutil.rmtree(place, ignore_errors=True)  # of a replay that was killed
-    try:
-        with Waiting("amfm replay") as waiting, no_garbage_collection():
-            from amfm.pretrain.replay import compare_replay, prepare_replay
-
-            prepared = prepare_replay(run_dir, step, place, num_ranks=ranks, report=waiting)
-        for leg in prepared.legs:
-            leg.write(place / "config.yaml")
-            arguments = ["train", str(place / "config.yaml"), "--nproc", str(leg.world_size), "--force"]
-            if code := context.obj(arguments):
-                raise typer.Exit(code)
-        with Waiting("amfm replay") as waiting:
-            outcome = compare_replay(run_dir, prepared, waiting)
-    finally:
-        if out is None:
-            shutil.rmtree(place, ignore_errors=True)
-    if as_json:
-        facts = {name: getattr(prepared, name) for name in ("first", "last", "remarks")}
-        legs = [{"last": leg.last, "world_size": leg.world_size} for leg in prepared.legs]
-        equal = {"path": out and str(out), "equal": outcome.difference is None}
-        print_json(facts | {"legs": legs} | asdict(outcome) | equal)
-    else:
-        print_outcome(run_dir, prepared, outcome)
-    if outcome.difference is not None:
-        raise typer.Exit(RUN_FAILED)
-
-
-def print_outcome(run_dir: Path, prepared: Replay, outcome: Outcome) -> None:
-    """Print what was compared and the first difference."""
-    first = outcome.difference
-    verdict = "bitwise equal"
-    if first is not None:
-        place = "" if first.rank is None else f", written by rank {first.rank}, its number {first.index}"
-        verdict = f"{first.name} of step {first.step}{place}: {first.recorded} in the run, {first.computed} here"
-    found = f"{outcome.tensors} tensors differ" if outcome.tensors else "equal"
-    print_pairs(
-        f"Steps {prepared.first} to {prepared.last} of {run_dir}, computed again",
-        [
-            ("result" if first is None else "first difference", verdict),
-            ("loss", outcome.loss),
-            ("gradient norm", outcome.grad_norm),
-            ("weights", f"SHA-256 {outcome.weights_sha256}"),
-            ("checkpoint", found if outcome.has_checkpoint else f"the run has none of step {prepared.last}"),
-            *(("not as then", remark) for remark in prepared.remarks),
-        ],
-    )
-
-
 def print_made(run_dir: Path, made: Rollback, newest: int | None) -> None:
     """Print what was done, and the command that takes it back."""
     where = run_dir / "checkpoints" / made.folder
@@ -217,5 +146,4 @@ def list_steps(run_dir: Path, remote: RemoteCheckpoints | None) -> tuple[list[di
 def add_verbs(app: typer.Typer) -> None:
     """Register the verbs of this file."""
     app.command(epilog="Example: amfm fork runs/my runs/annealed train.steps=22000 --step 20000")(fork)
-    app.command(epilog="Example: amfm replay runs/my --step 21500")(replay)
     app.command(epilog="Example: amfm rollback runs/my --to 20000; amfm rollback runs/my --undo 1")(rollback)

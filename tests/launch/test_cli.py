@@ -52,10 +52,10 @@ def test_help_of_a_verb_begins_with_its_line_in_the_list():
 
 
 def test_a_verb_of_a_package_that_is_not_installed_says_how_to_install_it(capsys, monkeypatch):
-    having = ("amfm_study-*", "amfm_convert-*")
+    having = ("amfm_study-*", "amfm_convert-*", "amfm_replay-*")
     places = [entry for entry in sys.path if not any(list(Path(entry).glob(name)) for name in having)]
     monkeypatch.setattr(sys, "path", places)
-    for words in (["study", "mixers", "study.yaml"], ["convert", "convert.yaml"]):
+    for words in (["study", "mixers", "study.yaml"], ["convert", "convert.yaml"], ["replay", "runs/my", "--step", "9"]):
         assert run(words) == 2
         remedy = f"in a clone of amfm: pip install ./examples/{words[0]}\n"
         assert capsys.readouterr().err == f"amfm: amfm {words[0]} is in a package that is not installed; {remedy}"
@@ -76,6 +76,7 @@ def test_a_part_of_a_verb_whose_package_is_not_installed_says_how_to_install_it(
         ("export (gguf)", clients, ["export", tmp_path, tmp_path / "out.gguf", "--format", "gguf"]),
         ("watch (metrics)", "prometheus", ["watch", tmp_path, "--prometheus", "9464"]),
         ("plan (trace)", "simulate", ["plan", "--preset", "tiny_cpu", "--gpus", "1", "--trace"]),
+        ("inspect (spike)", "replay", ["inspect", tmp_path, "--spike", "9"]),
     ):
         assert run([str(word) for word in words]) == 2
         remedy = "is in a package that is not installed; in a clone of amfm: pip install ./examples"

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from amfm_replay.spike import find_worst
 
 from amfm.data_pipeline.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
 from amfm.data_pipeline.prepare.prepare import prepare
 from amfm.data_pipeline.verify import sample_text
 from amfm.launch.cli import run as run_cli
-from amfm.pretrain.inference.spike import find_worst
 from amfm.pretrain.train import train
 from tests.helpers.json_output import one_object
 from tests.helpers.tiny_store import run_in_process, write_jsonl
