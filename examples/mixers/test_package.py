@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import sys
 import tomllib
 from pathlib import Path
 
@@ -11,11 +14,18 @@ from amfm_mixers import SPECS
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.model.config.plugins import MORE_MIXERS
-from tests.helpers.examples import amfm
+from tests.helpers.examples import ROOT
+from tests.helpers.processes.zygote import BARE, run_program
 from tests.pretrain.tiny_run import MODEL, tiny_config, tiny_data
 
 FOLDER = Path(__file__).parent / "amfm_mixers"
 REMEDY = "`pip install ./examples/mixers` in a checkout of amfm, or add `plugins: [examples/mixers/amfm_mixers]`"
+PROGRAM = """
+import json, sys
+from amfm.launch.cli import run
+codes = [run(words) for words in json.loads(sys.argv[1])]
+print("\\n" + json.dumps(codes))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +46,17 @@ def test_a_run_trains_with_the_folder_alone_and_its_checkpoint_asks_for_it(data:
     tree = tiny_config(data, tmp_path / "run", train__steps=3).model_dump(mode="json", exclude_unset=True)
     mixers = {"lightning": {"num_heads": 2, "head_dim": 4}, "mom": {"mixer": "lightning"}}
     tree["model"] = {**MODEL, "pattern": "L-{mom}-", "mixers": mixers}
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    missing = amfm("train", path, packages=[], cwd=tmp_path)
-    assert missing.returncode == 2 and REMEDY in " ".join(missing.stderr.split()), missing.stderr
-    path.write_text(yaml.safe_dump(tree | {"plugins": [str(FOLDER)]}))
-    done = amfm("train", path, packages=[], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    words = ("generate", "run", "--prompt", "some", "--max-new-tokens", "2")
-    unread = amfm(*words, packages=[], cwd=tmp_path)
-    assert unread.returncode == 2 and REMEDY in " ".join(unread.stderr.split()), unread.stderr
-    read = amfm("--plugins", FOLDER, *words, packages=[], cwd=tmp_path)
-    assert read.returncode == 0, read.stderr
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    (tmp_path / "named.yaml").write_text(yaml.safe_dump(tree | {"plugins": [str(FOLDER)]}))
+    fails_without_it(tmp_path, ["train", "run.yaml"], ["train", "named.yaml"])
+    words = ["generate", "run", "--prompt", "some", "--max-new-tokens", "2"]
+    fails_without_it(tmp_path, words, ["--plugins", str(FOLDER), *words])
+
+
+def fails_without_it(folder: Path, without: list[str], with_it: list[str]) -> None:
+    """Run two command lines in one process, where the package is not installed."""
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, json.dumps([without, with_it])]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    done = run_program(command, env=environment, cwd=folder, zygote=BARE)
+    assert done.stdout.splitlines()[-1:] == ["[2, 0]"], done.stdout + done.stderr
+    assert REMEDY in " ".join(done.stderr.split()), done.stderr

@@ -139,7 +139,7 @@ def kill_at_random_moments(place: str, num_kills: int) -> int:
     return step
 
 
-@pytest.mark.parametrize("num_kills", [10, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_kills", [6, pytest.param(100, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_the_newest_whole_checkpoint_is_found(tmp_path: Path, num_kills: int) -> None:
     assert run_ranks(kill_at_random_moments, str(tmp_path), num_kills, num_ranks=1)[0] > 2
 

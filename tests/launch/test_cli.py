@@ -13,6 +13,7 @@ from amfm.launch.cli import describe, exit_code, run
 from amfm.launch.verbs import PACKAGED, VERBS, load_verb
 from tests.helpers.json_output import one_object
 from tests.helpers.patience import PATIENCE_SECONDS
+from tests.helpers.processes.zygote import run_program
 from tests.pretrain.config.files import BASE
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +92,7 @@ def test_every_verb_has_help_with_an_example(verb, capsys):
     assert "<bool>" not in shown, "a flag takes no value"
 
 
-@pytest.mark.parametrize("verb", ["config", "train"])
+@pytest.mark.parametrize("verb", ["train", pytest.param("config", marks=pytest.mark.slow)])
 def test_help_fits_a_screen_and_whole_help_lists_every_setting_of_the_schema(verb, capsys):
     assert run([verb, "--help"]) == 0
     text = capsys.readouterr().out
@@ -148,16 +149,20 @@ def test_help_answers_in_a_second_without_heavy_packages():
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
 
 
-def test_standard_error_that_takes_nothing_changes_no_exit_code(base):
+@pytest.mark.parametrize(
+    ("words", "code", "is_full"), [(["train.stepz=1"], 2, True), pytest.param([], 0, False, marks=pytest.mark.slow)]
+)
+def test_standard_error_that_takes_nothing_changes_no_exit_code(base, words, code, is_full):
     """A log on a full disk, and `2>&1 | head -1`, whose reader has ended."""
-    reader, closed = os.pipe()
+    reader, errors = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "amfm.launch", "config", str(base)]
-    with open("/dev/full", "wb") as full:
-        for words, code, errors in ([], 0, closed), (["train.stepz=1"], 2, full.fileno()):
-            done = subprocess.run([*command, *words], stdout=subprocess.PIPE, stderr=errors, check=False)
-            assert done.returncode == code and bool(done.stdout) == (code == 0)
-    os.close(closed)
+    if is_full:
+        os.close(errors)
+        errors = os.open("/dev/full", os.O_WRONLY)
+    command = [sys.executable, "-m", "amfm.launch", "config", str(base), *words]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, check=False)
+    assert done.returncode == code and bool(done.stdout) == (code == 0)
+    os.close(errors)
 
 
 def test_an_override_in_another_encoding_is_explained(base):
@@ -169,12 +174,7 @@ def test_an_override_in_another_encoding_is_explained(base):
 
 
 def test_module_and_command_are_one(base):
-    done = subprocess.run(
-        [sys.executable, "-m", "amfm.launch", "config", str(base), "train.stepz=1"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_program([sys.executable, "-m", "amfm.launch", "config", str(base), "train.stepz=1"])
     assert done.returncode == 2
     assert done.stderr == "amfm: override train.stepz=1: unknown key; did you mean train.steps?\n"
     assert done.stdout == ""

@@ -61,11 +61,19 @@ def test_help_imports_little_more_than_typer() -> None:
     assert len(found) < 380, "340, of which typer has 320"
 
 
-def test_settings_are_refused_and_folders_inspected_without_torch(tmp_path: Path) -> None:
-    data = tiny_data(tmp_path / "data")
-    path = tmp_path / "run.yaml"
-    path.write_text(resolved_yaml(tiny_config(data, tmp_path / "run")), encoding="utf-8")
-    (tmp_path / "run").mkdir()
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Modules, Path]:
+    """A process that imported amfm, built a model and trained: what it said, its modules, and the run's file."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = tiny_config(tiny_data(folder / "data"), folder / "run", train__steps=2, schedule__warmup_steps=1)
+    (folder / "run.yaml").write_text(resolved_yaml(config), encoding="utf-8")
+    return *start(BUILDING + PROGRAM, [["train", str(folder / "run.yaml")]], warnings="default"), folder / "run.yaml"
+
+
+def test_settings_are_refused_and_folders_inspected_without_torch(
+    trained: tuple[object, object, Path], tmp_path: Path
+) -> None:
+    path = trained[2]
     (export := tmp_path / "export").mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (export / name).write_text("{}", encoding="utf-8")
@@ -74,33 +82,32 @@ def test_settings_are_refused_and_folders_inspected_without_torch(tmp_path: Path
     refused = [
         ["train", str(path), change] for change in ("train.steps=0", "train.micro_batch_size=3", "model.pattern=q")
     ]
+    refused += [["train", str(path), "schedule.warmup_steps=0"]]  # the run would continue with other settings
     refused += [
-        ["profile", str(tmp_path / "run")],
+        ["profile", str(path.with_name("run"))],
         ["export", str(export), "--check", "vllm", "--client-python", str(python)],
     ]
     refused += [["launch", str(path), "--on", "slurm", "--nodes", "0"]]
-    others = [["config", str(path)], ["inspect", data.store, "--quick"], ["doctor", "--quick"]]
+    others = [
+        ["config", str(path)],
+        ["inspect", str(path.with_name("data") / "store"), "--quick"],
+        ["doctor", "--quick"],
+    ]
     found = run_each(*refused, *others)
-    assert [code for code, _ in found] == [2] * 6 + [0] * 3
+    assert [code for code, _ in found] == [2] * 7 + [0] * 3
     assert not found[-1][1] & HEAVY
 
 
-def test_importing_amfm_imports_nothing_building_warns_of_nothing_and_a_run_imports_no_compiler(tmp_path: Path) -> None:
+def test_importing_amfm_imports_nothing_building_warns_of_nothing_and_a_run_imports_no_compiler(
+    trained: tuple[subprocess.CompletedProcess[str], Modules, Path],
+) -> None:
     """In one process: each imports what the one before it does, and some."""
-    data = tiny_data(tmp_path / "data")
-    path = tmp_path / "run.yaml"
-    path.write_text(
-        resolved_yaml(tiny_config(data, tmp_path / "run", train__steps=2, schedule__warmup_steps=1)), encoding="utf-8"
-    )
-    done, ((code, found),) = start(BUILDING + PROGRAM, [["train", str(path)]], warnings="default")
+    done, ((code, found),), _ = trained
     assert done.stdout.startswith("0\n") and done.stderr.startswith("built\n")
     assert code == 0 and {"torch", "deepspeed", "megatron.core"} <= found
     if not torch.__version__.startswith("2.11."):  # which imports sympy with its own sharded tensors
         assert not found & COMPILER
     assert len(found) < 3100, "2,900, of which PyTorch has 1,230 and DeepSpeed 410; 4,900 with the compiler"
-    # Nor does it take torch to see that a run would continue with other settings.
-    ((code, found),) = run_each(["train", str(path), "schedule.warmup_steps=0"])
-    assert code == 2 and not found & HEAVY
 
 
 REST_OF_MEGATRON = """

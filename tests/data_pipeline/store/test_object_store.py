@@ -49,7 +49,7 @@ def server(tmp_path_factory):
 @pytest.fixture(scope="module")
 def local(server, tmp_path_factory):
     """A store on disk whose copy is behind the URL; its shards have several blocks."""
-    config = make_tiny_store(tmp_path_factory.mktemp("data"), num_documents=500, mean_words=200, part_bytes=1_000_000)
+    config = make_tiny_store(tmp_path_factory.mktemp("data"), num_documents=250, mean_words=200, part_bytes=2_000_000)
     upload(config.store, f"s3://{BUCKET}/store")
     return config
 

@@ -62,7 +62,8 @@ def test_an_operation_without_a_fake_function_is_named():
 
 def test_another_torch_ends_the_command(tmp_path, capsys, monkeypatch):
     path = tmp_path / "small.yaml"
-    path.write_text(yaml.safe_dump(DEFAULTS), encoding="utf-8")
+    settings = DEFAULTS | {"model": DEFAULTS["model"] | {"pattern": "-"}}
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
     monkeypatch.setattr(trace, "TORCH_RELEASES", ("1.13",))
     assert run(["plan", str(path), "--gpus", "1", "--trace"]) == 2
     said = capsys.readouterr().err

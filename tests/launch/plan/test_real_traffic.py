@@ -33,12 +33,12 @@ LIGHTNING = "model.mixers.lightning.num_heads=8 model.mixers.lightning.head_dim=
 INDEXER = "model.attention.indexer.top_k=50 model.attention.indexer.head_dim=8"
 WARM_UP = f"{INDEXER} model.attention.indexer.stage=warm_up"
 NGRAMS = "model.pattern=M{ngram_memory}E model.mixers.ngram_memory.head_dim=4 model.mixers.ngram_memory.table_size=50"
-FEWER_ROWS = "train.global_batch_size=4"
+FEWER_ROWS = "train.global_batch_size=4 model.pattern=M*-E"  # and each kind of block once
 TWO_RANKS = [
     f"expert=2 model.moe.capacity_factor=1.5 {FEWER_ROWS}",
     f"tensor=2 sequence_parallel=true zero_stage=2 model.attention.qk_norm=true {FEWER_ROWS}",
     f"context=2 model.moe.auxiliary_loss_weight=0.1 model.moe.sequence_loss_weight=0.1 {FEWER_ROWS}",
-    "pipeline=2 model.tie_embeddings=true train.global_batch_size=8",
+    "pipeline=2 model.tie_embeddings=true train.global_batch_size=8 model.pattern=ME*-",
 ]
 TWO_RANKS_MORE = [
     "expert=2 model.moe.num_experts=2",

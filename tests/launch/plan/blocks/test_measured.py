@@ -193,10 +193,10 @@ def test_a_loop_over_tokens_is_counted_on_short_rows_as_on_long_ones(monkeypatch
     """What ends the first pass is a number of operations, so that no loop takes long; ours are far below it."""
     amfm.register(amfm.Kind("loop", LoopMixer, LoopOptions))
     config = small_config("{loop}", mixers={"loop": {"num_heads": 2, "head_dim": 8}})
-    whole = measured._measure(config, "{loop}", torch.float32, "torch", Cut(), tokens=576)
+    whole = measured._measure(config, "{loop}", torch.float32, "torch", Cut(), tokens=384)
     monkeypatch.setattr(measured, "MOST_OPERATIONS", 1000)
     _block_bytes.cache_clear()
-    found = block_bytes(config, "{loop}", PLAIN, tokens=576)
+    found = block_bytes(config, "{loop}", PLAIN, tokens=384)
     _block_bytes.cache_clear()
     assert found.kept == pytest.approx(whole.kept, rel=0.01)
     assert found.launches == pytest.approx(whole.launches, rel=0.02)
