@@ -2,7 +2,7 @@
 
 How it works: as many threads as askers take all their tokens from one `SharedModel`, as requests of `amfm serve` do, without
 HTTP. A prompt is read before the clocks start. Seconds are those of the clock, and those of the process on its processors, which
-hold next to other programs. `--other` does the same with another checkout's amfm, such as one from before.
+hold next to other programs. `--other` does the same with another checkout's amfm and examples/serve, such as one from before.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ASK = """
 import json, sys, threading, time
 from pathlib import Path
 from amfm.pretrain.inference.generate import Sampling
-from amfm.launch.serve.completions import load_model
+from amfm_serve.completions import load_model
 
 path, tokens, prompt, *askers = sys.argv[1:]
 shared = load_model(Path(path), device="cpu", backend="auto", max_state_bytes=1 << 30).shared
@@ -89,9 +89,10 @@ def askers(
 def ask(root: Path, path: Path, tokens: int, prompt: int, numbers: list[int]) -> dict[int, list[float]]:
     """Tokens per second of all askers together and per CPU second, by their number."""
     given = [str(path.resolve()), str(tokens), str(prompt), *map(str, numbers)]
+    variables = {"PYTHONPATH": f"{root / 'src'}{os.pathsep}{root / 'examples/serve'}", "PYTHONWARNINGS": "ignore"}
     answer = subprocess.run(
         [sys.executable, "-c", ASK, *given],
-        env=os.environ | {"PYTHONPATH": str(root / "src"), "PYTHONWARNINGS": "ignore"}, capture_output=True, text=True, check=False,
+        env=os.environ | variables, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if answer.returncode:
         raise RuntimeError(f"the served model ended with {answer.returncode}: {answer.stderr[-2000:]}")

@@ -113,8 +113,8 @@ VERBS = {
     ),
     "serve": (
         "Use a model",
-        "serve",
-        "Serve a model with an OpenAI-compatible API (completions, chat completions, streaming) and a page to try it.",
+        PACKAGED,
+        "Serve a model with an OpenAI-compatible API (completions, chat completions, streaming) and a page to try it (a package: examples/serve).",
     ),
     "export": ("Use a model", "export", "Write a transformers checkpoint and verify its logits in a fresh process."),
     "import": (
@@ -206,8 +206,6 @@ def import_file(name: str) -> Any:
             from amfm.launch.commands import importing as module
         case "merge":
             from amfm.launch.commands import merge as module
-        case "serve":
-            from amfm.launch.commands import serve as module
         case _:
             raise KeyError(name)
     return module

@@ -10,6 +10,7 @@ import pytest
 import torch
 from amfm_mixers.ngram_memory import multiplier
 from amfm_mixers.options import NgramMemoryOptions
+from amfm_serve.rows import TextRows
 from torch import Tensor
 
 from amfm.data_pipeline.config import DataConfig
@@ -17,7 +18,7 @@ from amfm.model.config.schema import ModelConfig
 from amfm.model.flops import count_parameters, flops_per_token
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
-from amfm.pretrain.inference.rows import OneText, TextRows, advance
+from amfm.pretrain.inference.replay import OneText, advance
 from tests.helpers.numbers import assert_bitwise, assert_near
 from tests.model.small_models import loss_of, meta_of, packed_batch, small_config, small_model
 from tests.pretrain.tiny_run import MODEL, assert_resumes_bitwise, tiny_data

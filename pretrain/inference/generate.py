@@ -18,7 +18,7 @@ from torch import Tensor
 from amfm.data_pipeline.terminal import Report, silent
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
 from amfm.model.hybrid import HybridModel
-from amfm.pretrain.inference.rows import OneText
+from amfm.pretrain.inference.replay import OneText
 from amfm.pretrain.inference.weights import Weights, read_weights
 
 # A character has at most four bytes, so never more byte pieces have to wait for one.

@@ -1,4 +1,4 @@
-"""One more token of a text or of several without the Python of the model: what blocks compute is recorded, then repeated.
+"""A text that a model reads on, token by token without the model's Python: what blocks compute is recorded, then repeated.
 
 A token of a small model costs a processor some thousand calls of Python that decide the same each time: which branch, which
 shapes, which memory. So the first token after the prompt records the operations of each block, PyTorch's and those in C
@@ -23,15 +23,79 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from amfm.kernels.runtime.native import NativeCall, note_native_calls
-from amfm.model.block import Block, use_at_once
+from amfm.model.block import Block, Stream, use_at_once
 from amfm.model.hybrid import HybridModel
-from amfm.model.mixers.interface import BlockState
+from amfm.model.mixers.interface import BlockState, DecodeState
 from amfm.model.packing import PackMeta
+from amfm.model.state_size import state_tensors
 
 Repeat = Callable[[], object]
 _UNFILLED = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 _ZEROS = ("zeros", "new_zeros", "zeros_like")
 _FILLED = ("new_full", "full_like", "new_ones", "ones_like")
+
+
+@torch.inference_mode()
+def advance(model: HybridModel, state: DecodeState, ids: Sequence[int]) -> tuple[DecodeState, Tensor]:
+    """Read more tokens of one text: its new state, and the logits [V] after the last token, on the CPU in float32."""
+    device = model.head_weight().device
+    meta = PackMeta.one_document_a_row(1, len(ids), start=state.length, device=device)
+    tokens_BT = torch.tensor([list(ids)], device=device)
+    stream = model.pass_blocks(model.embed(tokens_BT), model.blocks.indices(), meta.with_tokens(tokens_BT), state)
+    assert stream.delta_BTD is not None, "a model has blocks"
+    last = Stream(stream.residual_BTD[:, -1:], stream.delta_BTD[:, -1:])
+    return DecodeState(tuple(stream.states), state.length + len(ids)), read_logits(model, last)[0]
+
+
+def read_logits(model: HybridModel, stream: Stream) -> Tensor:
+    """Logits [B, V] of a stream of one token a row, on the CPU in float32."""
+    logits_BTV = model.finish(stream, None).logits_BTV
+    assert logits_BTV is not None, "no labels were given"
+    return logits_BTV[:, 0].float().cpu()
+
+
+class OneText:
+    """A text that a model reads on: a prompt of any length, then tokens one by one. For one thread at a time."""
+
+    def __init__(self, model: HybridModel) -> None:
+        self.model, self.state, self.is_repeatable = model, model.empty_state(1), can_repeat(model)
+        self.recorded: dict[int, RecordedBlock | None] = {}  # by block, once it has passed a token
+
+    def read(self, ids: Sequence[int]) -> Tensor:
+        """Read more tokens; logits [V] after the last one, float32 on the CPU."""
+        if self.state.length > 0 and len(ids) == 1 and self.is_repeatable:
+            return self._read_token(ids[0])
+        assert not self.recorded, "tokens follow one by one once a text is recorded"
+        self.state, logits_V = advance(self.model, self.state, ids)
+        return logits_V
+
+    @torch.inference_mode()
+    def _read_token(self, token: int) -> Tensor:
+        """Read one token, by the records of blocks that have one; such a block's state is in its record."""
+        tokens_BT = torch.tensor([[token]])
+        meta = PackMeta.one_document_a_row(1, 1, start=self.state.length).with_tokens(tokens_BT)
+        stream, states = self.model.embed(tokens_BT), list(self.state.blocks)
+        for index, block in enumerate(self.model.blocks):
+            residual_BTD, delta_BTD, own = stream.residual_BTD, stream.delta_BTD, meta.of_block(index)
+            recorded = self.recorded.get(index)
+            if recorded is not None:
+                stream = Stream(*recorded.repeat(residual_BTD, delta_BTD))
+                continue
+            if index not in self.recorded and has_fixed_size(block, states[index]):
+                self.recorded[index], after = record(block, residual_BTD, delta_BTD, own, states[index])
+                stream, states[index] = Stream(*after[:2]), after[2]
+            else:
+                residual_BTD, mixed = block(residual_BTD, delta_BTD, own, states[index])
+                stream, states[index] = Stream(residual_BTD, mixed.y_BTD), mixed.state
+                self.recorded[index] = None
+        self.state = DecodeState(tuple(states), self.state.length + 1)
+        return read_logits(self.model, stream)[0]
+
+
+def has_fixed_size(block: Block, part: BlockState) -> bool:
+    """Whether the state of one text is as large as one before the first token, so that all tokens have its shapes."""
+    empty = [tensor.shape for tensor in state_tensors(block.mixer.empty_state(1))]
+    return [tensor.shape for tensor in state_tensors(part)] == empty
 
 
 def can_repeat(model: HybridModel) -> bool:

@@ -53,10 +53,15 @@ def test_help_of_a_verb_begins_with_its_line_in_the_list():
 
 
 def test_a_verb_of_a_package_that_is_not_installed_says_how_to_install_it(capsys, monkeypatch):
-    having = ("amfm_study-*", "amfm_convert-*", "amfm_replay-*")
+    having = ("amfm_study-*", "amfm_convert-*", "amfm_replay-*", "amfm_serve-*")
     places = [entry for entry in sys.path if not any(list(Path(entry).glob(name)) for name in having)]
     monkeypatch.setattr(sys, "path", places)
-    for words in (["study", "mixers", "study.yaml"], ["convert", "convert.yaml"], ["replay", "runs/my", "--step", "9"]):
+    for words in (
+        ["study", "mixers", "study.yaml"],
+        ["convert", "convert.yaml"],
+        ["replay", "runs/my", "--step", "9"],
+        ["serve", "runs/x"],
+    ):
         assert run(words) == 2
         remedy = f"in a clone of amfm: pip install ./examples/{words[0]}\n"
         assert capsys.readouterr().err == f"amfm: amfm {words[0]} is in a package that is not installed; {remedy}"

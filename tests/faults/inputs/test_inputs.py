@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from amfm.data_pipeline.config import DataConfig
+from tests.examples.serve.conftest import serving
 from tests.faults.disk import PATHS
 from tests.faults.inputs.requests import requests
 from tests.faults.inputs.sound_files import write_sound_files
 from tests.helpers.patience import PATIENCE_SECONDS
-from tests.launch.serve.conftest import serving
 from tests.pretrain.conftest import data
 from tests.pretrain.export.exported_models import weights_folder
 

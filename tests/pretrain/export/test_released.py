@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from amfm_serve.completions import load_model
+
 from amfm.data_pipeline.config import DataConfig
-from amfm.launch.serve.completions import load_model
 from amfm.pretrain.export.export import ExportReport, export_checkpoint
 from amfm.pretrain.export.import_huggingface import ImportReport, import_huggingface
 from amfm.pretrain.train import train

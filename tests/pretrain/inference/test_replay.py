@@ -12,8 +12,7 @@ from amfm.data_pipeline.config import DataConfig
 from amfm.kernels.runtime.native import refuse_native
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import single_rank_groups
-from amfm.pretrain.inference.replay import Recorder, find_form
-from amfm.pretrain.inference.rows import OneText, advance
+from amfm.pretrain.inference.replay import OneText, Recorder, advance, find_form
 from benchmarks.small_steps import load_small
 from tests.helpers.numbers import assert_bitwise
 from tests.pretrain.export.exported_models import MODELS, random_weights
@@ -44,7 +43,7 @@ def test_all_blocks_but_attention_are_recorded_where_their_code_is_c(activation:
     config = load_small([*FIT, f"model.moe.activation={activation}"], 1).model
     text = read_both(HybridModel(config, single_rank_groups(), backend="native", seed=0).eval(), 70)
     letters = "".join(block.letter for block in text.model.blocks)
-    assert [text.slots.recorded.get(index) is not None for index in range(len(letters))] == [
+    assert [text.recorded.get(index) is not None for index in range(len(letters))] == [
         letter != "*" for letter in letters
     ]
 

@@ -1,19 +1,19 @@
 """One more token of several texts in one pass, each with its own decode state and its own length.
 
 Texts have slots: the decode states of a block are the rows of one state, which stays where it is while the texts continue, so a
-token copies no state, and what blocks compute can be recorded and repeated (replay.py). A text joins by copying its state to a
-row, and leaves by copying it back; one that does not read a token in a pass gets its row back as it was. A state that grows with
-its text, as keys and values do, has another length in each, so such a block takes the texts one after the other; in a hybrid
-they are few.
+token copies no state, and what blocks compute can be recorded and repeated (pretrain/inference/replay.py). A text joins by
+copying its state to a row, and leaves by copying it back; one that does not read a token in a pass gets its row back as it was.
+A state that grows with its text, as keys and values do, has another length in each, so such a block takes the texts one after
+the other; in a hybrid they are few.
 
 What a row gives does not depend on the rows next to it, but for rounding: most libraries add in one order in products of
 FEWEST_ROWS rows and more, and there are never fewer slots (MKL on processors without AVX2, and on several threads, may add in
-another order for another number of rows). A text on its own (`OneText`) has one.
+another order for another number of rows).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -25,45 +25,9 @@ from amfm.model.hybrid import HybridModel
 from amfm.model.mixers.interface import BlockState, DecodeState
 from amfm.model.packing import PackMeta
 from amfm.model.state_size import state_tensors
-from amfm.pretrain.inference.replay import RecordedBlock, can_repeat, record
+from amfm.pretrain.inference.replay import RecordedBlock, can_repeat, has_fixed_size, read_logits, record
 
 FEWEST_ROWS = 4
-
-
-@torch.inference_mode()
-def advance(model: HybridModel, state: DecodeState, ids: Sequence[int]) -> tuple[DecodeState, Tensor]:
-    """Read more tokens of one text: its new state, and the logits [V] after the last token, on the CPU in float32."""
-    device = model.head_weight().device
-    meta = PackMeta.one_document_a_row(1, len(ids), start=state.length, device=device)
-    tokens_BT = torch.tensor([list(ids)], device=device)
-    stream = model.pass_blocks(model.embed(tokens_BT), model.blocks.indices(), meta.with_tokens(tokens_BT), state)
-    assert stream.delta_BTD is not None, "a model has blocks"
-    last = Stream(stream.residual_BTD[:, -1:], stream.delta_BTD[:, -1:])
-    return DecodeState(tuple(stream.states), state.length + len(ids)), read_logits(model, last)[0]
-
-
-def read_logits(model: HybridModel, stream: Stream) -> Tensor:
-    """Logits [B, V] of a stream of one token a row, on the CPU in float32."""
-    logits_BTV = model.finish(stream, None).logits_BTV
-    assert logits_BTV is not None, "no labels were given"
-    return logits_BTV[:, 0].float().cpu()
-
-
-class OneText:
-    """A text that a model reads on: a prompt of any length, then tokens one by one. For one thread at a time."""
-
-    def __init__(self, model: HybridModel) -> None:
-        self.model, self.state, self.slots = model, model.empty_state(1), Slots(model, 1)
-
-    def read(self, ids: Sequence[int]) -> Tensor:
-        """Read more tokens; logits [V] after the last one, float32 on the CPU."""
-        if self.state.length == 0 or len(ids) > 1 or not self.slots.is_repeatable:
-            assert self.slots.free, "tokens follow one by one once a text is recorded"
-            self.state, logits_V = advance(self.model, self.state, ids)
-            return logits_V
-        if self.slots.free:
-            self.slots.join(self.state)
-        return self.slots.read({0: ids[0]})[0]
 
 
 class TextRows:
@@ -213,12 +177,6 @@ class Slots:
     def _take_apart(self, index: int, rows: BlockState) -> None:
         """From now on a block's states are those of each slot: one has grown."""
         self.grown[index] = [None if slot in self.free else take_row(rows, slot) for slot in range(self.size)]
-
-
-def has_fixed_size(block: Block, part: BlockState) -> bool:
-    """Whether the state of one text is as large as one before the first token, so that it can be a row of one."""
-    empty = [tensor.shape for tensor in state_tensors(block.mixer.empty_state(1))]
-    return [tensor.shape for tensor in state_tensors(part)] == empty
 
 
 def take_row(state: BlockState, row: int) -> BlockState:

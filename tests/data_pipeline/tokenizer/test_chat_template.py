@@ -5,8 +5,10 @@ import json
 import pytest
 
 from amfm.data_pipeline.tokenizer.chat_template import ChatTemplate, read_template
-from tests.launch.serve.conftest import TEMPLATE
 
+TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}{{ eos_token }}{% endfor %}<assistant>"
+)
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 
 

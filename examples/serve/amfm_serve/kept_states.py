@@ -25,7 +25,8 @@ from amfm.model.hybrid import HybridModel
 from amfm.model.mixers.interface import DecodeState
 from amfm.model.state_size import count_bytes
 from amfm.pretrain.inference.generate import Sampling, choose_token
-from amfm.pretrain.inference.rows import TextRows, advance
+from amfm.pretrain.inference.replay import advance
+from amfm_serve.rows import TextRows
 
 PROMPT_PIECE = 256  # tokens of a prompt in one pass: other requests get a turn between two
 TAIL_TOKENS = 8

@@ -8,15 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from amfm_serve.completions import load_model
+from amfm_serve.server import ModelServer
 
 from amfm.data_pipeline.config import DataConfig
-from amfm.launch.serve.completions import load_model
-from amfm.launch.serve.server import ModelServer
 from amfm.pretrain.export.export import export_checkpoint
-from tests.pretrain.conftest import data
 from tests.pretrain.export.exported_models import weights_folder
 
-__all__ = ["data"]
 TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}{{ eos_token }}{% endfor %}<assistant>"
 )

@@ -8,12 +8,12 @@ import socket
 from typing import Any
 
 import pytest
+from amfm_serve.server import ModelServer
 
 from amfm.launch.cli import run
-from amfm.launch.serve.server import ModelServer
 from amfm.pretrain.inference.generate import Sampling, generate
+from tests.examples.serve.conftest import TEMPLATE
 from tests.helpers.patience import PATIENCE_SECONDS
-from tests.launch.serve.conftest import TEMPLATE
 
 JSON = {"Content-Type": "application/json"}
 

@@ -6,13 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from amfm_serve.kept_states import TAIL_TOKENS, KeptStates, SharedModel
+from amfm_serve.rows import TextRows
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.state_size import state_tensors
 from amfm.pretrain.inference.generate import Sampling, generate_tokens
-from amfm.pretrain.inference.kept_states import TAIL_TOKENS, KeptStates, SharedModel
-from amfm.pretrain.inference.rows import TextRows, advance
+from amfm.pretrain.inference.replay import advance
 from tests.pretrain.export.exported_models import MODELS, random_weights
 
 ROWS = [("nemotron_h", 1), ("nemotron_h", 8), ("qwen3_next", 3), ("lfm2_moe", 5), ("gpt_oss", 2), ("falcon_h1", 4)]

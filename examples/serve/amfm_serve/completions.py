@@ -23,7 +23,7 @@ from amfm.data_pipeline.tokenizer.huggingface import parse_tokenizer
 from amfm.data_pipeline.tokenizer.tokenizer import Tokenizer
 from amfm.launch.modules import is_transformers_folder, read_model
 from amfm.pretrain.inference.generate import Sampling, stream_text
-from amfm.pretrain.inference.kept_states import SharedModel
+from amfm_serve.kept_states import SharedModel
 
 if TYPE_CHECKING:
     import tokenizers

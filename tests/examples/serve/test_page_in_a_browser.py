@@ -5,9 +5,10 @@ import re
 import subprocess
 from html import unescape
 
-from amfm.launch.serve.server import ModelServer
+from amfm_serve.server import ModelServer
+
+from tests.examples.serve.conftest import serving
 from tests.helpers.patience import PATIENCE_SECONDS
-from tests.launch.serve.conftest import serving
 from tests.pretrain.report.test_page_in_a_browser import BROWSER, FLAGS, needs_browser
 
 ACT = """<script>

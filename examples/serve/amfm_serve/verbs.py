@@ -45,10 +45,12 @@ def serve(
 
     Until Ctrl-C. Conversations continue from the state they left: a turn costs its own tokens. Chat needs a model whose
     folder has a chat template.
+
+    Example: amfm serve exports/tiny_cpu --port 8000
     """
     with loading("serve"):
-        from amfm.launch.serve.completions import load_model
-        from amfm.launch.serve.server import ModelServer
+        from amfm_serve.completions import load_model
+        from amfm_serve.server import ModelServer
 
     # The port first: it is known at once whether it is free, and loading takes time.
     with ModelServer(host, port) as server:
@@ -68,8 +70,3 @@ def serve(
             server.serve_forever()
         except KeyboardInterrupt:
             say("amfm: no longer serving")
-
-
-def add_verbs(app: typer.Typer) -> None:
-    """Register the verbs of this file."""
-    app.command(epilog="Example: amfm serve exports/tiny_cpu --port 8000")(serve)
