@@ -88,8 +88,8 @@ VERBS = {
     ),
     "profile": (
         "Scale",
-        "watch",
-        "Show where the time of a traced step went, by kind of work, kind of block and operation.",
+        PACKAGED,
+        "Show where the time of a traced step went, by kind of work, block and operation (a package: examples/profile).",
     ),
     "bench": (
         "Scale",

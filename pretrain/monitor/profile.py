@@ -2,7 +2,7 @@
 
 torch.profiler records operations and kernels but knows nothing of our blocks. So during a traced step hooks open a
 range around each block and the embedding, and the heartbeat, which every phase of a step passes anyway, opens one for
-the phase. `amfm profile` (launch/profile) puts the time of an operation to the innermost of them, and a backward
+the phase. `amfm profile` (examples/profile) puts the time of an operation to the innermost of them, and a backward
 operation to the block of the forward operation with its sequence number. Outside of the traced steps there is no hook
 and no cost.
 

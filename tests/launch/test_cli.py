@@ -53,7 +53,7 @@ def test_help_of_a_verb_begins_with_its_line_in_the_list():
 
 
 def test_a_verb_of_a_package_that_is_not_installed_says_how_to_install_it(capsys, monkeypatch):
-    having = ("amfm_study-*", "amfm_convert-*", "amfm_replay-*", "amfm_serve-*")
+    having = ("amfm_study-*", "amfm_convert-*", "amfm_replay-*", "amfm_serve-*", "amfm_profile-*")
     places = [entry for entry in sys.path if not any(list(Path(entry).glob(name)) for name in having)]
     monkeypatch.setattr(sys, "path", places)
     for words in (
@@ -61,6 +61,7 @@ def test_a_verb_of_a_package_that_is_not_installed_says_how_to_install_it(capsys
         ["convert", "convert.yaml"],
         ["replay", "runs/my", "--step", "9"],
         ["serve", "runs/x"],
+        ["profile", "runs/x"],
     ):
         assert run(words) == 2
         remedy = f"in a clone of amfm: pip install ./examples/{words[0]}\n"

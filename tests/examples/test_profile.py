@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from amfm_profile.trace import HEAD, Share, read_trace
 
 from amfm.launch.cli import run
-from amfm.launch.profile import HEAD, Share, read_trace
 from amfm.pretrain.train import train
 from tests.helpers.json_output import one_object
 from tests.pretrain.tiny_run import read_metrics, tiny_config, tiny_data

@@ -1,0 +1,1 @@
+"""Where the time of a traced step of amfm went: the verb `amfm profile`."""
