@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from amfm_simulate.step_traffic import depends_on_router
 from amfm_simulate.trace import TracedRank, predicted_bytes, trace_run, traced_bytes
 
 from amfm.launch.arguments import JsonOption
 from amfm.launch.console import print_json, print_rows, say
 from amfm.launch.plan.exchanges.seconds import PARTS
-from amfm.launch.plan.exchanges.step import depends_on_router
 from amfm.launch.plan.hardware import HARDWARE
 from amfm.pretrain.checks.load import load_checked
 from benchmarks.command import main

@@ -111,8 +111,8 @@ def planned_traffic(config: RunConfig, ranks: int, rank: int, context_rank: int)
     Windows of convolutions go to neighbours, of which the context ranks at both ends have one: theirs is not a mean.
     Must run after process groups exist: without them Megatron-core's layers take every group for one rank.
     """
-    from amfm.launch.plan.exchanges.step import check_countable, stage_bytes
     from amfm.launch.plan.layout import Layout
+    from amfm_simulate.step_traffic import check_countable, stage_bytes
 
     layout = Layout.of(config, ranks)
     try:

@@ -118,15 +118,6 @@ def sent_rows(config: RunConfig, layout: Layout) -> float:
     return layout.expert * sum(places) / tokens
 
 
-def has_certain_ranks(moe: MoeConfig, expert_ranks: int) -> bool:
-    """Whether a token's choices are on equally many ranks whatever a router chooses.
-
-    So they do with one choice, with one expert per rank, and with this many choices that no rank is left out.
-    """
-    held = moe.num_experts // expert_ranks
-    return moe.top_k == 1 or held == 1 or moe.top_k > moe.num_experts - held
-
-
 def static_slots(config: RunConfig, layout: Layout) -> int | None:
     """Slots of each rank for each expert under a capacity factor (model/moe/capacity.py); None if rows are counted.
 

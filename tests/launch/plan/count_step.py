@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from amfm_simulate.count_collectives import CommunicationCounter, Traffic
+from amfm_simulate.step_traffic import check_exact, expected_bytes
 
-from amfm.launch.plan.exchanges.step import check_exact, expected_bytes
 from amfm.launch.plan.layout import Layout
 from amfm.pretrain.config.schema import RunConfig
 from benchmarks.small_steps import begin_ranks, build_for_steps, load_small, take_step

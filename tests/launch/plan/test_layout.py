@@ -1,8 +1,8 @@
 """Layouts: what each stage holds, and how one is written."""
 
 import pytest
+from amfm_simulate.step_traffic import built_stage
 
-from amfm.launch.plan.exchanges.step import built_stage
 from amfm.launch.plan.layout import Layout, held_by_stages
 from amfm.model.config.schema import MtpConfig
 from amfm.model.flops import count_parameters

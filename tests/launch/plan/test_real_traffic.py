@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from amfm_simulate.step_traffic import STATUS_NUMBERS, step_exchanges
 
 from amfm.launch.plan.blocks.expert_traffic import expert_traffic
 from amfm.launch.plan.exchanges.stage import pass_exchanges
-from amfm.launch.plan.exchanges.step import STATUS_NUMBERS, step_exchanges
 from amfm.launch.plan.layout import Layout, held_by_stages
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.step_sums import empty_sums

@@ -3,8 +3,8 @@
 from itertools import combinations
 
 import pytest
+from amfm_simulate.step_traffic import has_certain_ranks
 
-from amfm.launch.plan.blocks.expert_traffic import has_certain_ranks
 from amfm.model.config.moe import MoeConfig
 from amfm.model.moe.transfer import expected_ranks
 

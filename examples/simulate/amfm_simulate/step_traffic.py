@@ -1,9 +1,9 @@
 """Expected collective traffic of a training step, in bytes handed in by all ranks.
 
-How it works: the exchanges of passes and of whole gradients are those of `stage.py`, which the plan times too,
+How it works: the exchanges of passes and of whole gradients are those of amfm's `exchanges/stage.py`, which the plan times too,
 added up over stages and micro-batches. Only what a built model knows is added here: gradients that are partial sums
-over an axis, and the parameter groups that ZeRO pads one by one. So are the few numbers that end a step. `amfm bench
-communication` counts the same bytes in a real step; they agree to the byte, or the formula is wrong. Cases whose bytes
+over an axis, and the parameter groups that ZeRO pads one by one. So are the few numbers that end a step. Tests count the same
+bytes in a real step (`tests/launch/plan/test_real_traffic.py`); they agree to the byte, or the formula is wrong. Cases whose bytes
 depend on more than the layout (a router's choices, DeepSpeed's cache) are rejected rather than approximated.
 """
 
@@ -14,10 +14,11 @@ from typing import Any
 
 from torch import nn
 
-from amfm.launch.plan.blocks.expert_traffic import has_certain_ranks, static_slots
+from amfm.launch.plan.blocks.expert_traffic import static_slots
 from amfm.launch.plan.exchange import BUCKET_ELEMENTS, FLOAT32, INT64, Exchange
 from amfm.launch.plan.exchanges.stage import pass_exchanges, reduction_exchanges
 from amfm.launch.plan.layout import Layout, held_by_stages
+from amfm.model.config.moe import MoeConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.parallel.groups import AXES, ProcessGroupCollection
 from amfm.model.parallel.shards import parameter_shards
@@ -110,6 +111,15 @@ def depends_on_router(config: RunConfig, layout: Layout) -> bool:
     ):
         return False
     return not has_certain_ranks(moe, layout.expert)
+
+
+def has_certain_ranks(moe: MoeConfig, expert_ranks: int) -> bool:
+    """Whether a token's choices are on equally many ranks whatever a router chooses.
+
+    So they do with one choice, with one expert per rank, and with this many choices that no rank is left out.
+    """
+    held = moe.num_experts // expert_ranks
+    return moe.top_k == 1 or held == 1 or moe.top_k > moe.num_experts - held
 
 
 def check_exact(config: RunConfig, layout: Layout) -> None:
