@@ -22,7 +22,18 @@ gc.disable()
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # Packages of examples, as if they were installed: before amfm is imported, here and in every process of a test.
-PACKAGES = ("mixers", "foreign_states", "clients", "simulate", "convert", "prometheus", "replay", "serve", "profile")
+PACKAGES = (
+    "mixers",
+    "foreign_states",
+    "clients",
+    "simulate",
+    "convert",
+    "compact",
+    "prometheus",
+    "replay",
+    "serve",
+    "profile",
+)
 for folder in (*(f"examples/{name}" for name in PACKAGES), "tests/helpers/installed"):
     place = str(Path(__file__).parent / folder)
     sys.path.append(place)

@@ -129,8 +129,8 @@ VERBS = {
     ),
     "compact": (
         "Use a model",
-        "merge",
-        "Remove channels, experts and heads that pruning set to zero, and verify that the logits are unchanged.",
+        PACKAGED,
+        "Remove channels, experts and heads that pruning set to zero, and compare the logits (a package: examples/compact).",
     ),
     "convert": (
         "Use a model",

@@ -5,7 +5,7 @@
 #   recipes/prune_and_distil.sh WORK --toy   the same in a few steps, on Python's own sources
 #
 # From the environment: SEEDS (1 2 3), TEACHER_STEPS (400), STEPS (150), WEIGHT (0.9), PYTHON (python). Stopped at any point, the
-# same command continues.
+# same command continues. `amfm compact` is a package: pip install ./examples/compact.
 set -euo pipefail
 
 work=${1:?usage: recipes/prune_and_distil.sh WORK [--toy]}

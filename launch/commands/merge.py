@@ -1,19 +1,18 @@
-"""Verbs about weights and samples of trained models: distill, merge and compact.
+"""Verbs about weights and samples of trained models: distill and merge.
 
 distill: what a teacher says of each sample of a run is stored, for the run to learn from. merge: the mean of checkpoints.
-compact: what pruning set to zero is removed.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from amfm.data_pipeline.terminal import Waiting, format_bytes
-from amfm.launch.arguments import CheckpointArgument, ConfigArgument, JsonOption, OverridesArgument, choose_device
+from amfm.launch.arguments import ConfigArgument, JsonOption, OverridesArgument, choose_device
 from amfm.launch.commands.evaluate import BackendOption, DeviceOption
 from amfm.launch.console import loading, print_json, print_pairs, print_rows
 from amfm.launch.existing import require_exists
@@ -146,44 +145,6 @@ def describe(steps: tuple[int, ...]) -> str:
     return ", ".join(map(str, steps))
 
 
-def compact(
-    checkpoint: CheckpointArgument,
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Output folder for the weights; must be missing or empty.")
-    ],
-    *,
-    as_json: JsonOption = False,
-) -> None:
-    """The verb `compact`.
-
-    OUT is a weights folder: for export, generation, evaluation, or run.initial_weights of a run that trains on.
-    """
-    from amfm.pretrain.shrink import shrink_checkpoint
-
-    with Waiting("amfm compact") as waiting:
-        report = shrink_checkpoint(checkpoint, out, waiting)
-    if as_json:
-        print_json(
-            {
-                "path": str(report.path),
-                "parameters": [report.parameters_before, report.parameters_after],
-                "groups": {place: list(counts) for place, counts in report.counts.items()},
-                "max_logit_difference": report.max_logit_difference,
-                "compared": report.compared,
-                "model": report.model.model_dump(mode="json"),
-            }
-        )
-        return
-    share = report.parameters_after / report.parameters_before
-    pairs: list[tuple[str, Any]] = [
-        ("folder", report.path),
-        ("parameters", f"{report.parameters_before:,} -> {report.parameters_after:,} ({share:.1%})"),
-        *((place, f"{before:,} -> {after:,}") for place, (before, after) in report.counts.items()),
-        ("verification", f"largest logit difference {report.max_logit_difference:.1e} on {report.compared}"),
-    ]
-    print_pairs("Compacted", pairs)
-
-
 def add_verbs(app: typer.Typer) -> None:
     """Register the verbs of this file."""
     distill = typer.Typer(epilog="Example: amfm distill store run.yaml", no_args_is_help=True)
@@ -191,6 +152,3 @@ def add_verbs(app: typer.Typer) -> None:
     distill.command(epilog="Example: amfm distill store run.yaml distill.store=data/teacher")(store)
     app.add_typer(distill, name="distill")
     app.command(epilog="Example: amfm merge runs/my weights/merged --last 8 --weights wsm")(merge)
-    app.command(
-        epilog="Example: amfm compact runs/pruned weights/pruned, then amfm export weights/pruned exports/pruned"
-    )(compact)

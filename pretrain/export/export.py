@@ -54,6 +54,7 @@ from amfm.pretrain.tensor_files import write_tensors
 
 # Two float32 implementations that add in another order; real text, logits of order 10.
 LOGIT_TOLERANCE = 1e-4
+RELATIVE_TOLERANCE = 1e-5  # of models of ours, from the same code in float32
 PROOF_ROWS = 2
 PROOF_TOKENS = 320
 # A SentencePiece model with unrounded scores decides near ties by rounding noise (data_pipeline/tokenizer/sentencepiece_model.py).
@@ -218,6 +219,15 @@ def proof_text(weights: Weights) -> tuple[Tensor, list[str], str]:
         )
     text = tokenizer.decode([index for index in ids if index != tokenizer.eos_id])
     return tokens_BT, [text, SAMPLE_TEXT, *ODD_TEXTS], source
+
+
+def logit_difference(first: Weights, second: Weights, tokens_BT: Tensor) -> float:
+    """Largest difference of the logits of two models on tokens [B, T], over the largest logit where that is above 1."""
+    meta = PackMeta.one_document_a_row(*tokens_BT.shape)
+    with torch.no_grad():
+        given, other = (weights.build()(tokens_BT, meta).logits_BTV for weights in (first, second))
+    assert given is not None and other is not None, "no labels were given"
+    return float((given - other).abs().max() / given.abs().max().clamp(min=1.0))
 
 
 def _store_tokens(path: str, count: int) -> tuple[list[int], str]:

@@ -29,7 +29,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return {
         **os.environ,
         "PATH": path,
-        "PYTHONPATH": str(RECIPES.parent),
+        "PYTHONPATH": os.pathsep.join([str(RECIPES.parent), os.environ["PYTHONPATH"]]),  # with packages
         "PYTHON": sys.executable,
         "OMP_NUM_THREADS": "2",  # as users do: a process that has computed with several threads cannot be forked
     }

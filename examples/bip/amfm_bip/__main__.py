@@ -16,10 +16,9 @@ import torch
 
 from amfm.model.config.core_options import FeedForwardConfig
 from amfm.model.config.schema import ModelConfig
-from amfm.pretrain.export.export import check_free, proof_text
+from amfm.pretrain.export.export import RELATIVE_TOLERANCE, check_free, logit_difference, proof_text
 from amfm.pretrain.export.import_huggingface import write_model
 from amfm.pretrain.inference.weights import Weights, read_weights
-from amfm.pretrain.shrink import LOGIT_TOLERANCE, logit_difference
 from amfm_bip.block import FIRST_SCORES
 from amfm_bip.spec import SPEC, BipOptions
 
@@ -74,7 +73,7 @@ def compare(weights: Weights, smaller: Weights) -> str:
     """Compare logits: the largest difference and the text, in words. Raises RuntimeError if they differ."""
     tokens_BT, _, compared = proof_text(weights)
     difference = logit_difference(weights, smaller, tokens_BT)
-    if not difference <= LOGIT_TOLERANCE:  # NaN fails too
+    if not difference <= RELATIVE_TOLERANCE:  # NaN fails too
         raise RuntimeError(f"logits differ by {difference:.1e} of the largest; nothing was written")
     return f"logits differ by {difference:.0e} on {compared}"
 

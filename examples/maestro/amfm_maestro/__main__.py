@@ -18,10 +18,9 @@ from torch import Tensor
 from amfm.model.config.core_options import FeedForwardConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.flops import count_parameters
-from amfm.pretrain.export.export import check_free, proof_text
+from amfm.pretrain.export.export import RELATIVE_TOLERANCE, check_free, logit_difference, proof_text
 from amfm.pretrain.export.import_huggingface import write_model
 from amfm.pretrain.inference.weights import Weights, read_weights
-from amfm.pretrain.shrink import LOGIT_TOLERANCE, logit_difference
 from amfm_maestro.block import MATRICES
 from amfm_maestro.spec import SPEC, MaestroOptions
 
@@ -76,7 +75,7 @@ def compare(weights: Weights, smaller: Weights) -> tuple[float, str]:
     """Compare logits: the largest difference, and the text. Raises RuntimeError if they differ."""
     tokens_BT, _, compared = proof_text(weights)
     difference = logit_difference(weights, smaller, tokens_BT)
-    if not difference <= LOGIT_TOLERANCE:  # NaN fails too
+    if not difference <= RELATIVE_TOLERANCE:  # NaN fails too
         raise RuntimeError(f"logits differ by {difference:.1e} of the largest; nothing was written")
     return difference, compared
 

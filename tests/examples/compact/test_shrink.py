@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from amfm_compact.shrink import shrink_weights
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.launch.cli import run as run_cli
 from amfm.model.moe.block import PRUNED_BIAS
-from amfm.pretrain.export.export import LOGIT_TOLERANCE, export_checkpoint
+from amfm.pretrain.export.export import LOGIT_TOLERANCE, RELATIVE_TOLERANCE, export_checkpoint, logit_difference
 from amfm.pretrain.inference.weights import Weights, read_weights, write_weights
-from amfm.pretrain.shrink import logit_difference, shrink_weights
 from tests.pretrain.export.exported_models import OWN, random_weights
 from tests.pretrain.tiny_run import MODEL
 
@@ -61,7 +61,7 @@ def check_sizes(given: Weights, shrunk: Weights, channels: int, experts: int) ->
     assert (shrunk.model.attention.num_heads, shrunk.model.attention.num_kv_heads) == (2, 1)
     assert shrunk.state["blocks.1.mixer.router.weight"].shape[0] == experts
     tokens_BT = torch.randint(448, (2, 50), generator=torch.Generator().manual_seed(0))
-    assert logit_difference(given, shrunk, tokens_BT) <= 1e-5
+    assert logit_difference(given, shrunk, tokens_BT) <= RELATIVE_TOLERANCE
 
 
 def test_zeros_of_every_kind_leave_and_the_logits_stay(data: DataConfig, tmp_path: Path, capsys) -> None:
@@ -70,7 +70,7 @@ def test_zeros_of_every_kind_leave_and_the_logits_stay(data: DataConfig, tmp_pat
     write_weights(tmp_path / "pruned", given)
     assert run_cli(["compact", str(tmp_path / "pruned"), str(tmp_path / "small"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["max_logit_difference"] <= 1e-5
+    assert report["max_logit_difference"] <= RELATIVE_TOLERANCE
     assert report["parameters"][1] < report["parameters"][0]
     assert report["groups"]["blocks.3.mixer.channels"] == [48, 44]
     check_sizes(given, read_weights(tmp_path / "small"), 44, 3)

@@ -22,15 +22,12 @@ from amfm.model.config.kinds import kind_of
 from amfm.model.config.schema import ModelConfig
 from amfm.model.flops import count_parameters
 from amfm.model.moe.block import PRUNED_BIAS
-from amfm.model.packing import PackMeta
 from amfm.pretrain.config.hook_sections import PRUNED_GROUPS
-from amfm.pretrain.export.export import proof_text
+from amfm.pretrain.export.export import RELATIVE_TOLERANCE, logit_difference, proof_text
 from amfm.pretrain.export.import_huggingface import write_model
 from amfm.pretrain.hooks.prune import GroupPlan, Unit, plan_groups
 from amfm.pretrain.inference.merge import factored_places
 from amfm.pretrain.inference.weights import Weights, check_shapes, read_weights
-
-LOGIT_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -68,15 +65,6 @@ def shrink_weights(weights: Weights) -> Shrunk:
     check_shapes(found.model, found.state, weights.origin)
     # What the run says about widths is no longer so.
     return Shrunk(replace(found, run=None, step=None, tokens=None, origin=f"{weights.origin}, shrunk"), counts)
-
-
-def logit_difference(first: Weights, second: Weights, tokens_BT: Tensor) -> float:
-    """Largest difference of the logits of two models on tokens [B, T], over the largest logit where that is above 1."""
-    meta = PackMeta.one_document_a_row(*tokens_BT.shape)
-    with torch.no_grad():
-        given, other = (weights.build()(tokens_BT, meta).logits_BTV for weights in (first, second))
-    assert given is not None and other is not None, "no labels were given"
-    return float((given - other).abs().max() / given.abs().max().clamp(min=1.0))
 
 
 def _alike(plan: GroupPlan, config: ModelConfig) -> list[list[Unit]]:
@@ -171,9 +159,9 @@ def shrink_checkpoint(checkpoint: str | Path, out_dir: str | Path, report: Repor
     report("comparing logits before and after")
     tokens_BT, _, compared = proof_text(weights)
     difference = logit_difference(weights, shrunk.weights, tokens_BT)
-    if not difference <= LOGIT_TOLERANCE:  # NaN fails too
+    if not difference <= RELATIVE_TOLERANCE:  # NaN fails too
         raise RuntimeError(
-            f"logits of the shrunk model differ by {difference:.1e} of the largest, at most {LOGIT_TOLERANCE:.0e} is "
+            f"logits of the shrunk model differ by {difference:.1e} of the largest, at most {RELATIVE_TOLERANCE:.0e} is "
             "allowed; nothing was written"
         )
     write_model(out, shrunk.weights)
