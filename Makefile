@@ -199,7 +199,7 @@ bench: $(VENV)/.installed-dev
 # ONLY='lfm2 gpt_oss' runs models of these classes and leaves the other rows of the page.
 clients: $(VENV)/.installed $(CLIENTS)/.installed $(PEERS)/.installed
 	rm -rf runs/clients
-	PYTHONPATH=examples/clients $(BIN)/python -m benchmarks.clients --readers $(CLIENTS)/readers/bin/python --vllm $(CLIENTS)/vllm/bin/python \
+	PYTHONPATH=examples/clients:examples/tasks $(BIN)/python -m benchmarks.clients --readers $(CLIENTS)/readers/bin/python --vllm $(CLIENTS)/vllm/bin/python \
 	  --folder runs/clients --out docs/benchmarks/clients.md $(foreach class,$(ONLY),--only $(class))
 	AMFM_VLLM_PYTHON=$(CURDIR)/$(CLIENTS)/vllm/bin/python $(BIN)/python -m pytest -m slow tests/examples/clients
 	$(PEERS)/bin/python -m pytest -p no:cacheprovider -m "slow or not slow" -rs tests/pretrain/export/test_habits.py

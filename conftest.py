@@ -28,6 +28,7 @@ PACKAGES = (
     "clients",
     "simulate",
     "convert",
+    "tasks",
     "compact",
     "prometheus",
     "replay",

@@ -103,8 +103,8 @@ VERBS = {
     ),
     "tasks": (
         "Use a model",
-        "tasks",
-        "Make three small lm-eval tasks from a store's held-out text: multiple choice, completion and perplexity.",
+        PACKAGED,
+        "Make small lm-eval tasks from a store's held-out text: choice, completion, perplexity (a package: examples/tasks).",
     ),
     "generate": (
         "Use a model",
@@ -196,8 +196,6 @@ def import_file(name: str) -> Any:
             from amfm.launch.commands import watch as module
         case "launch":
             from amfm.launch.commands import launch as module
-        case "tasks":
-            from amfm.launch.commands import tasks as module
         case "evaluate":
             from amfm.launch.commands import evaluate as module
         case "export":

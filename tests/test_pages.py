@@ -99,7 +99,9 @@ def command_line() -> typer.core.TyperGroup:
     command.commands = {name: load_verb(name) for name, (_, file, _) in VERBS.items() if file != PACKAGED}
     sys.path.insert(0, str(ROOT / "examples/study"))
     command.commands["study"] = typer.main.get_command(importlib.import_module("amfm_study.ladder.verb").study)
-    command.commands |= {name: load_verb(name) for name in ("convert", "compact", "replay", "serve", "profile")}
+    command.commands |= {
+        name: load_verb(name) for name in ("convert", "tasks", "compact", "replay", "serve", "profile")
+    }
     return command
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 from amfm_clients.check import CLIENTS, ClientReport, check_export
+from amfm_tasks.make_tasks import make_tasks
 
 from amfm.model.huggingface.refusals import ClientName
 from amfm.pretrain.tasks.suite import flatten_results
@@ -94,7 +95,7 @@ def bench_clients(
         if not reports:
             run_amfm(folder, "prepare", config.name)
         if number == 0:
-            run_amfm(folder, "tasks", "store", "tasks", "--name", "text", "--documents", "40")
+            make_tasks(folder / "store", folder / "tasks", name="text", num_documents=40)
         measured = ["evaluate.include_path=tasks", f"evaluate.tasks=[{','.join(TASKS)}]"] if number == 0 else []
         if not (folder / export).exists():
             say(f"{name}: {STEPS} steps, export")

@@ -14,7 +14,7 @@ import typer
 
 from amfm.data_pipeline.terminal import Waiting
 from amfm.launch.arguments import ConfigOrPreset, JsonOption, OverridesArgument, PresetOption
-from amfm.launch.commands.evaluate import show_synthetic_row
+from amfm.launch.commands.tasks import show_synthetic_row
 from amfm.launch.console import loading, print_json, print_pairs, print_rows, say, show_progress
 from amfm.launch.existing import choose_config, load_packaged
 from amfm.pretrain.launcher_protocol import BAD_INPUT

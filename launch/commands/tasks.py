@@ -1,20 +1,22 @@
-"""Tasks of lm-eval: the verb that makes small ones, and measuring a checkpoint."""
+"""Tasks: measuring a checkpoint on those of lm-eval and on synthetic ones, and a row of these."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from amfm.data_pipeline.terminal import Waiting
-from amfm.launch.arguments import JsonOption, Place
-from amfm.launch.console import print_json, print_pairs
-from amfm.launch.existing import require_exists
+from amfm.launch.arguments import Place
+from amfm.launch.console import print_json, print_pairs, show_progress
 
 if TYPE_CHECKING:
+    from amfm.data_pipeline.config import DataConfig
     from amfm.pretrain.tasks.suite import TaskChoice
 
+# As data.synthetic.task of a configuration, whose import would slow every verb's help down.
+SyntheticTask = Literal["mqar", "overwriting", "selective_copying", "parity", "s3", "s4", "a5", "s5"]
 TasksOption = Annotated[
     str | None, typer.Option(metavar="NAME,...", help="Evaluate these lm-eval tasks instead (docs/evaluation.md).")
 ]
@@ -24,30 +26,6 @@ IncludePathOption = Annotated[
 ]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="Documents of each task; default: all.")]
 NumFewshotOption = Annotated[int | None, typer.Option(min=0, help="Few-shot examples; default: as the task defines.")]
-
-
-def tasks(
-    store: Annotated[
-        Path, typer.Argument(metavar="STORE", help="Token store with a validation split.", callback=require_exists)
-    ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder, relative to where the tasks are run.")],
-    *,
-    name: Annotated[
-        str | None, typer.Option(help="Prefix of the task names; default: the name of the store or project.")
-    ] = None,
-    documents: Annotated[int, typer.Option(min=1, help="Maximum number of documents per task.")] = 200,
-    as_json: JsonOption = False,
-) -> None:
-    """The verb `tasks`."""
-    from amfm.pretrain.tasks.make_tasks import make_tasks
-
-    names, longest_answer = make_tasks(store, out, name=name, num_documents=documents)
-    if as_json:
-        print_json({"folder": str(out), "tasks": names, "longest_answer_tokens": longest_answer})
-        return
-    settings = f"evaluate.include_path={out} evaluate.tasks=[{','.join(names)}] evaluate.every_steps=40"
-    rows = f"at least {longest_answer} tokens, for the longest answer"
-    print_pairs("Tasks", [("folder", out), ("tasks", ", ".join(names)), ("rows", rows), ("in a run", settings)])
 
 
 def read_choice(names: str, include_path: Path | None, limit: int | None, num_fewshot: int | None) -> TaskChoice:
@@ -83,6 +61,70 @@ def evaluate_on_tasks(checkpoint: Path, choice: TaskChoice, place: Place, *, as_
     print_pairs(f"Tasks on {checkpoint}", [(name, f"{value:.4f}") for name, value in values.items()])
 
 
-def add_verbs(app: typer.Typer) -> None:
-    """Register the verb of this file."""
-    app.command(epilog="Example: amfm tasks data/shakespeare data/tasks")(tasks)
+def evaluate_on_synthetic(
+    checkpoint: Path,
+    task: SyntheticTask,
+    settings: list[str],
+    sequence_length: int | None,
+    num_rows: int | None,
+    place: Place,
+    *,
+    as_json: bool,
+) -> None:
+    """Measure and print the accuracy of a checkpoint on a synthetic task."""
+    from amfm.pretrain.inference.evaluate import DEFAULT_ROWS, evaluate_synthetic
+
+    with show_progress("evaluate", every_seconds=5.0) as show:
+        found = evaluate_synthetic(
+            checkpoint,
+            task,
+            overrides=settings,
+            sequence_length=sequence_length,
+            num_rows=num_rows or DEFAULT_ROWS,
+            device=place.device,
+            backend=place.backend,
+            progress=lambda done, total: show(done, total, "rows"),
+        )
+    accuracy = found.accuracy
+    if as_json:
+        print_json(
+            {
+                "probe": found.task,
+                "settings": found.settings,
+                "sequence_length": found.sequence_length,
+                "accuracy": accuracy.token_accuracy,
+                "row_accuracy": accuracy.row_accuracy,
+                "chance": found.chance,
+                "loss": found.loss,
+                "answers": accuracy.num_labels,
+                "rows": accuracy.num_rows,
+            }
+        )
+        return
+    named = ", ".join(f"{name} {value}" for name, value in found.settings.items())
+    pairs = [
+        ("task", f"{found.task}{f' ({named})' if named else ''}, rows of {found.sequence_length:,} tokens"),
+        (
+            "accuracy",
+            f"{accuracy.token_accuracy:.4f} of {accuracy.num_labels:,} tokens; guessing gives {found.chance:.4f}",
+        ),
+        ("sequences without an error", f"{accuracy.row_accuracy:.4f} of {accuracy.num_rows:,}"),
+        ("loss", f"{found.loss:.4f} nats a labeled token"),
+    ]
+    print_pairs(f"Evaluation of {checkpoint}", pairs)
+
+
+def show_synthetic_row(data: DataConfig, sample: int, *, sequence_length: int, seed: int, as_json: bool) -> None:
+    """Print the training row of a global sample, which only the configuration determines."""
+    from amfm.data_pipeline.loader.loader import PretrainLoader
+
+    loader = PretrainLoader(data, sequence_length=sequence_length, micro_batch_size=1, seed=seed)
+    ((row,), _) = loader.reader.read_block(sample, 1, 1)
+    assert row.labels is not None and data.synthetic is not None, "the configuration is of a synthetic task"
+    tokens, labels = row.tokens[:-1].tolist(), row.labels.tolist()
+    if as_json:
+        print_json({"sample": sample, "probe": data.synthetic.task, "tokens": tokens, "labels": labels})
+        return
+    label_text = ", ".join(f"{label} at {place}" for place, label in enumerate(labels) if label >= 0)
+    pairs = [("tokens", " ".join(map(str, tokens))), ("labels", label_text)]
+    print_pairs(f"Sample {sample} of the synthetic task {data.synthetic.task}", pairs)

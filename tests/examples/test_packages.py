@@ -14,7 +14,18 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize(
     "package",
-    ["foreign_states", "clients", "simulate", "convert", "compact", "prometheus", "replay", "serve", "profile"],
+    [
+        "foreign_states",
+        "clients",
+        "simulate",
+        "convert",
+        "tasks",
+        "compact",
+        "prometheus",
+        "replay",
+        "serve",
+        "profile",
+    ],
 )
 def test_the_installed_entry_points_are_those_of_the_project_and_load(package: str) -> None:
     project = tomllib.loads((ROOT / "examples" / package / "pyproject.toml").read_text())["project"]

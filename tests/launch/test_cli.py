@@ -53,12 +53,21 @@ def test_help_of_a_verb_begins_with_its_line_in_the_list():
 
 
 def test_a_verb_of_a_package_that_is_not_installed_says_how_to_install_it(capsys, monkeypatch):
-    having = ("amfm_study-*", "amfm_convert-*", "amfm_compact-*", "amfm_replay-*", "amfm_serve-*", "amfm_profile-*")
+    having = (
+        "amfm_study-*",
+        "amfm_convert-*",
+        "amfm_tasks-*",
+        "amfm_compact-*",
+        "amfm_replay-*",
+        "amfm_serve-*",
+        "amfm_profile-*",
+    )
     places = [entry for entry in sys.path if not any(list(Path(entry).glob(name)) for name in having)]
     monkeypatch.setattr(sys, "path", places)
     for words in (
         ["study", "mixers", "study.yaml"],
         ["convert", "convert.yaml"],
+        ["tasks", "data/x", "out"],
         ["compact", "runs/my", "small"],
         ["replay", "runs/my", "--step", "9"],
         ["serve", "runs/x"],

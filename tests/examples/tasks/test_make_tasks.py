@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from amfm_tasks.make_tasks import held_out_texts, make_tasks
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
 from amfm.launch.cli import run
-from amfm.pretrain.tasks.make_tasks import held_out_texts, make_tasks
 from tests.helpers.json_output import one_object
 from tests.helpers.tiny_store import make_tiny_store
 
