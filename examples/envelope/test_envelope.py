@@ -138,7 +138,7 @@ def test_groups_end_at_the_same_share_of_the_weights_whether_or_not_they_pay_for
 def run_amfm(*arguments: str, packages: Path) -> str:
     """What a verb prints, with what is installed in `packages`."""
     root = Path(__file__).parents[2]
-    paths = os.pathsep.join(map(str, (packages, root / "examples" / "envelope", root)))
+    paths = os.pathsep.join(map(str, (packages, root / "examples" / "envelope", root, os.environ["PYTHONPATH"])))
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-m", "amfm.launch", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
