@@ -123,11 +123,11 @@ def choose_config(path: Path | None, overrides: Sequence[str] | None, preset: st
     return preset_path(preset), words
 
 
-def load_packaged(name: str, folder: str) -> Any:
+def load_packaged(name: str, *folders: str) -> Any:
     """Load what an installed package brings to the command line, an entry point of the group `amfm.verbs`.
 
     A verb is a function of typer's or a typer application. A part of one, such as `import.training-state`, is a function that gets what the verb has parsed.
-    Raises ValueError if there is none; folder: of examples/, which has the package.
+    Raises ValueError if there is none; folders: of examples/, to install together.
     """
     from importlib.metadata import entry_points
 
@@ -135,6 +135,5 @@ def load_packaged(name: str, folder: str) -> Any:
         return entry.load()
     verb, _, part = name.partition(".")
     words = f"{verb} ({part})" if part else verb
-    raise ValueError(
-        f"amfm {words} is in a package that is not installed; in a clone of amfm: pip install ./examples/{folder}"
-    )
+    places = " ".join(f"./examples/{folder}" for folder in folders)
+    raise ValueError(f"amfm {words} is in a package that is not installed; in a clone of amfm: pip install {places}")

@@ -58,7 +58,7 @@ def watch(
             "--prometheus and --otlp run until they are interrupted, and --json prints once; give one of them"
         )
     is_serving = prometheus is not None or otlp is not None
-    metrics = load_packaged("watch.metrics", "prometheus") if is_serving else None
+    metrics = load_packaged("watch.metrics", "serve", "prometheus") if is_serving else None
     run = FollowedRun(run_dir)
     verdicts = Verdicts(run)
     try:

@@ -91,7 +91,7 @@ def test_a_part_of_a_verb_whose_package_is_not_installed_says_how_to_install_it(
         ("export (training-state)", states, ["export", tmp_path, tmp_path / "out", "--format", "dcp"]),
         ("export (check)", clients, ["export", tmp_path, "--check", "vllm"]),
         ("export (gguf)", clients, ["export", tmp_path, tmp_path / "out.gguf", "--format", "gguf"]),
-        ("watch (metrics)", "prometheus", ["watch", tmp_path, "--prometheus", "9464"]),
+        ("watch (metrics)", "serve ./examples/prometheus", ["watch", tmp_path, "--prometheus", "9464"]),
         ("plan (trace)", "simulate", ["plan", "--preset", "tiny_cpu", "--gpus", "1", "--trace"]),
         ("inspect (spike)", "replay", ["inspect", tmp_path, "--spike", "9"]),
     ):

@@ -19,9 +19,10 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, get_args
 
+from amfm_serve.http_server import HttpHandler, HttpServer
+
 from amfm.launch.cluster.node_check import file_of, read_excluded
 from amfm.launch.console import say
-from amfm.launch.http_server import HttpHandler, HttpServer
 from amfm.pretrain.monitor.follow import Seen, State
 from amfm.pretrain.monitor.held import read_held
 from amfm.pretrain.monitor.metrics import flatten_numbers

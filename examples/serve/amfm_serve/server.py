@@ -1,7 +1,7 @@
 """The server of a model: completions, chat completions, the list of models, a page to try them, on one address.
 
-A handful of clients of one machine share one model, whose arithmetic takes all the time. Besides what amfm's
-`http_server.py` rejects, bodies must be JSON, which no browser sends across origins without asking first; that question is never answered.
+A handful of clients of one machine share one model, whose arithmetic takes all the time. Besides what `http_server.py` rejects,
+bodies must be JSON, which no browser sends across origins without asking first; that question is never answered.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from amfm.launch.http_server import HttpHandler, HttpServer
 from amfm_serve.completions import Kind, RefusedError, ServedModel, begin_answer, parse_request
+from amfm_serve.http_server import HttpHandler, HttpServer
 
 MAX_BODY_BYTES = 4 << 20
 MAX_BODY_DIGITS = 10

@@ -12,9 +12,9 @@ from contextlib import ExitStack
 from http import HTTPStatus
 
 import pytest
+from amfm_serve import http_server
+from amfm_serve.http_server import HttpHandler, HttpServer
 
-from amfm.launch import http_server
-from amfm.launch.http_server import HttpHandler, HttpServer
 from tests.helpers.patience import PATIENCE_SECONDS
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
