@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from amfm.kernels.attention.log_sums import note_log_sums
-from amfm.kernels.attention.torch_impl import WindowSums, attention_torch, window_attention_torch, window_sums_torch
+from amfm.kernels.attention.torch_impl import attention_torch, window_attention_torch
 from amfm.kernels.attention.varlen import DocumentEnds, attention_varlen, refuse_varlen
 from amfm.kernels.common.inputs import check_documents, check_float, check_shape
 from amfm.kernels.runtime.backend import resolve_backend
@@ -84,34 +84,6 @@ def attention(
     return attention_torch(q_BTHK, k_BSJK, v_BSJK, **settings)
 
 
-def window_sums(
-    q_BTHK: Tensor,
-    k_BSJK: Tensor,
-    v_BSJK: Tensor,
-    *,
-    window: int,
-    document_ids_BS: Tensor | None = None,
-    scale: float | None = None,
-    backend: str = "auto",
-) -> WindowSums:
-    """Attention to the last `window` keys of the document, with the largest score and the mass of each query.
-
-    What is in no window can then join the sums: o = (mass o + other values) / (mass + other weights). Shapes and errors as
-    in `attention`. There is no Triton kernel of it: where kernels run on Triton, products of PyTorch do it.
-    """
-    _check(q_BTHK, k_BSJK, v_BSJK, document_ids_BS)
-    if window < 1:
-        raise ValueError(f"window must be at least 1, the query's own key; got {window}")
-    scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
-    if backend == "triton":
-        _note_choice("torch", "no Triton kernel gives the largest score and mass of a window; PyTorch's products do")
-        backend = "torch"
-    sums: dict[str, Any] = {"document_ids_BS": document_ids_BS, "scale": scale, "window": window}
-    if resolve_backend(backend, q_BTHK.device, "attention") == "reference":
-        return WindowSums(*window_sums_reference(q_BTHK, k_BSJK, v_BSJK, **sums))
-    return window_sums_torch(q_BTHK, k_BSJK, v_BSJK, **sums)
-
-
 def fastest_backend(
     backend: str,
     q_BTHK: Tensor,
@@ -134,28 +106,28 @@ def fastest_backend(
         return backend
     tokens = q_BTHK.shape[1]
     if has_sinks:
-        _note_choice("triton", "PyTorch's attention has no sinks; ours begins its sums with them")
+        note_choice("triton", "PyTorch's attention has no sinks; ours begins its sums with them")
         return backend
     if gives_sums:
-        _note_choice("triton", "PyTorch's attention keeps its log-sum-exp to itself; ours hands it out")
+        note_choice("triton", "PyTorch's attention keeps its log-sum-exp to itself; ours hands it out")
         return backend
     has_ends = document_ends is not None and (tokens == keys or document_ends.key_offsets is not None)
     if has_ends and (has_documents or tokens != keys):
         reason = refuse_varlen(q_BTHK.dtype, q_BTHK.shape[3])
         if reason is None:
-            _note_choice("varlen", "PyTorch's FlashAttention requires documents laid end to end")
+            note_choice("varlen", "PyTorch's FlashAttention requires documents laid end to end")
             return "varlen"
-        _note_choice("triton", f"PyTorch's variable-length attention cannot serve: {reason}")
+        note_choice("triton", f"PyTorch's variable-length attention cannot serve: {reason}")
         return backend
     if has_documents or tokens not in (1, keys):
-        _note_choice("triton", "a mask would keep PyTorch's attention from FlashAttention; ours skips hidden tiles")
+        note_choice("triton", "a mask would keep PyTorch's attention from FlashAttention; ours skips hidden tiles")
         return backend
-    _note_choice("torch", "without document boundaries PyTorch's FlashAttention is faster")
+    note_choice("torch", "without document boundaries PyTorch's FlashAttention is faster")
     return "torch"
 
 
 @assume_constant
-def _note_choice(backend: str, reason: str) -> None:
+def note_choice(backend: str, reason: str) -> None:
     """As `_log_choice`, where torch.compile looks: a message would cut a graph in two."""
     _log_choice(backend, reason)
 
@@ -243,34 +215,3 @@ def attention_reference(
             outputs.append(torch.einsum("hs,shk->hk", weights_HS, v_BSHK[row, begin:end]))
         rows.append(torch.stack(outputs))
     return torch.stack(rows)
-
-
-def window_sums_reference(
-    q_BTHK: Tensor,
-    k_BSJK: Tensor,
-    v_BSJV: Tensor,
-    *,
-    document_ids_BS: Tensor | None,
-    scale: float,
-    window: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention in windows with its largest score and mass a query, from the whole matrix [T, S] of scores.
-
-    Shapes as in `window_sums`; in the dtype of the inputs, for tests only.
-    """
-    tokens, keys = q_BTHK.shape[1], k_BSJK.shape[1]
-    repeat = q_BTHK.shape[2] // k_BSJK.shape[2]
-    k_BSHK, v_BSHV = k_BSJK.repeat_interleave(repeat, 2), v_BSJV.repeat_interleave(repeat, 2)
-    distance_TS = torch.arange(keys - tokens, keys, device=q_BTHK.device)[:, None] - torch.arange(
-        keys, device=q_BTHK.device
-    )
-    seen_BTS = ((distance_TS >= 0) & (distance_TS < window)).expand(len(q_BTHK), -1, -1)
-    if document_ids_BS is not None:
-        seen_BTS = seen_BTS & (document_ids_BS[:, keys - tokens :, None] == document_ids_BS[:, None])
-    scores_BHTS = torch.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK) * scale
-    scores_BHTS = scores_BHTS.masked_fill(~seen_BTS[:, None], -torch.inf)
-    highest_BHT = scores_BHTS.amax(-1)
-    weights_BHTS = (scores_BHTS - highest_BHT[..., None]).exp()
-    mass_BHT = weights_BHTS.sum(-1)
-    o_BTHV = torch.einsum("bhts,bshv->bthv", weights_BHTS / mass_BHT[..., None], v_BSHV)
-    return o_BTHV, highest_BHT.transpose(1, 2), mass_BHT.transpose(1, 2)

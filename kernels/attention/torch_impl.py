@@ -138,18 +138,6 @@ def _attend_last(q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, scale: float, s
     return _attend(q_BTHK, k_BSJK, v_BSJK, mask, scale, sinks_H, causal=tokens == keys and tokens > 1)
 
 
-class WindowSums(NamedTuple):
-    """Attention in windows with what other terms may join it by: o [B, T, H, V] is the softmax's output.
-
-    highest [B, T, H]: the largest scaled score of each query's window. mass [B, T, H]: the sum of e^(score - highest), at
-    least 1. Both in float32 (float64 for float64 inputs).
-    """
-
-    o_BTHV: Tensor
-    highest_BTH: Tensor
-    mass_BTH: Tensor
-
-
 class _Blocks(NamedTuple):
     """Queries [N, H, L, K], the keys and values [N, J, S, K] that each block sees, and what it may see [N, 1, L, S]."""
 
@@ -175,38 +163,15 @@ def window_attention_torch(
     Gradients come from autograd through the views and the call. Source: Beltagy et al. 2020 (arXiv 2004.05150),
     section 3.1.
     """
-    q, k, v, mask = _cut_blocks(q_BTHK, k_BSJK, v_BSJK, document_ids_BS, window)
+    q, k, v, mask = cut_blocks(q_BTHK, k_BSJK, v_BSJK, document_ids_BS, window)
     if sinks_H is not None:
         y = attend_with_sinks(q, k, v, sinks_H, mask, scale, causal=False)
-        return _join_blocks(y, q_BTHK).to(q_BTHK.dtype)
+        return join_blocks(y, q_BTHK).to(q_BTHK.dtype)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return _join_blocks(y, q_BTHK).to(q_BTHK.dtype)
+    return join_blocks(y, q_BTHK).to(q_BTHK.dtype)
 
 
-def window_sums_torch(
-    q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, *, document_ids_BS: Tensor | None, scale: float, window: int
-) -> WindowSums:
-    """As `window_attention_torch`, with the largest score and the mass, which PyTorch's attention does not give.
-
-    By products of its own in the same blocks: memory for [L, 2 L] scores per block and head, kept for backward.
-    """
-    q, k, v, mask = _cut_blocks(q_BTHK, k_BSJK, v_BSJK, document_ids_BS, window)
-    num_blocks, heads, block, _ = q.shape
-    kv_heads = k.shape[1]
-    # Queries of the heads that share a key head stand one after the other, so that one product reads the keys once.
-    scores = q.reshape(num_blocks, kv_heads, -1, q.shape[3]) @ k.transpose(2, 3)
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    scores = (scores.to(wide) * scale).view(num_blocks, heads, block, -1).masked_fill(~mask, -torch.inf)
-    highest = scores.amax(-1, keepdim=True)
-    weights = (scores - highest).exp()
-    mass = weights.sum(-1, keepdim=True)
-    o = weights.to(v.dtype).view(num_blocks, kv_heads, -1, weights.shape[3]) @ v
-    o = o.view(num_blocks, heads, block, -1) / mass.to(o.dtype)
-    o, highest, mass = (_join_blocks(x, q_BTHK) for x in (o, highest, mass))
-    return WindowSums(o.to(q_BTHK.dtype), highest[..., 0], mass[..., 0])
-
-
-def _cut_blocks(q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, ids_BS: Tensor | None, window: int) -> _Blocks:
+def cut_blocks(q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, ids_BS: Tensor | None, window: int) -> _Blocks:
     """Cut queries into blocks, each with the keys and values that its queries may see."""
     dtype = gemm_dtype(q_BTHK)
     batch, tokens, heads, size = q_BTHK.shape
@@ -228,7 +193,7 @@ def _cut_blocks(q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, ids_BS: Tensor |
     return _Blocks(q, k, v, mask)
 
 
-def _join_blocks(y: Tensor, q_BTHK: Tensor) -> Tensor:
+def join_blocks(y: Tensor, q_BTHK: Tensor) -> Tensor:
     """Put blocks [N, H, L, V] together to rows [B, T, H, V] of these queries, without the padding."""
     batch, tokens, heads, _ = q_BTHK.shape
     return y.transpose(1, 2).reshape(batch, -1, heads, y.shape[3])[:, :tokens]

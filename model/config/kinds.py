@@ -23,8 +23,14 @@ from amfm.model.config.core_options import AttentionConfig, FeedForwardConfig, M
 from amfm.model.config.key_mixer_options import MlaOptions, WindowOptions
 from amfm.model.config.moe import MoeConfig
 from amfm.model.config.options import MixerOptions, ParallelOptions
-from amfm.model.config.plugins import how_to_install, list_packages, load_named, specs_by_name, until_registered
-from amfm.model.config.window_linear import WindowLinearOptions
+from amfm.model.config.plugins import (
+    EXAMPLES,
+    how_to_install,
+    list_packages,
+    load_named,
+    specs_by_name,
+    until_registered,
+)
 
 ENTRY_POINTS = "amfm.mixers"
 
@@ -146,9 +152,9 @@ class VariantKind(Kind):
 
     @staticmethod
     def named(name: str) -> VariantKind | None:
-        """The variant of this name: of the kind that it is named after, the longest; None if there is none."""
+        """The variant of this name: of the kind that it is named after, the longest; None if there is none, or it is a package's."""
         bases = [kind for kind in all_kinds().values() if name.startswith(f"{kind.name}_") and kind.mixes != "logits"]
-        if not bases:
+        if not bases or name in EXAMPLES:
             return None
         base = max(bases, key=lambda kind: len(kind.name))
         same = {each.name: getattr(base, each.name) for each in fields(base)}
@@ -254,7 +260,6 @@ BUILT_IN = (
         letter="W",
         products=Products(("in_proj.weight", "out_proj.weight")),
     ),
-    Kind("window_linear", "amfm.model.mixers.window_linear:WindowLinearMixer", WindowLinearOptions, products=QKVO),
 )
 # Letters of kinds that a package registers.
 PACKAGE_LETTERS = {"L": "{lightning}"}

@@ -55,6 +55,7 @@ EXAMPLES = {
     "relative_attention": ("relative_attention",),
     "s4d": ("s4d",),
     "seqboat": ("seqboat",),
+    "window_linear": ("convert",),
     **dict.fromkeys(MORE_MIXERS, ("mixers",)),
 }
 

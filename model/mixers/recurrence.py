@@ -7,13 +7,10 @@ Both read o_t = S_t^T q_t, and both are affine in the state that enters a row: S
 row. That is what context parallelism lives on (model/parallel/context.py). For a decay P is a factor, for a delta rule a
 K x K matrix, which costs about K / V more work and is computed only where rows are cut.
 
-Linear attention over the tokens that have left a window, for mixers that attend by softmax to those inside it (`SharedReads`, `delay_rows`):
+Linear attention over the tokens that have left a window, for mixers that attend by softmax to those inside it (`delay_rows`):
 a token enters the state `width` tokens late. So the scan reads rows that are delayed by as much inside each document, and
 zeros before; and since a query reads the state as it was `width` tokens ago, it is scaled by what the state would have
 faded since. Equal to the sum over all pairs that are at least `width` apart, in one scan and with nothing kept of pairs.
-
-Query heads that share a key head read one state: `SharedReads` scans once for each query head of a state, and only one
-state passes on to decoding and between context ranks.
 """
 
 from __future__ import annotations
@@ -161,57 +158,6 @@ def read_with(read_BTHK: Tensor) -> Callable[[Tensor], Tensor]:
 def add_initial_state(scan: OpenScan, state_BHKV: Tensor) -> Tensor:
     """Complete a scan from zero for the state that entered its rows: o [B, T, H, V], in the dtype of the scan's output."""
     return (scan.o_BTHV + scan.read(state_BHKV)).to(scan.o_BTHV.dtype)
-
-
-class Rows(NamedTuple):
-    """What mixing reads of tokens: q [B, T, H, K] and its features [B, T, H, F]; of key heads k, v [B, T, J, K], features
-    [B, T, J, F] and log decays [B, T, J] or [B, T, J, K] in float32 at least (None: no decay)."""
-
-    q: Tensor
-    query_features: Tensor
-    k: Tensor
-    v: Tensor
-    key_features: Tensor
-    decay: Tensor | None
-
-
-class Past(NamedTuple):
-    """The same of key heads, of the tokens before a row, and their documents' ids [B, W]; -1: no token."""
-
-    k: Tensor
-    v: Tensor
-    key_features: Tensor
-    decay: Tensor | None
-    ids: Tensor
-
-
-class SharedReads(DecayRecurrence):
-    """A decay recurrence whose J states are each read by R queries: q [B, T, J R, K], heads of a state side by side."""
-
-    def scan(self, rows: ScanRows, how: ScanSettings, state_BHKV: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Scan once for each query of a state: all outputs [B, T, J R, V], and the states [B, J, K, V]."""
-        scans = [super(SharedReads, self).scan(rows._replace(q=q), how, state_BHKV) for q in _split_queries(rows, 2)]
-        return torch.stack([o for o, _ in scans], dim=3).flatten(2, 3), scans[0][1]
-
-    def scan_with_transfer(self, rows: ScanRows, how: ScanSettings) -> OpenScan:
-        """Scan once for each query of a state; a read is of all queries."""
-        scans = [super(SharedReads, self).scan_with_transfer(rows._replace(q=q), how) for q in _split_queries(rows, 2)]
-        return OpenScan(
-            torch.stack([scan.o_BTHV for scan in scans], dim=3).flatten(2, 3),
-            lambda state: torch.stack([scan.read(state) for scan in scans], dim=3).flatten(2, 3),
-            scans[0].final_BHKV,
-            scans[0].transfer,
-        )
-
-    def step(self, rows: ScanRows, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
-        """Advance by one token: outputs [B, J R, V] and the next states."""
-        steps = [super(SharedReads, self).step(rows._replace(q=q), state_BHKV) for q in _split_queries(rows, 1)]
-        return torch.stack([o for o, _ in steps], dim=2).flatten(1, 2), steps[0][1]
-
-
-def _split_queries(rows: ScanRows, dim: int) -> tuple[Tensor, ...]:
-    """Split queries by their place among those of their state, each [..., J, K]; heads stand in dimension `dim`."""
-    return rows.q.unflatten(dim, (rows.k.shape[dim], -1)).unbind(dim + 1)
 
 
 def delay_rows(rows: ScanRows, width: int, ids_BS: Tensor) -> ScanRows:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from amfm.model.config.plugins import PluginSections, how_to_install
+from amfm.model.config.plugins import EXAMPLES, PluginSections, how_to_install
 from amfm.pretrain.config.errors import Problem
 from amfm.pretrain.config.fields import describe_fields, name_type, section_at, section_of, show_value
 
@@ -148,7 +148,8 @@ def nearest_key(parts: Parts, schema: Schema) -> str:
     near = difflib.get_close_matches(word, names, n=1, cutoff=0.8 if elsewhere else 0.6)
     if f"{place}{word}" in OTHER_NAMES:
         return f"it is {OTHER_NAMES[f'{place}{word}']} here"
-    if near:
+    is_of_package = issubclass(section, PluginSections) and word in EXAMPLES
+    if near and not is_of_package:
         return f"did you mean {place}{near[0]}?"
     known = f"known keys here: {', '.join(names) or 'none'}"
     if elsewhere and not place:

@@ -12,8 +12,6 @@ RARELY_SET: dict[str, dict[str, str]] = {
     },
     "docs/export.md": {"export": "every_steps max_position_embeddings"},
     "docs/conversion.md": {
-        "model.mixers.window_linear": "preset features gate combine linear_positions linear_weight feature_size meta_tokens rope_theta rope_fraction output_gate chunk_size",
-        "model.mixers.window_linear.rope_llama3": "factor original_length slow_turns fast_turns",
         "model.lora_mixer": "num_experts top_k rank alpha targets balance_weight specialization_weight hard_from_step",
         "convert": "to blocks stage",
         "convert.transfer": "learning_rate scale",
@@ -79,7 +77,6 @@ RARELY_SET: dict[str, dict[str, str]] = {
         "model.mixers.mla.indexer": "top_k num_heads head_dim rope_fraction loss_weight stage",
         "model.mixers.window": "qk_norm positions softmax_scale gate bias",
         "model.mixers.window.yarn": "factor original_length beta_fast beta_slow truncate",
-        "model.mixers.window_linear": "qk_norm softmax_scale",
         "model.mtp": "detach",
     },
     "docs/gpu.md": {

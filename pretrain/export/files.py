@@ -66,7 +66,6 @@ TEMPLATE_FILES = (
     "mixers_amfm.py",
     "linear_mixers_amfm.py",
     "delta_mixers_amfm.py",
-    "window_linear_amfm.py",
 )
 
 

@@ -19,7 +19,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ from amfm.model.config.plugins import how_to_install, load_named, specs_by_name
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.lora import PROJECTIONS, add_lora
-from amfm.model.mixers.window_linear import WindowLinearMixer
 from amfm.model.on_demand import on_demand
 from amfm.model.routed_updates import ENDS
 from amfm.model.shapes import weight_shapes
@@ -37,6 +36,17 @@ from amfm.pretrain.checkpoint.manifest_file import read_manifest
 from amfm.pretrain.config.convert import ConvertConfig, TuneConfig
 from amfm.pretrain.inference.own_part import take_own_part
 from amfm.pretrain.tensor_files import TensorFile
+
+
+@runtime_checkable
+class Imitator(Protocol):
+    """A mixer with the weights of softmax attention and two branches, such as window_linear of examples/convert.
+
+    transfer_scale: it hands on what attention gives, and its distance from it as the loss. used: the branches it has.
+    """
+
+    transfer_scale: float | None
+    used: Literal["both", "window", "linear"]
 
 
 def prepare_stage(model: HybridModel, convert: ConvertConfig, *, resumes: bool = False) -> None:
@@ -77,10 +87,10 @@ def prepare_stage(model: HybridModel, convert: ConvertConfig, *, resumes: bool =
         )
 
 
-def converted_mixers(model: HybridModel, convert: ConvertConfig) -> list[WindowLinearMixer]:
+def converted_mixers(model: HybridModel, convert: ConvertConfig) -> list[Imitator]:
     """The mixers of converted blocks held here that have their own branches."""
     held = [model.blocks[index].mixer for index in model.blocks.indices() if index in (convert.blocks or ())]
-    return [mixer for mixer in held if isinstance(mixer, WindowLinearMixer)]
+    return [mixer for mixer in held if isinstance(mixer, Imitator)]
 
 
 def new_weights(model: HybridModel, convert: ConvertConfig) -> list[str]:
@@ -94,7 +104,7 @@ def new_weights(model: HybridModel, convert: ConvertConfig) -> list[str]:
             continue
         mixer = model.blocks[index].mixer
         for name, _ in mixer.named_parameters():
-            if not (isinstance(mixer, WindowLinearMixer) and is_of_attention(name)):
+            if not (isinstance(mixer, Imitator) and is_of_attention(name)):
                 found.append(f"blocks.{index}.mixer.{name}")
     return found
 

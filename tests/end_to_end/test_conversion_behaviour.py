@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from amfm_convert.window_linear import WindowLinearMixer
 from torch import Tensor
 
 from amfm.model.config.core_options import AttentionConfig, FeedForwardConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
-from amfm.model.mixers.window_linear import WindowLinearMixer
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.pretrain.config.convert import ConvertConfig, StageName, TransferConfig, TuneConfig
 from amfm.pretrain.startup.conversion import prepare_stage

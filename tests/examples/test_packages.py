@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from amfm.launch.existing import load_packaged
+from tests.helpers.examples import amfm
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +30,21 @@ ROOT = Path(__file__).parents[2]
 )
 def test_the_installed_entry_points_are_those_of_the_project_and_load(package: str) -> None:
     project = tomllib.loads((ROOT / "examples" / package / "pyproject.toml").read_text())["project"]
-    entries = project["entry-points"]["amfm.verbs"]
+    groups = {group: found for group, found in project["entry-points"].items() if group != "amfm.hooks"}
     installed = ROOT / f"tests/helpers/installed/amfm_{package}-1.0.dist-info/entry_points.txt"
-    assert installed.read_text() == "[amfm.verbs]\n" + "".join(f"{name} = {at}\n" for name, at in entries.items())
-    assert all(callable(load_packaged(name, package)) for name in entries)
+    sections = [[f"[{group}]", *(f"{name} = {at}" for name, at in groups[group].items())] for group in groups]
+    assert installed.read_text() == "\n\n".join("\n".join(lines) for lines in sections) + "\n"
+    assert all(callable(load_packaged(name, package)) for name in groups["amfm.verbs"])
+
+
+@pytest.mark.parametrize(
+    ("words", "package"),
+    [
+        (("configs/conversion/convert.yaml",), "convert"),
+        (("configs/tiny_cpu.yaml", "model.pattern={window_linear}-"), "convert"),  # not a variant of window
+        (("configs/tiny_cpu.yaml", "model.mixers.retnet.num_heads=2"), "mixers"),  # not a typo of deltanet
+    ],
+)
+def test_a_mixer_whose_package_is_not_installed_comes_with_the_command(words: tuple[str, ...], package: str) -> None:
+    missing = amfm("config", *words, packages=[], cwd=ROOT)
+    assert missing.returncode == 2 and f"`pip install ./examples/{package}`" in " ".join(missing.stderr.split())

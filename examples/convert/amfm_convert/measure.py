@@ -25,7 +25,6 @@ from amfm.data_pipeline.durable.files import replacing, write_file_atomically
 from amfm.data_pipeline.store.store import TokenStore
 from amfm.data_pipeline.terminal import Report, silent
 from amfm.model.hybrid import HybridModel
-from amfm.model.mixers.window_linear import WindowLinearMixer
 from amfm.pretrain.config.convert import StageName
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.inference.evaluate import measure_store
@@ -36,6 +35,7 @@ from amfm.pretrain.report.draw import style
 from amfm.pretrain.report.numbers import LIGHT
 from amfm_convert.stages import WINDOW_LINEAR, ConversionStage, conversion_of, converted_blocks, folder_of
 from amfm_convert.weights import StartReport, stage_weights, write_folder
+from amfm_convert.window_linear import WindowLinearMixer
 
 # A difference below this is not a difference, in nats per token.
 UNUSED_NATS = 0.005

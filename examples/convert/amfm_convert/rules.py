@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from amfm.model.config.core_options import AttentionConfig
 from amfm.model.config.kinds import describe_symbol, registered_kinds
 from amfm.model.config.rope import Llama3Stretch
-from amfm.model.config.window_linear import WindowLinearOptions
 from amfm.pretrain.checks.check_run import check_run
 from amfm.pretrain.config.convert import UpcycleConfig
 from amfm.pretrain.config.errors import ConfigError, Problem
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.startup.conversion import adapter_specs, how_to_get
+from amfm_convert.spec import WindowLinearOptions
 from amfm_convert.stages import (
     ATTENTION,
     EXPERTS,

@@ -9,7 +9,6 @@ from transformers import initialization as init
 from .blocks_amfm import DepthwiseConv, Experts, Mamba2, MixtureOfExperts, RMSNorm
 from .delta_mixers_amfm import DeltaNet
 from .linear_mixers_amfm import LinearMixer
-from .window_linear_amfm import WindowLinear
 
 
 def give_first_values(module: nn.Module, deviation: float) -> None:
@@ -39,7 +38,7 @@ def give_first_values(module: nn.Module, deviation: float) -> None:
         up[:, :, module.width :], down[:, module.width :] = 0.0, 0.0
         init.copy_(module.up, up)
         init.copy_(module.down, down)
-    elif isinstance(module, LinearMixer | WindowLinear):
+    elif isinstance(module, LinearMixer):
         for parameter in module.parameters(recurse=False):
             if parameter.dim() > 1:
                 init.normal_(parameter, std=deviation)

@@ -24,7 +24,6 @@ from .indexer_amfm import Indexer
 from .linear_mixers_amfm import Hgrn2, State
 from .package_mixers_amfm import PACKAGE_HEADS, PACKAGE_MIXERS
 from .rotary_amfm import factor_on_scores, rotate, rotation, yarn_rope
-from .window_linear_amfm import WindowLinear
 
 LETTERS = {
     "C": "short_conv",
@@ -197,7 +196,6 @@ class ShortConv(nn.Module):
 OTHER_MIXERS: dict[str, type[nn.Module]] = {
     "window": Window,
     "mla": Mla,
-    "window_linear": WindowLinear,
     "short_conv": ShortConv,
 }
 LINEAR_MIXERS: dict[str, type[nn.Module]] = {

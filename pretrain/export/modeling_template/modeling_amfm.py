@@ -26,6 +26,7 @@ from .configuration_amfm import AmfmConfig
 from .documents_amfm import Place, Stretch, by_document, count_positions, find_documents, read_text_mask
 from .first_values_amfm import give_first_values
 from .mixers_amfm import LETTERS, Mla, build_head, build_mixer
+from .package_mixers_amfm import PACKAGE_MIXERS
 from .streams_amfm import make_stream
 
 # Programs pass these to every model; `is_causal` true and the longest document say nothing that is not known.
@@ -146,7 +147,7 @@ class AmfmPreTrainedModel(PreTrainedModel):
 
     def _flash_attn_can_dispatch(self, *args: Any, **kwargs: Any) -> bool:
         """Reject flash attention where blocks could not use it: their masks, or widths of values, are their own."""
-        others = ("window", "window_linear", "mla")
+        others = ["window", "mla", *(name for name, form in PACKAGE_MIXERS.items() if hasattr(form, "is_softmax"))]
         found = [letter for letter in self.config.mixer_symbols() if LETTERS.get(letter, letter.strip("{}")) in others]
         if found:
             raise ValueError(

@@ -19,8 +19,8 @@ def test_the_table_has_every_mixer_and_hook_of_examples() -> None:
     found = {}
     for file in ROOT.glob("examples/*/pyproject.toml"):
         project = tomllib.loads(file.read_text())["project"]
-        folders = [name.removeprefix("amfm-").replace("-", "_") for name in project["dependencies"] if "amfm-" in name]
-        folders = [name for name in folders if name != "pretrain"] + [file.parent.name]
+        needed = [name for name in project["dependencies"] if "amfm-" in name and "amfm-pretrain" not in name]
+        folders = [*(name.removeprefix("amfm-").replace("-", "_") for name in needed), file.parent.name]
         for group in ("amfm.mixers", "amfm.hooks", "amfm.adapters"):
             found |= dict.fromkeys(project.get("entry-points", {}).get(group, {}), tuple(folders))
     assert found == EXAMPLES

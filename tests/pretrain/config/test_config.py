@@ -65,15 +65,6 @@ model.mixers.window.qk_norm model.mixers.window.positions model.mixers.window.ro
 model.mixers.window.gate model.mixers.window.bias model.mixers.window.sinks
 model.mixers.window.yarn.factor model.mixers.window.yarn.original_length model.mixers.window.yarn.beta_fast
 model.mixers.window.yarn.beta_slow model.mixers.window.yarn.truncate
-model.mixers.window_linear.num_heads model.mixers.window_linear.num_kv_heads model.mixers.window_linear.window
-model.mixers.window_linear.head_dim model.mixers.window_linear.preset model.mixers.window_linear.features
-model.mixers.window_linear.gate model.mixers.window_linear.combine model.mixers.window_linear.linear_positions
-model.mixers.window_linear.linear_weight model.mixers.window_linear.feature_size model.mixers.window_linear.meta_tokens
-model.mixers.window_linear.qk_norm model.mixers.window_linear.positions model.mixers.window_linear.rope_theta
-model.mixers.window_linear.rope_fraction model.mixers.window_linear.softmax_scale model.mixers.window_linear.output_gate
-model.mixers.window_linear.chunk_size model.mixers.window_linear.rope_llama3.factor
-model.mixers.window_linear.rope_llama3.original_length model.mixers.window_linear.rope_llama3.slow_turns
-model.mixers.window_linear.rope_llama3.fast_turns
 model.self_guided_training.share model.self_guided_training.skip
 model.lora_mixer.num_experts model.lora_mixer.top_k model.lora_mixer.rank model.lora_mixer.alpha model.lora_mixer.targets
 model.lora_mixer.balance_weight model.lora_mixer.specialization_weight model.lora_mixer.hard_from_step

@@ -147,8 +147,11 @@ def test_weights_and_config_json_give_the_model_back(name: str) -> None:
 
 
 def mixed_model() -> dict:
-    mixers = {name: sample_options(name) for name in ("gated_deltanet", "window", "lightnet", "mom", "mamba1")}
-    return {**MODEL, "pattern": "MG-{lightnet}EW{mom}*{mamba1}", "mixers": mixers}
+    mixers = {
+        name: sample_options(name)
+        for name in ("gated_deltanet", "window", "lightnet", "mom", "mamba1", "window_linear")
+    }
+    return {**MODEL, "pattern": "MG-{lightnet}EW{mom}*{mamba1}{window_linear}", "mixers": mixers}
 
 
 def test_an_export_with_registered_mixers_is_proved_generates_and_comes_back(data: DataConfig, tmp_path) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 
-from .attention_amfm import gate_heads, gate_size
-from .blocks_amfm import RMSNorm
-from .rotary_amfm import rotate, rotation
+from amfm.pretrain.export.modeling_template.attention_amfm import gate_heads, gate_size
+from amfm.pretrain.export.modeling_template.blocks_amfm import RMSNorm
+from amfm.pretrain.export.modeling_template.rotary_amfm import rotate, rotation
 
 # What the options leave open, by the name of their preset.
 PRESETS = {
@@ -32,7 +33,9 @@ class WindowLinear(nn.Module):
     The state: keys, values, features, log decays and which slots hold a token, of the last W tokens, and one matrix a key head.
     """
 
-    def __init__(self, options: dict[str, Any], config: Any) -> None:
+    is_softmax = True
+
+    def __init__(self, options: dict[str, Any], config: Any, depth: float) -> None:
         super().__init__()
         form = PRESETS[options["preset"]]
         self.options = options | {name: options[name] or form[name] for name in form}
@@ -158,3 +161,11 @@ class WindowLinear(nn.Module):
             q = phi_q[:, token].float() * since.repeat_interleave(repeat, dim=1)
             outputs.append((q[:, :, None] @ matrix.repeat_interleave(repeat, dim=1))[:, :, 0])
         return torch.stack(outputs, dim=1), matrix
+
+    def give_first_values(self, deviation: float) -> None:
+        """Normal ones for features and meta tokens, windows of weight one half."""
+        for parameter in self.parameters(recurse=False):
+            if parameter.dim() > 1:
+                init.normal_(parameter, std=deviation)
+            else:
+                init.zeros_(parameter)

@@ -26,13 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from amfm.kernels.attention.op import window_sums
-from amfm.kernels.attention.torch_impl import WindowSums
 from amfm.kernels.rope.op import qk_norm_rope, rope_frequencies
-from amfm.model.config.window_linear import WindowLinearOptions
 from amfm.model.mixers.attention import attend, llama3_numbers
 from amfm.model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
-from amfm.model.mixers.recurrence import Past, Rows, ScanRows, ScanSettings, SharedReads, add_initial_state, delay_rows
+from amfm.model.mixers.recurrence import ScanRows, ScanSettings, add_initial_state, delay_rows
 from amfm.model.mixers.shared_layers import HeadNorm, gate_heads, gate_projection
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.context import receive_states, receive_windows
@@ -40,6 +37,8 @@ from amfm.model.parallel.layers import ColumnLinear, RowLinear, project_layers
 from amfm.model.parallel.regions import leave_tensor_region, sum_values
 from amfm.model.parallel.shards import Shard, ShardSpec, divide, divide_units
 from amfm.model.segments import Segments
+from amfm_convert.branches import Past, Rows, SharedReads, WindowSums, window_sums
+from amfm_convert.spec import WindowLinearOptions
 
 # sigmoid of it is 0.1: the window's first weight next to features that sum to one.
 FIRST_WINDOW_WEIGHT = math.log(0.1 / 0.9)

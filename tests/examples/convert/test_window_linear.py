@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from amfm_convert.window_linear import WindowLinearMixer
 from torch import Tensor
 
 from amfm.kernels.rope.op import norm_rope_reference
@@ -15,7 +16,6 @@ from amfm.model.config.rope import Llama3Stretch, RopeConfig
 from amfm.model.config.schema import ModelConfig
 from amfm.model.hybrid import HybridModel
 from amfm.model.mixers.recurrence import window_sum
-from amfm.model.mixers.window_linear import WindowLinearMixer
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.model.parallel.shards import parameter_shards

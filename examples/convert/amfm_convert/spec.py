@@ -1,4 +1,4 @@
-"""The options of the mixer that a conversion puts instead of softmax attention, and its presets. No torch here."""
+"""The kind of block that a conversion puts instead of softmax attention: its options and their presets; read without torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pydantic import Field
 
 from amfm.kernels.common.limits import DECAY_LIMITS, VECTOR_GATE_LIMITS, ScanLimits
 from amfm.model.config.key_mixer_options import SharedKeyOptions
+from amfm.model.config.kinds import QKVO, Kind
 from amfm.model.config.options import OutputGate
 from amfm.model.config.rope import Llama3Stretch
 
@@ -149,3 +150,12 @@ class WindowLinearOptions(SharedKeyOptions):
         """A scan with a decay a head, or a key channel."""
         limits = VECTOR_GATE_LIMITS if self.fades_by_channel() else DECAY_LIMITS
         return limits, self.chunk_size, self.state_shape()
+
+
+SPEC = Kind(
+    "window_linear",
+    "amfm_convert.window_linear:WindowLinearMixer",
+    WindowLinearOptions,
+    products=QKVO,
+    modeling="amfm_convert.modeling.window_linear_amfm:WindowLinear",
+)
