@@ -19,7 +19,7 @@ from amfm.pretrain.train import run_steps
 from tests.helpers.spawn import run_ranks
 from tests.parallel.layouts import Layout, layout_config
 from tests.parallel.models import VARIANTS
-from tests.pretrain.tiny_run import read_events, read_metrics
+from tests.pretrain.tiny_run import MODEL, read_events, read_metrics
 
 STEPS = 2  # of a stage
 # Rows of the layouts of consecutive stages, all on one number of ranks.
@@ -34,16 +34,22 @@ FOUR: list[dict[str, Any]] = [
     {"expert": 2, "offload_optimizer": True},
     {"tensor": 2, "zero_stage": 0},
 ]
+SMALL: dict[str, Any] = {**MODEL, "pattern": "-", "moe": None}  # where it only has to be saved and loaded
 
 
 def staged_config(
-    data: DataConfig, run_dir: Path, layouts: list[dict[str, Any]] | None, count: int, steps: int = STEPS
+    data: DataConfig,
+    run_dir: Path,
+    layouts: list[dict[str, Any]] | None,
+    count: int,
+    steps: int = STEPS,
+    model: dict[str, Any] = VARIANTS["latent"],
 ) -> RunConfig:
     """A run of this many stages, which are on the ranks as `layouts` say; None: all of them on one rank."""
     tree = layout_config(Layout(1, {}, "latent", quick=True), data, run_dir).model_dump(mode="json", exclude_unset=True)
     tree["train"].pop("steps")
     tree["schedule"] = {"kind": "constant", "warmup_steps": 0}
-    tree["model"] = VARIANTS["latent"]
+    tree["model"] = model
     stages: list[dict[str, Any]] = [{"name": f"stage{number}", "steps": steps} for number in range(count)]
     for stage, layout in zip(stages, layouts or []):
         stage |= {"parallel": layout}
@@ -99,7 +105,7 @@ def test_stages_of_four_ranks_in_layouts_of_their_own_train_as_one_rank(data: Da
 
 def go_back(data: DataConfig, run_dir: str, layouts: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
     """Damage the last rank's part of the checkpoint at the boundary, and start where the next stage would begin."""
-    config = staged_config(data, Path(run_dir), layouts, 2)
+    config = staged_config(data, Path(run_dir), layouts, 2, model=SMALL)
     config = config.model_copy(update={"train": config.train.model_copy(update={"checkpoint_every_steps": 1})})
     results = []
     for start in range(3):
@@ -126,7 +132,7 @@ def test_a_damaged_checkpoint_at_the_boundary_goes_back_into_the_layout_before_i
 
 
 def test_a_signal_while_the_boundary_is_saved_stops_the_run_there(data: DataConfig, tmp_path: Path) -> None:
-    config = staged_config(data, tmp_path, [{"zero_stage": 1}, {"zero_stage": 2}], 2)
+    config = staged_config(data, tmp_path, [{"zero_stage": 1}, {"zero_stage": 2}], 2, model=SMALL)
     with SignalWatch() as signals:
         run = start_run(config, signals)
         while run.progress.step < STEPS:

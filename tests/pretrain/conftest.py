@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 from amfm.data_pipeline.config import DataConfig
-from amfm.pretrain.monitor import peaks
+from amfm.pretrain.monitor import environment, peaks
 from tests.pretrain.config.files import BASE
 from tests.pretrain.distillation.teachers import train_teacher
 from tests.pretrain.tiny_run import tiny_data
 
-peaks.MEASURED_SECONDS = 0.0  # one product of matrices in place of 0.1 s a run: no test claims what a CPU can do
+# One small product of matrices in place of 0.1 s a run: no test claims what a CPU can do.
+peaks.MEASURED_SECONDS = 0.0
+environment.MEASURED_SIZE["cpu"] = 256
 
 
 @pytest.fixture(scope="session")

@@ -53,7 +53,7 @@ def test_both_stages_give_the_same_bits_wherever_they_are_cut(
     data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = run_to(choosing_config(data, tmp_path / "whole", train__checkpoint_every_steps=1, train__keep_last=9))
-    for stop in (2, 3, 5, None):
+    for stop in (2, 5, None):  # within either stage
         found = run_to(choosing_config(data, tmp_path / "cut", train__stop_after_steps=stop))
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     whole, cut = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "cut")

@@ -43,7 +43,7 @@ def plain_rows(data: DataConfig, seed: int) -> list[tuple[torch.Tensor, torch.Te
     return rows
 
 
-@pytest.mark.parametrize("weight", [0.2, 0.8])
+@pytest.mark.parametrize("weight", [0.2, pytest.param(0.8, marks=pytest.mark.slow)])
 def test_losses_are_those_of_a_plain_loop(tmp_path: Path, weight: float) -> None:
     data = make_mixed(tmp_path, weight)
     config = tiny_config(

@@ -77,7 +77,7 @@ def test_run_directory_holds_config_environment_metrics_and_events(data: DataCon
     assert all(2**24 < line["memory_bytes"] < 2**40 for line in lines)
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == config.model_dump(mode="json")
     environment = json.loads((tmp_path / "environment.json").read_text())
-    assert environment["peak"]["flops_per_second"] > 1e9 and "measured" in environment["peak"]["source"]
+    assert environment["peak"]["flops_per_second"] > 1e7 and "measured" in environment["peak"]["source"]
     assert environment["keeps_freed_memory"] is True
     events = [event["event"] for event in read_events(tmp_path)]
     assert events == ["start", "validation", "validation", "checkpoint", "end"]
@@ -116,10 +116,10 @@ def test_a_source_joins_a_run_that_has_begun(tmp_path: Path) -> None:
     alone = both.model_copy(update={"sources": both.sources[:1], "store": str(tmp_path / "store")})
     joined = alone.model_copy(update={"sources": (both.sources[0], new), "phases": (phase,)})
     prepare(alone, runner=run_in_process)
-    assert train(tiny_config(alone, tmp_path / "run", train__stop_after_steps=2)) == 0
+    assert train(tiny_config(alone, tmp_path / "run", model__pattern="E-", train__stop_after_steps=2)) == 0
     prepare(joined, runner=run_in_process)
-    assert train(tiny_config(joined, tmp_path / "run")) == 0
-    assert train(tiny_config(joined, tmp_path / "whole")) == 0
+    assert train(tiny_config(joined, tmp_path / "run", model__pattern="E-")) == 0
+    assert train(tiny_config(joined, tmp_path / "whole", model__pattern="E-")) == 0
     lines, whole = read_metrics(tmp_path / "run"), read_metrics(tmp_path / "whole")
     for key in ("loss", "grad_norm", "data"):
         assert [line[key] for line in lines] == [line[key] for line in whole], key
@@ -129,7 +129,7 @@ def test_a_source_joins_a_run_that_has_begun(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=words + r" has the weights .*; past weights and samples left out cannot change"
     ):
-        train(tiny_config(reweighed, tmp_path / "run"))
+        train(tiny_config(reweighed, tmp_path / "run", model__pattern="E-"))
 
 
 def test_stop_after_steps_saves_and_the_schedule_spans_the_whole_run(data: DataConfig, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_stop_after_steps_saves_and_the_schedule_spans_the_whole_run(data: DataC
 
 
 def test_a_finished_run_does_nothing_more(data: DataConfig, tmp_path: Path) -> None:
-    config = tiny_config(data, tmp_path)
+    config = tiny_config(data, tmp_path, model__pattern="E-")
     assert train(config) == 0
     before = (tmp_path / "metrics.jsonl").read_bytes()
     assert train(config) == 0

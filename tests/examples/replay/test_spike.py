@@ -45,8 +45,8 @@ def planted_store(folder: Path) -> DataConfig:
 
 def test_planted_documents_come_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, run = planted_store(tmp_path), tmp_path / "run"
-    config = tiny_config(data, run, train__steps=STEPS, train__checkpoint_every_steps=10, train__keep_last=9)
-    assert train(config) == 0
+    settings = {"train__checkpoint_every_steps": 10, "train__keep_last": 9, "model__pattern": "-", "model__moe": None}
+    assert train(tiny_config(data, run, train__steps=STEPS, **settings)) == 0
     held = {}
     for sample in range(4 * 11, 4 * STEPS):
         shown = sample_text(data, sample, sequence_length=48, seed=0)
@@ -71,6 +71,9 @@ def test_a_step_that_the_run_does_not_have_is_named(tmp_path: Path, capsys: pyte
     run = tmp_path / "run"
     assert run_cli(["inspect", str(tmp_path), "--spike", "3"]) == 2
     assert "needs a run directory" in capsys.readouterr().err
-    assert train(tiny_config(planted_store(tmp_path), run, train__steps=2, schedule__warmup_steps=0)) == 0
+    assert (
+        train(tiny_config(planted_store(tmp_path), run, model__pattern="E-", train__steps=2, schedule__warmup_steps=0))
+        == 0
+    )
     assert run_cli(["inspect", str(run), "--spike", "3"]) == 2
     assert f"--spike 3: {run} has the steps 1 to 2" in " ".join(capsys.readouterr().err.split())

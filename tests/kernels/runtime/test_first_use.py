@@ -31,9 +31,22 @@ def forked_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(first_use, "subprocess", forks)
 
 
+def test_what_is_kept_is_read_and_another_card_asks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = count_checks(monkeypatch)
+    assert read_or_check("wrong", "cpu", "NVIDIA H100, torch 2.11", [tmp_path], PLANTED) == []
+    (kept,) = tmp_path.glob("*.json")
+    assert "NVIDIA-H100" in kept.name and digest_source() in kept.name
+    kept.write_text(json.dumps({"faults": ["as kept"]}))
+    assert read_or_check("wrong", "cpu", "NVIDIA H100, torch 2.11", [tmp_path], PLANTED) == ["as kept"]
+    assert read_or_check("wrong", "cpu", "NVIDIA B200, torch 2.11", [tmp_path], PLANTED) == []
+    assert checks == ["wrong", "wrong"]
+
+
+@pytest.mark.slow
 def test_a_wrong_kernel_is_found_once_and_remembered_for_this_card_and_source(
     tmp_path: Path, forked_checks: None
 ) -> None:
+    """Quick: the test above, and wrong kernels that are found in tests/kernels/acceptance/test_main.py and below."""
     faults = read_or_check("wrong", "cpu", "NVIDIA H100, torch 2.11", [tmp_path], PLANTED)
     assert len(faults) == 1 and faults[0].startswith("the wrong one: d_x is off by")
     (kept,) = tmp_path.glob("*.json")

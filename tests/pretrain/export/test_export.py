@@ -74,7 +74,8 @@ def test_each_target_is_proved_in_a_fresh_process(
     data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
     """As users do. Quick, by the same program in a fork: `test_a_trained_run_exports_with_equal_logits_on_validation_text`, and
-    `test_an_export_with_registered_mixers_is_proved_generates_and_comes_back` for the target own.
+    test_verify.py's `test_a_failed_proof_is_a_failed_export_and_leaves_no_folder` for the target own, whose logits are
+    compared in test_modeling_mixers.py.
     """
     monkeypatch.setattr(export, "subprocess", subprocess)
     report = export_checkpoint(weights_folder(data, tmp_path / "weights", target), tmp_path / "out")
@@ -83,7 +84,6 @@ def test_each_target_is_proved_in_a_fresh_process(
     assert report.same_argmax
 
 
-# The quick verification of the target own is in tests/pretrain/export/test_modeling_mixers.py.
 @pytest.mark.parametrize("target", ["own", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_the_card_says_why_a_target_was_taken(data: DataConfig, tmp_path: Path, target: str) -> None:
     report = export_checkpoint(weights_folder(data, tmp_path / "weights", target), tmp_path / "out", verify=False)

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from amfm.data_pipeline.config import DataConfig
 from amfm.model.packing import PackMeta
-from amfm.pretrain.export.export import ODD_TEXTS, export_checkpoint, find_problems, proof_text, run_proof
+from amfm.pretrain.export.export import ODD_TEXTS, export_checkpoint, find_error, find_problems, proof_text, run_proof
 from amfm.pretrain.export.files import ExportPlan, write_export
 from amfm.pretrain.export.verify import compare_logits, compare_tokens
 from amfm.pretrain.inference.weights import write_weights
@@ -40,7 +40,8 @@ def test_a_missing_head_fails_the_proof(data: DataConfig, tmp_path: Path) -> Non
 
 
 def test_a_failed_proof_is_a_failed_export_and_leaves_no_folder(data: DataConfig, tmp_path: Path) -> None:
-    weights = random_weights(data, MODELS["nemotron_h"])
+    """Of our own class: NaN among its logits shows that the program has loaded it."""
+    weights = random_weights(data, MODELS["own"])
     state = dict(weights.state)
     state["final_norm.weight"] = torch.full_like(state["final_norm.weight"], torch.nan)
     (tmp_path / "weights").mkdir()
@@ -123,6 +124,20 @@ def test_what_speaks_against_an_export_is_said(data: DataConfig) -> None:
         assert expected in problem
 
 
+def test_the_last_error_of_a_program_that_ended_is_the_problem(data: DataConfig) -> None:
+    output = (
+        "a warning\nTraceback (most recent call last):\n  File x, line 1\nValueError: nothing like it\nin two lines\n"
+    )
+    assert (
+        find_error(f"Traceback (most recent call last):\nKeyError: 1\n\n{output}")
+        == "ValueError: nothing like it in two lines"
+    )
+    plan = ExportPlan(random_weights(data, MODELS["nemotron_h"]), "nemotron_h", 48)
+    (problem,) = find_problems(plan, {"crash": find_error(output)})
+    assert "nothing like it" in problem
+
+
+@pytest.mark.slow  # quick: the test above, of what such a program has printed
 def test_a_folder_that_cannot_be_loaded_is_reported_with_the_reason(data: DataConfig, tmp_path: Path) -> None:
     plan = ExportPlan(random_weights(data, MODELS["nemotron_h"]), "nemotron_h", 48)
     (tmp_path / "config.json").write_text('{"model_type": "nothing_like_it"}')

@@ -17,13 +17,14 @@ from amfm.pretrain.inference.weights import read_weights
 from amfm.pretrain.train import train
 from tests.helpers.json_output import one_object
 from tests.helpers.spawn import run_ranks
-from tests.pretrain.tiny_run import tiny_config
+from tests.pretrain.tiny_run import MODEL, tiny_config
 
 EMA = {"decay": 0.7, "every_steps": 2, "start": 1}
+SMALL = {"model__pattern": "E-"}
 
 
 def with_ema(data: DataConfig, run_dir: Path, ema: dict[str, Any] | None = None, **overrides: Any) -> RunConfig:
-    config = tiny_config(data, run_dir, **({"train__steps": 6, "train__keep_last": 9} | overrides))
+    config = tiny_config(data, run_dir, **({"train__steps": 6, "train__keep_last": 9} | SMALL | overrides))
     return RunConfig.model_validate(config.model_dump(mode="json") | {"ema": EMA if ema is None else ema})
 
 
@@ -62,7 +63,7 @@ def test_a_resume_continues_the_average_to_the_bit_and_the_run_is_as_without_one
             assert train(with_ema(data, tmp_path / folder, train__stop_after_steps=stop)) == 0
     straight, resumed = averages(tmp_path / "straight", 6), averages(tmp_path / "resumed", 6)
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in straight.items())
-    assert train(tiny_config(data, tmp_path / "plain", train__steps=6)) == 0
+    assert train(tiny_config(data, tmp_path / "plain", train__steps=6, **SMALL)) == 0
     plain, own = (read_full_state(tmp_path / name / "checkpoints/step-00000006") for name in ("plain", "straight"))
     assert all(torch.equal(plain[name], own[name]) for name in plain)
     assert run_cli(["evaluate", str(tmp_path / "plain"), "--weights", "ema"]) == 2
@@ -90,7 +91,8 @@ LAYOUTS: list[dict[str, Any]] = [
 
 def train_half(data: DataConfig, root: str, layouts: list[dict[str, Any]], stop: int | None) -> None:
     for number, layout in enumerate(layouts):
-        settings = {"train__micro_batch_size": 1, "optimizer__epsilon": 1e-3, "train__stop_after_steps": stop} | layout
+        settings = {"train__micro_batch_size": 1, "optimizer__epsilon": 1e-3, "train__stop_after_steps": stop}
+        settings |= {"model__pattern": MODEL["pattern"]} | layout
         assert train(with_ema(data, Path(root, str(number)), **settings)) == 0
 
 

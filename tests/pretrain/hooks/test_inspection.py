@@ -44,8 +44,8 @@ def test_norms_add_up_and_are_of_the_steps_that_are_due_and_nothing_else_changes
 
 
 def test_updates_are_what_the_step_changed(data: DataConfig, tmp_path: Path) -> None:
-    before = train_and_collect(tiny_config(data, tmp_path / "run", train__stop_after_steps=3))
-    after = train_and_collect(tiny_config(data, tmp_path / "run", train__inspect_every_steps=4))
+    before = train_and_collect(tiny_config(data, tmp_path / "run", model__pattern="E-", train__stop_after_steps=3))
+    after = train_and_collect(tiny_config(data, tmp_path / "run", model__pattern="E-", train__inspect_every_steps=4))
     for index, update in enumerate(after.metrics[3]["inspect"]["blocks"]["update"]):
         moved = [
             float((weight.double() - before.weights[name]).square().sum())

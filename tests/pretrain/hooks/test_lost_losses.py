@@ -41,7 +41,8 @@ NORM_STEP = 9
 
 def train_with_a_large_gradient(data: DataConfig, folder: str, settings: dict[str, Any]) -> tuple[bool, int]:
     """Whether step 9, whose loss is as before and gradient a hundred times as large, moved no weight; and the exit code."""
-    changes = {"train__steps": 10, "health__spike_window": 8, "health__on_spike": "skip"} | SIGMA | settings
+    changes = {"train__steps": 10, "health__spike_window": 8, "health__on_spike": "skip", "model__pattern": "E-"}
+    changes |= SIGMA | settings
     with SignalWatch() as signals:
         run = start_run(tiny_config(data, Path(folder), **changes), signals)
         for _ in range(NORM_STEP - 1):
@@ -49,7 +50,7 @@ def train_with_a_large_gradient(data: DataConfig, folder: str, settings: dict[st
             for hook in run.hooks:
                 hook.after_step(result)
         before = {name: weight for name, weight in collect_weights(run).items() if "expert_bias" not in name}
-        stop = spoil_gradient(run.model.get_parameter("blocks.0.mixer.in_proj.weight"), lambda gradient: 100 * gradient)
+        stop = spoil_gradient(run.model.get_parameter("blocks.1.mixer.up_proj.weight"), lambda gradient: 100 * gradient)
         result = train_step(run)
         stop()
         for hook in run.hooks:

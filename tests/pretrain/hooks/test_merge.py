@@ -21,6 +21,7 @@ from amfm.pretrain.start import close_run, start_run
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import Trained, read_events, read_metrics, tiny_config, train_and_collect
 
+SMALL = {"model__pattern": "E-"}
 EVERY = {"train__validate_every_steps": 2, "train__checkpoint_every_steps": 1}
 MERGED = EVERY | {"evaluate__merge_last": 2}
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -32,8 +33,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def test_the_merge_has_the_loss_of_its_weights_and_the_run_does_not_change(data: DataConfig, tmp_path: Path) -> None:
-    plain = train_and_collect(tiny_config(data, tmp_path / "plain", **EVERY))
-    merged = train_and_collect(tiny_config(data, tmp_path / "run", **MERGED))
+    plain = train_and_collect(tiny_config(data, tmp_path / "plain", **SMALL, **EVERY))
+    merged = train_and_collect(tiny_config(data, tmp_path / "run", **SMALL, **MERGED))
     assert [line["loss"] for line in merged.metrics] == [line["loss"] for line in plain.metrics]
     for name, weight in plain.weights.items():
         assert torch.equal(weight, merged.weights[name]), name
@@ -52,7 +53,8 @@ def loss_of(data: DataConfig, folder: Path, steps: tuple[int, ...]) -> float:
     (folder / "merged").mkdir()
     write_weights(folder / "merged", read_merge(folder / "run", Merge(steps, (0.5, 0.5))))
     with SignalWatch() as signals:
-        run = start_run(tiny_config(data, folder / "again", run__initial_weights=str(folder / "merged")), signals)
+        given = {"run__initial_weights": str(folder / "merged")} | SMALL
+        run = start_run(tiny_config(data, folder / "again", **given), signals)
         loader = next(hook for hook in run.hooks if isinstance(hook, Validations)).loader
         assert loader is not None
         loss = validate(run, loader).loss

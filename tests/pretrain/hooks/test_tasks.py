@@ -17,14 +17,15 @@ from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import Trained, read_metrics, tiny_config, train_and_collect
 
 PROMPTS = ("the king", "<b>")
-EVERY = {"train__validate_every_steps": 2}
+EVERY: dict[str, Any] = {"train__validate_every_steps": 2}
+SMALL: dict[str, Any] = {"model__pattern": "*-", "model__moe": None}
 
 
 def test_samples_are_what_the_checkpoint_generates_and_the_run_does_not_change(
     data: DataConfig, tmp_path: Path
 ) -> None:
-    plain = train_and_collect(tiny_config(data, tmp_path / "plain", **EVERY))
-    sampled = train_and_collect(tiny_config(data, tmp_path / "run", evaluate__prompts=PROMPTS, **EVERY))
+    plain = train_and_collect(tiny_config(data, tmp_path / "plain", **EVERY, **SMALL))
+    sampled = train_and_collect(tiny_config(data, tmp_path / "run", evaluate__prompts=PROMPTS, **EVERY, **SMALL))
     assert [line["loss"] for line in sampled.metrics] == [line["loss"] for line in plain.metrics]
     lines = {line["step"]: line["samples"] for line in read_metrics(tmp_path / "run") if "samples" in line}
     assert set(lines) == {2, 4} and all(tuple(texts) == PROMPTS for texts in lines.values())

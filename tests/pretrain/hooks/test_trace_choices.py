@@ -19,11 +19,11 @@ from amfm.pretrain.hooks.trace_choices import read_choices
 from amfm.pretrain.inference.weights import read_weights
 from amfm.pretrain.train import train
 from tests.helpers.spawn import run_ranks
-from tests.pretrain.tiny_run import read_metrics, tiny_config
+from tests.pretrain.tiny_run import MODEL, read_metrics, tiny_config
 
 
 def traced(data: DataConfig, run_dir: Path, trace: dict[str, Any], **overrides: Any) -> RunConfig:
-    config = tiny_config(data, run_dir, **overrides)
+    config = tiny_config(data, run_dir, **({"model__pattern": "-E"} | overrides))
     return RunConfig.model_validate(config.model_dump(mode="json") | {"trace_choices": trace})
 
 
@@ -67,7 +67,11 @@ def test_files_keep_to_their_size_the_newest_and_first_rows_first(data: DataConf
     assert 0 < len(tokens_BT) < 4
 
 
-ONE_STEP: dict[str, Any] = {"train__stop_after_steps": 1, "train__micro_batch_size": 1}
+ONE_STEP: dict[str, Any] = {
+    "train__stop_after_steps": 1,
+    "train__micro_batch_size": 1,
+    "model__pattern": MODEL["pattern"],
+}
 
 
 def train_layouts(data: DataConfig, folder: str, axes: list[str]) -> None:

@@ -21,7 +21,7 @@ from amfm.pretrain.report.plots import validation_sets_plot
 from amfm.pretrain.train import train
 from tests.helpers.spawn import run_ranks
 from tests.helpers.tiny_store import make_tiny_store, run_in_process, write_jsonl
-from tests.pretrain.tiny_run import Trained, read_events, read_metrics, tiny_config, train_and_collect
+from tests.pretrain.tiny_run import MODEL, Trained, read_events, read_metrics, tiny_config, train_and_collect
 
 LENGTH = 48
 
@@ -42,7 +42,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 
 def with_sets(data: DataConfig, run_dir: Path, **overrides: Any) -> RunConfig:
     sets = [{"name": "held"}, {"name": "later", "source": "source1", "tokens": 3 * LENGTH}]
-    tree = tiny_config(data, run_dir, train__validate_every_steps=2, **overrides).model_dump(mode="json")
+    given = {"train__validate_every_steps": 2, "model__pattern": "E-"} | overrides
+    tree = tiny_config(data, run_dir, **given).model_dump(mode="json")
     return RunConfig.model_validate(tree | {"validation": sets})
 
 
@@ -83,16 +84,19 @@ def test_sets_are_measured_alone_before_the_first_step_and_on(
 
 def test_a_run_is_as_it_is_without_sets(text: DataConfig, tmp_path: Path) -> None:
     assert train(with_sets(text, tmp_path / "sets")) == 0
-    assert train(tiny_config(text, tmp_path / "plain", train__validate_every_steps=2)) == 0
+    assert train(tiny_config(text, tmp_path / "plain", train__validate_every_steps=2, model__pattern="E-")) == 0
     for key in ("loss", "grad_norm", "validation_loss"):
         assert [line.get(key) for line in read_metrics(tmp_path / "sets")] == [
             line.get(key) for line in read_metrics(tmp_path / "plain")
         ]
 
 
+WHOLE: dict[str, Any] = {"train__micro_batch_size": 1, "model__pattern": MODEL["pattern"]}
+
+
 def train_layouts(data: DataConfig, folder: str, layouts: list[dict[str, Any]]) -> list[Trained]:
     return [
-        train_and_collect(with_sets(data, Path(folder, str(number)), train__micro_batch_size=1, **layout))
+        train_and_collect(with_sets(data, Path(folder, str(number)), **WHOLE, **layout))
         for number, layout in enumerate(layouts)
     ]
 

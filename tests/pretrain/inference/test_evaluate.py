@@ -13,9 +13,10 @@ from amfm.data_pipeline.store.store import TokenStore
 from amfm.data_pipeline.tokenizer.tokenizer import load_tokenizer
 from amfm.model.packing import PackMeta
 from amfm.pretrain.inference.evaluate import evaluate_checkpoint
-from amfm.pretrain.inference.weights import read_weights
+from amfm.pretrain.inference.weights import read_weights, write_weights
 from tests.helpers.tiny_store import make_tiny_store
-from tests.pretrain.export.exported_models import weights_folder
+from tests.pretrain.export.exported_models import random_weights, weights_folder
+from tests.pretrain.tiny_run import MODEL
 
 
 def documents_of(store_path: str, split: str) -> list[list[int]]:
@@ -49,7 +50,9 @@ def test_the_loss_is_the_mean_over_all_tokens_of_documents_read_by_themselves(da
 
 
 def test_shorter_rows_predict_the_same_tokens_with_less_context(data: DataConfig, tmp_path: Path) -> None:
-    folder = weights_folder(data, tmp_path / "weights", "nemotron_h")
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    write_weights(folder, random_weights(data, MODEL | {"pattern": "*-", "moe": None}))
     whole = evaluate_checkpoint(folder, store=data.store, sequence_length=100_000)
     seen: list[tuple[int, int]] = []
     rows = evaluate_checkpoint(

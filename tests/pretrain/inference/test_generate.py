@@ -20,7 +20,7 @@ PROMPT = [9, 200, 31, 77, 5]
 def test_greedy_tokens_equal_the_full_forward_pass(data: DataConfig, target: str) -> None:
     weights = random_weights(data, MODELS[target])
     model = weights.build()
-    tokens = list(generate_tokens(model, PROMPT, 40, Sampling(temperature=0)))
+    tokens = list(generate_tokens(model, PROMPT, 20, Sampling(temperature=0)))
     ids_BT = torch.tensor([PROMPT + tokens])
     with torch.no_grad():
         logits_BTV = model(ids_BT, PackMeta.one_document_a_row(1, ids_BT.shape[1])).logits_BTV

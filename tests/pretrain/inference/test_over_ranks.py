@@ -88,6 +88,10 @@ def measure_layouts(folder: str, layouts: tuple[dict[str, int], ...]) -> list[tu
     return found
 
 
+def measure_all(folder: str, layouts: tuple[dict[str, int], ...]) -> tuple[Any, Any]:
+    return measure(folder, 2), measure_layouts(folder, layouts)
+
+
 @pytest.mark.parametrize(
     "layouts",
     [({"tensor": 2, "expert": 2},), pytest.param(({"expert": 2}, {"tensor": 2}), marks=pytest.mark.slow)],
@@ -99,14 +103,14 @@ def test_two_ranks_of_any_layout_find_what_one_rank_finds(
     train_and_write_tasks(data, tmp_path)
     text, part, tasks, said = measure(str(tmp_path), 1)
     assert not said
-    both = run_ranks(measure, str(tmp_path), 2, num_ranks=2)
+    both, in_layouts = zip(*run_ranks(measure_all, str(tmp_path), layouts, num_ranks=2))
     assert both[0][3][0].startswith("2 ranks in float32: tensor 1, expert 1, data 2, because") and not both[1][3]
     for own in both:
         assert (own[0].tokens, own[1].tokens) == (text.tokens, part.tokens)
         assert own[0].loss == pytest.approx(text.loss, rel=1e-5)
         assert own[1].loss == pytest.approx(part.loss, rel=2e-3)  # bf16: rows pass in other batches
         assert own[2] == pytest.approx(tasks, rel=1e-5)
-    for ranks in run_ranks(measure_layouts, str(tmp_path), layouts, num_ranks=2):
+    for ranks in in_layouts:
         for layout, (sums, values) in zip(layouts, ranks, strict=True):
             assert {name: tokens for name, (_, tokens) in sums.items()} == {
                 name: source.tokens for name, source in text.by_source.items()

@@ -34,6 +34,7 @@ def test_every_computed_number_of_a_run_that_was_lost_and_resumed_twice_is_that_
         "train__keep_last": 9,
         "train__validate_every_steps": 2,
         "train__inspect_every_steps": 2,
+        "model__pattern": "E*",
     }
     assert train(tiny_config(data, tmp_path / "whole", **settings)) == 0
     for stop in (3, 5, None):

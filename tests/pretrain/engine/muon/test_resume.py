@@ -29,7 +29,7 @@ KIND = {"optimizer__kind": "muon"}
 def make_engine(zero_stage: int, seed: int, rule: str = "muon", **axes: int) -> ZeroEngine:
     section = ParallelConfig(zero_stage=zero_stage, **axes)
     parallel = initialize_parallel(section, timeout_seconds=PATIENCE_SECONDS, num_threads=1)
-    model = HybridModel(ModelConfig.model_validate(MODEL), parallel.groups, seed=seed)
+    model = HybridModel(ModelConfig.model_validate(MODEL | {"pattern": "ME"}), parallel.groups, seed=seed)
     optimizer = OptimizerConfig(learning_rate=RATE, kind="muon", muon={"rule": rule})
     return build_engine(model, optimizer=optimizer, precision="float32", zero_stage=zero_stage, parallel=parallel)
 
