@@ -51,7 +51,7 @@ EXAMPLES = {
     "maestro": ("maestro",),
     "mlflow": ("mlflow",),
     "monarch": ("monarch",),
-    "prometheus": ("prometheus",),
+    "prometheus": ("serve", "prometheus"),
     "relative_attention": ("relative_attention",),
     "s4d": ("s4d",),
     "seqboat": ("seqboat",),
