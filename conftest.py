@@ -34,6 +34,7 @@ PACKAGES = (
     "replay",
     "serve",
     "profile",
+    "synthetic",
 )
 for folder in (*(f"examples/{name}" for name in PACKAGES), "tests/helpers/installed"):
     place = str(Path(__file__).parent / folder)

@@ -1,10 +1,10 @@
 """The time to recover from a killed rank, part by part: 2 nodes of 2 ranks, with what stays loaded and without, in one run.
 
-How it works: `amfm launch` runs a synthetic task on two `hosts` of this machine, behind a shell instead of ssh. The last
-rank is killed after a checkpoint, and the parts of the way back are read from outside, by what every version leaves: the
-launcher's line about the failure, the folder of checkpoints, which rank 0 touches when all ranks have joined, the event of the
-new start, when everything is built and loaded, and the next line of metrics. Variants take turns. `--other` adds another
-checkout (`git worktree add`), such as one from before.
+How it works: `amfm launch` runs a synthetic task (`pip install ./examples/synthetic`) on two `hosts` of this machine, behind a
+shell instead of ssh. The last rank is killed after a checkpoint, and the parts of the way back are read from outside, by what
+every version leaves: the launcher's line about the failure, the folder of checkpoints, which rank 0 touches when all ranks have
+joined, the event of the new start, when everything is built and loaded, and the next line of metrics. Variants take turns.
+`--other` adds another checkout (`git worktree add`), such as one from before.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What `health.check_state_every_steps` costs a run: steps that are checked vs. steps that are not, in turns.
 
-How it works: a real run on a synthetic task, in rounds of four steps. The first is checked (its first micro-batch is run
-twice, and the state compared after it), the second compares the state that has rested since, the other two do nothing. So a
-check costs what the first two take over the last two, in steps; and it may come each `cost / share` steps for a share of the
-run's time.
+How it works: a real run on a synthetic task (`pip install ./examples/synthetic`), in rounds of four steps. The first is
+checked (its first micro-batch is run twice, and the state compared after it), the second compares the state that has rested
+since, the other two do nothing. So a check costs what the first two take over the last two, in steps; and it may come each
+`cost / share` steps for a share of the run's time.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Where text comes from, how it becomes tokens, and in which order training reads them."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -225,6 +225,19 @@ class SyntheticConfig(Section):
     num_values: int = Field(32, gt=1, description="mqar, overwriting: number of values.")
     num_copied: int = Field(16, gt=0, description="selective_copying: tokens to copy in a sequence.")
     num_symbols: int = Field(16, gt=1, description="selective_copying: number of different tokens to copy.")
+
+    @staticmethod
+    def load(name: str) -> Any:
+        """Load what the package of synthetic tasks brings, an entry point of the group `amfm.synthetic`: `rows`, a kind of
+        `SampleSettings`, or `problems`, the rules of a run on a task. Raises ValueError if it is not installed.
+        """
+        from importlib.metadata import entry_points
+
+        for entry in entry_points(group="amfm.synthetic", name=name):
+            return entry.load()
+        raise ValueError(
+            "data.synthetic is in a package that is not installed; in a clone of amfm: pip install ./examples/synthetic"
+        )
 
 
 class DataConfig(Section):

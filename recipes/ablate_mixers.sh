@@ -4,7 +4,7 @@
 #   recipes/ablate_mixers.sh WORK [KEY=VALUE ...]    WORK: a folder for text and study; KEY=VALUE: of the study's file
 #   recipes/ablate_mixers.sh WORK --toy              two cells of four steps, on a task that needs no text
 #
-# `amfm study` is a package: pip install ./examples/study. One seed takes about 35 minutes on two quiet cores. Stopped at any point, the same command continues.
+# `amfm study` and the tasks are packages: pip install ./examples/study ./examples/synthetic. One seed takes about 35 minutes on two quiet cores. Stopped at any point, the same command continues.
 set -euo pipefail
 
 work=${1:?usage: recipes/ablate_mixers.sh WORK [--toy | KEY=VALUE ...]}

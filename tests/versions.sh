@@ -12,7 +12,7 @@ if [ ! -e "$folder/.installed" ]; then
   touch "$folder/.installed"
 fi
 run=$folder/run; rm -rf "$run"
-export PYTHONPATH=$PWD/src:$PWD
+export PYTHONPATH=$PWD/src:$PWD:$PWD/examples/synthetic:$PWD/tests/helpers/installed
 "$folder/bin/python" -c '
 import importlib.metadata as found, platform
 names = ("torch", "triton", "numpy", "megatron-core", "deepspeed")

@@ -23,12 +23,10 @@ import torch
 from amfm.data_pipeline.batch import Batch
 from amfm.data_pipeline.config import DataConfig
 from amfm.data_pipeline.loader.reader_process import ReadingProcess
-from amfm.data_pipeline.samples.mixture import phases_of
 from amfm.data_pipeline.samples.packing import BufferPool, Row, assemble_rows
 from amfm.data_pipeline.samples.samples import CorruptSample, SampleReader, SampleSettings
 from amfm.data_pipeline.store.manifest import Part, Split
 from amfm.data_pipeline.store.store import TokenStore
-from amfm.data_pipeline.synthetic.rows import SyntheticReader, SyntheticSettings
 
 STATE_VERSION = 2
 READ_AHEAD_BATCHES = 2
@@ -138,7 +136,7 @@ class PretrainLoader:
 
     def _fim_state(self) -> dict[str, Any]:
         """How sources are cut, where any is: earlier releases had none."""
-        fim = {} if isinstance(self.settings, SyntheticSettings) else self.settings.fim
+        fim = self.settings.fim
         return {"fim": {name: [each.rate, each.kind, *each.tokens] for name, each in fim.items()}} if fim else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -247,9 +245,9 @@ class PretrainLoader:
         self._requested.clear()
         self.store.close()
 
-    def _open_reader(self) -> SampleReader | SyntheticReader:
-        if isinstance(self.settings, SyntheticSettings):
-            return SyntheticReader(self.settings)
+    def _open_reader(self) -> SampleReader:
+        if self.config.synthetic is not None:
+            return self.settings.open_reader()
         store = TokenStore.open(self.settings.store, self.settings.cache)
         if self.data_rank == 0 and self.settings.on_corruption == "raise":
             # Now, and not at the step that reads the missing part; a huge store is checked in a stretch a batch.
@@ -360,13 +358,10 @@ def batch_of_rows(
     )
 
 
-def row_settings(
-    config: DataConfig, *, split: Split, sequence_length: int, seed: int
-) -> SampleSettings | SyntheticSettings:
+def row_settings(config: DataConfig, *, split: Split, sequence_length: int, seed: int) -> SampleSettings:
     """Derive the settings that decide the rows, of text or of a synthetic task; errors as those of the two."""
-    if config.synthetic is None:
-        return SampleSettings.from_config(config, split=split, sequence_length=sequence_length, seed=seed)
-    return SyntheticSettings.from_config(config.synthetic, phases_of(config, sequence_length), split=split, seed=seed)
+    kind: type[SampleSettings] = SampleSettings if config.synthetic is None else config.synthetic.load("rows")
+    return kind.from_config(config, split=split, sequence_length=sequence_length, seed=seed)
 
 
 def in_words(phases: Sequence[Any]) -> str:

@@ -28,7 +28,6 @@ import numpy as np
 from amfm.data_pipeline.samples.packing import Row
 from amfm.data_pipeline.samples.samples import CorruptSample, SampleReader, SampleSettings
 from amfm.data_pipeline.store.shards import DamagedError
-from amfm.data_pipeline.synthetic.rows import SyntheticReader, SyntheticSettings
 
 AHEAD_ROWS = 2048  # of this process: minutes of training, and more blocks than a window has
 
@@ -85,7 +84,7 @@ _START = (
 class ReadingProcess:
     """The trainer's end of one reading process; requests are answered in order."""
 
-    def __init__(self, settings: SampleSettings | SyntheticSettings) -> None:
+    def __init__(self, settings: SampleSettings) -> None:
         root = str(Path(__file__).parents[3])
         # Inherited blocked: a signal during the imports of the new process waits until `serve` ignores it.
         former = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_GROUP)
@@ -159,13 +158,13 @@ def serve() -> None:
     os.dup2(2, 1)
     requests: Any = sys.stdin.buffer
     try:
-        reader: SampleReader | SyntheticReader | None = None
+        reader: SampleReader | None = None
         fetcher: FetchAhead | None = None
         while True:
             message = load_message(requests)
-            if isinstance(message, (SampleSettings, SyntheticSettings)):
+            if isinstance(message, SampleSettings):
                 reader = message.open_reader()
-                if isinstance(reader, SampleReader) and reader.store.remote_cache is not None:
+                if reader.store.remote_cache is not None:
                     fetcher = FetchAhead(reader)
                     fetcher.start()
                 continue
@@ -179,7 +178,7 @@ def serve() -> None:
 
 
 def _answer(
-    reader: SampleReader | SyntheticReader, first: int, count: int, stride: int
+    reader: SampleReader, first: int, count: int, stride: int
 ) -> tuple[list[Row], list[CorruptSample]] | DamagedError:
     try:
         return reader.read_block(first, count, stride)

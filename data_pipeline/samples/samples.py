@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 Int64 = npt.NDArray[np.int64]
 
+NO_TOKENIZER = "none"  # instead of a tokenizer's identity, of rows that are computed
 LOCATED_AHEAD = 512  # samples: from here on the cost of a place is that of its arithmetic
 
 
@@ -57,8 +58,8 @@ class SampleSettings:
     store: str
     split: Split
     seed: int
-    packing: Literal["concatenate", "best_fit"]
-    shuffle: Literal["full", "block"]
+    packing: str
+    shuffle: str
     phases: tuple[PhaseSettings, ...]
     on_corruption: Literal["raise", "quarantine"]
     cache: CacheSettings

@@ -14,7 +14,6 @@ import typer
 
 from amfm.data_pipeline.terminal import Waiting
 from amfm.launch.arguments import ConfigOrPreset, JsonOption, OverridesArgument, PresetOption
-from amfm.launch.commands.tasks import show_synthetic_row
 from amfm.launch.console import loading, print_json, print_pairs, print_rows, say, show_progress
 from amfm.launch.existing import choose_config, load_packaged
 from amfm.pretrain.launcher_protocol import BAD_INPUT
@@ -309,9 +308,8 @@ def show_sample(path: str, sample: int, config_path: Path | None, *, as_json: bo
             raise ValueError(
                 f"{config_path} is of a synthetic task, whose sequences no store holds; give only its run directory"
             )
-        show_synthetic_row(
-            data, sample, sequence_length=stages[0].train.sequence_length, seed=run.train.seed, as_json=as_json
-        )
+        length, seed = stages[0].train.sequence_length, run.train.seed
+        load_packaged("inspect.synthetic", "synthetic")(data, sample, length, seed, as_json=as_json)
         return
     if config_path is not None:
         data = data.model_copy(update={"store": path})

@@ -12,21 +12,13 @@ import typer
 
 from amfm.data_pipeline.terminal import Waiting
 from amfm.launch.arguments import CheckpointArgument, JsonOption, Place, WeightsOption, choose_device
-from amfm.launch.commands.tasks import (
-    IncludePathOption,
-    LimitOption,
-    NumFewshotOption,
-    SyntheticTask,
-    TasksOption,
-    evaluate_on_synthetic,
-    evaluate_on_tasks,
-    read_choice,
-)
 from amfm.launch.console import loading, print_json, print_pairs, show_progress
+from amfm.launch.existing import load_packaged
 
 if TYPE_CHECKING:
     from amfm.pretrain.inference.evaluate import Evaluation
     from amfm.pretrain.scores import SourceLoss
+    from amfm.pretrain.tasks.suite import TaskChoice
 
 
 DeviceOption = Annotated[
@@ -46,7 +38,18 @@ LengthOption = Annotated[
     int | None,
     typer.Option("--sequence-length", "--length", min=1, help="Tokens per sequence; default: as in training."),
 ]
+TasksOption = Annotated[
+    str | None, typer.Option(metavar="NAME,...", help="Evaluate these lm-eval tasks instead (docs/evaluation.md).")
+]
+IncludePathOption = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Folder with YAML files of more tasks; default: evaluate.include_path."),
+]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Documents of each task; default: all.")]
+NumFewshotOption = Annotated[int | None, typer.Option(min=0, help="Few-shot examples; default: as the task defines.")]
 MaxTokensOption = Annotated[int | None, typer.Option(min=1, help="Stop after about this many tokens; default: all.")]
+# As data.synthetic.task of a configuration, whose import would slow every verb's help down.
+SyntheticTask = Literal["mqar", "overwriting", "selective_copying", "parity", "s3", "s4", "a5", "s5"]
 SyntheticOption = Annotated[
     SyntheticTask | None, typer.Option(help="Evaluate this synthetic task instead (docs/synthetic_tasks.md).")
 ]
@@ -116,8 +119,8 @@ def evaluate(
         choice = read_choice(tasks, include_path, limit, num_fewshot)
         evaluate_on_tasks(checkpoint, choice, place, as_json=as_json)
     elif synthetic is not None:
-        length = sequence_length
-        evaluate_on_synthetic(checkpoint, synthetic, settings or [], length, rows, place, as_json=as_json)
+        measure = load_packaged("evaluate.synthetic", "synthetic")
+        measure(checkpoint, synthetic, settings or [], sequence_length, rows, place, as_json=as_json)
     else:
         evaluate_on_text(
             checkpoint, data, split or "validation", sequence_length, max_tokens, weights, place, as_json=as_json
@@ -258,6 +261,39 @@ def check_options(
         for name, value in options.items():
             if owner != measure and value is not None:
                 raise ValueError(f"{name} has no effect without {owner}; leave it out")
+
+
+def read_choice(names: str, include_path: Path | None, limit: int | None, num_fewshot: int | None) -> TaskChoice:
+    """Turn the options of a command line into a choice of tasks; `names` are separated by commas."""
+    from amfm.pretrain.tasks.suite import TaskChoice
+
+    listed = tuple(name.strip() for name in names.split(",") if name.strip())
+    if not listed:
+        raise ValueError(f"--tasks {names!r} names no task; give names separated by commas, such as arc_easy,hellaswag")
+    return TaskChoice(listed, None if include_path is None else str(include_path), limit, num_fewshot)
+
+
+def evaluate_on_tasks(checkpoint: Path, choice: TaskChoice, place: Place, *, as_json: bool) -> None:
+    """Measure a checkpoint on tasks, and print the values on the first rank."""
+    from amfm.pretrain.tasks.suite import evaluate_tasks
+
+    with Waiting("amfm evaluate", speaks=place.is_first) as waiting:
+        waiting("measuring tasks")
+        values = evaluate_tasks(
+            checkpoint,
+            choice,
+            device=place.device,
+            backend=place.backend,
+            precision=place.precision,
+            num_ranks=place.num_ranks,
+            announce=place.announce,
+        )
+    if not place.is_first:
+        return
+    if as_json:
+        print_json({"tasks": values})
+        return
+    print_pairs(f"Tasks on {checkpoint}", [(name, f"{value:.4f}") for name, value in values.items()])
 
 
 def generate(

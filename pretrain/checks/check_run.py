@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from amfm.data_pipeline.config import CacheConfig
@@ -63,12 +63,9 @@ def check_run(
     launcher has checked what comes after the present layout. Raises ConfigError with every broken rule. Touches no
     device and reads no file.
     """
-    declared, synthetic = list(declaration_problems(config)), list[Problem]()
-    task = config.data.synthetic
-    if task is not None:
-        from amfm.pretrain.checks.tasks import synthetic_length_problems, synthetic_problems
-
-        synthetic += synthetic_problems(config, task)
+    declared, task = list(declaration_problems(config)), config.data.synthetic
+    stages = () if declared else resolve_stages(config)
+    synthetic: Iterable[Problem] = () if task is None else task.load("problems")(config, stages)
     from amfm.pretrain.checks.early import keeping_problems, vocabulary_problems
 
     problems = [*declared, *vocabulary_problems(config), *data_problems(config), *synthetic, *keeping_problems(config)]
@@ -81,11 +78,8 @@ def check_run(
         from amfm.pretrain.checks.sections import distill_problems
 
         problems += distill_problems(config)
-    if not declared:
-        stages = resolve_stages(config)
+    if stages:
         steps = stages[-1].last_step
-        if task is not None and not synthetic:
-            problems += synthetic_length_problems(config, task, stages)
         ramp = list(ramp_problems(config, stages[0]))
         if not ramp and not config.stages:
             problems += phase_problems(config, stages)

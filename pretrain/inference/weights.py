@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from amfm.data_pipeline.durable.json_files import inside, read_object, take
-from amfm.data_pipeline.synthetic.rows import NO_TOKENIZER
+from amfm.data_pipeline.samples.samples import NO_TOKENIZER
 from amfm.data_pipeline.terminal import Report, silent
 from amfm.data_pipeline.tokenizer.id_vocabulary import require_text
 from amfm.data_pipeline.tokenizer.tokenizer import (

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from amfm.data_pipeline.samples.samples import NO_TOKENIZER
 from amfm.data_pipeline.store.store import TokenStore
-from amfm.data_pipeline.synthetic.rows import NO_TOKENIZER
 from amfm.kernels.attention.varlen import OWN, activate_newest, restore
 from amfm.kernels.runtime.backend import resolve_for_run
 from amfm.kernels.runtime.product_backend import use_product_backend

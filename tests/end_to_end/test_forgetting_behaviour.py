@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from amfm_synthetic.rows import SyntheticSettings
 from torch import Tensor
 
-from amfm.data_pipeline.samples.mixture import PhaseSettings
 from amfm.data_pipeline.store.manifest import Split
-from amfm.data_pipeline.synthetic.rows import SyntheticSettings
 from amfm.model.hybrid import HybridModel
 from amfm.model.init import initial_values, named_seed
 from amfm.model.packing import PackMeta
@@ -39,9 +38,7 @@ SETTINGS = [
 
 def rows_of(config: RunConfig, split: Split, first: int, count: int) -> tuple[Tensor, Tensor]:
     """Tokens and labels [count, LENGTH] of rows that no training saw in this order."""
-    assert config.data.synthetic is not None
-    phases = (PhaseSettings(0, {"mqar": 1.0}, LENGTH),)
-    reader = SyntheticSettings.from_config(config.data.synthetic, phases, split=split, seed=99).open_reader()
+    reader = SyntheticSettings.from_config(config.data, split=split, sequence_length=LENGTH, seed=99).open_reader()
     rows = [reader.make_synthetic_row(number, LENGTH) for number in range(first, first + count)]
     tokens_BT, labels_BT = (np.stack([getattr(row, name) for row in rows]) for name in ("tokens_T", "labels_T"))
     return torch.from_numpy(tokens_BT).long(), torch.from_numpy(labels_BT).long()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -51,7 +52,7 @@ def wheel(built: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Python of an environment with the wheel and `kernels`, which reads all other packages from this environment.
+    """Python of an environment with the wheel, synthetic tasks and `kernels`, which reads all other packages from this environment.
 
     A folder that a .pth file adds is searched, its own .pth files are not read: the editable install is not seen there.
     """
@@ -70,6 +71,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--target",
         packages,
         wheel,
+        shutil.copytree(ROOT / "examples/synthetic", folder / "synthetic"),  # which a build writes to
         "kernels",
         cwd=folder,
     )

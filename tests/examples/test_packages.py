@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
         "replay",
         "serve",
         "profile",
+        "synthetic",
     ],
 )
 def test_the_installed_entry_points_are_those_of_the_project_and_load(package: str) -> None:

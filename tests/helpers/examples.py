@@ -18,20 +18,23 @@ ROOT = Path(__file__).parents[2]
 
 
 def install_example(name: str, folder: Path) -> list[Path]:
-    """Write the metadata that pip would; returns the paths with which Python finds the package and its entry points."""
-    project = tomllib.loads((ROOT / "examples" / name / "pyproject.toml").read_text())["project"]
-    metadata = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
-    metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
-    )
-    lines = [
-        line
-        for group, entries in project["entry-points"].items()
-        for line in (f"[{group}]", *(f"{key} = {value}" for key, value in entries.items()))
-    ]
-    (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
-    return [folder, ROOT / "examples" / name]
+    """Write the metadata that pip would, and that of the tasks that small runs train on; returns the paths with which Python
+    finds the packages and their entry points.
+    """
+    for each in (name, "synthetic"):
+        project = tomllib.loads((ROOT / "examples" / each / "pyproject.toml").read_text())["project"]
+        metadata = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+        metadata.mkdir(parents=True, exist_ok=True)
+        (metadata / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+        )
+        lines = [
+            line
+            for group, entries in project["entry-points"].items()
+            for line in (f"[{group}]", *(f"{key} = {value}" for key, value in entries.items()))
+        ]
+        (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    return [folder, ROOT / "examples" / name, ROOT / "examples/synthetic"]
 
 
 def amfm(*words: str | Path, packages: list[Path], cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -89,6 +89,7 @@ def test_a_part_of_a_verb_whose_package_is_not_installed_says_how_to_install_it(
         ("export (gguf)", clients, ["export", tmp_path, tmp_path / "out.gguf", "--format", "gguf"]),
         ("watch (metrics)", "serve ./examples/prometheus", ["watch", tmp_path, "--prometheus", "9464"]),
         ("plan (trace)", "simulate", ["plan", "--preset", "tiny_cpu", "--gpus", "1", "--trace"]),
+        ("evaluate (synthetic)", "synthetic", ["evaluate", tmp_path, "--synthetic", "mqar"]),
         ("inspect (spike)", "replay", ["inspect", tmp_path, "--spike", "9"]),
     ):
         assert run([str(word) for word in words]) == 2

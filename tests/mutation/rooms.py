@@ -20,12 +20,12 @@ LOADER = "tests/data_pipeline/loader/test_loader.py"
 
 ROOMS: dict[str, Room] = {
     "samples": Room(("data_pipeline/samples/samples.py",), (SAMPLES, LOADER, "tests/data_pipeline/loader/test_phases.py"),
-        ("tests/data_pipeline/store/test_object_store.py", "tests/data_pipeline/test_synthetic.py"),
+        ("tests/data_pipeline/store/test_object_store.py", "tests/examples/synthetic/test_rows.py"),
     ),
     "packing": Room(
         ("data_pipeline/samples/packing.py", "model/packing.py"),
         (f"{SAMPLES}/test_packing.py", "tests/model/test_packing.py"),
-        (LOADER, "tests/data_pipeline/test_synthetic.py", "tests/model/test_document_isolation.py"),
+        (LOADER, "tests/examples/synthetic/test_rows.py", "tests/model/test_document_isolation.py"),
     ),
     "store": Room(
         ("data_pipeline/store/store.py",),

@@ -16,7 +16,7 @@ from amfm_convert.stages import ConversionStage, conversion_stages, converted_mo
 from amfm_convert.weights import StartReport, stage_weights, write_start
 
 from amfm.data_pipeline.config import DataConfig
-from amfm.data_pipeline.synthetic.rows import NO_TOKENIZER
+from amfm.data_pipeline.samples.samples import NO_TOKENIZER
 from amfm.model.packing import PackMeta
 from amfm.pretrain.checkpoint.inspect import diff_checkpoints, find_checkpoint, read_full_state
 from amfm.pretrain.config.errors import ConfigError

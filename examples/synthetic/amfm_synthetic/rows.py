@@ -9,48 +9,52 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from amfm.data_pipeline.samples.mixture import EpochSpan, Mixture, PhaseSettings
+from amfm.data_pipeline.samples.mixture import EpochSpan, Mixture, phases_of
 from amfm.data_pipeline.samples.packing import Row
 from amfm.data_pipeline.samples.permutation import derive_key
-from amfm.data_pipeline.samples.samples import CorruptSample
+from amfm.data_pipeline.samples.samples import NO_TOKENIZER, CorruptSample, SampleReader, SampleSettings
 from amfm.data_pipeline.store.manifest import Split
-from amfm.data_pipeline.synthetic.tasks import NOISE, Draws, Int64, SyntheticRow, SyntheticTask, build_task
+from amfm.data_pipeline.store.node_cache import CacheSettings
+from amfm_synthetic.tasks import NOISE, Draws, Int64, SyntheticRow, SyntheticTask, build_task
 
 if TYPE_CHECKING:
-    from amfm.data_pipeline.config import SyntheticConfig  # pydantic takes longer to import than everything here
+    from amfm.data_pipeline.config import DataConfig  # pydantic takes longer to import than everything here
 
-NO_TOKENIZER = "none"  # instead of a tokenizer's identity
 GENERATOR_VERSION = 1  # of what a sample number gives: another one refuses to resume
 SPLIT_PARTS = 8  # of this many equal parts of all rows one validates
 MAX_DRAWS = 8192  # a split that holds rows at all gives one with far fewer
 
 
-@dataclass(frozen=True)
-class SyntheticSettings:
+@dataclass(frozen=True, kw_only=True)
+class SyntheticSettings(SampleSettings):
     """Everything that decides the rows, picklable for reading processes.
 
-    `name` is that of the only source; `phases` change nothing but the sequence length.
+    `name` is that of the only source; `phases` change nothing but the sequence length. There is no store to read or cache.
     """
 
     name: str
     task: SyntheticTask
-    split: Split
-    seed: int
-    phases: tuple[PhaseSettings, ...]
-    packing: str = "none"
-    shuffle: str = "none"
 
     @staticmethod
-    def from_config(
-        config: SyntheticConfig, phases: tuple[PhaseSettings, ...], *, split: Split, seed: int
-    ) -> SyntheticSettings:
+    def from_config(config: DataConfig, *, split: Split, sequence_length: int, seed: int) -> SyntheticSettings:
         """Derive the settings of a run. Raises ValueError for settings of the task that do not fit together."""
+        assert config.synthetic is not None, "the data is a synthetic task"
+        phases = phases_of(config, sequence_length)
         return SyntheticSettings(
-            config.task, build_task(config), split, seed, phases if split == "train" else phases[:1]
+            store="",
+            split=split,
+            seed=seed,
+            packing="none",
+            shuffle="none",
+            phases=phases if split == "train" else phases[:1],
+            on_corruption="raise",
+            cache=CacheSettings(**config.cache.model_dump()),
+            name=config.synthetic.task,
+            task=build_task(config.synthetic),
         )
 
     def open_reader(self) -> SyntheticReader:
@@ -61,7 +65,7 @@ class SyntheticSettings:
 class ComputedStore:
     """Stand-in for the token store of text: names what the rows depend on, and holds no file."""
 
-    tokenizer_identity = NO_TOKENIZER
+    tokenizer_identity, remote_cache = NO_TOKENIZER, None
 
     def __init__(self, task: SyntheticTask) -> None:
         self.vocab_size = task.vocab_size
@@ -79,14 +83,17 @@ class ComputedStore:
         """Do nothing: no file is open."""
 
 
-class SyntheticReader:
-    """Reader of synthetic rows, with the interface of `SampleReader`: any sample numbers, in any order, on any rank.
+class SyntheticReader(SampleReader):
+    """Reader of synthetic rows: any sample numbers, in any order, on any rank.
 
     Raises ValueError when the rows are shorter than the task needs or the split has none of their length.
     """
 
+    settings: SyntheticSettings
+
     def __init__(self, settings: SyntheticSettings) -> None:
-        self.settings, self.store = settings, ComputedStore(settings.task)
+        self.settings = settings
+        self.store: Any = ComputedStore(settings.task)
         self.source_names = (settings.name,)
         self.mixture = Mixture([(phase.start_sample, phase.weights) for phase in settings.phases], settings.seed)
         for phase in settings.phases:

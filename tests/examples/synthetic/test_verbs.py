@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from amfm.launch.cli import run
-from tests.pretrain.test_synthetic_runs import synthetic_config
+from tests.examples.synthetic.test_runs import synthetic_config
 
 
 @pytest.fixture(scope="module")

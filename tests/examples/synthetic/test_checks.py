@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,12 @@ def test_a_run_on_a_synthetic_task_needs_no_store_and_reads_back(task_file: Path
 )
 def test_a_broken_rule_is_explained(task_file: Path, overrides: list[str], message: str) -> None:
     assert message in broken(task_file, *overrides)
+
+
+def test_a_run_says_how_to_install_a_package_that_is_missing(task_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if not list(Path(place).glob("amfm_synthetic-*"))])
+    with pytest.raises(ValueError, match=r"data\.synthetic is in a package .*: pip install \./examples/synthetic"):
+        check_run(load_config(task_file))
 
 
 def test_without_a_synthetic_task_text_is_needed(task_file: Path) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from amfm_synthetic.rows import SyntheticReader
+from amfm_synthetic.tasks import SETTINGS, build_task, group_elements
 
 from amfm.data_pipeline.config import DataConfig, PhaseConfig, SyntheticConfig
 from amfm.data_pipeline.loader.loader import PretrainLoader, row_settings
 from amfm.data_pipeline.samples.packing import IGNORED_LABEL
-from amfm.data_pipeline.synthetic.rows import SyntheticReader
-from amfm.data_pipeline.synthetic.tasks import SETTINGS, build_task, group_elements
 
 SMALL = {
     "mqar": SyntheticConfig(task="mqar", num_pairs=3, num_keys=5, num_values=4),

@@ -1,69 +1,20 @@
-"""Tasks: measuring a checkpoint on those of lm-eval and on synthetic ones, and a row of these."""
+"""What `amfm evaluate --synthetic` measures and prints, and what `amfm inspect --sample` shows of a synthetic task."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
-import typer
-
-from amfm.data_pipeline.terminal import Waiting
-from amfm.launch.arguments import Place
 from amfm.launch.console import print_json, print_pairs, show_progress
 
 if TYPE_CHECKING:
-    from amfm.data_pipeline.config import DataConfig
-    from amfm.pretrain.tasks.suite import TaskChoice
-
-# As data.synthetic.task of a configuration, whose import would slow every verb's help down.
-SyntheticTask = Literal["mqar", "overwriting", "selective_copying", "parity", "s3", "s4", "a5", "s5"]
-TasksOption = Annotated[
-    str | None, typer.Option(metavar="NAME,...", help="Evaluate these lm-eval tasks instead (docs/evaluation.md).")
-]
-IncludePathOption = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="Folder with YAML files of more tasks; default: evaluate.include_path."),
-]
-LimitOption = Annotated[int | None, typer.Option(min=1, help="Documents of each task; default: all.")]
-NumFewshotOption = Annotated[int | None, typer.Option(min=0, help="Few-shot examples; default: as the task defines.")]
-
-
-def read_choice(names: str, include_path: Path | None, limit: int | None, num_fewshot: int | None) -> TaskChoice:
-    """Turn the options of a command line into a choice of tasks; `names` are separated by commas."""
-    from amfm.pretrain.tasks.suite import TaskChoice
-
-    listed = tuple(name.strip() for name in names.split(",") if name.strip())
-    if not listed:
-        raise ValueError(f"--tasks {names!r} names no task; give names separated by commas, such as arc_easy,hellaswag")
-    return TaskChoice(listed, None if include_path is None else str(include_path), limit, num_fewshot)
-
-
-def evaluate_on_tasks(checkpoint: Path, choice: TaskChoice, place: Place, *, as_json: bool) -> None:
-    """Measure a checkpoint on tasks, and print the values on the first rank."""
-    from amfm.pretrain.tasks.suite import evaluate_tasks
-
-    with Waiting("amfm evaluate", speaks=place.is_first) as waiting:
-        waiting("measuring tasks")
-        values = evaluate_tasks(
-            checkpoint,
-            choice,
-            device=place.device,
-            backend=place.backend,
-            precision=place.precision,
-            num_ranks=place.num_ranks,
-            announce=place.announce,
-        )
-    if not place.is_first:
-        return
-    if as_json:
-        print_json({"tasks": values})
-        return
-    print_pairs(f"Tasks on {checkpoint}", [(name, f"{value:.4f}") for name, value in values.items()])
+    from amfm.data_pipeline.config import DataConfig, TaskName
+    from amfm.launch.arguments import Place
 
 
 def evaluate_on_synthetic(
     checkpoint: Path,
-    task: SyntheticTask,
+    task: TaskName,
     settings: list[str],
     sequence_length: int | None,
     num_rows: int | None,
@@ -72,7 +23,7 @@ def evaluate_on_synthetic(
     as_json: bool,
 ) -> None:
     """Measure and print the accuracy of a checkpoint on a synthetic task."""
-    from amfm.pretrain.inference.evaluate import DEFAULT_ROWS, evaluate_synthetic
+    from amfm_synthetic.evaluate import DEFAULT_ROWS, evaluate_synthetic
 
     with show_progress("evaluate", every_seconds=5.0) as show:
         found = evaluate_synthetic(
@@ -114,7 +65,7 @@ def evaluate_on_synthetic(
     print_pairs(f"Evaluation of {checkpoint}", pairs)
 
 
-def show_synthetic_row(data: DataConfig, sample: int, *, sequence_length: int, seed: int, as_json: bool) -> None:
+def show_synthetic_row(data: DataConfig, sample: int, sequence_length: int, seed: int, *, as_json: bool) -> None:
     """Print the training row of a global sample, which only the configuration determines."""
     from amfm.data_pipeline.loader.loader import PretrainLoader
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from amfm_synthetic.evaluate import evaluate_synthetic
 
 from amfm.data_pipeline.config import DataConfig, SyntheticConfig
 from amfm.model.hybrid import HybridModel
@@ -16,7 +17,6 @@ from amfm.model.packing import PackMeta
 from amfm.model.parallel.groups import single_rank_groups
 from amfm.pretrain.config.schema import RunConfig
 from amfm.pretrain.hooks.validate import Validation
-from amfm.pretrain.inference.evaluate import evaluate_synthetic
 from amfm.pretrain.inference.weights import load_initial_weights, read_weights
 from amfm.pretrain.monitor.signals import SignalWatch
 from amfm.pretrain.run import Run
