@@ -74,8 +74,10 @@ def test_composition_for_the_compiler_equals_the_written_backward(lengths: tuple
     assert_all_near(results[1], results[0], FLOAT64)
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiles_into_one_graph(backend: str) -> None:
+    """Quick, in blocks of Mamba2: `test_blocks_of_a_kind_share_their_graphs` of tests/model/test_compile.py."""
     case = ScanCase(B=1, T=7, H=2, G=1, chunk=4, lengths=(2, 5))
     inputs = make_inputs(case, torch.float64)
     expected = run_scan(case, inputs, "reference")

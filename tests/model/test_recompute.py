@@ -36,8 +36,8 @@ def loss_and_gradients(model):
 @pytest.mark.parametrize(
     ("pattern", "letters", "compiler", "placement"),
     [
-        ("M*E-M", "M", None, "before"),
-        ("M*E-M", "*E", None, "before"),
+        pytest.param("M*E-M", "M", None, "before", marks=pytest.mark.slow),
+        pytest.param("M*E-M", "*E", None, "before", marks=pytest.mark.slow),
         ("M*E-M", "M*E-", None, "before"),
         ("*-", "*-", "aot_eager", "before"),
         pytest.param("M*E-M", "M*E-", "aot_eager", "before", marks=pytest.mark.slow),

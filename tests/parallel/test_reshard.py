@@ -198,7 +198,12 @@ def check_same_course(pair: tuple[str, str], moved: Course, straight: Course) ->
         assert any(text.startswith("parallel.") for text in moved.remarks), "a change of layout is written down"
 
 
+@pytest.mark.slow
 def test_runs_move_between_layouts_of_two_ranks(data: DataConfig, tmp_path: Path) -> None:
+    """Quick: tests/parallel/test_stage_layouts.py, whose runs move from tensor ranks to a pipeline; what was loaded and is saved
+    again, bitwise, in tests/pretrain/engine/muon/test_resume.py and engine/test_adamw.py; every layout reads every
+    other's files in tests/pretrain/checkpoint/test_placement.py.
+    """
     move_all(data, tmp_path, QUICK)
 
 

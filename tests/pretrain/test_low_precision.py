@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 def whole(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trained]:
     folder = tmp_path_factory.mktemp("whole") / "run"
     return folder, train_and_collect(nvfp4(data, folder))
+
+
+@pytest.fixture(scope="module")
+def half(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that stopped after two steps, of which tests take copies."""
+    folder = tmp_path_factory.mktemp("half") / "run"
+    train_and_collect(nvfp4(data, folder, train__stop_after_steps=2))
+    return folder
 
 
 def nvfp4(data: DataConfig, folder: Path, **changes: Any) -> RunConfig:
@@ -77,9 +86,9 @@ def test_what_quantising_loses_is_measured_by_kind_of_block_when_it_is_due(whole
 
 
 def test_a_resumed_run_rounds_as_one_that_was_not_interrupted(
-    whole: tuple[Path, Trained], data: DataConfig, tmp_path: Path
+    whole: tuple[Path, Trained], half: Path, data: DataConfig, tmp_path: Path
 ) -> None:
-    train_and_collect(nvfp4(data, tmp_path / "run", train__stop_after_steps=2))
+    shutil.copytree(half, tmp_path / "run")
     assert_same_bits(train_and_collect(nvfp4(data, tmp_path / "run")), whole[1])
 
 
@@ -107,8 +116,8 @@ def test_weights_quantised_once_a_step_give_the_same_bits_from_fewer_passes(
     assert len(made) <= len(asked) * 2 / 3, "forward, and forward again, ask for the same codes"
 
 
-def test_a_run_may_end_in_another_precision_and_says_so(data: DataConfig, tmp_path: Path) -> None:
-    train_and_collect(nvfp4(data, tmp_path / "run", train__stop_after_steps=2))
+def test_a_run_may_end_in_another_precision_and_says_so(half: Path, data: DataConfig, tmp_path: Path) -> None:
+    shutil.copytree(half, tmp_path / "run")
     wide = train_and_collect(tiny_config(data, tmp_path / "run"))
     assert len(wide.metrics) == 4
     changes = [event["text"] for event in read_events(tmp_path / "run", "resume")]

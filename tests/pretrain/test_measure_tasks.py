@@ -24,6 +24,7 @@ from tests.pretrain.tiny_run import read_events, read_metrics, tiny_config
 
 pytest.importorskip("lm_eval")
 NAMES = ("choice", "write", "weigh")
+SMALL: dict[str, Any] = {"model__pattern": "*-", "model__moe": None}
 
 
 @pytest.fixture(autouse=True)
@@ -46,8 +47,8 @@ def with_tasks(folder: Path, **changes: Any) -> dict[str, Any]:
 def test_a_run_logs_its_tasks_which_its_report_shows_and_trains_as_without_them(
     data: DataConfig, folder: Path, tmp_path: Path
 ) -> None:
-    assert train(tiny_config(data, tmp_path / "plain")) == 0
-    assert train(tiny_config(data, tmp_path / "tasks_too", **with_tasks(folder))) == 0
+    assert train(tiny_config(data, tmp_path / "plain", **SMALL)) == 0
+    assert train(tiny_config(data, tmp_path / "tasks_too", **SMALL, **with_tasks(folder))) == 0
     plain, measured = read_metrics(tmp_path / "plain"), read_metrics(tmp_path / "tasks_too")
     assert [line["loss"] for line in measured] == [line["loss"] for line in plain]
     assert [line["step"] for line in measured if "tasks" in line] == [2, 4]
@@ -78,7 +79,7 @@ def test_each_forward_pass_of_a_task_is_progress_to_the_watchdog(
 
 def test_a_task_without_data_is_told_and_training_goes_on(data: DataConfig, folder: Path, tmp_path: Path) -> None:
     (folder / "weigh.jsonl").unlink()
-    assert train(tiny_config(data, tmp_path / "run", **with_tasks(folder))) == 0
+    assert train(tiny_config(data, tmp_path / "run", **SMALL, **with_tasks(folder))) == 0
     failures = read_events(tmp_path / "run", "tasks_failed")
     assert [event["step"] for event in failures] == [0, 2, 4]
     assert "weigh.jsonl" in failures[0]["error"]

@@ -211,7 +211,7 @@ def test_a_fork_trains_on_as_the_run_did_and_another_branch_as_it_is_told(
     data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    assert train(tiny_config(data, run, train__steps=5, train__checkpoint_every_steps=2, schedule__warmup_steps=1)) == 0
+    assert train(tiny_config(data, run, **settings(train__steps=5, train__keep_last=3, schedule__warmup_steps=1))) == 0
     files = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
     assert run_cli(["fork", str(run), str(tmp_path / "same"), "--step", "2"]) == 0
     assert f"amfm train {tmp_path}/same/config.yaml" in capsys.readouterr().out.replace("\n", "")

@@ -69,7 +69,7 @@ def two_sources(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 
 
 def staged(data: DataConfig, run_dir: Path, stages: list[dict[str, Any]] = STAGES, **overrides: Any) -> RunConfig:
-    settings = {"train__sequence_length": 128, "model__attention": ATTENTION, **overrides}
+    settings = {"train__sequence_length": 128, "model__attention": ATTENTION, "model__pattern": "E*-", **overrides}
     config = tiny_config(data, run_dir, **settings)
     tree = config.model_dump(mode="json", exclude_unset=True) | {"stages": stages}
     tree["train"].pop("steps")

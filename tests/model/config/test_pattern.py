@@ -141,7 +141,7 @@ nested = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(nested)
 def test_any_nesting_expands_and_its_canonical_form_reads_back(items):
     text, letters = spelled(items)

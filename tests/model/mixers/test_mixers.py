@@ -236,6 +236,20 @@ LAYOUTS = [
 
 # Tensor ranks that cut tokens too do all that is done without; one mixer shows the difference, which is not its own.
 SLOW_LAYOUTS = [(name, kind) for name, kind in LAYOUTS if kind == "tensor" and name != NAMES[0]]
+# What context ranks tell each other is in the classes of recurrences and in `DeltaBlock`: of the mixers that only inherit it,
+# deltanet, kda, hgrn2 and retnet are quick.
+INHERITED = (
+    "gated_deltanet",
+    "comba",
+    "gdn2",
+    "kda with whole gates",
+    "gla",
+    "hedgehog",
+    "lightning",
+    "plstm",
+    "transnormer",
+)
+SLOW_LAYOUTS += [(name, "context") for name in (*INHERITED, "mla with sinks")]
 SLOW_LAYOUTS += [(name, kind) for number, name in enumerate(INSIDE) for kind in ("tokens too", "context") if number % 9]
 
 

@@ -79,12 +79,13 @@ class Layout:
 
 
 # Those with groups of the same sizes next to each other, and last that of `QUICK_ROOMY`: groups are made once for them.
+# Quick: each axis, and experts that tensor ranks cut, once.
 LAYOUTS = {
     "ep2": Layout(ParallelConfig(expert=2), ("dropless", "recycle", "roomy"), ("latent", "drop"), shunned=(1,)),
     "ep2, halves": Layout(
         ParallelConfig(expert=2, overlap_experts=True), ("dropless",), ("drop", "recycle"), shunned=(1,)
     ),
-    "tp2 ep2": Layout(ParallelConfig(tensor=2, expert=2), ("latent",), ("dropless", "drop")),
+    "tp2 ep2": Layout(ParallelConfig(tensor=2, expert=2), slow=("latent", "dropless", "drop")),
     "tp2 sp ep4": Layout(
         ParallelConfig(tensor=2, sequence_parallel=True, expert=4), slow=("recycle", "dropless", "latent")
     ),
@@ -96,7 +97,7 @@ LAYOUTS = {
     ),
     "cp2 ep2": Layout(ParallelConfig(context=2, expert=2), ("drop",), ("dropless", "recycle")),
     "tp2 cp2 sp ep4": Layout(
-        ParallelConfig(tensor=2, context=2, sequence_parallel=True, expert=4), ("dropless",), ("recycle",)
+        ParallelConfig(tensor=2, context=2, sequence_parallel=True, expert=4), slow=("dropless", "recycle")
     ),
     "ep4, a rank gets nothing": Layout(ParallelConfig(expert=4), ("dropless", "one each"), ("latent",), shunned=(2, 3)),
 }

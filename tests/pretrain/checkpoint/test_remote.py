@@ -188,7 +188,7 @@ def test_an_unknown_kind_of_url_is_refused_before_anything_starts(data: DataConf
 
 def test_a_copy_that_cannot_be_sent_is_a_remark(data: DataConfig, tmp_path: Path, server: dict[str, str]) -> None:
     url = "s3://no-such-bucket/run"
-    assert train(tiny_config(data, tmp_path / "run", train__stop_after_steps=1)) == 0
+    assert train(tiny_config(data, tmp_path / "run", model__pattern="E-", train__stop_after_steps=1)) == 0
     (saved,) = list_checkpoints(tmp_path / "run" / "checkpoints")
     (remark,) = RemoteCheckpoints(url).push(saved, ALONE, 2)
     assert (
@@ -229,7 +229,7 @@ def test_a_run_whose_last_copy_cannot_be_sent_fails_and_the_same_command_sends_i
     data: DataConfig, tmp_path: Path, server: dict[str, str]
 ) -> None:
     bucket, url = f"{server['AWS_ENDPOINT_URL']}/copies", "s3://copies/run"
-    config = tiny_config(data, tmp_path / "run", train__checkpoint_store=url)
+    config = tiny_config(data, tmp_path / "run", model__pattern="E-", train__checkpoint_store=url)
     for method, code in (("DELETE", 3), ("PUT", 0)):
         urllib.request.urlopen(urllib.request.Request(bucket, method="PUT"))
         with SignalWatch() as signals:
@@ -289,7 +289,7 @@ def test_several_ranks_tell_a_damage_once(tmp_path: Path, url: str, server: dict
 
 def two_runs(data: DataConfig, folder: Path) -> tuple[Path, Path, Path]:
     """Step 1 of a run, its step 2, and another step 2."""
-    settings = {"train__stop_after_steps": 2, "train__checkpoint_every_steps": 1}
+    settings = {"model__pattern": "E-", "train__stop_after_steps": 2, "train__checkpoint_every_steps": 1}
     for name, seed in (("run", 0), ("other", 1)):
         assert train(tiny_config(data, folder / name, **settings, train__seed=seed)) == 0
     second, first = list_checkpoints(folder / "run" / "checkpoints")

@@ -70,14 +70,21 @@ def test_logits_and_all_gradients_equal_ours(name: str) -> None:
     weight_BTV = torch.randn(expected_BTV.shape, generator=torch.Generator().manual_seed(4))
     expected = torch.autograd.grad((expected_BTV * weight_BTV).sum(), list(ours.parameters()))
     actual = torch.autograd.grad((actual_BTV * weight_BTV).sum(), list(theirs.parameters()))
-    wide = copy.deepcopy(ours).double()
-    unrounded = torch.autograd.grad((wide(tokens_BT, meta).logits_BTV * weight_BTV).sum(), list(wide.parameters()))
+
+    @cache
+    def unrounded() -> dict[str, Tensor]:
+        wide = copy.deepcopy(ours).double()
+        found = torch.autograd.grad((wide(tokens_BT, meta).logits_BTV * weight_BTV).sum(), list(wide.parameters()))
+        return dict(zip((key for key, _ in ours.named_parameters()), found, strict=True))
+
     of_theirs = dict(zip((key for key, _ in theirs.named_parameters()), actual))
     names = weight_map(mixer_config(name), "own").to_ours(of_theirs | dict(theirs.named_buffers()))
-    for (key, _), gradient, exact in zip(ours.named_parameters(), expected, unrounded):
+    for (key, _), gradient in zip(ours.named_parameters(), expected, strict=True):
         # A wrong formula shows in both; rounding that only our side has shows in one.
-        error, error_of_exact = relative_rms(names[key], gradient), relative_rms(names[key], exact)
-        assert min(error, error_of_exact) <= 5 * FLOAT32 and error <= 25 * FLOAT32, (key, error, error_of_exact)
+        error = relative_rms(names[key], gradient)
+        assert error <= 25 * FLOAT32, (key, error)
+        if error > 5 * FLOAT32:
+            assert relative_rms(names[key], unrounded()[key]) <= 5 * FLOAT32, (key, error)
 
 
 @pytest.mark.parametrize("name", WINDOW_LINEAR_FORMS)
@@ -154,7 +161,7 @@ def mixed_model() -> dict:
     return {**MODEL, "pattern": "MG-{lightnet}EW{mom}*{mamba1}{window_linear}", "mixers": mixers}
 
 
-def test_an_export_with_registered_mixers_is_proved_generates_and_comes_back(data: DataConfig, tmp_path) -> None:
+def test_an_export_with_registered_mixers_has_our_logits_generates_and_comes_back(data: DataConfig, tmp_path) -> None:
     from transformers import AutoModelForCausalLM
 
     from amfm.pretrain.inference.generate import Sampling, generate_tokens
@@ -162,9 +169,8 @@ def test_an_export_with_registered_mixers_is_proved_generates_and_comes_back(dat
     weights = random_weights(data, mixed_model())
     (tmp_path / "weights").mkdir()
     write_weights(tmp_path / "weights", weights)
-    report = export_checkpoint(tmp_path / "weights", tmp_path / "out")
+    report = export_checkpoint(tmp_path / "weights", tmp_path / "out", verify=False)
     assert report.target == "own"
-    assert report.max_logit_difference is not None and report.max_logit_difference <= LOGIT_TOLERANCE
     assert any("nemotron_h has no such block; use target own" in reason for reason in report.reasons)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "G gated deltanet" in card and "tags: [mamba2, attention, mixture-of-experts" in card
@@ -173,6 +179,9 @@ def test_an_export_with_registered_mixers_is_proved_generates_and_comes_back(dat
     assert rounded.model.layers[1].mixer.A_log.dtype == torch.float32
     assert rounded(torch.tensor([[5, 6, 7, 8]])).logits.isfinite().all()
     prompt = weights.tokenizer.encode("A man said what a word is worth.")[:11]
+    with torch.no_grad():
+        logits_BTV = weights.build()(torch.tensor([prompt]), PackMeta.one_document_a_row(1, 11)).logits_BTV
+        assert (theirs(torch.tensor([prompt])).logits - logits_BTV).abs().max() <= LOGIT_TOLERANCE
     ours = list(generate_tokens(weights.build(), prompt, 16, Sampling(temperature=0)))
     settings = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
     assert theirs.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist() == ours

@@ -198,7 +198,8 @@ def test_a_run_says_at_its_start_that_nothing_balances_and_once_that_a_block_col
 ) -> None:
     moe = model_with(expert_bias=True, bias_update_rate=0.0).model_dump(mode="json")["moe"]
     with SignalWatch() as signals:
-        run = start_run(tiny_config(data, tmp_path, train__steps=2 * EXPERT_STEPS, model__moe=moe), signals)
+        given = {"train__steps": 2 * EXPERT_STEPS, "model__moe": moe, "model__pattern": "-E"}
+        run = start_run(tiny_config(data, tmp_path, **given), signals)
         bias = next(buffer for name, buffer in run.model.named_buffers() if name.endswith("expert_bias"))
         bias.copy_(torch.tensor([9.0, 9.0, 0.0, 0.0]))
         assert run_steps(run) == 0

@@ -30,7 +30,8 @@ def at(seconds: float) -> str:
 def run_dir(tmp_path: Path) -> Path:
     """A run with 40 steps that began an hour ago and is alive."""
     began = time.time() - 3600
-    steps = [line(step, expert_load={}, skipped=False, seconds=80.0, time=began + 85 * step) for step in range(1, 41)]
+    told = {"grad_norm": 1.0, "expert_load": {}, "skipped": False, "seconds": 80.0}
+    steps = [brief(step, time=began + 85 * step, **told) for step in range(1, 41)]
     folder = make_run(tmp_path, steps)
     append(
         folder / "events.jsonl",

@@ -26,7 +26,7 @@ TWO_MORE = [("zero2", {"parallel__zero_stage": 2}), ("pipeline", {"parallel__pip
 
 def train_frozen(data: DataConfig, folder: str, runs: list[tuple[str, dict[str, Any]]]) -> list[Trained]:
     """Train up to three steps per run, in the folder of its name. Every rank must call this."""
-    common = {"train__steps": 3, "train__freeze": FROZEN}
+    common = {"train__steps": 3, "train__freeze": FROZEN, "model__pattern": "*E"}
     return [train_and_collect(tiny_config(data, Path(folder, name), **common | own)) for name, own in runs]
 
 
@@ -35,7 +35,7 @@ def test_what_is_frozen_stays_and_the_rest_trains_alike_on_two_ranks_and_resumed
     data: DataConfig, tmp_path: Path, layouts: list[tuple[str, dict[str, Any]]]
 ) -> None:
     one, _, resumed = run_ranks(train_frozen, data, str(tmp_path / "one"), ONE, num_ranks=1)[0]
-    config = tiny_config(data, tmp_path)
+    config = tiny_config(data, tmp_path, model__pattern="*E")
     first = HybridModel(config.model, single_rank_groups(), seed=config.train.seed)
     for name, weight in first.named_parameters():
         frozen = any(fnmatchcase(name, pattern) for pattern in NAMES)

@@ -96,10 +96,11 @@ def run_alone(data: DataConfig, place: Path) -> None:
     """One rank that is killed and started again, and one that is not."""
     memory = place / "memory"
     memory.mkdir()
-    assert start(data, place / "straight", {"train__steps": STEPS}, 1) == [0]
-    assert start(data, place / "run", settings(memory), 1, partial(die_before_step, 3)) == [-9]
+    own = settings(memory, model__pattern="E-")
+    assert start(data, place / "straight", {"train__steps": STEPS, "model__pattern": "E-"}, 1) == [0]
+    assert start(data, place / "run", own, 1, partial(die_before_step, 3)) == [-9]
     shutil.copytree(memory, place / "left")
-    assert start(data, place / "run", settings(memory), 1) == [0]
+    assert start(data, place / "run", own, 1) == [0]
 
 
 def test_a_start_goes_on_from_memory_and_an_end_in_order_leaves_nothing(data: DataConfig, tmp_path: Path) -> None:
