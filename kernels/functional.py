@@ -5,7 +5,6 @@ from amfm.kernels.causal_conv1d.op import causal_conv1d as short_convolution
 from amfm.kernels.decay_scan.op import decay_scan as gated_linear_attention
 from amfm.kernels.decay_scan.op import mamba2_scan
 from amfm.kernels.delta_scan.op import delta_scan as delta_rule
-from amfm.kernels.diag_scan.op import diag_scan as selective_scan
 from amfm.kernels.linear_cross_entropy.op import linear_cross_entropy as fused_linear_cross_entropy
 from amfm.kernels.norm.op import gated_rms_norm, rms_norm
 from amfm.kernels.rope.op import qk_norm_rope, rope_frequencies
@@ -21,7 +20,6 @@ __all__ = [
     "qk_norm_rope",
     "rms_norm",
     "rope_frequencies",
-    "selective_scan",
     "short_convolution",
     "silu_gate",
     "softmax_attention",

@@ -37,7 +37,6 @@ KERNELS = (
         "delta_scan_vector",
     ),
     *(
-        "diag_scan",
         "embedding",
         "flash",
         "linear",
@@ -53,6 +52,7 @@ MODELS = ("decoding", "document_isolation", "hybrid", "low_precision", "mtp", "s
 COMPUTE = (
     *(f"tests/kernels/test_{name}.py" for name in KERNELS),
     "tests/kernels/low_precision",
+    "tests/examples/mixers/test_diag_scan.py",
     *(f"tests/model/test_{name}.py" for name in MODELS),
 )
 

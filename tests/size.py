@@ -21,10 +21,10 @@ BESIDE = ("benchmarks", "tests", "examples")
 LONGEST = {("pretrain/train.py", "run_steps"): 25, ("pretrain/step.py", "train_step"): 60}
 MOST_FILES = 25  # of a folder, __init__.py apart
 TRAINING_PATH = PurePosixPath("pretrain/train.py")
-MOST_REACHED = 31_313  # lines that TRAINING_PATH reaches; lower it when it can be
+MOST_REACHED = 31_312  # lines that TRAINING_PATH reaches; lower it when it can be
 LONG, MOST_LONG = 400, 0  # lines of a file of the product, and files that have more: split them by idea
 SMALL, MOST_SMALL = 60, 24  # files with fewer, which are read only with a neighbour: join it
-MOST_PRODUCT_FILES, LEAST_MEDIAN = 586, 186  # of the product, the second in lines of a file: joins move both
+MOST_PRODUCT_FILES, LEAST_MEDIAN = 581, 186  # of the product, the second in lines of a file: joins move both
 # Branches on a block's symbol or on a mixer's class, where a question to its options or its mixer would do. Loops are none.
 BRANCH = re.compile(r"""(==|in) *["'(]+[ME*-]["',)]|(letter|symbol) *(==|in) |isinstance\([^)]*Mixer""")
 LOOP = re.compile(r"\bfor [^:]*(letter|symbol) in ")

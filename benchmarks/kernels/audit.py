@@ -19,8 +19,9 @@ import torch
 
 from amfm.kernels.acceptance.child import BYTES_A_SECOND, FLOPS_A_SECOND
 from amfm.kernels.cases import NOTHING, CountedProblem, Goal, Minimum
-from amfm.kernels.proof.operations import OPERATIONS, check_names
+from amfm.kernels.proof.operations import check_names
 from benchmarks import ROOT
+from benchmarks.kernels.operations import OPERATIONS
 
 
 def audit_kernels(names: list[str] | None = None) -> dict[str, Any]:

@@ -1,21 +1,15 @@
-"""Cases timed on a CPU: an operation of `amfm.kernels.proof.operations` with a function for each variant, ours and transformers'."""
+"""Cases timed on a CPU: an operation with a function for each variant, ours and transformers'."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from amfm.kernels.cases import Compute, HostSizes, Inputs, Minimum, Problem
-from amfm.kernels.proof.operations import OPERATIONS
+from amfm.kernels.cases import Compute, HostSizes, Inputs, Minimum
+from benchmarks.kernels.operations import ON_HOST
 from benchmarks.kernels.transformers_peers import add_transformers
-
-# What is timed on a CPU, by the name that benchmarks give it.
-ON_HOST: dict[str, Callable[[Inputs, HostSizes], Problem]] = {
-    name: build for case in OPERATIONS.values() for name, build in case.on_host.items()
-}
 
 
 @dataclass(frozen=True)

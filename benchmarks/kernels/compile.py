@@ -72,8 +72,8 @@ MISSES = (
 
 def find_forms() -> dict[str, tuple[KernelLaunch, list[str]]]:
     """What is compiled, by name, each with the presets that launch it: none for a kernel that no preset has."""
-    from amfm.kernels.proof.operations import OPERATIONS
     from amfm.kernels.proof.recorded import record
+    from benchmarks.kernels.operations import OPERATIONS
     from benchmarks.kernels.presets import PRESETS, record_preset
 
     found: dict[str, tuple[KernelLaunch, list[str]]] = {}

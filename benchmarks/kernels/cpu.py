@@ -24,8 +24,8 @@ from amfm.launch.bench.kernels import describe_hardware
 from amfm.launch.cluster.child import Child
 from benchmarks import ROOT
 from benchmarks.freed_memory import KEPT, RETURNED, choose_treatments
-from benchmarks.kernels.case import ON_HOST
 from benchmarks.kernels.cpu_rounds import DTYPES, FUSED, can_be_compiled
+from benchmarks.kernels.operations import ON_HOST
 
 PASSES = ("forward", "backward", "both")
 

@@ -164,7 +164,7 @@ RECALL = {"task": "mqar", "num_pairs": 4, "num_keys": 16, "num_values": 16}
 
 
 def packages(folder: Path) -> list[Path]:
-    return install_example("seqboat", folder) + install_example("longvq", folder)
+    return install_example("longvq", folder)
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 Writes a line of JSON before and after each step, so that what had been found stands when it crashes and the step is known.
 Settings: `do` (describe, check, run, time, tune), `operation`, `device`; of `check` and `run` the `kinds` of trials, of `time`
-and `tune` the `names` of problems, all if there are none; `cases` is the module that has them.
+and `tune` the `names` of problems, all if there are none; `cases` is the module that has them, `folders` those of its package.
 
 An operation is timed next to PyTorch and the public packages that are installed, each variant compared with float32 first. A peer
 that cannot run is a warning; one of our own kernels that cannot run, or has a tensor that is too far from float32, is a fault.
@@ -291,4 +291,6 @@ def choose_tiles(
 
 
 if __name__ == "__main__":
-    serve(json.loads(sys.argv[1]), _open_answers())
+    asked = json.loads(sys.argv[1])
+    sys.path += [os.path.dirname(folder) for folder in asked["folders"]]
+    serve(asked, _open_answers())

@@ -10,15 +10,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amfm.kernels.runtime.first_use import CHECKING_VARIABLE
+from amfm.kernels.runtime.first_use import CHECKING_VARIABLE, child_command
 
 _ROOT = Path(__file__).parents[3]
-_CHILD = "amfm.kernels.acceptance.child"
 # What of a child's standard error is repeated.
 _LAST_CHARACTERS = 800
 
@@ -40,7 +38,7 @@ def run_child(
     """
     # What is accepted here needs no check at its first use.
     environment = os.environ | {"TRITON_INTERPRET": "1" if interpreted else "0", CHECKING_VARIABLE: "1"}
-    command = [*(before or []), sys.executable, "-P", "-m", _CHILD, json.dumps(settings)]
+    command = [*(before or []), *child_command(settings)]
     child = subprocess.Popen(
         command, cwd=_ROOT, env=environment, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, start_new_session=True,

@@ -57,7 +57,6 @@ DECAY_LIMITS = ScanLimits((16, 32, 64, 128), 256, 256)
 VECTOR_GATE_LIMITS = ScanLimits((16, 32, 64), 256)
 DELTA_LIMITS = ScanLimits((16, 32, 64), 256)
 VECTOR_DELTA_LIMITS = ScanLimits((16, 32, 64), 256)
-DIAG_LIMITS = ScanLimits((16,), 16)
 
 NATIVE_CHUNK, NATIVE_MULTIPLE = 64, 16  # the second: of heads and states, which all processors' vectors divide
 

@@ -7,10 +7,10 @@ every such command by having one.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from amfm.kernels.cases import GpuSizes, Inputs, OperationCase, Problem
+from amfm.kernels.cases import OperationCase
 
 _KERNELS = Path(__file__).parents[1]
 
@@ -24,10 +24,6 @@ def _find_cases() -> Iterator[OperationCase]:
 
 
 OPERATIONS: dict[str, OperationCase] = {case.name: case for case in _find_cases()}
-# What is timed, by the name that benchmarks give it; an operation may be timed in two forms.
-ON_CARD: dict[str, Callable[[Inputs, GpuSizes], Problem]] = {
-    name: build for case in OPERATIONS.values() for name, build in case.on_gpu.items()
-}
 
 
 def check_names(names: list[str] | None, known: Mapping[str, object]) -> None:

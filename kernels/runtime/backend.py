@@ -18,7 +18,7 @@ import re
 import torch
 
 from amfm.kernels.runtime.compiling import assume_constant
-from amfm.kernels.runtime.first_use import CannotCheck, can_be_checked, find_faults
+from amfm.kernels.runtime.first_use import DEFAULT_CASES, CannotCheck, can_be_checked, find_faults
 from amfm.kernels.runtime.user_cache import place_triton_cache
 
 BACKENDS = ("auto", "triton", "native", "torch", "reference")
@@ -79,11 +79,11 @@ def resolve_for_run(requested: str, device: torch.device, dtype: torch.dtype, *,
     return resolve_backend(requested, device)
 
 
-def resolve_backend(requested: str, device: torch.device, operation: str | None = None) -> str:
+def resolve_backend(requested: str, device: torch.device, operation: str = "", cases: str = DEFAULT_CASES) -> str:
     """Turn the backend that was asked for into the one that runs on `device`: "triton", "native", "torch" or "reference".
 
-    "auto" is "triton" on CUDA and "torch" elsewhere, logged once with its reason. operation: the name in `amfm.kernels.proof` of
-    the operation that asks; its kernels are checked at their first use on a GPU (`first_use.py`); one without C runs in "torch".
+    "auto" is "triton" on CUDA and "torch" elsewhere, logged once with its reason. operation: the name in OPERATIONS of
+    the module `cases` of the one that asks; its kernels are checked at their first use (`first_use.py`); without C it runs in "torch".
 
     Raises ValueError for an unknown name, when Triton was asked for and cannot run here (no CUDA device and no
     interpreter, Triton not installed, or a Triton version known to miscompile for this GPU), for an operation whose
@@ -97,15 +97,15 @@ def resolve_backend(requested: str, device: torch.device, operation: str | None 
         from amfm.kernels.runtime.native import check_native
 
         check_native(device)
-        return "native" if operation in (None, "mamba2") else "torch"
+        return "native" if operation in ("", "mamba2") else "torch"
     if requested == "auto":
         if device.type != "cuda":
             _log_choice("torch", f"the tensors are on {device.type}, and Triton kernels need CUDA")
             return "torch"
-        _check_triton(device, operation)
+        _check_triton(device, operation, cases)
         _log_choice("triton", "the tensors are on CUDA")
         return "triton"
-    _check_triton(device, operation)
+    _check_triton(device, operation, cases)
     return "triton"
 
 
@@ -127,13 +127,13 @@ def find_miscompile(version: tuple[int, int, int], capability_major: int) -> str
 
 
 @assume_constant
-def _check_triton(device: torch.device, operation: str | None) -> None:
+def _check_triton(device: torch.device, operation: str, cases: str) -> None:
     """Raise ValueError if an operation's kernels cannot run on `device`, or are wrong; every call of one asks."""
     refusal = refuse_triton(device)
     if refusal is None and device.type == "cuda":
         place_triton_cache()
-        if operation is not None and can_be_checked():
-            refusal = _refuse_operation(operation, device)
+        if operation and can_be_checked():
+            refusal = _refuse_operation(operation, device, cases)
     if refusal is not None:
         raise ValueError(refusal)
 
@@ -167,16 +167,14 @@ def refuse_triton(device: torch.device) -> str | None:
 
 
 @functools.cache
-def _refuse_operation(operation: str, device: torch.device) -> str | None:
-    """What was wrong with an operation's kernels at their first use on a GPU; None if nothing was, or where
-    allowed.
-    """
+def _refuse_operation(operation: str, device: torch.device, cases: str = DEFAULT_CASES) -> str | None:
+    """What was wrong with an operation's kernels at their first use on a GPU; None if nothing was or it is allowed."""
+    command = f"python -m amfm.kernels.acceptance --op {operation}"
+    command += "" if cases == DEFAULT_CASES else f" --cases {cases}"
     try:
-        faults = find_faults(operation, device)
+        faults = find_faults(operation, device, cases)
     except CannotCheck as reason:
-        _LOG.warning(
-            "%s; they run unchecked. `python -m amfm.kernels.acceptance --op %s` checks them", reason, operation
-        )
+        _LOG.warning("%s; they run unchecked. `%s` checks them", reason, command)
         return None
     if not faults:
         return None
@@ -185,8 +183,8 @@ def _refuse_operation(operation: str, device: torch.device) -> str | None:
         _LOG.warning("kernels run because %s=1, though %s", ALLOW_VARIABLE, said)
         return None
     return (
-        f"{said}. Use kernels.backend=torch, or another release of torch with its Triton; `python -m amfm.kernels.acceptance "
-        f"--op {operation}` tells more, and {ALLOW_VARIABLE}=1 runs them anyway. {REQUIREMENTS}"
+        f"{said}. Use kernels.backend=torch, or another release of torch with its Triton; `{command}` "
+        f"tells more, and {ALLOW_VARIABLE}=1 runs them anyway. {REQUIREMENTS}"
     )
 
 

@@ -4,7 +4,7 @@ Why: a compiler may make wrong numbers of a right kernel, on one GPU and not on 
 as a loss that is a little too high. So the first use of an operation on a GPU compares it with float64 at a small shape
 with the tiles of production, in a separate process: a kernel that crashes must not take the run's context with it, and
 one that never ends is stopped. What was found is kept in the user's cache under the GPU, torch, Triton and a digest of
-all our kernels' source; processes of a machine that start immediately wait for the first one's answer. A folder that cannot
+all our kernels' source and of that in a package's folder; processes of a machine that start immediately wait for the first one's answer. A folder that cannot
 be written, or a GPU that no second process may use, costs a repeated check and no run.
 """
 
@@ -15,6 +15,7 @@ import functools
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import os
@@ -55,16 +56,15 @@ def can_be_checked() -> bool:
     return torch.version.cuda is not None and not fake and not checking and torch.cuda.device_count() > 0
 
 
-def find_faults(operation: str, device: torch.device) -> list[str]:
+def find_faults(operation: str, device: torch.device, cases: str) -> list[str]:
     """What is wrong with an operation's kernels on a GPU, looked up or checked now; empty where they are right.
 
     Raises CannotCheck if the check itself cannot run.
     """
     versions = f"torch {torch.__version__} triton {importlib.metadata.version('triton')}"
     gpu = f"{torch.cuda.get_device_name(device)} {versions} {os.environ.get('TRITON_PTXAS_PATH', '')}"
-    return read_or_check(
-        operation, str(device), gpu.strip(), (find("checked") for find in (user_folder, scratch_folder))
-    )
+    folders = (find("checked") for find in (user_folder, scratch_folder))
+    return read_or_check(operation, str(device), gpu.strip(), folders, cases)
 
 
 def read_or_check(
@@ -75,7 +75,7 @@ def read_or_check(
     `gpu`: names the GPU and its compilers. folders: those that are None are passed over; the first that can be written keeps
     what is found, and where none can, it is not kept. A check of another process is waited for.
     """
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{gpu} {digest_source()}").strip("-") + f"_{operation}.json"
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{gpu} {digest_source(cases)}").strip("-") + f"_{operation}.json"
     refused = []
     for folder in folders:
         if folder is None:
@@ -128,20 +128,13 @@ def check_now(operation: str, device: str, cases: str = DEFAULT_CASES) -> list[s
     Raises CannotCheck if that cannot start.
     """
     _LOG.info("first use of %s on this GPU: its kernels are compiled and compared with float64, once", operation)
-    interpreted = device == "cpu"
-    environment = os.environ | {"TRITON_INTERPRET": "1" if interpreted else "0", CHECKING_VARIABLE: "1"}
+    environment = os.environ | {"TRITON_INTERPRET": "1" if device == "cpu" else "0", CHECKING_VARIABLE: "1"}
     settings = {"do": "check", "operation": operation, "kinds": ["first"], "device": device, "cases": cases}
-    command = [sys.executable, "-P", "-m", _CHECKER, json.dumps(settings)]
     try:
         child = subprocess.run(
-            command,
-            cwd=_FOLDER.parents[1],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS,
-            check=False,
-        )
+            child_command(settings), cwd=_FOLDER.parents[1], env=environment, capture_output=True, text=True,
+            timeout=_SECONDS, check=False,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         return [f"did not end within {_SECONDS} s"]
     except OSError as error:
@@ -198,13 +191,22 @@ def _check_here(settings: dict[str, Any]) -> list[dict[str, Any]]:
     return lines
 
 
+def child_command(settings: dict[str, Any]) -> list[str]:
+    """The command of a child, which finds the package of the cases where this process has it, after all other places."""
+    package = importlib.import_module(settings.get("cases", DEFAULT_CASES).partition(".")[0])
+    asked = settings | {"folders": [*getattr(package, "__path__", ())]}
+    return [sys.executable, "-P", "-m", _CHECKER, json.dumps(asked)]
+
+
 @functools.cache
-def digest_source() -> str:
-    """Digest of all our kernels' source: an edited kernel is another one."""
+def digest_source(cases: str = DEFAULT_CASES) -> str:
+    """Digest of the source of all our kernels and of the folder of the cases: an edited kernel is another one."""
     digest = hashlib.sha256()
-    for path in sorted(_FOLDER.rglob("*.py")):
-        digest.update(str(path.relative_to(_FOLDER)).encode())
-        digest.update(path.read_bytes())
+    module = importlib.util.find_spec(cases)
+    for folder in (_FOLDER, *([Path(module.origin).parent] if module is not None and module.origin else ())):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(str(path.relative_to(folder)).encode())
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -6,6 +6,7 @@ against float32 by its worst tensor, then timed. An operation that crashes is a 
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import platform
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from amfm.kernels.acceptance.process import Finished, run_child
-from amfm.kernels.proof.operations import ON_CARD, OPERATIONS, check_names
+from amfm.kernels.proof.operations import check_names
 from amfm.kernels.runtime.first_use import DEFAULT_CASES
 from amfm.pretrain.monitor.environment import read_processor_name
 
@@ -40,18 +41,20 @@ def describe_hardware() -> dict[str, Any]:
 TIMING_SECONDS, TUNING_SECONDS = 600.0, 3600.0
 
 
-def bench_cuda(names: list[str] | None = None, *, report: Callable[[str], None]) -> dict[str, Any]:
+def bench_cuda(
+    names: list[str] | None = None, cases: str = DEFAULT_CASES, *, report: Callable[[str], None]
+) -> dict[str, Any]:
     """Time every case on the current GPU: `rows` as `bench_cpu` has them, with `roofline_fraction` against an H100.
 
     A variant that cannot run its case is named in `remarks` with its reason and has no row. `relative_error` is that of
     the worst of output and gradients against our PyTorch code in float32. `faults` are those of our own kernels, and of
     operations whose process did not end well. Raises ValueError for an unknown operation.
     """
-    check_names(names, ON_CARD)
+    problems = _find_problems(cases, names)
     result: dict[str, Any] = {"hardware": _describe_gpu(), "rows": [], "remarks": [], "faults": []}
-    for name in names or ON_CARD:
+    for name in names or problems:
         report(f"timing {name}")
-        finished = _run("time", name, TIMING_SECONDS)
+        finished = _run("time", cases, problems[name], name, TIMING_SECONDS)
         for found in [line for line in finished.lines if "rows" in line]:
             for part in ("rows", "remarks", "faults"):
                 result[part] += found[part]
@@ -59,17 +62,19 @@ def bench_cuda(names: list[str] | None = None, *, report: Callable[[str], None])
     return result
 
 
-def tune_cuda(names: list[str] | None = None, *, report: Callable[[str], None]) -> dict[str, Any]:
+def tune_cuda(
+    names: list[str] | None = None, cases: str = DEFAULT_CASES, *, report: Callable[[str], None]
+) -> dict[str, Any]:
     """Tune the kernels of these operations on the current GPU: `environment`, `configs`, `faults`.
 
     Every candidate is compared with our PyTorch code in float32 before it is timed, forward and backward together. The
     GPU's table is saved after each operation. Raises ValueError for an unknown operation.
     """
-    check_names(names, ON_CARD)
+    problems = _find_problems(cases, names)
     result: dict[str, Any] = {"environment": {}, "configs": {}, "faults": []}
-    for name in names or ON_CARD:
+    for name in names or problems:
         report(f"tuning {name}")
-        finished = _run("tune", name, TUNING_SECONDS)
+        finished = _run("tune", cases, problems[name], name, TUNING_SECONDS)
         for line in finished.lines:
             if "said" in line:
                 report(line["said"])
@@ -79,10 +84,22 @@ def tune_cuda(names: list[str] | None = None, *, report: Callable[[str], None]) 
     return result
 
 
-def _run(do: str, name: str, seconds: float) -> Finished:
+def _find_problems(cases: str, names: list[str] | None) -> dict[str, str]:
+    """The operation of each problem for a GPU. Raises ValueError for a module without cases, or for an unknown name."""
+    try:
+        operations = importlib.import_module(cases).OPERATIONS
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(
+            f"--cases {cases} must be a module with OPERATIONS, of an installed package: {error}"
+        ) from error
+    problems = {name: case.name for case in operations.values() for name in case.on_gpu}
+    check_names(names, problems)
+    return problems
+
+
+def _run(do: str, cases: str, operation: str, name: str, seconds: float) -> Finished:
     """Run one problem for a GPU in a child."""
-    operation = next(each.name for each in OPERATIONS.values() if name in each.on_gpu)
-    settings = {"do": do, "operation": operation, "names": [name], "device": "cuda", "cases": DEFAULT_CASES}
+    settings = {"do": do, "operation": operation, "names": [name], "device": "cuda", "cases": cases}
     return run_child(settings, seconds)
 
 

@@ -115,6 +115,7 @@ def kernels(
             "--tune", help="Choose tiles for this GPU and save them for training; each is verified before it is timed."
         ),
     ] = False,
+    cases: Annotated[str | None, typer.Option(help="Module with the operations of a package; default: ours.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time each operation on this GPU against PyTorch and installed kernel packages."""
@@ -125,9 +126,10 @@ def kernels(
             "this measures kernels on a CUDA GPU, and this machine has none; a clone times them on a CPU by "
             "python -m benchmarks.kernels"
         )
+    from amfm.kernels.runtime.first_use import DEFAULT_CASES
     from amfm.launch.bench.kernels import bench_cuda, tune_cuda
 
-    result = tune_cuda(op, report=say) if tune else bench_cuda(op, report=say)
+    result = (tune_cuda if tune else bench_cuda)(op, cases or DEFAULT_CASES, report=say)
     if as_json:
         print_json(result)
     elif tune:

@@ -1,5 +1,7 @@
 """FLOPs of matrix products, of a measured block and of a trace: torch's formulas for its operations, ours for Triton kernels and what torch has none for.
 
+Kernels of packages are known to torch: `torch.utils.flop_counter.register_flop_formula`.
+
 Products that an operation's body leaves to torch are counted when they run, so the table below leaves them out.
 """
 
@@ -16,7 +18,6 @@ from amfm.kernels.attention.op import attention_flops
 from amfm.kernels.decay_scan.op import scan_flops
 from amfm.kernels.delta_block.sizes import DeltaSizes
 from amfm.kernels.delta_scan.op import delta_flops
-from amfm.kernels.diag_scan.op import diag_flops
 from amfm.kernels.sparse_attention.op import sparse_flops
 
 Named = dict[str, Any]
@@ -127,12 +128,6 @@ def _delta(given: Named, *, backward: bool) -> int:
     return delta_flops(*sizes, chunk_size=given["chunk_size"], backward=backward)
 
 
-def _diagonal(given: Named, *, backward: bool) -> int:
-    """Diagonal (Mamba1) scan over C channels with N state numbers each."""
-    rows, tokens, channels = given["x"].shape
-    return diag_flops(rows, tokens, channels, given["A"].shape[1], backward=backward)
-
-
 def _experts(given: Named, *, times: int) -> int:
     """Up and down products of every chosen expert row; backward (`times=2`) has two products for each."""
     weights = given["up_EFD"][0].numel() + given["down_EDF"][0].numel()
@@ -167,7 +162,6 @@ KERNELS: dict[str, Callable[[Named], int]] = {
     **_both(_delta, "delta_scan_triton"),
     **_both(_delta, "delta_vector_triton"),
     **_both(_delta_block, "delta_block_triton"),
-    **_both(_diagonal, "diag_scan_triton"),
     "expert_feed_forward_triton": lambda given: _experts(given, times=1),
     "expert_feed_forward_triton_backward": lambda given: _experts(given, times=2),
     # Gradients are products of torch's inside the bodies; the logits are the kernel's.

@@ -46,7 +46,7 @@ EXAMPLES = {
     "envelope": ("envelope",),
     "flora": ("flora",),
     "fourier_head": ("fourier_head",),
-    "longvq": ("seqboat", "longvq"),
+    "longvq": ("mixers", "seqboat", "longvq"),
     "lssl": ("s4d",),
     "maestro": ("maestro",),
     "mlflow": ("mlflow",),
@@ -54,7 +54,7 @@ EXAMPLES = {
     "prometheus": ("serve", "prometheus"),
     "relative_attention": ("relative_attention",),
     "s4d": ("s4d",),
-    "seqboat": ("seqboat",),
+    "seqboat": ("mixers", "seqboat"),
     "window_linear": ("convert",),
     **dict.fromkeys(MORE_MIXERS, ("mixers",)),
 }

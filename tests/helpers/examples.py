@@ -18,11 +18,14 @@ ROOT = Path(__file__).parents[2]
 
 
 def install_example(name: str, folder: Path) -> list[Path]:
-    """Write the metadata that pip would, and that of the tasks that small runs train on; returns the paths with which Python
-    finds the packages and their entry points.
+    """Write the metadata that pip would, of what it depends on too and of the tasks that small runs train on; returns the paths
+    with which Python finds the packages and their entry points.
     """
-    for each in (name, "synthetic"):
+    names = [name, "synthetic"]
+    for each in names:
         project = tomllib.loads((ROOT / "examples" / each / "pyproject.toml").read_text())["project"]
+        needed = [other for other in project["dependencies"] if "amfm-" in other and "amfm-pretrain" not in other]
+        names += {other.removeprefix("amfm-").replace("-", "_") for other in needed} - {*names}
         metadata = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
         metadata.mkdir(parents=True, exist_ok=True)
         (metadata / "METADATA").write_text(
@@ -34,7 +37,7 @@ def install_example(name: str, folder: Path) -> list[Path]:
             for line in (f"[{group}]", *(f"{key} = {value}" for key, value in entries.items()))
         ]
         (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
-    return [folder, ROOT / "examples" / name, ROOT / "examples/synthetic"]
+    return [folder, *(ROOT / "examples" / each for each in names)]
 
 
 def amfm(*words: str | Path, packages: list[Path], cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -2,7 +2,8 @@
 
 import torch
 
-from tests.helpers import deltas, diags, scans
+from tests.examples.mixers import diags
+from tests.helpers import deltas, scans
 from tests.helpers.made_on import MadeOn
 from tests.kernels import test_attention, test_linear_cross_entropy
 

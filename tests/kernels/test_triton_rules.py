@@ -5,16 +5,21 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Iterator
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from amfm.kernels.proof.operations import OPERATIONS
 from amfm.kernels.proof.recorded import record
 from amfm.kernels.runtime.backend import INTERPRETED
+from amfm.kernels.runtime.first_use import DEFAULT_CASES
+from benchmarks.kernels.operations import OPERATIONS
 
-FOLDER = Path(__file__).parents[2] / "kernels"
-FILES = sorted(path for path in FOLDER.rglob("*.py") if "import triton.language as tl" in path.read_text())
+ROOT = Path(__file__).parents[2]
+FOLDERS = (ROOT / "kernels", ROOT / "examples/mixers/amfm_mixers")
+FILES = sorted(
+    path for folder in FOLDERS for path in folder.rglob("*.py") if "import triton.language as tl" in path.read_text()
+)
 
 
 @cache
@@ -130,7 +135,7 @@ def test_experts_kernels_are_not_compiled_anew_for_another_number_of_rows() -> N
         assert f"do_not_specialize={counts.split()}" in marks[name], name
 
 
-OPERATION_FILES = sorted(FOLDER.glob("*/op.py"))
+OPERATION_FILES = sorted(path for folder in FOLDERS for path in folder.glob("*/op.py"))
 
 
 @pytest.mark.parametrize("path", OPERATION_FILES, ids=lambda path: path.parent.name)
@@ -141,10 +146,13 @@ def test_an_operation_names_itself_where_its_backend_is_chosen(path: Path) -> No
         for node in ast.walk(_parse(path))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "resolve_backend"
     ]
-    named = {
-        constant.value
-        for call in calls
-        for constant in ast.walk(call.args[2] if len(call.args) > 2 else ast.Constant(f"line {call.lineno}: no name"))
-        if isinstance(constant, ast.Constant) and isinstance(constant.value, str)
-    }
-    assert named <= set(OPERATIONS), named - set(OPERATIONS)
+    for call in calls:
+        named = {
+            constant.value
+            for constant in ast.walk(
+                call.args[2] if len(call.args) > 2 else ast.Constant(f"line {call.lineno}: no name")
+            )
+            if isinstance(constant, ast.Constant) and isinstance(constant.value, str)
+        }
+        cases = ast.literal_eval(call.args[3]) if len(call.args) > 3 else DEFAULT_CASES
+        assert named <= import_module(cases).OPERATIONS.keys(), (cases, named)

@@ -1,7 +1,7 @@
 """Mamba, the first one: a selective scan with a decay of each state number (S6).
 
 Its decay e^(dt_t A) differs for each channel and state number, so a chunk cannot be computed by matrix products as in
-Mamba2, and kernels/diag_scan walks over the tokens. In the terms of the linear mixers a channel is a head whose value has one
+Mamba2, and diag_scan walks over the tokens. In the terms of the linear mixers a channel is a head whose value has one
 number, C is the query, B the key and x the value; B and C are shared by all channels.
 """
 
@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from amfm.kernels.diag_scan.op import diag_scan, diag_step
-from amfm.kernels.diag_scan.torch_impl import read_carried_state
 from amfm.kernels.linear.op import linear
 from amfm.model.mixers.base import LinearMixer, Part
 from amfm.model.mixers.interface import BuildContext
@@ -24,6 +22,8 @@ from amfm.model.packing import PackMeta
 from amfm.model.parallel.layers import RowLinear
 from amfm.model.parallel.regions import sum_parts
 from amfm.model.parallel.shards import Shard, ShardSpec
+from amfm_mixers.diag_scan.op import diag_scan, diag_step
+from amfm_mixers.diag_scan.torch_impl import read_carried_state
 from amfm_mixers.options import Mamba1Options
 
 
@@ -83,7 +83,7 @@ class Mamba1Mixer(LinearMixer):
 
 
 class SelectiveRecurrence(Recurrence):
-    """h_t = e^(dt_t A) h_(t-1) + dt_t x_t B_t, y_t = h_t C_t + D x_t, with A and D of a mixer (kernels/diag_scan)."""
+    """h_t = e^(dt_t A) h_(t-1) + dt_t x_t B_t, y_t = h_t C_t + D x_t, with A and D of a mixer (diag_scan)."""
 
     def __init__(self, mixer: Mamba1Mixer) -> None:
         self.mixer = mixer

@@ -8,10 +8,12 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from amfm.kernels.common.limits import DECAY_LIMITS, DELTA_LIMITS, DIAG_LIMITS, VECTOR_DELTA_LIMITS, ScanLimits
+from amfm.kernels.common.limits import DECAY_LIMITS, DELTA_LIMITS, VECTOR_DELTA_LIMITS, ScanLimits
 from amfm.model.config.key_mixer_options import SharedKeyOptions
 from amfm.model.config.mixer_options import ChannelDeltaOptions, HeadOptions, LinearOptions, VectorGateOptions
 from amfm.model.config.options import QK_NORM_AND_CLIP, Axis, MixerOptions, OutputGate, must_divide
+
+DIAG_LIMITS = ScanLimits((16,), 16)  # of the kernels in diag_scan
 
 
 class RetentionOptions(HeadOptions):

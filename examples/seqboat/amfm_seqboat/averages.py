@@ -1,14 +1,14 @@
-"""Moving averages of each channel of a stream, on amfm's diagonal scan."""
+"""Moving averages of each channel of a stream, on the diagonal scan of Mamba."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+from amfm_mixers.diag_scan.op import diag_scan
+from amfm_mixers.diag_scan.torch_impl import read_carried_state
 from torch import Tensor
 
-from amfm.kernels.diag_scan.op import diag_scan
-from amfm.kernels.diag_scan.torch_impl import read_carried_state
 from amfm.model.packing import PackMeta
 from amfm.model.parallel.context import receive_states
 from amfm.model.parallel.groups import ProcessGroupCollection

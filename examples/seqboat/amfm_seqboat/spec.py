@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+from amfm_mixers.options import DIAG_LIMITS
 from pydantic import Field
 
-from amfm.kernels.common.limits import DIAG_LIMITS, ScanLimits
+from amfm.kernels.common.limits import ScanLimits
 from amfm.model.config.kinds import Kind
 from amfm.model.config.options import Axis, MixerOptions
 

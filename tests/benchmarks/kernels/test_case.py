@@ -9,10 +9,10 @@ import torch
 
 from amfm.kernels.acceptance.child import time_problem
 from amfm.kernels.cases import GpuSizes, HostSizes
-from amfm.kernels.proof.operations import ON_CARD
 from amfm.kernels.runtime.backend import INTERPRETED
-from benchmarks.kernels.case import ON_HOST, host_case
+from benchmarks.kernels.case import host_case
 from benchmarks.kernels.cpu_rounds import compare_variants
+from benchmarks.kernels.operations import ON_CARD, ON_HOST
 
 ROW = {"op", "pass", "shape", "dtype", "backend", "milliseconds", "roofline_fraction", "ratio"}
 

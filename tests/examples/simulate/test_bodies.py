@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+from amfm_mixers.diag_scan import torch_impl as diag_torch
+from amfm_mixers.diag_scan import triton_impl as diag
 from amfm_simulate.compiled import BodyRunner
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
@@ -26,8 +28,6 @@ from amfm.kernels.delta_block import triton_impl as delta_block
 from amfm.kernels.delta_block.sizes import DeltaSizes
 from amfm.kernels.delta_scan import triton_impl as delta
 from amfm.kernels.delta_scan.vector import triton_impl as delta_vector
-from amfm.kernels.diag_scan import torch_impl as diag_torch
-from amfm.kernels.diag_scan import triton_impl as diag
 from amfm.kernels.linear_cross_entropy import torch_impl as loss_torch
 from amfm.kernels.linear_cross_entropy import triton_impl as loss
 from amfm.kernels.low_precision import products, triton_impl
@@ -46,7 +46,10 @@ from amfm.kernels.sparse_attention import triton_impl as sparse
 from amfm.kernels.swiglu import triton_impl as swiglu
 
 ROOT = Path(__file__).parents[3]
-ROOMS = ("kernels", "model", "pretrain", "data_pipeline", "launch")
+ROOMS = (
+    *((room, "amfm", room) for room in ("kernels", "model", "pretrain", "data_pipeline", "launch")),
+    ("examples/mixers/amfm_mixers", "amfm_mixers"),
+)
 
 
 class Compared(TorchDispatchMode):
@@ -276,11 +279,12 @@ def differentiate(call, rows):
 
 def registered():
     """Names of all operations in our files; the files that make some are imported."""
-    for room in ROOMS:
-        for path in (ROOT / room).rglob("*.py"):
+    for folder, *package in ROOMS:
+        for path in (ROOT / folder).rglob("*.py"):
             if "library.custom_op(" in path.read_text(encoding="utf-8"):
-                importlib.import_module(".".join(("amfm", *path.relative_to(ROOT).with_suffix("").parts)))
-    return {name for name, made in list(OPDEFS.items()) if made._init_fn.__module__.partition(".")[0] == "amfm"}
+                importlib.import_module(".".join((*package, *path.relative_to(ROOT / folder).with_suffix("").parts)))
+    ours = {package for _, package, *_ in ROOMS}
+    return {name for name, made in list(OPDEFS.items()) if made._init_fn.__module__.partition(".")[0] in ours}
 
 
 def test_fake_functions_of_all_operations_say_what_the_bodies_give(monkeypatch):

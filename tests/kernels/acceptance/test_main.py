@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from amfm.kernels.acceptance import __main__ as command
 from amfm.kernels.acceptance.__main__ import Report, main
 from amfm.kernels.acceptance.process import Finished, run_child
 from amfm.kernels.runtime.backend import INTERPRETED
+from amfm.kernels.runtime.first_use import child_command
 from tests.helpers.patience import PATIENCE_SECONDS
 from tests.kernels.acceptance.forked_child import run_forked
 
@@ -39,9 +39,7 @@ def accept(folder: Path, *operations: str, stages: str = "compile,check") -> Pla
 def run_forked_child(settings: dict[str, Any], _seconds: float, *, interpreted: bool, **_: object) -> Finished:
     """As `run_child`, in a fork. A child with its own interpreter: `crashed`, and runtime/test_first_use.py in `make test`."""
     assert interpreted
-    child = run_forked(
-        [sys.executable, "-P", "-m", "amfm.kernels.acceptance.child", json.dumps(settings)], cwd=Path.cwd()
-    )
+    child = run_forked(child_command(settings), cwd=Path.cwd())
     assert child.returncode == 0, child.stderr
     return Finished([json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")], "")
 

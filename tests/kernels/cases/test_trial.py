@@ -7,7 +7,7 @@ import torch
 
 from amfm.kernels.cases import evaluate
 from amfm.kernels.proof.check import judge
-from amfm.kernels.proof.operations import OPERATIONS
+from benchmarks.kernels.operations import OPERATIONS
 
 CPU = torch.device("cpu")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from amfm_mixers.diag_scan import triton_impl
 
-from amfm.kernels.diag_scan import triton_impl
-from tests.helpers.diags import DiagCase, call, make, run
+from tests.examples.mixers.diags import DiagCase, call, make, run
 from tests.helpers.numbers import assert_bitwise, assert_near
 from tests.helpers.registration import assert_registered
 from tests.kernels.twice import Twice

@@ -2,7 +2,7 @@
 
 Inputs of every operation are views whose rows, tokens or experts lie 2^31 numbers apart over memory that is hardly touched; results
 and gradients have the bits of packed ones. What kernels allocate themselves is packed and small here, so for offsets into
-it what counts is that they are computed in 64 bits (`offsets.py`). Both go over all cases of `kernels/`, and each kernel must be among them.
+it what counts is that they are computed in 64 bits (`offsets.py`). Both go over all cases, and each kernel must be among them.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from amfm.kernels.common.scan_launch import pass_states
 from amfm.kernels.decay_scan.op import mamba2_scan
 from amfm.kernels.mamba2.case import mixer_problem
 from amfm.kernels.norm.op import gated_rms_norm, rms_norm
-from amfm.kernels.proof.operations import OPERATIONS
 from amfm.kernels.sparse_attention.case import chosen_problem
 from amfm.kernels.swiglu.op import swiglu
+from benchmarks.kernels.operations import OPERATIONS
 from tests.helpers.numbers import assert_bitwise
 from tests.kernels.watch.offsets import FAR, OffsetWatch, watch_offsets
 
@@ -36,7 +36,7 @@ from tests.kernels.watch.offsets import FAR, OffsetWatch, watch_offsets
 PLACES, STRIDES = (3, 136), (2**30, 2**24)
 DTYPE = torch.float16  # the narrowest that all take
 CPU = torch.device("cpu")
-FOLDER = Path(__file__).parents[3] / "kernels"
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)
@@ -204,7 +204,8 @@ def test_every_kernel_is_among_them() -> None:
     with watch_offsets() as segments:  # where rows and heads do not fill a GPU
         pass_states(None, torch.randn(2, 3, 2, 16, 16), torch.rand(2, 3, 2), backward=False)
     assert segments.narrow == []
-    files = [path for path in FOLDER.rglob("*.py") if "import triton.language as tl" in path.read_text()]
+    paths = (path for folder in ("kernels", "examples/mixers/amfm_mixers") for path in (ROOT / folder).rglob("*.py"))
+    files = [path for path in paths if "import triton.language as tl" in path.read_text()]
     kernels = {
         node.name
         for path in files

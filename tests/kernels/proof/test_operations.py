@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from amfm.kernels.cases import GpuSizes, Inputs
-from amfm.kernels.proof.operations import ON_CARD
+from benchmarks.kernels.operations import ON_CARD
 
 SMALL = GpuSizes(
     tokens=63, model=32, heads=2, head_dim=16, state=16, experts=4, top_k=2, expert_width=16,

@@ -61,7 +61,7 @@ def test_auto_on_a_cpu_is_native_code_where_a_block_has_it_and_it_runs(
     assert resolve_for_run("auto", CPU, torch.float32, unfit=None) == "native"
     assert resolve_for_run("auto", CPU, torch.bfloat16, unfit=None) == "native"
     assert resolve_for_run("auto", CPU, torch.float32, unfit="no block has native code") == "torch"
-    assert [resolve_backend("native", CPU, name) for name in ("mamba2", "attention", None)] == [
+    assert [resolve_backend("native", CPU, name) for name in ("mamba2", "attention", "")] == [
         "native",
         "torch",
         "native",

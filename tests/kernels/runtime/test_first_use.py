@@ -50,7 +50,7 @@ def test_a_wrong_kernel_is_found_once_and_remembered_for_this_card_and_source(
     faults = read_or_check("wrong", "cpu", "NVIDIA H100, torch 2.11", [tmp_path], PLANTED)
     assert len(faults) == 1 and faults[0].startswith("the wrong one: d_x is off by")
     (kept,) = tmp_path.glob("*.json")
-    assert "NVIDIA-H100" in kept.name and digest_source() in kept.name
+    assert "NVIDIA-H100" in kept.name and digest_source(PLANTED) in kept.name
     # What is kept is read, not found again; another GPU asks again.
     kept.write_text(json.dumps({"faults": ["as kept"]}))
     assert read_or_check("wrong", "cpu", "NVIDIA H100, torch 2.11", [tmp_path], PLANTED) == ["as kept"]

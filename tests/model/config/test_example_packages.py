@@ -27,7 +27,10 @@ def test_the_table_has_every_mixer_and_hook_of_examples() -> None:
 
 
 def test_a_block_and_a_section_that_are_not_there_come_with_the_command(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"install amfm-longvq.*`pip install \./examples/seqboat \./examples/longvq`"):
+    with pytest.raises(
+        ValueError,
+        match=r"install amfm-longvq.*`pip install \./examples/mixers \./examples/seqboat \./examples/longvq`",
+    ):
         find_kind("longvq")
     with pytest.raises(ValueError, match=r"install amfm-fourier-head.*`pip install \./examples/fourier_head`"):
         find_kind("fourier_head")

@@ -24,7 +24,7 @@ from amfm.kernels.cases import (
     each_pass,
     find_package,
 )
-from amfm.kernels.diag_scan.op import diag_bytes, diag_flops, diag_scan
+from amfm_mixers.diag_scan.op import diag_bytes, diag_flops, diag_scan
 
 CHUNK_SIZE, STATE_SIZE = 64, 16
 # Sums over all tokens: a head's gradients are judged by the size of what they sum.
@@ -107,6 +107,8 @@ def _on_host(inputs: Inputs, sizes: HostSizes) -> Problem:
     return selective_problem(inputs, sizes.tokens, channels, state, f", {channels} channels, state {state}")
 
 
-CASE = OperationCase(
-    "diag_scan", counted_problems, trials, on_gpu={"diag_scan": _on_gpu}, on_host={"diag_scan": _on_host}
-)
+OPERATIONS = {
+    "diag_scan": OperationCase(
+        "diag_scan", counted_problems, trials, on_gpu={"diag_scan": _on_gpu}, on_host={"diag_scan": _on_host}
+    )
+}

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from amfm_mixers.diag_scan import triton_impl
+from amfm_mixers.diag_scan.op import diag_scan, diag_step
+from amfm_mixers.diag_scan.torch_impl import read_carried_state
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from amfm.kernels.diag_scan.op import diag_scan, diag_step
-from amfm.kernels.diag_scan.torch_impl import read_carried_state
-from tests.helpers.diags import NAMES, DiagCase, call, make, run
+from amfm.kernels.runtime.first_use import check_now, digest_source
+from amfm.launch.plan.flops import count_flops
+from tests.examples.mixers.diags import NAMES, DiagCase, call, make, run
 from tests.helpers.numbers import assert_all_near, assert_bitwise, assert_near
 
 # float64: rounding of some 100 additions, and of a power of two taken for a power of e.
@@ -18,6 +26,7 @@ FLOAT32 = 1e-5
 # bfloat16 inputs are exact here and states float32: what is left is the rounding of outputs and gradients to 2^-9.
 BFLOAT16 = 5e-3
 
+MODULE = "amfm_mixers.diag_scan.case"
 CASES = [
     DiagCase(T=1, C=1, N=1),
     DiagCase(T=1, initial=True),
@@ -222,3 +231,37 @@ def test_wrong_inputs_are_named(change: dict[str, object], message: str) -> None
     arguments |= {"D_C": torch.zeros(4), "dt_bias_C": torch.zeros(4)}
     with pytest.raises(ValueError, match=message):
         diag_scan(**(arguments | change))
+
+
+class Counted(TorchDispatchMode):
+    """FLOPs that a plan counts of each operation, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = dict[str, int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.flops[func._opname] = count_flops(func, args, kwargs or {}, out)
+        return out
+
+
+def test_a_plan_counts_the_kernels_of_this_package() -> None:
+    with FakeTensorMode(), Counted() as counted:
+        x, dt, B, C = (torch.randn(2, 40, size, requires_grad=True) for size in (6, 6, 4, 4))
+        triton_impl._forward(x, dt, -torch.rand(6, 4), B, C, torch.rand(6), None, None, 16, True)[0].sum().backward()
+    assert counted.flops["diag_scan_triton"] == 2 * 40 * 6 * 4 * 7
+    assert counted.flops["diag_scan_triton_backward"] == 2 * 40 * 6 * 4 * 20
+
+
+def test_what_is_known_of_kernels_depends_on_the_source_in_this_package() -> None:
+    assert digest_source(MODULE) != digest_source()
+
+
+@pytest.mark.slow
+def test_the_first_use_checks_kernels_of_a_package_that_only_this_process_finds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a folder that a configuration names. Quick siblings: the interpreter's tests, and test_first_use.py."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3] / "src"))
+    assert check_now("diag_scan", "cpu", MODULE) == []

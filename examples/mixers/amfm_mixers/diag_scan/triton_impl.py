@@ -22,14 +22,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from amfm.kernels.common.custom_op import differentiate, fake_of
 from amfm.kernels.common.inputs import first_tokens, outer_strides, pack, pack_inner
-from amfm.kernels.common.limits import DIAG_LIMITS
 from amfm.kernels.common.scan_launch import differentiated
 from amfm.kernels.common.tiles import load_values
 from amfm.kernels.runtime.interpreter import dot_dtype
 from amfm.kernels.runtime.tuning import Config, config_for
+from amfm_mixers.diag_scan.op import diag_flops
+from amfm_mixers.options import DIAG_LIMITS
 
 
 @triton.jit
@@ -357,3 +359,16 @@ differentiate(
     outputs=("y", "final", "entering"),
     gradients=("x", "dt", "A", "B", "C", "D", "initial"),
 )
+
+
+# What a plan counts of them, by shapes.
+@register_flop_formula(torch.ops.amfm.diag_scan_triton)
+def _(x: torch.Size, dt: torch.Size, A: torch.Size, *_: Any, **__: Any) -> int:
+    rows, tokens, channels = x
+    return diag_flops(rows, tokens, channels, A[1])
+
+
+@register_flop_formula(torch.ops.amfm.diag_scan_triton_backward)
+def _(d_y: torch.Size, d_final: Any, x: torch.Size, dt: torch.Size, A: torch.Size, *_: Any, **__: Any) -> int:
+    rows, tokens, channels = x
+    return diag_flops(rows, tokens, channels, A[1], backward=True)

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amfm.kernels.common.inputs import agreed, check_float, check_row, check_shape, drop_single_document
-from amfm.kernels.diag_scan.torch_impl import chunked_diag_scan
 from amfm.kernels.runtime.backend import resolve_backend
+from amfm_mixers.diag_scan.torch_impl import chunked_diag_scan
 
 
 class DiagScanOutput(NamedTuple):
@@ -62,7 +62,7 @@ def diag_scan(
     check_row(document_ids_BT, initial_state_BCN, (x_BTC.shape[0], *A_log_CN.shape), chunk_size, x_BTC)
     wide = torch.float64 if x_BTC.dtype == torch.float64 else torch.float32
     initial = None if initial_state_BCN is None else initial_state_BCN.to(wide)
-    backend = resolve_backend(backend, x_BTC.device, "diag_scan")
+    backend = resolve_backend(backend, x_BTC.device, "diag_scan", "amfm_mixers.diag_scan.case")
     if backend == "reference":
         x, dt, A_log, k, q, D, bias = (t.to(wide) for t in (x_BTC, dt_BTC, A_log_CN, B_BTN, C_BTN, D_C, dt_bias_C))
         y, final, decay = diag_by_steps(x, dt, A_log, k, q, D, bias, document_ids_BT, initial)
@@ -139,7 +139,7 @@ def _find_scan(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """The scan of a resolved backend; Triton is imported only where it is used."""
     if backend == "torch":
         return chunked_diag_scan
-    from amfm.kernels.diag_scan.triton_impl import diag_scan_triton
+    from amfm_mixers.diag_scan.triton_impl import diag_scan_triton
 
     return diag_scan_triton
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from amfm_mixers.diag_scan.op import diag_scan
 from torch import Tensor
 
-from amfm.kernels.diag_scan.op import diag_scan
 from tests.helpers.scans import ScanCase, make_documents
 
 NAMES = ("x", "dt", "A_log", "B", "C", "D", "dt_bias")
