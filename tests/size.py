@@ -24,6 +24,7 @@ TRAINING_PATH = PurePosixPath("pretrain/train.py")
 MOST_REACHED = 31_312  # lines that TRAINING_PATH reaches; lower it when it can be
 LONG, MOST_LONG = 400, 0  # lines of a file of the product, and files that have more: split them by idea
 SMALL, MOST_SMALL = 60, 24  # files with fewer, which are read only with a neighbour: join it
+MOST_PRODUCT_LINES = 104_000  # what few need is a package of examples/, behind an entry point
 MOST_PRODUCT_FILES, LEAST_MEDIAN = 581, 186  # of the product, the second in lines of a file: joins move both
 # Branches on a block's symbol or on a mixer's class, where a question to its options or its mixer would do. Loops are none.
 BRANCH = re.compile(r"""(==|in) *["'(]+[ME*-]["',)]|(letter|symbol) *(==|in) |isinstance\([^)]*Mixer""")
@@ -118,6 +119,10 @@ def odd_files(lines: dict[PurePosixPath, int]) -> list[str]:
     middle, number = median(sizes.values()), sum(path.parts[0] in PRODUCT for path in lines)
     print(f"median of a file {middle:.0f} lines, {len(long)} above {LONG}, {small} below {SMALL}")
     problems = []
+    if (total := sum(sizes.values())) > MOST_PRODUCT_LINES:
+        problems.append(
+            f"the product has {total:,} lines, at most {MOST_PRODUCT_LINES:,}; move what few need to examples/"
+        )
     if number > MOST_PRODUCT_FILES or middle < LEAST_MEDIAN:
         problems.append(
             f"{number} files of the product (at most {MOST_PRODUCT_FILES}) with a median of {middle:.0f} lines (at least "
