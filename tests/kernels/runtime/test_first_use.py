@@ -35,7 +35,7 @@ def test_what_is_kept_is_read_and_another_card_asks_again(tmp_path: Path, monkey
     checks = count_checks(monkeypatch)
     assert read_or_check("wrong", "cpu", "NVIDIA H100, torch 2.11", [tmp_path], PLANTED) == []
     (kept,) = tmp_path.glob("*.json")
-    assert "NVIDIA-H100" in kept.name and digest_source() in kept.name
+    assert "NVIDIA-H100" in kept.name and digest_source(PLANTED) in kept.name
     kept.write_text(json.dumps({"faults": ["as kept"]}))
     assert read_or_check("wrong", "cpu", "NVIDIA H100, torch 2.11", [tmp_path], PLANTED) == ["as kept"]
     assert read_or_check("wrong", "cpu", "NVIDIA B200, torch 2.11", [tmp_path], PLANTED) == []
