@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from amfm.model.config.plugins import MORE_MIXERS
-
 OLD_NAMES = {
     "convert.keep": "convert.keep_blocks",
     "data.probe": "data.synthetic",
@@ -82,7 +80,6 @@ def use_current_names(settings: dict[str, Any], prefix: str = "", mapped: Mapped
                 continue
             warn_of(f"{place}{key}={value}", f"{place}{key}={values[value]}")
             parent[name] = values[value] if written is value else replace(written, value=values[value])
-        leave_out_packaged(section, prefix, mapped)
 
 
 def parent_of(section: dict[str, Any], key: str, prefix: str, mapped: Mapped) -> tuple[dict[str, Any] | None, str]:
@@ -92,16 +89,6 @@ def parent_of(section: dict[str, Any], key: str, prefix: str, mapped: Mapped) ->
     for part in filter(None, parents.split(".")):
         parent = mapped(parent.get(part)) if parent is not None else None
     return parent, name
-
-
-def leave_out_packaged(section: dict[str, Any], prefix: str, mapped: Mapped) -> None:
-    """Remove empty sections of mixers that became a package: files of before, as in each run directory, list them all."""
-    parent, _ = parent_of(section, "model.mixers.", prefix, mapped)
-    if parent is None:
-        return
-    for name in MORE_MIXERS:
-        if name in parent and getattr(parent[name], "value", parent[name]) is None:
-            del parent[name]
 
 
 def stages_of(settings: Mapping[str, Any], mapped: Mapped) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -221,6 +221,15 @@ def read_saved_sections(saved: Any, schema: type[PluginSections], key: str, pack
     return {name: value for name, value in saved.items() if name in schema.model_fields}
 
 
+def leave_out_unset(settings: Any) -> None:
+    """Remove null sections of mixers of examples/ in place: run directories of before list all that became a package since."""
+    model = settings.get("model") if isinstance(settings, dict) else None
+    mixers = model.get("mixers") if isinstance(model, dict) else None
+    if isinstance(mixers, dict):
+        for name in EXAMPLES.keys() & {name for name, options in mixers.items() if options is None}:
+            del mixers[name]
+
+
 def list_packages(group: str, kind: type[Spec]) -> dict[str, str]:
     """Name and version of the package behind each spec of a group, by the spec's name."""
     return {

@@ -24,6 +24,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from amfm.model.config.old_names import current_key
+from amfm.model.config.plugins import leave_out_unset
 from amfm.pretrain.config.errors import ConfigError, Origin, Problem
 from amfm.pretrain.config.explain import explain, first_causes, shown
 from amfm.pretrain.config.fields import section_at
@@ -102,10 +103,11 @@ def resolve(
     expand_home(tree)
     load_plugins(tree, problems)
     problems += [control_problem(key, value) for key, value in paths_of(tree) if CONTROL.search(value)]
-    origins = tree.origins()
+    origins, settings = tree.origins(), tree.plain()
+    leave_out_unset(settings)  # after everything is laid over: a null removes a section from what is below it
     try:
         # JSON in strict mode: no text becomes a number, no number a truth value, and lists are fine for tuples.
-        config = schema.model_validate_json(json.dumps(tree.plain()), strict=True)
+        config = schema.model_validate_json(json.dumps(settings), strict=True)
     except ValidationError as error:
         problems += dict.fromkeys(explain(detail, schema) for detail in first_causes(error.errors(include_url=False)))
     if problems:

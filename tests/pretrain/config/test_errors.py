@@ -2,8 +2,6 @@
 
 import pytest
 
-from amfm.model.config.old_names import use_current_names
-from amfm.model.config.plugins import MORE_MIXERS
 from amfm.pretrain.config.file import load_config
 from tests.pretrain.config.files import BASE, message_of, written
 
@@ -208,10 +206,3 @@ def test_a_setting_of_several_types_is_one_problem_that_names_them_all(base):
     assert "model.attention.qk_norm=3.5: must be true | false or wide; RMSNorm over" in message
     assert "schedule.warmup_steps=soon: must be int or float or null; " in message
     assert message.count("must be") == 2
-
-
-def test_empty_sections_of_mixers_that_became_a_package_are_left_out_as_runs_of_before_have_them():
-    # The tests have the package installed, so that only what is left shows it.
-    settings = {"model": {"mixers": {**dict.fromkeys(MORE_MIXERS), "kda": None, "gla": {"num_heads": 2}}}}
-    use_current_names(settings)
-    assert settings == {"model": {"mixers": {"kda": None, "gla": {"num_heads": 2}}}}
