@@ -189,8 +189,13 @@ def find_obstacle(device: str) -> str | None:
 
 
 def _operations(given: argparse.Namespace) -> list[str]:
-    """Names of the operations to go through. Raises ValueError for an unknown one."""
-    known = importlib.import_module(given.cases).OPERATIONS
+    """Names of the operations to go through. Raises ValueError for an unknown one, and for cases that are none."""
+    try:
+        known = importlib.import_module(given.cases).OPERATIONS
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"--cases {given.cases}: {error}; name a module that Python finds (PYTHONPATH), with OPERATIONS in it"
+        ) from error
     for name in given.op or ():
         if name not in known:
             raise ValueError(f"--op {name}: there is no such operation; use {', '.join(known)}")

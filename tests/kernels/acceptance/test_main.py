@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -135,13 +136,16 @@ def test_a_report_of_another_machine_is_not_gone_on_with(tmp_path: Path) -> None
 def test_arguments_that_mean_nothing_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     assert main([*PLANTED, "--out", str(tmp_path / "report.json"), "--op", "nonsense"]) == 2
     assert "--op nonsense: there is no such operation; use right, wrong" in capfd.readouterr().err
+    for cases, why in (("no_such_module", "No module named 'no_such_module'"), ("math", "no attribute 'OPERATIONS'")):
+        assert main([*PLANTED, "--out", str(tmp_path / "report.json"), "--cases", cases]) == 2
+        assert re.search(f"error: --cases {cases}: .*{why}; name a module", capfd.readouterr().err)
     for words, said in ((["--stages", "weigh"], "no such stage"), (["--kinds", "odd"], "no such kind of trial")):
         with pytest.raises(SystemExit, match="2"):
             main([*PLANTED, *words])
         assert said in capfd.readouterr().err
 
 
-def test_a_machine_without_a_card_is_told_what_works(capfd: pytest.CaptureFixture) -> None:
+def test_a_machine_without_a_gpu_is_told_what_works(capfd: pytest.CaptureFixture) -> None:
     import torch
 
     if torch.cuda.is_available():
