@@ -7,7 +7,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -81,25 +80,18 @@ def run_rows(config: ModelConfig, groups: ProcessGroupCollection, seed: int, *, 
     return outcome
 
 
-def compare_turns(names: tuple[str, ...]) -> dict[str, tuple[Outcome, Outcome]]:
+def compare_turns() -> dict[str, tuple[Outcome, Outcome]]:
     found = {}
-    for name in names:
-        section, config = CASES[name]
+    for name, (section, config) in CASES.items():
         parallel = initialize_parallel(section, timeout_seconds=PATIENCE_SECONDS, num_threads=1)
         seed = parallel.groups.dp.rank()
         found[name] = tuple(run_rows(config, parallel.groups, seed, in_turns=each) for each in (True, False))
     return found
 
 
-@pytest.mark.parametrize(
-    ("num_ranks", "names"),
-    [(2, tuple(CASES)[:-1]), pytest.param(4, tuple(CASES), marks=pytest.mark.slow)],
-    ids=["expert ranks", "data and context ranks too"],
-)
-def test_halves_in_turns_are_two_micro_batches(num_ranks: int, names: tuple[str, ...]) -> None:
-    """Of four ranks quick: rows over context ranks without turns, tests/model/moe/test_dispatch.py."""
-    for ranks in run_ranks(compare_turns, names, num_ranks=num_ranks):
-        assert ranks.keys() == set(names)
+def test_halves_in_turns_are_two_micro_batches() -> None:
+    for ranks in run_ranks(compare_turns, num_ranks=4):
+        assert ranks.keys() == CASES.keys()
         for name, (own, expected) in ranks.items():
             # float64: only the order in which gradients of a weight are added differs.
             torch.testing.assert_close(own.loss, expected.loss, rtol=1e-12, atol=0, msg=name)

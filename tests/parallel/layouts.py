@@ -262,7 +262,7 @@ LAYOUTS = [
     Layout(4, {"pipeline": 2, "zero_stage": 0, "schedule": "interleaved", "virtual_stages": 2}, "latent"),
     Layout(4, {"pipeline": 2, "tensor": 2}, "latent"),
     Layout(4, {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "schedule": "zero_bubble"}),
-    Layout(4, {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "schedule": "zero_bubble"}, "latent"),
+    Layout(4, {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "schedule": "zero_bubble"}, "latent", quick=True),
     Layout(4, {"pipeline": 2, "tensor": 2, "expert": 2, "schedule": "zero_bubble"}, "latent"),
     Layout(8, {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "zero_stage": 2}, "latent"),
     Layout(8, {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "context": 2, "schedule": "zero_bubble"}),

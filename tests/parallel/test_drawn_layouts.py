@@ -1,8 +1,4 @@
-"""Drawn models under drawn layouts have the loss and the gradients of one rank in float64.
-
-Slow; quick are chosen layouts of chosen models, in float64 as well: tests/model/mixers/test_mixers.py (tensor and context
-ranks of each mixer), tests/model/moe/test_dispatch.py (expert ranks), tests/model/parallel/.
-"""
+"""Drawn models under drawn layouts have the loss and the gradients of one rank in float64."""
 
 from __future__ import annotations
 
@@ -38,6 +34,12 @@ def assert_as_one_rank(case: Case, ranks: Ranks) -> None:
         for name, value in expected.items():
             error = float((found[name] - value).norm())
             assert error <= TOLERANCE * (float(value.norm()) + 1e-3 * scale), f"rank {rank}: {name} is off by {error}"
+
+
+@given(case=cases(2))
+@settings(DRAWN, max_examples=5, derandomize=True)
+def test_drawn_layouts_of_two_ranks_compute_what_one_does(two: Ranks, case: Case) -> None:
+    assert_as_one_rank(case, two)
 
 
 @pytest.mark.slow

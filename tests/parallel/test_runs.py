@@ -24,21 +24,16 @@ TENSOR = {"tensor": 2, "sequence_parallel": True}
 BF16 = {"train__precision": "bf16"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "parallels",
     [
         pytest.param([TENSOR | {"zero_stage": 3}], id="tensor, whose weights are spread"),
-        pytest.param([{"context": 2}], id="context"),
-        pytest.param([TENSOR | {"zero_stage": stage} for stage in (0, 1)], id="tensor"),
-        pytest.param([{"expert": 2, "zero_stage": stage} for stage in (1, 2)], id="expert"),
+        pytest.param([{"context": 2}], id="context", marks=pytest.mark.slow),
+        pytest.param([TENSOR | {"zero_stage": stage} for stage in (0, 1)], id="tensor", marks=pytest.mark.slow),
+        pytest.param([{"expert": 2, "zero_stage": stage} for stage in (1, 2)], id="expert", marks=pytest.mark.slow),
     ],
 )
 def test_bf16_losses_and_norms_are_those_of_one_rank(parallels: list[dict[str, Any]]) -> None:
-    """Quick, in float32: tests/parallel/test_layouts.py on these axes, and test_two_ranks_train_as_one[3] in
-    tests/pretrain/test_ranks.py for weights that are spread; bf16 over two ranks in the next test and in
-    tests/pretrain/engine/test_adamw.py.
-    """
     outcomes = outcomes_of([Layout(2, parallel, settings=BF16, quick=True) for parallel in parallels])
     (expected,) = outcomes_of([Layout(1, settings=BF16, quick=True)])
     for outcome in outcomes:

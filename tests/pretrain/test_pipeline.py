@@ -33,6 +33,7 @@ class Stage(NamedTuple):
     """What one of two stages, which do all of this in one process each, ended with."""
 
     interleaved: Trained
+    resumed: Trained
     poisoned: tuple[list[StepResult], bool, bool, int]
     two_lengths: Trained
 
@@ -42,7 +43,7 @@ class More(NamedTuple):
 
     schedules: dict[str, Trained]
     in_bf16: dict[str, Trained]
-    starts: list[list[Trained]]
+    starts: list[Trained]
 
 
 TWO: dict[str, Any] = {"parallel__pipeline": 2}
@@ -51,7 +52,7 @@ TWO: dict[str, Any] = {"parallel__pipeline": 2}
 def train_as_stage(data: DataConfig, folder: str) -> Stage:
     interleaved = ONE_ROW | TWO | SCHEDULES["interleaved"]
     return Stage(
-        train_and_collect(tiny_config(data, Path(folder, "interleaved"), **interleaved)),
+        *train_in_two_starts(data, f"{folder}/starts", interleaved),
         poison_first_stage(data, f"{folder}/poisoned"),  # 1f1b
         train_two_lengths(data, f"{folder}/lengths", TWO | SCHEDULES["zero_bubble"]),
     )
@@ -60,11 +61,10 @@ def train_as_stage(data: DataConfig, folder: str) -> Stage:
 def train_more(data: DataConfig, folder: str) -> More:
     short = TWO | {"train__precision": "bf16", "train__steps": 2, "schedule__warmup_steps": 1}
     tied = ONE_ROW | TWO | {"parallel__zero_stage": 2, "model__tie_embeddings": True}
-    interleaved = ONE_ROW | TWO | SCHEDULES["interleaved"]
     return More(
         train_schedules(data, f"{folder}/float32", TWO, ["1f1b", "zero_bubble"]),
         train_schedules(data, f"{folder}/bf16", short, ["1f1b", "zero_bubble"]),
-        [train_in_two_starts(data, f"{folder}/starts-{number}", own) for number, own in enumerate((tied, interleaved))],
+        train_in_two_starts(data, f"{folder}/starts", tied),
     )
 
 
@@ -145,15 +145,18 @@ def train_in_two_starts(data: DataConfig, folder: str, settings: dict[str, Any])
     return [whole, train_and_collect(tiny_config(data, Path(folder, "parts"), **settings))]
 
 
+def test_a_resumed_pipeline_goes_on_to_the_bit(stages: list[Stage]) -> None:
+    for stage in stages:
+        for name, weight in stage.interleaved.weights.items():
+            assert torch.equal(weight, stage.resumed.weights[name]), name
+
+
 @pytest.mark.slow
-def test_a_resumed_pipeline_goes_on_to_the_bit_with_tied_embeddings_too(more: list[More]) -> None:
-    """Quick: resumes on one rank (tests/end_to_end/test_resume.py) and on tensor ranks (tests/pretrain/engine/muon/test_resume.py),
-    and a pipeline that loads what tensor ranks saved (tests/parallel/test_stage_layouts.py).
-    """
-    for whole, parts in (starts for stage in more for starts in stage.starts):
+def test_a_resumed_pipeline_with_tied_embeddings_goes_on_to_the_bit(more: list[More]) -> None:
+    for whole, parts in (stage.starts for stage in more):
         for name, weight in whole.weights.items():
             assert torch.equal(weight, parts.weights[name]), name
-    tied = [stage.starts[0][0].weights["embedding.weight"] for stage in more]
+    tied = [stage.starts[0].weights["embedding.weight"] for stage in more]
     assert torch.equal(*tied), "the two ends of the pipeline hold different embeddings"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import pytest
 import torch
@@ -96,11 +95,6 @@ CONFIGS = {
     ),
 }
 CASES = [(name, sequence_parallel) for name in CONFIGS for sequence_parallel in (False, True)]
-# Tensor ranks that cut tokens too do all that is done without; two models show the difference.
-QUICK = [case for case in CASES if case[1] or case[0] in ("whole", "copies")]
-QUICK_FIRST = pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case not in QUICK)) for case in CASES], ids=str
-)
 
 
 @dataclass(frozen=True)
@@ -147,14 +141,13 @@ def tensor_groups(sequence_parallel: bool) -> ProcessGroupCollection:
     return initialize_parallel(section, timeout_seconds=PATIENCE_SECONDS, num_threads=1).groups
 
 
-def compute_all(cases: list[tuple[str, bool]]) -> list[Computed]:
-    return [compute(CONFIGS[name], tensor_groups(sequence_parallel)) for name, sequence_parallel in cases]
+def compute_all() -> list[Computed]:
+    return [compute(CONFIGS[name], tensor_groups(sequence_parallel)) for name, sequence_parallel in CASES]
 
 
-@cache
-def two_ranks(is_slow: bool) -> list[dict[tuple[str, bool], Computed]]:
-    cases = [case for case in CASES if is_slow != (case in QUICK)]
-    return [dict(zip(cases, results)) for results in run_ranks(compute_all, cases, num_ranks=2)]
+@pytest.fixture(scope="module")
+def two_ranks() -> list[dict[tuple[str, bool], Computed]]:
+    return [dict(zip(CASES, results)) for results in run_ranks(compute_all, num_ranks=2)]
 
 
 @pytest.fixture(scope="module")
@@ -167,10 +160,10 @@ def assert_close(actual: Tensor, expected: Tensor, name: str) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9, msg=lambda text: f"{name}: {text}")
 
 
-@QUICK_FIRST
-def test_two_tensor_ranks_compute_what_one_does(case, one_rank):
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_two_tensor_ranks_compute_what_one_does(case, two_ranks, one_rank):
     expected = one_rank[case[0]]
-    for rank in two_ranks(case not in QUICK):
+    for rank in two_ranks:
         actual = rank[case]
         for name, weight in expected.weights.items():
             assert torch.equal(actual.weights[name], weight), name
@@ -227,10 +220,10 @@ SUMMED = {
 }
 
 
-@QUICK_FIRST
-def test_leaving_out_any_one_sum_of_gradients_is_noticed(case, one_rank):
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_leaving_out_any_one_sum_of_gradients_is_noticed(case, two_ranks, one_rank):
     expected = one_rank[case[0]].gradients
-    for rank in two_ranks(case not in QUICK):
+    for rank in two_ranks:
         unsummed = rank[case].unsummed
         assert unsummed.keys() == SUMMED.get(case, unsummed.keys())
         for name, gradient in unsummed.items():

@@ -109,14 +109,12 @@ def train_both(data: DataConfig, directory: Path, overrides: dict[str, Any]) -> 
 
 
 # Sums of whole sequences are the same in every block; with tokens cut, each kind gathers and scatters its own.
-@pytest.mark.slow
-@pytest.mark.parametrize(("sequence_parallel", "pattern"), [(False, "G-"), (True, "MG-*-")])
+@pytest.mark.parametrize(
+    ("sequence_parallel", "pattern"), [pytest.param(False, "G-", marks=pytest.mark.slow), (True, "MG-*-")]
+)
 def test_tensor_ranks_replay_what_they_sum_to_the_bit(
     sequence_parallel: bool, pattern: str, data: DataConfig, tmp_path: Path
 ) -> None:
-    """Quick: replays on ranks that share sums, `test_expert_ranks_replay_blocks_between_those_that_send_rows`; sums of tensor
-    ranks without graphs, tests/model/parallel/test_tensor.py.
-    """
     given = {"parallel__tensor": 2, "parallel__sequence_parallel": sequence_parallel, "model__pattern": pattern}
     main, other = run_ranks(train_both, data, tmp_path, DENSE | LONG | given | TWO_STEPS)
     assert_equal_to_the_bit(*main)
