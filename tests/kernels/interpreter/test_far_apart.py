@@ -137,7 +137,7 @@ WATCHED: dict[str, OffsetWatch] = {}
 QUICK = ("rope", "router")
 # Smaller than the operation's own trials, which take minutes in the interpreter: fewer heads and channels for the same kernels.
 # Of a mixer the projection is one input, which slices of its parts read where they are.
-_CHOSEN = partial(chosen_problem, learns=True, tokens=21, top_k=9, lengths=(8, 1, 12), heads=4)
+_CHOSEN = partial(chosen_problem, has_loss=True, tokens=21, top_k=9, lengths=(8, 1, 12), heads=4)
 _MIXER = partial(mixer_problem, heads=2, model=24, head_dim=16, state=16, chunk=16, whole=True)
 SMALLER = {
     "sparse_attention": (
