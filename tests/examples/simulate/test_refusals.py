@@ -84,7 +84,8 @@ def test_a_mixer_whose_operation_has_no_fake_function_ends_the_command(backend, 
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
     command = [sys.executable, "-W", "ignore", "-m", "amfm.launch", "plan", str(path), "--gpus", "1", "--trace"]
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    paths = os.pathsep.join((str(tmp_path), os.environ["PYTHONPATH"]))  # and amfm_simulate, of conftest.py
+    environment = os.environ | {"PYTHONPATH": paths}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 2, done.stderr
     assert "{blind}, which cannot be planned" in done.stderr and "Traceback" not in done.stderr
