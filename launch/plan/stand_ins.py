@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from amfm.kernels.runtime import backend
+from amfm.kernels.runtime.compiling import use_deterministic_algorithms
 from amfm.model.config.low_precision import LowPrecisionConfig
 from amfm.model.config.moe import MoeConfig
 from amfm.model.moe.transfer import expected_ranks
@@ -169,11 +170,11 @@ def assume_triton() -> Iterator[None]:
 def any_order() -> Iterator[None]:
     """Let libraries choose kernels inside of the block whose sums have any order, whatever this process asks of its own."""
     asked, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(False)
+    use_deterministic_algorithms(False, warn_only=warns)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(asked, warn_only=warns)
+        use_deterministic_algorithms(asked, warn_only=warns)
 
 
 class StandInGroup(SingleRankGroup):

@@ -63,11 +63,13 @@ def test_help_imports_little_more_than_typer() -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Modules, Path]:
-    """A process that imported amfm, built a model and trained: what it said, its modules, and the run's file."""
+    """A process that imported amfm, built a model, trained and planned: what it said, its modules, and the run's file."""
     folder = tmp_path_factory.mktemp("trained")
     config = tiny_config(tiny_data(folder / "data"), folder / "run", train__steps=2, schedule__warmup_steps=1)
     (folder / "run.yaml").write_text(resolved_yaml(config), encoding="utf-8")
-    return *start(BUILDING + PROGRAM, [["train", str(folder / "run.yaml")]], warnings="default"), folder / "run.yaml"
+    path = folder / "run.yaml"
+    words = [["train", str(path)], ["plan", str(path), "--gpus", "1"]]
+    return *start(BUILDING + PROGRAM, words, warnings="default"), path
 
 
 def test_settings_are_refused_and_folders_inspected_without_torch(
@@ -98,15 +100,16 @@ def test_settings_are_refused_and_folders_inspected_without_torch(
     assert not found[-1][1] & HEAVY
 
 
-def test_importing_amfm_imports_nothing_building_warns_of_nothing_and_a_run_imports_no_compiler(
+def test_importing_amfm_imports_nothing_building_warns_of_nothing_and_runs_and_plans_import_no_compiler(
     trained: tuple[subprocess.CompletedProcess[str], Modules, Path],
 ) -> None:
     """In one process: each imports what the one before it does, and some."""
-    done, ((code, found),), _ = trained
+    done, ((code, found), (plan_code, with_plan)), _ = trained
     assert done.stdout.startswith("0\n") and done.stderr.startswith("built\n")
-    assert code == 0 and {"torch", "deepspeed", "megatron.core"} <= found
+    assert (code, plan_code) == (0, 0) and {"torch", "deepspeed", "megatron.core"} <= found
     if not torch.__version__.startswith("2.11."):  # which imports sympy with its own sharded tensors
         assert not found & COMPILER
+        assert with_plan & COMPILER <= {"sympy"}, "sympy is imported by sums of tensors on the meta device"
     assert len(found) < 3100, "2,900, of which PyTorch has 1,230 and DeepSpeed 410; 4,900 with the compiler"
 
 
