@@ -46,7 +46,9 @@ def staged_config(
     model: dict[str, Any] = VARIANTS["latent"],
 ) -> RunConfig:
     """A run of this many stages, which are on the ranks as `layouts` say; None: all of them on one rank."""
-    tree = layout_config(Layout(1, {}, "latent", quick=True), data, run_dir).model_dump(mode="json", exclude_unset=True)
+    # Half of the batch is not enough for a micro-batch of each of four ranks.
+    whole = Layout(1, {}, "latent", quick=count < len(FOUR))
+    tree = layout_config(whole, data, run_dir).model_dump(mode="json", exclude_unset=True)
     tree["train"].pop("steps")
     tree["schedule"] = {"kind": "constant", "warmup_steps": 0}
     tree["model"] = model
