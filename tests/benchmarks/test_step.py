@@ -63,7 +63,7 @@ def test_allocator_settings_of_the_environment_are_the_only_treatment_of_a_step(
     print_step_table(result)
     captured = capsys.readouterr()
     assert captured.out.count("bare_loop") == 1
-    assert "memory is treated one way, as the environment says in MALLOC_MMAP_MAX_" in captured.out + captured.err
+    assert "memory is treated one way, as set in the environment by MALLOC_MMAP_MAX_" in captured.out + captured.err
 
 
 @pytest.mark.slow

@@ -55,8 +55,8 @@ def test_allocator_settings_of_the_environment_are_the_only_treatment_timed(
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
     assert run(kernels, ["--op", "gated_rms_norm", "--rounds", "1"]) == 0
     captured = capsys.readouterr()
-    assert "Freed memory as MALLOC_MMAP_MAX_ says" in captured.out
-    assert "memory is treated one way, as the environment says in MALLOC_MMAP_MAX_" in captured.out + captured.err
+    assert "Freed memory as set by MALLOC_MMAP_MAX_" in captured.out
+    assert "memory is treated one way, as set in the environment by MALLOC_MMAP_MAX_" in captured.out + captured.err
     assert "Goals" not in captured.out
 
 
