@@ -17,6 +17,7 @@ import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.util import placement_group, remove_placement_group
 
 from amfm.launch.cluster.ray import RankHost, RayCluster
 from amfm.launch.cluster.supervise import Attempt
@@ -137,13 +138,9 @@ def test_an_attempt_waits_for_what_the_one_before_it_still_holds(cluster: Cluste
         ["--help"], address=cluster.address, run_dir=str(tmp_path), ranks_per_node=1, gpus=False, wait_seconds=0.5
     )
 
-    class Holder:
-        def ready(self) -> bool:
-            return True
-
-    holder = ray.remote(num_cpus=1)(Holder).remote()
-    ray.get(holder.ready.remote())
-    freeing = threading.Timer(5.0, ray.kill, [holder])
+    held = placement_group([{"CPU": 1}])
+    assert held.wait(PATIENCE_SECONDS)
+    freeing = threading.Timer(5.0, remove_placement_group, [held])
     freeing.start()
     outcome = ranks.start(Attempt(0, 3, None))
     freeing.join()
