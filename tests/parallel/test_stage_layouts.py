@@ -46,9 +46,9 @@ def staged_config(
     model: dict[str, Any] = VARIANTS["latent"],
 ) -> RunConfig:
     """A run of this many stages, which are on the ranks as `layouts` say; None: all of them on one rank."""
-    # Half of the batch is not enough for a micro-batch of each of four ranks.
-    whole = Layout(1, {}, "latent", quick=count < len(FOUR))
-    tree = layout_config(whole, data, run_dir).model_dump(mode="json", exclude_unset=True)
+    # Quick runs have half of the batch, which is not enough for a micro-batch on each of four ranks.
+    one_rank = Layout(1, {}, "latent", quick=count == len(QUICK))
+    tree = layout_config(one_rank, data, run_dir).model_dump(mode="json", exclude_unset=True)
     tree["train"].pop("steps")
     tree["schedule"] = {"kind": "constant", "warmup_steps": 0}
     tree["model"] = model

@@ -10,8 +10,8 @@ they depend on is taken out as far as it can be measured, and where it cannot be
 - other programs: they share caches and cores. Where they took more than a tenth of what the tests took, `/proc/stat`
   shows it, and nothing is judged.
 
-With `--processor-seconds` files run longest first, by tests/seconds.json. `--processor-seconds record` rewrites that file
-and prints the two numbers for pyproject.toml.
+With `--processor-seconds` files run longest first, by tests/seconds.json. `--processor-seconds record` rewrites that file,
+scaled to the sample of pyproject.toml as well, and prints the number for there.
 """
 
 from __future__ import annotations
@@ -186,12 +186,13 @@ class Master:
             return
         counted = seconds_of(resource.RUSAGE_SELF) + seconds_of(resource.RUSAGE_CHILDREN)
         found = Seconds(counted, median(self.samples), max(0.0, machine_seconds() - self.busy - counted))
-        if self.mode == "record":
-            self.lines = write_record(found, self.files)
-            return
         recorded, files = read_record()
+        scale = recorded.sample / found.sample
+        if self.mode == "record":
+            self.lines = write_record(found, self.files, scale)
+            return
         text, is_over = judge(found, recorded)
-        self.lines = [text, *grown_most(self.files, files, recorded.sample / found.sample)]
+        self.lines = [text, *grown_most(self.files, files, scale)]
         if is_over and os.environ.get("CI") == "true":
             self.lines.append(
                 "FAILED: make tests cheaper, or record what they cost now and say why: make test RECORD=1"
@@ -210,14 +211,14 @@ def read_record() -> tuple[Seconds, dict[str, float]]:
     return Seconds(table["processor_seconds"], table["sample_seconds"]), json.loads(RECORD.read_text())
 
 
-def write_record(found: Seconds, files: Mapping[str, float]) -> list[str]:
-    """Write seconds by file; returns what to print."""
-    kept = {file: round(seconds, 1) for file, seconds in sorted(files.items()) if seconds >= LEAST_RECORDED}
+def write_record(found: Seconds, files: Mapping[str, float], scale: float) -> list[str]:
+    """Write seconds by file, scaled; returns what to print."""
+    scaled = {file: round(seconds * scale, 1) for file, seconds in sorted(files.items())}
+    kept = {file: seconds for file, seconds in scaled.items() if seconds >= LEAST_RECORDED}
     RECORD.write_text(json.dumps(kept, indent=0) + "\n")
     return [
         "for pyproject.toml, [tool.amfm.tests]:",
-        f"processor_seconds = {found.counted:.0f}",
-        f"sample_seconds = {found.sample:.4f}",
+        f"processor_seconds = {found.counted * scale:.0f}",
         f"other programs took {found.others:.0f} s meanwhile: record on a quiet machine",
     ]
 
